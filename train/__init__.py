@@ -1,0 +1,1 @@
+"""Train image classifiers with TempBalance and FARMS: `python -m train.cifar --tb farms`."""
