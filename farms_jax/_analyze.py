@@ -1,0 +1,231 @@
+"""analyze(): weights -> matrices -> windows -> eigenvalues -> alpha, for a whole network in one compiled call."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from farms_jax._esd import Solver, pooled_eigenvalues
+from farms_jax._matrices import FLAX_AXES, Axes
+from farms_jax._names import matching, named_leaves, natural_key
+from farms_jax._report import METRICS, LayerReport
+from farms_jax._tail import Tail, fit_tail
+from farms_jax._windows import Grid, Window, make_grid
+
+_BATCH = 2**24  # eigenvalues fitted at once
+
+
+class _Plan(NamedTuple):
+    """All that is static of one analysis: jit compiles once per plan and weight shapes."""
+
+    grids: tuple[Grid, ...]
+    is_kernel: tuple[bool, ...]
+    pooled: bool
+    tail: Tail
+    axes: Axes
+    kernel_scale: float
+    solver: Solver
+    max_batch_bytes: int
+    keep_eigenvalues: bool
+    platform: str
+
+
+def analyze(
+    params: Any,
+    *,
+    window: Window | None = Window(),  # noqa: B008 (frozen)
+    tail: Tail = Tail(),  # noqa: B008
+    axes: Axes = FLAX_AXES,
+    exclude: str | Iterable[str] = (),
+    kernel_scale: float = 0.5,
+    solver: Solver = "auto",
+    max_batch_bytes: int = 2**30,
+    eigenvalues: bool = False,
+) -> LayerReport:
+    r"""Measure the heavy tail of every layer's weight spectrum.
+
+    All 2-D weights and 4-D kernels of the tree are layers; every other leaf is listed in the report's
+    `left_out` with its reason. Eigenvalues are squared singular values, computed in float32 (float64 under
+    `jax_enable_x64`) whatever the weights' dtype. Runs eagerly, or traced inside `jit`, `lax.cond`, `lax.scan`.
+
+    >>> import farms_jax, jax
+    >>> params = {"dense": {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}}
+    >>> report = farms_jax.analyze(params)
+    >>> report.names
+    ('dense/kernel',)
+
+    Solvers, with the relative error of an eigenvalue e (emax the largest, eps 1.2e-7 in float32):
+
+    - `"gram"`: eigenvalues only, of the windows' Gram matrices by tridiagonal reduction. On CPU in float64, so
+      the error is float32's own, eps, down to e = 1e-9 emax. On an accelerator in the working precision, with
+      Sturm bisection: eps emax / e, exact enough for the upper half of a spectrum and no further.
+    - `"svd"`: squared singular values in the working precision: 2 eps sqrt(emax / e).
+    - `"auto"`: on CPU `"gram"`; on an accelerator `"gram"` for the median rule, and `"svd"` where small
+      eigenvalues count too (`peak`, `ks`, `min_eigenvalue`, `xmin_pos` above 2).
+
+    Eigenvalues below a solver's resolution are exactly 0. On CPU single matrices are solved in threads, one per
+    core, and BLAS is held to one thread meanwhile; nothing has to be set from outside.
+
+    Args:
+        params: any pytree of arrays: Linen dict, NNX state or module, Equinox model filtered to arrays, plain dict.
+        window: windows of fixed aspect ratio (FARMS); `None` takes whole matrices, the baseline: one spectrum
+            per layer, over all kernel positions.
+        tail: where the power-law tail starts.
+        axes: rows and columns of the weights; `TORCH_AXES` for (out, in, ...).
+        exclude: regular expressions of layer names to leave out, matched whole, such as `r"head/.*"`.
+        kernel_scale: factor on the eigenvalues of 4-D kernels; 0.5 as in the reference (its `conv_norm`).
+        solver: see above.
+        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
+        eigenvalues: keep the pooled eigenvalues in the report.
+
+    Returns:
+        The report. Inside a traced function, a layer with NaN or Inf has alpha 0, as has one without a tail.
+
+    Raises:
+        ValueError: a weight has NaN or Inf (all such layers are named), a pattern matches nothing, or an
+            argument is out of its range.
+
+    References:
+        Hu et al., Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias, ICML 2025, section 3.3.
+    """
+    if solver not in {"auto", "gram", "svd"}:
+        raise ValueError(f"analyze: solver must be 'auto', 'gram' or 'svd', got {solver!r}")
+    if max_batch_bytes < 1:
+        raise ValueError(f"analyze: max_batch_bytes must be at least 1, got {max_batch_bytes}")
+    leaves = sorted(named_leaves(params), key=lambda pair: natural_key(pair[0]))
+    layers, grids, left_out = _choose(leaves, window, tail, axes, exclude)
+    weights = tuple(weight for _, weight in layers)
+    plan = _Plan(
+        grids=tuple(grids),
+        is_kernel=tuple(weight.ndim == 4 for weight in weights),
+        pooled=window is not None and window.divisions == "pooled",
+        tail=tail,
+        axes=axes,
+        kernel_scale=kernel_scale,
+        solver=solver,
+        max_batch_bytes=max_batch_bytes,
+        keep_eigenvalues=eigenvalues,
+        platform=_platform(weights),
+    )
+    _check_finite(layers, plan.platform)
+    measures, spectra = _measure(weights, plan)
+    return LayerReport(
+        names=tuple(name for name, _ in layers),
+        num_params=tuple(int(np.prod(weight.shape)) for weight in weights),
+        left_out=tuple(left_out),
+        eigenvalues=spectra if eigenvalues else None,
+        **measures,
+    )
+
+
+def _choose(
+    leaves: list[tuple[str, Any]], window: Window | None, tail: Tail, axes: Axes, exclude: str | Iterable[str]
+) -> tuple[list[tuple[str, Any]], list[Grid], list[tuple[str, str]]]:
+    """Layers to analyse, their grids, and the other leaves with the reason why not."""
+    excluded = matching([name for name, _ in leaves], exclude)
+    layers, grids, left_out = [], [], []
+    for name, leaf in leaves:
+        reason = "excluded" if name in excluded else _unfit(leaf)
+        if reason is None:
+            stack_shape = axes.stack_shape(leaf.shape)
+            grid = make_grid(window, stack_shape, is_kernel=leaf.ndim == 4)
+            count = grid.divisions * grid.num_eigenvalues(stack_shape[0])
+            if count >= tail.min_count:
+                layers.append((name, leaf))
+                grids.append(grid)
+                continue
+            reason = f"too few eigenvalues: {count}, fewer than {tail.min_count}"
+        left_out.append((name, reason))
+    return layers, grids, left_out
+
+
+def _unfit(leaf: Any) -> str | None:
+    """Why a leaf is no layer, or `None`."""
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        return f"not an array but {type(leaf).__name__}"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"dtype {leaf.dtype}, not floating point"
+    if len(leaf.shape) not in {2, 4}:
+        return f"{len(leaf.shape)} axes: only 2-D weights and 4-D kernels are layers"
+    return "empty" if 0 in leaf.shape else None
+
+
+def _check_finite(layers: list[tuple[str, Any]], platform: str) -> None:
+    weights = [weight for _, weight in layers]
+    if any(isinstance(weight, jax.core.Tracer) for weight in weights):
+        return
+    if platform == "cpu":  # no copy, and nothing to compile
+        finite = [np.isfinite(np.asarray(weight)).all() for weight in weights]
+    else:
+        finite = jax.device_get([jnp.isfinite(weight).all() for weight in weights])
+    bad = [name for (name, _), good in zip(layers, finite, strict=True) if not good]
+    if bad:
+        raise ValueError(
+            f"params: NaN or Inf in {', '.join(bad)}; "
+            "train from an earlier checkpoint or at a smaller rate, or `exclude` the layer"
+        )
+
+
+def _platform(weights: Iterable[Any]) -> str:
+    """Platform the weights lie on; of traced ones and of numpy arrays, the default."""
+    for weight in weights:
+        if isinstance(weight, jax.Array) and not isinstance(weight, jax.core.Tracer):
+            return next(iter(weight.devices())).platform
+    return jax.default_backend()
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _measure(weights: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
+    """Measures of L layers, each (L,), and their eigenvalues where the plan keeps them."""
+    tail = plan.tail
+    spectra = pooled_eigenvalues(
+        [jnp.asarray(weight, jnp.result_type(float)) for weight in weights],
+        plan.axes,
+        plan.grids,
+        platform=plan.platform,
+        solver=plan.solver,
+        exact=tail.xmin != "median" or tail.min_eigenvalue is not None or tail.xmin_pos > 2,
+        max_batch_bytes=plan.max_batch_bytes,
+    )
+    spectra = [e * plan.kernel_scale if kernel else e for e, kernel in zip(spectra, plan.is_kernel, strict=True)]
+    if plan.pooled:
+        spectra = [jnp.sort(e.reshape(1, -1), axis=-1) for e in spectra]
+    return _measure_spectra(spectra, tail), tuple(spectra) if plan.keep_eigenvalues else ()
+
+
+def _measure_spectra(spectra: list[Array], tail: Tail) -> dict[str, Array]:
+    """Measures of L layers from their spectra (D, E): one vmapped fit of all divisions, then means by layer.
+
+    Spectra are padded in front to one length, so that one fit is compiled, not one per length.
+    """
+    if not spectra:
+        return {key: jnp.zeros(0, jnp.int32 if key == "num_eigenvalues" else float) for key in METRICS}
+    longest = max(spectrum.shape[1] for spectrum in spectra)
+    padded = jnp.concatenate([jnp.pad(e, ((0, 0), (longest - e.shape[1], 0))) for e in spectra])
+    sizes = np.concatenate([[e.shape[1]] * e.shape[0] for e in spectra])
+    layer_of = np.concatenate([[layer] * e.shape[0] for layer, e in enumerate(spectra)])
+    fit = functools.partial(fit_tail, tail=tail)
+    fits = lax.map(lambda row: fit(row[0], size=row[1]), (padded, sizes), batch_size=max(1, _BATCH // longest))
+    largest, norm = padded[:, -1], padded.sum(-1)
+    positive = jnp.where(largest > 0, largest, 1)
+    alpha_hat = fits.alpha * jnp.log10(positive)
+
+    def total(values: Array) -> Array:
+        return jax.ops.segment_sum(values, layer_of, num_segments=len(spectra), indices_are_sorted=True)
+
+    divisions = total(jnp.ones_like(norm))
+    fitted = jnp.maximum(total((fits.alpha > 0).astype(norm.dtype)), 1)  # a division without a tail has no say
+    return {
+        "alpha": total(fits.alpha) / fitted,
+        "ks_distance": total(fits.ks_distance) / divisions,
+        "xmin": total(fits.xmin) / fitted,
+        "largest_eigenvalue": total(largest) / divisions,
+        "norm": total(norm) / divisions,
+        "stable_rank": total(norm / positive) / divisions,
+        "alpha_hat": total(alpha_hat) / fitted,
+        "num_eigenvalues": total(fits.num_eigenvalues),
+    }

@@ -1,0 +1,169 @@
+"""Windows -> pooled eigenvalues: the empirical spectral density (ESD) of every layer, in one traced call."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.scipy.linalg import eigh_tridiagonal
+
+from farms_jax import _host
+from farms_jax._matrices import Axes, as_matrices
+from farms_jax._windows import Grid
+
+Solver = Literal["auto", "gram", "svd"]
+
+
+def pooled_eigenvalues(
+    weights: Sequence[Array],
+    axes: Axes,
+    grids: Sequence[Grid],
+    *,
+    platform: str,
+    solver: Solver,
+    exact: bool,
+    max_batch_bytes: int,
+) -> list[Array]:
+    """Eigenvalues (squared singular values, no division by a dimension) of all windows of each layer.
+
+    Args:
+        weights: L weights, of one float dtype.
+        axes: rows and columns of the weights.
+        grids: L grids.
+        platform: `"cpu"` solves on the host; any other in batches, on the device.
+        solver: `"gram"`, `"svd"`, or `"auto"`: see `analyze`.
+        exact: the small eigenvalues count too; decides what `"auto"` means on an accelerator.
+        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
+
+    Returns:
+        L arrays (D, E), ascending, not negative.
+    """
+
+    if not weights:
+        return []
+    if platform != "cpu":
+        svd = solver == "svd" or (solver == "auto" and exact)
+        stacks = [as_matrices(weight, axes) for weight in weights]
+        return batched_spectra(stacks, grids, svd=svd, max_batch_bytes=max_batch_bytes)
+
+    dtype = np.dtype(weights[0].dtype)
+
+    def on_host(*arrays: Any) -> tuple[np.ndarray, ...]:
+        stacks = [as_matrices(_from_bits(np.asarray(array), dtype), axes) for array in arrays]
+        spectra = _host.spectra(stacks, grids, svd=solver == "svd", max_bytes=max_batch_bytes)
+        return tuple(np.ascontiguousarray(values).view(np.uint32) for values in spectra)
+
+    lengths = [grid.num_eigenvalues(axes.stack_shape(weight.shape)[0]) for weight, grid in zip(weights, grids, strict=True)]
+    words = dtype.itemsize // 4
+    shapes = tuple(
+        jax.ShapeDtypeStruct((grid.divisions, length * words), np.uint32)
+        for grid, length in zip(grids, lengths, strict=True)
+    )
+    # Bits, not floats, cross the border: a callback's thread does not know of `with jax.enable_x64(True)`
+    # around the call and would round float64 to float32 on the way in and out.
+    bits = [lax.bitcast_convert_type(weight, jnp.uint32) for weight in weights]
+    spectra = jax.pure_callback(on_host, shapes, *bits, vmap_method="sequential")
+    return [_to_floats(values, dtype) for values in spectra]
+
+
+def _from_bits(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    floats = np.ascontiguousarray(bits).view(dtype)
+    return floats[..., 0] if dtype.itemsize == 8 else floats
+
+
+def _to_floats(bits: Array, dtype: np.dtype) -> Array:
+    words = dtype.itemsize // 4
+    return lax.bitcast_convert_type(bits if words == 1 else bits.reshape(bits.shape[0], -1, words), dtype)
+
+
+def batched_spectra(stacks: Sequence[Array], grids: Sequence[Grid], *, svd: bool, max_batch_bytes: int) -> list[Array]:
+    """Pooled eigenvalues by batched solvers on an accelerator: one call per window shape, across layers.
+
+    Not for CPU, where batched LAPACK inside an XLA program can deadlock (see `_host`).
+
+    Args:
+        stacks: L stacks (K, R, C) of one float dtype.
+        grids: L grids.
+        svd: square singular values, instead of the eigenvalues of Gram matrices.
+        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
+
+    Returns:
+        L arrays (D, E), ascending.
+    """
+    pooled: dict[int, Array] = {}
+    for layers in _groups(stacks, grids):
+        located = _locate([stacks[i].shape for i in layers], [grids[i] for i in layers])
+        flat = jnp.concatenate([stacks[i].reshape(-1) for i in layers])
+        shape = _oriented(grids[layers[0]])
+        values = _solve_windows(flat, located, shape, svd=svd, max_batch_bytes=max_batch_bytes)
+        ends = np.cumsum([len(stacks[i]) * len(grids[i].starts) for i in layers])
+        for layer, part in zip(layers, jnp.split(values, ends[:-1]), strict=True):
+            pooled[layer] = jnp.sort(grids[layer].pool(part), axis=-1)
+    return [pooled[i] for i in range(len(grids))]
+
+
+def _oriented(grid: Grid) -> tuple[int, int]:
+    """(r, c) with r <= c: a window and its transpose have the same singular values."""
+    return min(grid.rows, grid.cols), max(grid.rows, grid.cols)
+
+
+def _groups(stacks: Sequence[Array], grids: Sequence[Grid]) -> list[list[int]]:
+    """Layers of one window shape, together few enough entries for 32-bit indices."""
+    groups: dict[tuple[int, int], list[list[int]]] = {}
+    for layer, grid in enumerate(grids):
+        same_shape = groups.setdefault(_oriented(grid), [[]])
+        if sum(stacks[i].size for i in [*same_shape[-1], layer]) > np.iinfo(np.int32).max:
+            same_shape.append([])
+        same_shape[-1].append(layer)
+    return [group for same_shape in groups.values() for group in same_shape if group]
+
+
+def _locate(shapes: Sequence[tuple[int, ...]], grids: Sequence[Grid]) -> tuple[Array, Array, Array]:
+    """Origin, row step and column step of each window in one array that holds the stacks end to end, each (W,)."""
+    located, base = [], 0
+    for (positions, height, width), grid in zip(shapes, grids, strict=True):
+        down, across = (1, width) if grid.transposed else (width, 1)
+        origin = base + np.arange(positions)[:, None] * (height * width) + np.array(grid.starts) @ [down, across]
+        steps = (down, across) if grid.rows <= grid.cols else (across, down)
+        located.append(np.stack(np.broadcast_arrays(origin.reshape(-1), *steps)))
+        base += positions * height * width
+    origin, row_step, col_step = np.concatenate(located, axis=1).astype(np.int32)
+    return jnp.asarray(origin), jnp.asarray(row_step), jnp.asarray(col_step)
+
+
+def _solve_windows(
+    flat: Array, located: tuple[Array, Array, Array], shape: tuple[int, int], *, svd: bool, max_batch_bytes: int
+) -> Array:
+    """Eigenvalues (W, r) of the windows of one shape, so many at a time as the bound allows."""
+    rows, cols = shape
+    count = located[0].size
+    batch = max(1, min(count, max_batch_bytes // (flat.itemsize * (rows * cols + 2 * rows * rows))))
+    solve = _singular_values_squared if svd else _gram_eigenvalues
+
+    def one_batch(windows: tuple[Array, Array, Array]) -> Array:
+        start, down, across = (part[:, None, None] for part in windows)
+        index = start + down * jnp.arange(rows)[:, None] + across * jnp.arange(cols)
+        return solve(flat[index])
+
+    parts = [jnp.pad(part, (0, -count % batch), mode="edge").reshape(-1, batch) for part in located]
+    return lax.map(one_batch, tuple(parts)).reshape(-1, rows)[:count]
+
+
+def _gram_eigenvalues(windows: Array) -> Array:
+    gram = jnp.einsum("wrc,wsc->wrs", windows, windows, precision=lax.Precision.HIGHEST)
+    if gram.shape[-1] == 1:
+        return gram[..., 0]
+    _, diagonal, off_diagonal, _ = lax.linalg.tridiagonal(gram)
+    values = jax.vmap(functools.partial(eigh_tridiagonal, eigvals_only=True))(diagonal, off_diagonal)
+    floor = values[:, -1:] * (values.shape[-1] * jnp.finfo(values.dtype).eps)
+    return jnp.where(values > floor, values, 0)
+
+
+def _singular_values_squared(windows: Array) -> Array:
+    values = jnp.linalg.svd(windows, compute_uv=False)[:, ::-1]
+    floor = values[:, -1:] * (values.shape[-1] ** 0.5 * jnp.finfo(values.dtype).eps)
+    return jnp.where(values > floor, values, 0) ** 2
+

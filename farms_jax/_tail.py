@@ -1,0 +1,225 @@
+"""Power-law tail of a spectrum: the threshold, alpha and how well they fit.
+
+The tail is every eigenvalue from the threshold `xmin` on, the threshold itself counted. With n of
+them, e_i the threshold and l = ln e,
+
+    alpha = 1 + n / sum_{j >= i} (l_j - l_i)                    Hill's estimate (paper, equation 2)
+    D     = max_k |1 - (e_{i+k} / e_i)^(1 - alpha) - k / n|     Kolmogorov-Smirnov distance, one-sided
+
+Everything is computed on logarithms relative to the largest eigenvalue, so that float32 sums stay exact
+where the tail is short.
+"""
+
+import dataclasses
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+_PROBES = 64  # offsets at which every candidate's distance is bounded from below before any is measured whole
+_BLOCK_BYTES = 2**26  # live memory of one step of the search
+
+
+@dataclasses.dataclass(frozen=True)
+class Tail:
+    """Rule that finds where the power-law tail of a spectrum starts.
+
+    Attributes:
+        xmin: `"median"` takes the eigenvalue at position `int(N / xmin_pos)` of N; `"ks"` tries every eigenvalue
+            but the last and takes the one with the smallest KS distance (the first on ties); `"peak"` does so
+            among those near the peak x of the histogram of log10(eigenvalue): `log10(0.95 x) <= e <= 1.5 x`.
+            The lower bound of `peak` compares a logarithm with an eigenvalue: so the reference code has it, and
+            its published numbers rest on it. It cuts nothing where x < 1.05, and little elsewhere.
+        xmin_pos: position of the median rule, above 1; 2 is the middle, the upper one of an even count.
+        bins: histogram bins of the peak rule.
+        min_eigenvalue: leave out eigenvalues up to this (the reference's filter uses 1e-5); if that leaves none,
+            all are kept. `None` keeps all.
+        min_count: a layer with fewer eigenvalues, over all its windows and before the filter, is left out.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    xmin: Literal["median", "peak", "ks"] = "median"
+    xmin_pos: float = 2.0
+    bins: int = 100
+    min_eigenvalue: float | None = None
+    min_count: int = 5
+
+    def __post_init__(self):
+        if self.xmin not in {"median", "peak", "ks"}:
+            raise ValueError(f"Tail: xmin must be 'median', 'peak' or 'ks', got {self.xmin!r}")
+        if not self.xmin_pos > 1:
+            raise ValueError(f"Tail: xmin_pos must be above 1, got {self.xmin_pos}")
+        for field, least in (("bins", 1), ("min_count", 2)):
+            if getattr(self, field) < least:
+                raise ValueError(f"Tail: {field} must be at least {least}, got {getattr(self, field)}")
+
+
+class TailFit(NamedTuple):
+    """Fit of one spectrum; every field has shape () or the batch's shape.
+
+    Attributes:
+        alpha: exponent of the power law, above 1; 0 where there is no tail to fit.
+        ks_distance: D, in [0, 1]; 1 where there is no tail to fit.
+        xmin: threshold eigenvalue; 0 where there is no tail to fit.
+        num_eigenvalues: eigenvalues kept by the filter, int32.
+    """
+
+    alpha: Array
+    ks_distance: Array
+    xmin: Array
+    num_eigenvalues: Array
+
+
+class _Spectrum(NamedTuple):
+    """Eigenvalues (E,) ascending, logarithms relative to the largest, and the index of the first kept and usable."""
+
+    eigenvalues: Array
+    logs: Array
+    kept_from: Array
+    usable_from: Array
+
+
+def fit_tail(eigenvalues: Array, tail: Tail, size: Array | int | None = None) -> TailFit:
+    """Fit the tail of one spectrum.
+
+    There is no tail where all eigenvalues are zero, where those from the threshold on are equal to within
+    rounding, or where `peak` finds no candidate. A zero eigenvalue is never a threshold: the smallest positive
+    one takes its place (the reference gives nan, inf or an error in these cases).
+
+    Args:
+        eigenvalues: shape (E,), float, ascending, not negative.
+        tail: the rule.
+        size: how many of the eigenvalues count, from the last one back: the others are padding, and zero.
+            `None` counts all.
+
+    Returns:
+        The fit, of scalars. `jax.vmap` maps it over spectra, padded to one length where they differ.
+    """
+    spectrum = _prepare(eigenvalues, tail.min_eigenvalue, eigenvalues.size if size is None else size)
+    kept = eigenvalues.size - spectrum.kept_from
+    if tail.xmin == "median":
+        fraction = Fraction(1 / tail.xmin_pos).limit_denominator(1000)
+        index = spectrum.kept_from + (kept * fraction.numerator) // fraction.denominator
+        index = jnp.clip(index, spectrum.usable_from, eigenvalues.size - 1)
+        alpha = _alpha_at(spectrum, index)
+        distance = jnp.where(alpha > 0, _distances(spectrum.logs, index[None], alpha[None])[0], 1.0)
+    else:
+        index, alpha, distance = _search(spectrum, _candidates(spectrum, tail))
+    found = alpha > 0
+    return TailFit(alpha, distance, jnp.where(found, eigenvalues[index], 0), kept.astype(jnp.int32))
+
+
+def _prepare(eigenvalues: Array, min_eigenvalue: float | None, size: Array | int) -> _Spectrum:
+    zeros = (eigenvalues <= 0).sum()
+    kept_from = jnp.asarray(eigenvalues.size - size, zeros.dtype)
+    if min_eigenvalue is not None:
+        small = (eigenvalues <= min_eigenvalue).sum()
+        kept_from = jnp.where(small < eigenvalues.size, jnp.maximum(small, kept_from), kept_from)
+    largest = eigenvalues[-1]
+    safe = jnp.where(eigenvalues > 0, eigenvalues, jnp.where(largest > 0, largest, 1))
+    logs = jnp.log(safe / jnp.where(largest > 0, largest, 1))
+    return _Spectrum(eigenvalues, logs, kept_from, jnp.maximum(zeros, kept_from))
+
+
+def _hill(count: Array, spread: Array, dtype: jnp.dtype) -> Array:
+    """Alpha of tails of `count` eigenvalues with summed log-spread; 0 where they are equal to within rounding."""
+    count = count.astype(dtype)
+    flat = spread <= 8 * jnp.finfo(dtype).eps * count
+    return jnp.where(flat, 0, 1 + count / jnp.where(flat, 1, spread))
+
+
+def _alpha_at(spectrum: _Spectrum, index: Array) -> Array:
+    logs = spectrum.logs
+    size = logs.size
+    in_tail = (jnp.arange(size) >= index) & (spectrum.eigenvalues[-1] > 0)
+    spread = jnp.where(in_tail, logs - logs[index], 0).sum()
+    return _hill(size - index, spread, logs.dtype)
+
+
+def _all_alphas(logs: Array) -> Array:
+    """Alpha of the tail from each index on, shape (E,)."""
+    size = logs.size
+    count = size - jnp.arange(size)
+    sums = lax.cumsum(logs, reverse=True)
+    return _hill(count, sums - count * logs, logs.dtype)
+
+
+def _distances(logs: Array, index: Array, alpha: Array) -> Array:
+    """KS distance of the tails from `index` on with exponents `alpha`, both shape (B,), over all offsets."""
+    offset = jnp.arange(logs.size) - index[:, None]
+    return jnp.where(offset >= 0, _deviation(logs, index, alpha, jnp.maximum(offset, 0)), 0).max(-1)
+
+
+def _deviation(logs: Array, index: Array, alpha: Array, offset: Array) -> Array:
+    """|1 - (e_{i+k} / e_i)^(1 - alpha) - k / n| at offsets k of shape (B, K)."""
+    ratio = logs[jnp.minimum(index[:, None] + offset, logs.size - 1)] - logs[index][:, None]
+    count = (logs.size - index)[:, None].astype(logs.dtype)
+    return jnp.abs(1 - jnp.exp((1 - alpha[:, None]) * ratio) - offset.astype(logs.dtype) / count)
+
+
+def _candidates(spectrum: _Spectrum, tail: Tail) -> Array:
+    """Which indices may be the threshold, shape (E,) bool: usable, and not the last."""
+    eigenvalues, logs, kept_from, usable_from = spectrum
+    position = jnp.arange(logs.size)
+    usable = (position >= usable_from) & (position < logs.size - 1)
+    if tail.xmin == "ks":
+        return usable
+    log10 = logs / jnp.log(jnp.asarray(10, logs.dtype))
+    shift = jnp.log10(jnp.where(eigenvalues[-1] > 0, eigenvalues[-1], 1))
+    low = log10[jnp.minimum(usable_from, logs.size - 1)]
+    width = jnp.where(low < 0, -low, 1)  # the largest eigenvalue's relative log10 is 0
+    bins = jnp.clip(((log10 - low) / width * tail.bins).astype(jnp.int32), 0, tail.bins - 1)
+    counts = jnp.zeros(tail.bins, jnp.int32).at[bins].add(position >= usable_from)
+    peak = 10 ** (shift + low + jnp.argmax(counts) * (width / tail.bins))
+    return usable & (eigenvalues >= jnp.log10(0.95 * peak)) & (eigenvalues <= 1.5 * peak)
+
+
+def _search(spectrum: _Spectrum, candidates: Array) -> tuple[Array, Array, Array]:
+    """Index, alpha and distance of the candidate with the smallest distance, the first on ties.
+
+    Every candidate's distance is bounded from below by its largest deviation at a few probes; candidates
+    are then measured whole in the order of their bounds until no bound is below the best distance. The
+    answer is the plain search's, at O(E) memory and, for the spectra of real weights, far below O(E^2) time.
+    """
+    logs = spectrum.logs
+    alphas = _all_alphas(logs)
+    candidates &= alphas > 1
+    bounds = jnp.where(candidates, _lower_bounds(logs, alphas), jnp.inf)
+    block = max(1, min(16, _BLOCK_BYTES // (8 * logs.size)))
+    order = jnp.argsort(bounds, stable=True)
+    order = jnp.pad(order, (0, -logs.size % block), constant_values=logs.size - 1)  # the last is no candidate
+
+    def unfinished(state):
+        position, best, _ = state
+        return (position < order.size) & (bounds[order[jnp.minimum(position, order.size - 1)]] <= best)
+
+    def measure(state):
+        position, best, best_index = state
+        index = lax.dynamic_slice(order, (position,), (block,))
+        distance = jnp.where(candidates[index], _distances(logs, index, alphas[index]), jnp.inf)
+        distance = jnp.append(distance, best)
+        index = jnp.append(index, best_index)
+        smallest = distance.min()
+        return position + block, smallest, jnp.where(distance == smallest, index, logs.size).min()
+
+    none = (jnp.zeros((), jnp.int32), jnp.ones((), logs.dtype), jnp.asarray(logs.size, order.dtype))
+    _, best, index = lax.while_loop(unfinished, measure, none)
+    found = index < logs.size
+    index = jnp.minimum(index, logs.size - 1)
+    return index, jnp.where(found, alphas[index], 0), jnp.where(found, best, 1)
+
+
+def _lower_bounds(logs: Array, alphas: Array) -> Array:
+    """Largest deviation of each candidate at the probes, shape (E,): never above its KS distance."""
+    probes = jnp.arange(_PROBES)
+
+    def bound(index):
+        count = logs.size - index
+        offset = (count // _PROBES) * probes + (count % _PROBES) * probes // _PROBES
+        return _deviation(logs, index[None], alphas[index][None], offset[None]).max()
+
+    batch = max(1, min(logs.size, _BLOCK_BYTES // (8 * _PROBES)))
+    return lax.map(bound, jnp.arange(logs.size), batch_size=batch)

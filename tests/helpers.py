@@ -1,0 +1,48 @@
+"""Shared by the tests: fixtures, tolerances by error model, known answers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from farms_jax import Tail, Window
+
+DATA = Path(__file__).parent / "data"
+
+ALPHA_RTOL = {False: 1e-3, True: 1e-5}  # by jax_enable_x64: the reference's own float32 carries about 1e-6
+
+
+def load_cases(name):
+    """Settings and arrays of a fixture."""
+    settings = json.loads((DATA / f"{name}.json").read_text())
+    return settings, dict(np.load(DATA / f"{name}.npz"))
+
+
+def tail_of(case):
+    """Our tail rule for a reference case."""
+    rule = {"median": "median", "xmin_peak": "peak", "goodness-of-fit": "ks"}[case["fit"]]
+    return Tail(
+        xmin=rule,
+        xmin_pos=case["xmin_pos"],
+        bins=case.get("bins", 100),
+        min_eigenvalue=1e-5 if case["filter_zeros"] else None,
+    )
+
+
+def window_of(case):
+    """Our window for a reference case."""
+    if not case["use_sliding_window"]:
+        return None
+    per_axis = case.get("sampling_ops_per_dim")
+    return Window(
+        rows=case.get("num_row_samples"),
+        aspect_ratio=case["Q_ratio"],
+        stride=None if per_axis or "step_size" not in case else case["step_size"],
+        per_axis=per_axis,
+    )
+
+
+def power_law(alpha, count, seed=0, xmin=1.0):
+    """Eigenvalues, ascending, drawn from a density proportional to e**-alpha above xmin."""
+    uniform = np.random.default_rng(seed).uniform(size=count)
+    return np.sort(xmin * (1 - uniform) ** (-1 / (alpha - 1)))

@@ -1,0 +1,376 @@
+"""CIFAR from synthetic archives, a stand-in for TFDS, and a local server; no network beyond 127.0.0.1."""
+
+import dataclasses
+import hashlib
+import http.server
+import io
+import socket
+import sys
+import tarfile
+import threading
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train import _cifar, _download
+from train.data import DataError, load
+
+RECORDS = {"cifar10": (100, 20), "cifar100": (200, 100)}  # training and test records of the synthetic archives
+
+
+def _files(name: str) -> dict[str, bytes]:
+    """Record files of a synthetic CIFAR, by name."""
+    source = _cifar.SOURCES[name]
+    rng = np.random.default_rng(7)
+    content = {}
+    for files, total in ((source.train_files, RECORDS[name][0]), (source.test_files, RECORDS[name][1])):
+        for i, file in enumerate(files):
+            count = total // len(files)
+            records = rng.integers(0, 256, (count, source.label_bytes + 3072), dtype=np.uint8)
+            records[:, 0] = 19 - np.arange(count) % 20  # coarse labels, overwritten where there are none
+            records[:, source.label_bytes - 1] = (np.arange(count) + i) % len(source.class_names)
+            content[file] = records.tobytes()
+    return content
+
+
+def _tar(path: Path, content: dict[str, bytes], mode: str = "w:gz") -> None:
+    with tarfile.open(path, mode) as tar:
+        for name, data in content.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def _archive(name: str, folder: Path, content: dict[str, bytes] | None = None) -> Path:
+    source = _cifar.SOURCES[name]
+    path = folder / source.archive
+    _tar(path, {f"{source.folder}/{file}": data for file, data in (content or _files(name)).items()})
+    return path
+
+
+def _patch(monkeypatch, name: str, **changes) -> None:
+    monkeypatch.setitem(_cifar.SOURCES, name, dataclasses.replace(_cifar.SOURCES[name], **changes))
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Small data sets, no TFDS, and addresses at a closed port of this machine."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    for name, (num_train, num_test) in RECORDS.items():
+        url = f"http://127.0.0.1:{port}/{_cifar.SOURCES[name].archive}"
+        _patch(monkeypatch, name, num_train=num_train, num_test=num_test, url=url)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # pooch waits before a retry
+
+
+# CIFAR from files
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_archive(name, tmp_path, monkeypatch):
+    _patch(monkeypatch, name, md5=_md5(_archive(name, tmp_path)))
+    images = load(name, data_dir=tmp_path)
+    source, content = _cifar.SOURCES[name], _files(name)
+    assert images.name == name and images.notice is None
+    assert images.num_classes == {"cifar10": 10, "cifar100": 100}[name] == len(images.class_names)
+    assert images.train_images.shape == (RECORDS[name][0], 32, 32, 3) and images.train_images.dtype == np.uint8
+    assert images.test_labels.shape == (RECORDS[name][1],) and images.test_labels.dtype == np.int32
+    # The last record of the last training file, pixel by pixel: channel-major, rows before columns.
+    record = np.frombuffer(content[source.train_files[-1]], np.uint8)[-3072 - source.label_bytes :]
+    assert images.train_labels[-1] == record[source.label_bytes - 1]
+    pixels = record[source.label_bytes :]
+    assert all(images.train_images[-1, 3, 5, c] == pixels[c * 1024 + 3 * 32 + 5] for c in range(3))
+    assert images.mean.dtype == images.std.dtype == np.float32
+    np.testing.assert_allclose(images.mean[0], {"cifar10": 0.4914, "cifar100": 0.5071}[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_extracted_files_equal_archive(name, tmp_path, monkeypatch):
+    archive = _archive(name, tmp_path)
+    _patch(monkeypatch, name, md5=_md5(archive))
+    expected = load(name, data_dir=tmp_path).fingerprint
+    archive.unlink()
+    folder = tmp_path / _cifar.SOURCES[name].folder
+    folder.mkdir()
+    for file, data in _files(name).items():
+        (folder / file).write_bytes(data)
+    assert load(name, data_dir=tmp_path).fingerprint == expected
+    assert load(name, data_dir=folder).fingerprint == expected
+    (folder / _cifar.SOURCES[name].train_files[0]).unlink()
+    with pytest.raises(DataError, match=r"missing .*bin"):
+        load(name, data_dir=tmp_path)
+
+
+def test_class_names_are_sorted_and_complete():
+    for name, count in (("cifar10", 10), ("cifar100", 100)):
+        names = _cifar.SOURCES[name].class_names
+        assert len(set(names)) == count and list(names) == sorted(names)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_truncated_records(name, tmp_path, monkeypatch):
+    content = _files(name)
+    test_file = _cifar.SOURCES[name].test_files[0]
+    content[test_file] = content[test_file][:-1]
+    archive = _archive(name, tmp_path, content)
+    _patch(monkeypatch, name, md5=_md5(archive))
+    with pytest.raises(DataError, match=rf"{test_file}: must hold .* got {len(content[test_file])}"):
+        load(name, data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["cifar100", "auto"])
+def test_other_checksum_is_refused(dataset, tmp_path):
+    archive = _archive("cifar100", tmp_path)
+    with pytest.raises(DataError, match=f"md5 checksum must be .* got {_md5(archive)}.*Delete it"):
+        load(dataset, data_dir=tmp_path)
+
+
+def test_truncated_archive_is_refused_despite_its_checksum(tmp_path, monkeypatch):
+    archive = _archive("cifar10", tmp_path)
+    archive.write_bytes(archive.read_bytes()[:5000])
+    _patch(monkeypatch, "cifar10", md5=_md5(archive))
+    with pytest.raises(DataError, match="not a readable tar archive"):
+        load("cifar10", data_dir=tmp_path)
+
+
+def test_archive_without_a_file(tmp_path, monkeypatch):
+    content = _files("cifar10")
+    del content["data_batch_3.bin"]
+    _patch(monkeypatch, "cifar10", md5=_md5(_archive("cifar10", tmp_path, content)))
+    with pytest.raises(DataError, match=r"missing data_batch_3\.bin"):
+        load("cifar10", data_dir=tmp_path)
+
+
+def test_label_out_of_range(tmp_path, monkeypatch):
+    content = _files("cifar10")
+    content["test_batch.bin"] = b"\x0a" + content["test_batch.bin"][1:]
+    _patch(monkeypatch, "cifar10", md5=_md5(_archive("cifar10", tmp_path, content)))
+    with pytest.raises(DataError, match="labels must be below 10, got 10"):
+        load("cifar10", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("present", ["cifar-10-python.tar.gz", "cifar-10-batches-py"])
+def test_pickled_archive_is_never_read(present, tmp_path):
+    (tmp_path / present).write_bytes(b"would be run if unpickled")
+    with pytest.raises(DataError, match=rf"{present} is the pickled .* never read.*cifar-10-binary\.tar\.gz"):
+        load("cifar10", data_dir=tmp_path)
+
+
+# TensorFlow Datasets
+
+
+def _fake_tfds(source, reverse: bool = True) -> types.ModuleType:
+    def data_source(name, *, split, download):
+        assert download is False and name == "cifar100"
+        images, labels = source[split]
+        examples = [
+            {"id": f"{split}_{i:05d}".encode(), "image": images[i], "label": labels[i]} for i in range(len(labels))
+        ]
+        return examples[::-1] if reverse else examples
+
+    module = types.ModuleType("tensorflow_datasets")
+    module.data_source = data_source
+    return module
+
+
+def test_tfds_gives_the_order_of_the_archive(tmp_path, monkeypatch):
+    archive = _archive("cifar100", tmp_path)
+    _patch(monkeypatch, "cifar100", md5=_md5(archive))
+    expected = load("cifar100", data_dir=tmp_path)
+    archive.unlink()
+    source = {
+        "train": (expected.train_images, expected.train_labels),
+        "test": (expected.test_images, expected.test_labels),
+    }
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", _fake_tfds(source))
+    for dataset in ("cifar100", "auto"):
+        images = load(dataset, data_dir=tmp_path)
+        assert images.name == "cifar100" and images.notice is None
+        assert images.fingerprint == expected.fingerprint
+
+
+def test_tfds_not_prepared(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", _fake_tfds({}))
+    with pytest.raises(DataError, match="not prepared as array_record .*download_and_prepare"):
+        load("cifar100", data_dir=tmp_path)
+
+
+def test_tfds_not_installed(tmp_path):
+    with pytest.raises(DataError, match=r"pip install 'farms-jax\[tfds\]'"):
+        load("cifar100", data_dir=tmp_path)
+
+
+# Download
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    """Serves `content` with ranges; breaks the connection after `breaks[i]` bytes of answer i."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.content, self.ranges, self.status = b"", True, None
+        self.breaks: list[int] = []
+        self.asked: list[str | None] = []
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: _Server
+
+    def do_GET(self):
+        asked = self.headers.get("Range")
+        self.server.asked.append(asked)
+        start, content = 0, self.server.content
+        if self.server.status is not None:
+            self.send_error(self.server.status)
+            return
+        if asked and self.server.ranges:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        stop = start + self.server.breaks.pop(0) if self.server.breaks else None
+        self.wfile.write(content[start:stop])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server of the synthetic CIFAR-100, and where downloads go."""
+    served = tmp_path / "served"
+    served.mkdir()
+    archive = _archive("cifar100", served)
+    server = _Server()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    server.content = archive.read_bytes()
+    url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
+    _patch(monkeypatch, "cifar100", url=url, md5=_md5(archive))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def _part(folder: Path) -> Path:
+    return folder / "cifar-100-binary.tar.gz.part"
+
+
+@pytest.mark.parametrize("dataset", ["cifar100", "auto"])
+def test_download(dataset, server, tmp_path):
+    images = load(dataset, data_dir=tmp_path / "new" / "folder")
+    assert images.name == "cifar100" and images.notice is None and len(images.train_labels) == 200
+    assert server.asked == [None]
+    assert load(dataset, data_dir=tmp_path / "new" / "folder").fingerprint == images.fingerprint
+    assert server.asked == [None]  # the second time from disk
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_partial_download_is_resumed(ranges, server, tmp_path):
+    server.ranges = ranges
+    _part(tmp_path).write_bytes(server.content[:1000])
+    load("cifar100", data_dir=tmp_path)
+    assert server.asked == ["bytes=1000-"]
+    assert (tmp_path / "cifar-100-binary.tar.gz").read_bytes() == server.content
+    assert not _part(tmp_path).exists()
+
+
+def test_broken_connection_is_retried_from_where_it_broke(server, tmp_path):
+    server.breaks = [70_000, 30_000]
+    load("cifar100", data_dir=tmp_path)
+    assert server.asked == [None, "bytes=70000-", "bytes=100000-"]
+
+
+def test_partial_file_survives_a_failed_run(server, tmp_path):
+    server.breaks = [1000] * (_download.RETRIES + 1)
+    with pytest.raises(DataError, match="connection lost"):
+        load("cifar100", data_dir=tmp_path)
+    assert _part(tmp_path).read_bytes() == server.content[: 1000 * (_download.RETRIES + 1)]
+    assert not (tmp_path / "cifar-100-binary.tar.gz").exists()
+    load("cifar100", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("partial", [b"spoilt", None])
+def test_useless_partial_file_is_thrown_away(partial, server, tmp_path):
+    _part(tmp_path).write_bytes(partial or server.content + b"too long")
+    load("cifar100", data_dir=tmp_path)
+    assert server.asked[-1] is None
+
+
+def test_other_content_is_refused(server, tmp_path):
+    server.content = b"<html>Please log in to this network</html>"
+    with pytest.raises(DataError, match="hash of downloaded file"):
+        load("cifar100", data_dir=tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.suffix in {".gz", ".part"}]
+
+
+@pytest.mark.parametrize(("status", "attempts"), [(404, 1), (503, _download.RETRIES + 1)])
+def test_server_errors(status, attempts, server, tmp_path):
+    server.status = status
+    with pytest.raises(DataError, match=str(status)):
+        load("cifar100", data_dir=tmp_path)
+    assert len(server.asked) == attempts
+
+
+def test_two_runs_at_once_download_once(server, tmp_path):
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(load("cifar100", data_dir=tmp_path).fingerprint))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3 and len(set(results)) == 1
+    if sys.platform != "win32":
+        assert server.asked == [None]
+
+
+def test_silent_server_counts_as_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(_download, "ANSWER_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        _patch(monkeypatch, "cifar100", url=f"http://127.0.0.1:{sock.getsockname()[1]}/cifar-100-binary.tar.gz")
+        images = load("auto", data_dir=tmp_path)
+    assert images.notice is not None and "no answer within 0.2 s" in images.notice
+
+
+def test_a_partial_file_that_cannot_be_written(server, tmp_path):
+    (tmp_path / "cifar-100-binary.tar.gz.part").mkdir()
+    with pytest.raises(DataError, match="IsADirectoryError|PermissionError"):
+        load("cifar100", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_named_never_falls_back(name, tmp_path):
+    source = _cifar.SOURCES[name]
+    with pytest.raises(DataError) as error:
+        load(name, data_dir=tmp_path)
+    for part in (source.url, str(tmp_path / source.archive), "by hand", "--dataset digits"):
+        assert part in str(error.value)
+
+
+def test_auto_falls_back_with_a_notice(tmp_path):
+    start = time.monotonic()
+    images = load("auto", data_dir=tmp_path)
+    assert time.monotonic() - start < 5
+    assert images.name == "digits (scikit-learn, 32x32 RGB)" and images.notice is not None
+    for part in (images.name, "CIFAR-100", "by hand", _cifar.SOURCES["cifar100"].url):
+        assert part in images.notice
+    assert images.fingerprint == load("digits").fingerprint

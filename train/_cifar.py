@@ -1,0 +1,282 @@
+"""CIFAR-10 and CIFAR-100 from the original binary archive, TensorFlow Datasets, or a download.
+
+The sources are tried in that order. All three give the same images in the same order, so the
+fingerprint of the data does not tell which one was used.
+"""
+
+import hashlib
+import tarfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train._download import DownloadError, download
+from train._splits import SIZE, DataError, Splits
+
+_PIXELS = 3 * SIZE * SIZE  # bytes of one image in a record, channel-major
+
+_NAMES = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
+_FINE = tuple(_NAMES.split())  # CIFAR-100's fine labels, in label order
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one CIFAR data set is found and how it is laid out.
+
+    Attributes:
+        url: Address of the binary archive.
+        md5: Its checksum, as published at https://www.cs.toronto.edu/~kriz/cifar.html.
+        folder: Directory inside the archive.
+        pickled: Names under which the pickled Python version is found; never read, since
+            unpickling a file runs the code it holds.
+        train_files: Names of the files of training records.
+        test_files: Names of the files of test records.
+        num_train: Number of training records in all files.
+        num_test: Number of test records.
+        label_bytes: Bytes before the pixels of a record; the last one is the label.
+        class_names: One name per label.
+    """
+
+    url: str
+    md5: str
+    folder: str
+    pickled: tuple[str, ...]
+    train_files: tuple[str, ...]
+    test_files: tuple[str, ...]
+    num_train: int
+    num_test: int
+    label_bytes: int
+    class_names: tuple[str, ...]
+
+    @property
+    def archive(self) -> str:
+        """File name of the binary archive."""
+        return self.url.rsplit("/", 1)[-1]
+
+
+SOURCES = {
+    "cifar10": Source(
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        md5="c32a1d4ab5d03f1284b67883e8d87530",
+        folder="cifar-10-batches-bin",
+        pickled=("cifar-10-python.tar.gz", "cifar-10-batches-py"),
+        train_files=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+        test_files=("test_batch.bin",),
+        num_train=50_000,
+        num_test=10_000,
+        label_bytes=1,
+        class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    ),
+    "cifar100": Source(
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+        md5="03b5dce01913d631647c71ecec9e9cb8",
+        folder="cifar-100-binary",
+        pickled=("cifar-100-python.tar.gz", "cifar-100-python"),
+        train_files=("train.bin",),
+        test_files=("test.bin",),
+        num_train=50_000,
+        num_test=10_000,
+        label_bytes=2,  # coarse, then fine
+        class_names=_FINE,
+    ),
+}
+
+
+class Unavailable(DataError):
+    """No source has the data set: `reasons` says what was tried, `remedy` what to do."""
+
+    def __init__(self, name: str, reasons: str, remedy: str):
+        """Composes the text shown to the user."""
+        super().__init__(
+            f"dataset={name!r} is neither on this machine nor could it be downloaded.\n{reasons}\n{remedy}\n"
+            "`--dataset digits` works offline."
+        )
+        self.reasons = reasons
+        self.remedy = remedy
+
+
+def load_cifar(name: str, data_dir: Path) -> Splits:
+    """Reads CIFAR-10 or CIFAR-100 from the first source that has it.
+
+    Args:
+        name: A key of `SOURCES`.
+        data_dir: Directory of the archive or its extracted files; a download goes there too.
+
+    Returns:
+        The images, in the order of the binary archive.
+
+    Raises:
+        Unavailable: If no source has the data set. A damaged file in `data_dir` is a plain
+            `DataError`: it is not passed over.
+    """
+    source = SOURCES[name]
+    splits = _local(source, data_dir)
+    if splits is not None:
+        return splits
+    pickled = [data_dir / entry for entry in source.pickled if (data_dir / entry).exists()]
+    reasons = [f"- {data_dir} holds neither {source.archive} nor its extracted directory {source.folder}."]
+    if pickled:
+        reasons[0] = (
+            f"- {pickled[0]} is the pickled Python version, which is never read (unpickling runs the code in the "
+            f"file); the binary version {source.archive} is not there."
+        )
+    splits = _tfds(name, reasons)
+    if splits is not None:
+        return splits
+    try:
+        archive = download(source.url, data_dir, source.md5)
+    except DownloadError as error:
+        reasons.append(f"- Download of {source.url} failed: {error}.")
+        remedy = f"Fetch {source.url} by hand and put it into {data_dir} (as {data_dir / source.archive})."
+        raise Unavailable(name, "\n".join(reasons), remedy) from error
+    return _read_archive(source, archive)
+
+
+def _local(source: Source, data_dir: Path) -> Splits | None:
+    """Reads the archive or the extracted files in `data_dir`; None if there is neither.
+
+    Args:
+        source: The data set.
+        data_dir: Where to look.
+
+    Returns:
+        The images, or None.
+
+    Raises:
+        DataError: If the archive has another checksum or some of the extracted files are missing.
+    """
+    archive = data_dir / source.archive
+    if archive.is_file():
+        with archive.open("rb") as file:
+            md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        if md5 != source.md5:
+            raise DataError(
+                f"{archive}: the md5 checksum must be {source.md5}, got {md5}: the file is damaged, incomplete or "
+                f"another version. Delete it to have it downloaded again, or fetch {source.url}."
+            )
+        return _read_archive(source, archive)
+    names = source.train_files + source.test_files
+    for folder in (data_dir / source.folder, data_dir):
+        missing = [name for name in names if not (folder / name).is_file()]
+        if not missing:
+            return _decode(source, {name: (folder / name).read_bytes() for name in names}, folder)
+        if folder.name == source.folder and folder.is_dir():
+            raise DataError(
+                f"{folder}: missing {', '.join(missing)}. Extract {source.archive} again, or delete the directory."
+            )
+    return None
+
+
+def _read_archive(source: Source, archive: Path) -> Splits:
+    """Reads the record files out of the archive without extracting it to disk.
+
+    Args:
+        source: The data set.
+        archive: Path of the archive.
+
+    Returns:
+        The images.
+
+    Raises:
+        DataError: If the archive cannot be read or lacks a file.
+    """
+    wanted = set(source.train_files + source.test_files)
+    files: dict[str, bytes] = {}
+    try:
+        with tarfile.open(archive, "r|*") as tar:
+            for member in tar:
+                name = Path(member.name).name
+                stream = tar.extractfile(member) if name in wanted else None
+                if stream is not None:
+                    files[name] = stream.read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{archive}: not a readable tar archive ({error}). Fetch {source.url} again.") from error
+    if missing := sorted(wanted - set(files)):
+        raise DataError(f"{archive}: missing {', '.join(missing)}. Fetch {source.url} again.")
+    return _decode(source, files, archive)
+
+
+def _decode(source: Source, files: dict[str, bytes], where: Path) -> Splits:
+    """Returns the arrays in the record files, given as bytes by name; `where` is named in errors."""
+    arrays = []
+    for names, total in ((source.train_files, source.num_train), (source.test_files, source.num_test)):
+        parts = [_records(source, files[name], total // len(names), f"{where}: {name}") for name in names]
+        arrays += [np.concatenate(part) for part in zip(*parts, strict=True)]
+    return Splits(*arrays, class_names=source.class_names)
+
+
+def _records(source: Source, content: bytes, count: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes one file of records: label bytes, then 3072 bytes red, green, blue, row by row.
+
+    Args:
+        source: The data set.
+        content: The whole file.
+        count: Number of records it must hold.
+        where: Name of the file for errors.
+
+    Returns:
+        Images, uint8 (count, 32, 32, 3), and labels, int32 (count,).
+
+    Raises:
+        DataError: If the size or a label is wrong.
+    """
+    length = source.label_bytes + _PIXELS
+    if len(content) != count * length:
+        raise DataError(
+            f"{where}: must hold {count} records of {length} bytes = {count * length} bytes, got {len(content)}: the "
+            f"file is truncated or another data set. Extract {source.archive} again."
+        )
+    records = np.frombuffer(content, np.uint8).reshape(count, length)
+    labels = records[:, source.label_bytes - 1].astype(np.int32)
+    if labels.max(initial=0) >= len(source.class_names):
+        raise DataError(
+            f"{where}: labels must be below {len(source.class_names)}, got {labels.max()}: the file is damaged. "
+            f"Extract {source.archive} again."
+        )
+    pixels = records[:, source.label_bytes :].reshape(count, 3, SIZE, SIZE)
+    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)), labels
+
+
+def _tfds(name: str, reasons: list[str]) -> Splits | None:
+    """Reads a data set already prepared by TensorFlow Datasets, without TensorFlow.
+
+    Nothing is prepared here: that needs TensorFlow and would fetch the very archive that the
+    next source fetches without it.
+
+    Args:
+        name: Name of the data set, the same there as here.
+        reasons: Gets one line appended if the data set cannot be read.
+
+    Returns:
+        The images, in the order of the binary archive, or None.
+    """
+    try:
+        import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        reasons.append(f"- TensorFlow Datasets: not importable ({error}); `pip install 'farms-jax[tfds]'`.")
+        return None
+    try:
+        parts = [_tfds_split(tfds.data_source(name, split=split, download=False)) for split in ("train", "test")]
+    except Exception as error:  # an unprepared data set is a KeyError, a TFRecord one NotImplementedError, ...
+        prepare = f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
+        reasons.append(f"- TensorFlow Datasets: not prepared as array_record ({error}); with TensorFlow: `{prepare}`.")
+        return None
+    return Splits(*parts[0], *parts[1], class_names=SOURCES[name].class_names)
+
+
+def _tfds_split(examples: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns images and labels of a TFDS source in the order of the archive, from ids like "train_00042"."""
+    ordered = sorted(examples, key=lambda example: example["id"])
+    images = np.stack([np.asarray(example["image"], np.uint8) for example in ordered])
+    return images, np.asarray([example["label"] for example in ordered], np.int32)
