@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 from farms_jax._esd import Solver, pooled_eigenvalues
 from farms_jax._matrices import FLAX_AXES, Axes
@@ -156,7 +157,7 @@ def _unfit(leaf: Any) -> str | None:
 
 def _check_finite(layers: list[tuple[str, Any]], platform: str) -> None:
     weights = [weight for _, weight in layers]
-    if any(isinstance(weight, jax.core.Tracer) for weight in weights):
+    if any(isinstance(weight, Tracer) for weight in weights):
         return
     if platform == "cpu":  # no copy, and nothing to compile
         finite = [np.isfinite(np.asarray(weight)).all() for weight in weights]
@@ -173,7 +174,7 @@ def _check_finite(layers: list[tuple[str, Any]], platform: str) -> None:
 def _platform(weights: Iterable[Any]) -> str:
     """Platform the weights lie on; of traced ones and of numpy arrays, the default."""
     for weight in weights:
-        if isinstance(weight, jax.Array) and not isinstance(weight, jax.core.Tracer):
+        if isinstance(weight, jax.Array) and not isinstance(weight, Tracer):
             return next(iter(weight.devices())).platform
     return jax.default_backend()
 
@@ -201,6 +202,9 @@ def _measure_spectra(spectra: list[Array], tail: Tail) -> dict[str, Array]:
     """Measures of L layers from their spectra (D, E): one vmapped fit of all divisions, then means by layer.
 
     Spectra are padded in front to one length, so that one fit is compiled, not one per length.
+
+    Returns:
+        The measures by name, each (L,).
     """
     if not spectra:
         return {key: jnp.zeros(0, jnp.int32 if key == "num_eigenvalues" else float) for key in METRICS}

@@ -41,7 +41,6 @@ def pooled_eigenvalues(
     Returns:
         L arrays (D, E), ascending, not negative.
     """
-
     if not weights:
         return []
     if platform != "cpu":
@@ -56,11 +55,11 @@ def pooled_eigenvalues(
         spectra = _host.spectra(stacks, grids, svd=solver == "svd", max_bytes=max_batch_bytes)
         return tuple(np.ascontiguousarray(values).view(np.uint32) for values in spectra)
 
-    lengths = [grid.num_eigenvalues(axes.stack_shape(weight.shape)[0]) for weight, grid in zip(weights, grids, strict=True)]
     words = dtype.itemsize // 4
+    positions = [axes.stack_shape(weight.shape)[0] for weight in weights]
     shapes = tuple(
-        jax.ShapeDtypeStruct((grid.divisions, length * words), np.uint32)
-        for grid, length in zip(grids, lengths, strict=True)
+        jax.ShapeDtypeStruct((grid.divisions, grid.num_eigenvalues(count) * words), np.uint32)
+        for grid, count in zip(grids, positions, strict=True)
     )
     # Bits, not floats, cross the border: a callback's thread does not know of `with jax.enable_x64(True)`
     # around the call and would round float64 to float32 on the way in and out.
@@ -166,4 +165,3 @@ def _singular_values_squared(windows: Array) -> Array:
     values = jnp.linalg.svd(windows, compute_uv=False)[:, ::-1]
     floor = values[:, -1:] * (values.shape[-1] ** 0.5 * jnp.finfo(values.dtype).eps)
     return jnp.where(values > floor, values, 0) ** 2
-

@@ -42,7 +42,9 @@ def spectra(stacks: Sequence[np.ndarray], grids: Sequence[Grid], *, svd: bool, m
     Returns:
         L arrays (D, E), ascending, in the stacks' precision, never negative.
     """
-    flat = [np.zeros((len(s) * len(g.starts), min(g.rows, g.cols)), s.dtype) for s, g in zip(stacks, grids, strict=True)]
+    flat = [
+        np.zeros((len(s) * len(g.starts), min(g.rows, g.cols)), s.dtype) for s, g in zip(stacks, grids, strict=True)
+    ]
     cores = _cores()
     tasks = sorted(_tasks(stacks, grids, cores, max_bytes // cores), key=lambda task: -task.cost)
     finite = [bool(np.isfinite(stack).all()) for stack in stacks]

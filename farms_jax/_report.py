@@ -100,7 +100,10 @@ class LayerReport:
                 f"{name:<{width}} {alpha} {row['ks_distance']:6.3f} {row['xmin']:10.3g} "
                 f"{row['largest_eigenvalue']:10.3g} {row['stable_rank']:7.1f} {row['num_eigenvalues']:8d}"
             )
-        if self.left_out:
-            lines.append(f"left out ({len(self.left_out)}):")
-            lines += [f"  {name}: {reason}" for name, reason in self.left_out]
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.left_out:
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"left out ({reason}): {', '.join(names[:3])}{more}")
         return "\n".join(lines)

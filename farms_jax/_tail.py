@@ -183,6 +183,9 @@ def _search(spectrum: _Spectrum, candidates: Array) -> tuple[Array, Array, Array
     Every candidate's distance is bounded from below by its largest deviation at a few probes; candidates
     are then measured whole in the order of their bounds until no bound is below the best distance. The
     answer is the plain search's, at O(E) memory and, for the spectra of real weights, far below O(E^2) time.
+
+    Returns:
+        Three scalars; alpha 0 and distance 1 where there is no candidate.
     """
     logs = spectrum.logs
     alphas = _all_alphas(logs)

@@ -1,0 +1,86 @@
+"""lr_scale(): a report -> one learning-rate factor for every leaf of the parameters."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from farms_jax import mappings
+from farms_jax._names import Follow, leader, module_of, named_leaves
+from farms_jax._report import METRICS, LayerReport
+
+MappingName = Literal["linear", "sqrt", "log2", "step", "sigmoid"]
+
+
+def lr_scale(
+    report: LayerReport,
+    params: Any,
+    *,
+    low: float = 0.5,
+    high: float = 1.5,
+    mapping: MappingName | mappings.Mapping = "linear",
+    metric: str = "alpha",
+    follow: Follow | None = None,
+) -> Any:
+    r"""Turn the layers' scores into factors of the learning rate (TempBalance).
+
+    Every layer of the report gets its factor, so do the other leaves of its module (a bias), and the leaves that
+    follow it; all others get 1. A layer without a tail (alpha 0) keeps 1 and does not move the others. Where all
+    scores are equal, or there is one layer, every factor is 1 (the reference gives the maximum there).
+
+    Args:
+        report: of `analyze`; layers left out of it are not balanced.
+        params: the tree whose leaves get factors.
+        low: factor of the smallest score; the reference's `lr_min_ratio`, 0.5 there too.
+        high: factor of the largest score; the reference's `lr_max_ratio`, 1.5 there too.
+        mapping: `"linear"`, `"sqrt"`, `"log2"`, `"step"` (TempBalance), `"sigmoid"` (TB_Sigmoid), or a function
+            of (scores, low, high): see `farms_jax.mappings`.
+        metric: the field of the report that is the score.
+        follow: which layer a norm follows: `{pattern: replacement}` on leaf names, such as
+            `{r"(.*)bn(\d+)/.*": r"\1conv\2/kernel"}` (by name), a function of the leaf's name such as
+            `follow_order` makes (by order), or `None`: norms keep 1. It names a layer or its module.
+
+    Returns:
+        A tree like `params` of float32 scalars.
+
+    Raises:
+        ValueError: unknown mapping or metric, `low` above `high`, or a layer that `params` does not have.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"lr_scale: metric must be one of {', '.join(METRICS)}; got {metric!r}")
+    if not callable(mapping) and mapping not in mappings.NAMED:
+        raise ValueError(f"lr_scale: mapping must be a function or one of {', '.join(mappings.NAMED)}; got {mapping!r}")
+    if isinstance(low, int | float) and isinstance(high, int | float) and not 0 < low <= high:
+        raise ValueError(f"lr_scale: low and high must satisfy 0 < low <= high, got {low} and {high}")
+    names = [name for name, _ in named_leaves(params)]
+    if unknown := sorted(set(report.names) - set(names)):
+        raise ValueError(f"lr_scale: params has no {unknown[0]!r}, which the report has; pass the analysed params")
+    map_scores = mapping if callable(mapping) else mappings.NAMED[mapping]
+    scales = dict(zip(report.names, _scales(report, metric, map_scores, low, high), strict=True))
+    by_module = {module_of(name): scale for name, scale in scales.items()}
+
+    def scale_of(name: str) -> Array:
+        for key in (name, leader(name, follow)):
+            if key in scales:
+                return scales[key]
+        for key in (module_of(name), leader(name, follow)):
+            if key in by_module:
+                return by_module[key]
+        return jnp.ones((), jnp.float32)
+
+    return jax.tree.unflatten(jax.tree.structure(params), [scale_of(name) for name in names])
+
+
+def _scales(report: LayerReport, metric: str, mapping: mappings.Mapping, low: float, high: float) -> list[Array]:
+    """Factor of each layer, float32 scalars."""
+    if not report.names:
+        return []
+    scores = jnp.asarray(getattr(report, metric), jnp.result_type(float))
+    fitted = report.alpha > 0
+    # Layers without a tail stand at the mean of the others: there they stretch no range.
+    mean = jnp.where(fitted, scores, 0).sum() / jnp.maximum(fitted.sum(), 1)
+    scores = jnp.where(fitted, scores, mean)
+    equal = scores.max() == scores.min()
+    scales = jnp.where(fitted & ~equal, mapping(jnp.where(fitted.any(), scores, 1), low, high), 1)
+    return list(scales.astype(jnp.float32))

@@ -1,0 +1,59 @@
+"""From scores to factors of the learning rate: the mappings of TempBalance and TB_Sigmoid.
+
+Each takes scores (L,), one per layer, the larger the less trained, and gives factors (L,) around 1.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+
+Mapping = Callable[[Array, float, float], Array]
+
+
+def linear(scores: Array, low: float, high: float) -> Array:
+    """Smallest score to `low`, largest to `high`, linear between (the reference's `tb_linear_map`)."""
+    span = scores.max() - scores.min()
+    return low + (high - low) * (scores - scores.min()) / jnp.where(span > 0, span, 1)
+
+
+def sqrt(scores: Array, low: float, high: float) -> Array:
+    """Square roots over their mean (`tb_sqrt`); `low` and `high` have no part in it."""
+    del low, high
+    roots = jnp.sqrt(scores)
+    return roots / roots.mean()
+
+
+def log2(scores: Array, low: float, high: float) -> Array:
+    """Logarithms over their mean (`tb_log2`); `low` and `high` have no part in it; a score of 1 gives 0."""
+    del low, high
+    logs = jnp.log2(scores)
+    mean = logs.mean()
+    return jnp.where(mean == 0, 1, logs / jnp.where(mean == 0, 1, mean))
+
+
+def step(scores: Array, low: float, high: float) -> Array:
+    """By rank r = 0..L-1: `low + (high - low) r / L`, so that the top stays below `high` (`tb_step`)."""
+    rank = jnp.argsort(jnp.argsort(scores))
+    return low + (high - low) * rank / scores.size
+
+
+def sigmoid(scores: Array, low: float, high: float, slope: float = 1.0) -> Array:
+    """TB_Sigmoid: 10**f, with f a sigmoid of the score less the mean, running from log10(low) to log10(high).
+
+    The reference's (sigmoid_min, sigmoid_max, exp_temp) are `low = 10**(-sigmoid_min / 2)`,
+    `high = 10**(sigmoid_max / 2)` and `slope`: its (1, 1) is (0.316, 3.16) here. Another slope is passed as
+    `mapping=functools.partial(farms_jax.mappings.sigmoid, slope=2.0)`.
+
+    Returns:
+        Factors (L,).
+
+    References:
+        Liu et al., Model Balancing Helps Low-data Training and Fine-tuning, EMNLP 2024.
+    """
+    centred = scores - scores.mean()
+    height = jnp.where(centred > 0, 2 * jnp.log10(high), -2 * jnp.log10(low))
+    return 10 ** (height * (1 / (1 + jnp.exp(-slope * centred)) - 0.5))
+
+
+NAMED: dict[str, Mapping] = {"linear": linear, "sqrt": sqrt, "log2": log2, "step": step, "sigmoid": sigmoid}
