@@ -4,12 +4,12 @@ import contextlib
 
 import jax
 import numpy as np
+import oracle
 import pytest
 from helpers import ALPHA_RTOL, load_cases, tail_of, window_of
 from weights import weight
 
 import farms_jax
-import oracle
 from farms_jax._matrices import TORCH_AXES
 from farms_jax._windows import make_grid
 
@@ -87,7 +87,9 @@ def check(cases, numbers, key, settings, precision):
         np.testing.assert_allclose(row["ks_distance"], numbers["D" + suffix][number], atol=1e-4)
         assert row["num_eigenvalues"] == (case["n_eigs"] if "n_eigs" in case else numbers["n_eigs"][number])
         for theirs, ours in REFERENCE_NAMES.items():
-            np.testing.assert_allclose(row[ours], numbers[theirs][number], rtol=1e-4, err_msg=f"{ours} of case {number}")
+            np.testing.assert_allclose(
+                row[ours], numbers[theirs][number], rtol=1e-4, err_msg=f"{ours} of case {number}"
+            )
         np.testing.assert_allclose(row["alpha_hat"], numbers["alpha_hat"][number], rtol=2e-3, atol=2e-3)
 
 
@@ -132,8 +134,12 @@ def test_channels_first_is_not_guessed(rule):
     numbers = [
         CONV_NUMBERS["alpha"][case["case"]]
         for case in CONV
-        if case["tensor"] == "conv_4x4x7x7" and case["Q_ratio"] == 1.0 and case["fit"] == fit
-        and case["xmin_pos"] == 2 and case["conv_norm"] == 0.5 and not case["filter_zeros"]
+        if case["tensor"] == "conv_4x4x7x7"
+        and case["Q_ratio"] == 1.0
+        and case["fit"] == fit
+        and case["xmin_pos"] == 2
+        and case["conv_norm"] == 0.5
+        and not case["filter_zeros"]
     ]
     tail = farms_jax.Tail(rule)
     guessed = farms_jax.analyze({"k": kernel}, axes=farms_jax.Axes(rows=2, cols=3), tail=tail).alpha[0]

@@ -1,0 +1,270 @@
+"""analyze(): layouts, what is left out, options, degenerate weights, tracing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+
+import farms_jax
+from farms_jax import TORCH_AXES, Tail, Window, analyze
+from farms_jax._matrices import as_matrices
+from farms_jax._windows import make_grid
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+PARAMS = {
+    "conv_2": {"kernel": normal(3, 3, 8, 16), "bias": normal(16)},
+    "conv_10": {"kernel": normal(1, 2, 12, 5, seed=1)},
+    "dense": {"kernel": normal(40, 24, seed=2), "bias": normal(24)},
+}
+
+
+def oracle_alphas(weight, window, tail, axes=farms_jax.FLAX_AXES, kernel_scale=0.5):
+    """Alpha of each division by plain loops."""
+    stack = as_matrices(weight, axes).astype(np.float64) * np.sqrt(kernel_scale if weight.ndim == 4 else 1)
+    grid = make_grid(window, stack.shape, is_kernel=weight.ndim == 4)
+    stack = stack.swapaxes(1, 2) if grid.transposed else stack
+    per_division = len(grid.starts) // grid.divisions
+    alphas = []
+    for d in range(grid.divisions):
+        starts = grid.starts[d * per_division : (d + 1) * per_division]
+        windows = [matrix[i : i + grid.rows, j : j + grid.cols] for matrix in stack for i, j in starts]
+        alphas.append(oracle.tail(oracle.eigenvalues(windows), tail.xmin)[0])
+    return alphas
+
+
+@pytest.mark.parametrize("rule", ["median", "peak", "ks"])
+@pytest.mark.parametrize("window", [Window(), Window(rows=7, per_axis=3), Window(aspect_ratio=2.0, stride=5), None])
+def test_equals_the_oracle(window, rule):
+    report = analyze(PARAMS, window=window, tail=Tail(rule))
+    assert report.names == ("conv_2/kernel", "conv_10/kernel", "dense/kernel")  # natural order
+    for name, alpha in zip(report.names, report.alpha, strict=True):
+        module, leaf = name.split("/")
+        np.testing.assert_allclose(
+            alpha, np.mean(oracle_alphas(PARAMS[module][leaf], window, Tail(rule))), rtol=1e-3, err_msg=name
+        )
+
+
+def test_layouts_agree():
+    linen = {"layers_0": {"kernel": normal(12, 9), "bias": normal(9)}, "layers_1": {"kernel": normal(3, 3, 4, 8)}}
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.layers_0 = nnx.Linear(12, 9, rngs=nnx.Rngs(0))
+            self.layers_1 = nnx.Conv(4, 8, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+
+    model = Model()
+    nnx.update(model, linen)
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Module:
+        weight: jax.Array
+
+    torch = {
+        "layers_0.weight": linen["layers_0"]["kernel"].T,
+        "layers_1.weight": linen["layers_1"]["kernel"].transpose(3, 2, 0, 1),
+    }
+    equinox = {"layers_0": Module(torch["layers_0.weight"]), "layers_1": Module(torch["layers_1.weight"])}
+    reports = {
+        "layers_0/kernel": [analyze(linen), analyze(nnx.state(model, nnx.Param)), analyze(model)],
+        "layers_0.weight": [analyze(torch, axes=TORCH_AXES)],
+        "layers_0/weight": [analyze(equinox, axes=TORCH_AXES)],
+    }
+    for first, found in reports.items():
+        for report in found:
+            assert report.names[0] == first
+            np.testing.assert_allclose(report.alpha, reports["layers_0/kernel"][0].alpha, rtol=1e-6)
+
+
+def test_every_leaf_is_in_the_report_or_left_out_with_its_reason():
+    params = {
+        "a": {"kernel": normal(20, 10), "bias": normal(10)},
+        "b": {"kernel": normal(3, 4, 5)},
+        "counts": np.arange(30).reshape(5, 6),
+        "spectral": normal(6, 6) + 1j,
+        "tiny": normal(2, 2),
+        "empty": np.zeros((0, 7), np.float32),
+        "number": 3.0,
+        "head": normal(20, 10),
+        "key": jax.random.key(0),
+    }
+    report = analyze(params, exclude=("head",))
+    assert report.names == ("a/kernel",)
+    reasons = dict(report.left_out)
+    assert set(reasons) | set(report.names) == {name for name, _ in farms_jax.named_leaves(params)}
+    assert reasons["a/bias"].startswith("1 axes")
+    assert reasons["b/kernel"].startswith("3 axes")
+    assert reasons["counts"] == "dtype int64, not floating point"
+    assert reasons["spectral"].startswith("dtype complex")
+    assert reasons["tiny"] == "too few eigenvalues: 2, fewer than 5"
+    assert reasons["empty"] == "empty"
+    assert reasons["number"].startswith("not an array")
+    assert reasons["head"] == "excluded"
+    assert reasons["key"].startswith("dtype key")
+    assert "left out (excluded): head" in str(report)
+
+
+def test_too_few_eigenvalues_of_a_whole_matrix():
+    report = analyze({"m": normal(4, 30)}, window=None)
+    assert report.left_out == (("m", "too few eigenvalues: 4, fewer than 5"),)
+    assert len(analyze({"m": normal(4, 30)}, window=None, tail=Tail(min_count=4))) == 1
+
+
+def test_exclude_that_matches_nothing_is_an_error():
+    with pytest.raises(ValueError, match=r"exclude: 'dense' matches no name as a whole; names are: conv_2/bias"):
+        analyze(PARAMS, exclude="dense")
+    with pytest.raises(ValueError, match="not a regular expression"):
+        analyze(PARAMS, exclude="(")
+    assert analyze(PARAMS, exclude=("dense/.*", "conv_10/.*")).names == ("conv_2/kernel",)
+
+
+def test_divisions_pooled_or_mean():
+    kernel = {"k": normal(3, 3, 5, 17)}
+    mean = analyze(kernel, eigenvalues=True)
+    pooled = analyze(kernel, window=Window(divisions="pooled"), eigenvalues=True)
+    assert mean.eigenvalues[0].shape == (3, 45)
+    assert pooled.eigenvalues[0].shape == (1, 135)
+    spectrum = np.sort(np.ravel(mean.eigenvalues[0]))
+    np.testing.assert_allclose(pooled.eigenvalues[0][0], spectrum, rtol=1e-6)
+    np.testing.assert_allclose(pooled.alpha[0], oracle.tail(spectrum.astype(float), "median")[0], rtol=1e-4)
+    np.testing.assert_allclose(mean.alpha[0], np.mean(oracle_alphas(kernel["k"], Window(), Tail())), rtol=1e-4)
+    assert analyze(kernel).eigenvalues is None
+
+
+def test_measures():
+    matrix = normal(30, 20)
+    row = analyze({"m": matrix}, window=None).to_dict()["m"]
+    values = np.linalg.svd(matrix.astype(float), compute_uv=False) ** 2
+    alpha, distance, xmin = oracle.tail(values[::-1], "median")
+    expected = {
+        "alpha": alpha,
+        "ks_distance": distance,
+        "xmin": xmin,
+        "largest_eigenvalue": values[0],
+        "norm": values.sum(),
+        "stable_rank": values.sum() / values[0],
+        "alpha_hat": alpha * np.log10(values[0]),
+        "num_eigenvalues": 20,
+        "num_params": 600,
+    }
+    assert set(row) == set(expected)
+    for key, value in expected.items():
+        np.testing.assert_allclose(row[key], value, rtol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("rule", ["median", "peak", "ks"])
+def test_zero_and_constant_weights_have_no_tail(rule):
+    params = {
+        "zero": np.zeros((8, 8), np.float32),
+        "constant": np.full((8, 8), 0.5, np.float32),
+        "z": np.zeros((3, 3, 4, 8)),
+    }
+    report = analyze(params, tail=Tail(rule))
+    np.testing.assert_array_equal(report.alpha, 0)
+    np.testing.assert_array_equal(report.ks_distance, 1)
+    assert all(np.isfinite(getattr(report, metric)).all() for metric in farms_jax._report.METRICS)
+    assert "no tail" in str(report)
+
+
+def test_orthogonal_weight_has_no_tail():
+    orthogonal, _ = np.linalg.qr(normal(64, 64))
+    assert analyze({"q": orthogonal.astype(np.float32)}).alpha[0] == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_and_inf_name_the_layer(bad):
+    broken = {**PARAMS, "broken": {"kernel": np.where(normal(9, 9) > 1, bad, 1).astype(np.float32)}}
+    with pytest.raises(ValueError, match="NaN or Inf in broken/kernel; .*exclude"):
+        analyze(broken)
+    assert "broken/kernel" not in analyze(broken, exclude="broken/.*").names
+    assert jax.jit(lambda params: analyze(params).alpha)(broken)[0] == 0  # traced: no error can be raised
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_weights_are_computed_in_float32(dtype):
+    half = {"m": jnp.asarray(normal(40, 30), dtype), "k": jnp.asarray(normal(3, 3, 4, 8), dtype)}
+    full = {name: np.asarray(weight, np.float32) for name, weight in half.items()}
+    found, expected = analyze(half), analyze(full)
+    assert found.alpha.dtype == jnp.float32
+    np.testing.assert_array_equal(found.alpha, expected.alpha)
+
+
+def test_one_row_and_empty_trees():
+    assert analyze({"row": normal(1, 40)}, tail=Tail(min_count=2)).num_eigenvalues[0] == 10  # ten windows of 1 x 1
+    for tree in ({}, {"bias": normal(3)}, None, []):
+        report = analyze(tree)
+        assert len(report) == 0
+        assert report.alpha.shape == (0,)
+        assert str(report)
+
+
+def test_two_leaves_of_one_name_are_an_error():
+    with pytest.raises(ValueError, match="two leaves are called 'a/b'"):
+        analyze({"a": {"b": normal(5, 5)}, "a/b": normal(5, 5)})
+
+
+@pytest.mark.parametrize("settings", [{"solver": "lu"}, {"max_batch_bytes": 0}])
+def test_unknown_settings(settings):
+    with pytest.raises(ValueError, match="analyze: "):
+        analyze(PARAMS, **settings)
+
+
+def test_traced_equals_eager_and_compiles_once():
+    traces = []
+
+    @jax.jit
+    def alphas(params):
+        traces.append(1)
+        return analyze(params).alpha
+
+    eager = analyze(PARAMS)
+    for _ in range(3):
+        np.testing.assert_array_equal(alphas(PARAMS), eager.alpha)
+    assert len(traces) == 1
+    scanned = jax.lax.scan(lambda carry, _: (carry, analyze(carry).alpha), jax.tree.map(jnp.asarray, PARAMS), length=2)[
+        1
+    ]
+    np.testing.assert_array_equal(scanned[1], eager.alpha)
+
+
+def test_vmap_over_seeds():
+    stacked = {"m": np.stack([normal(20, 12, seed=seed) for seed in range(3)])}
+    alphas = jax.vmap(lambda params: analyze(params).alpha)(stacked)
+    for seed in range(3):
+        np.testing.assert_allclose(alphas[seed], analyze({"m": stacked["m"][seed]}).alpha, rtol=1e-6)
+
+
+def test_float64_under_the_context_manager():
+    with jax.enable_x64(True):
+        report = analyze({"m": normal(50, 40).astype(np.float64)}, eigenvalues=True, window=None)
+    expected = np.sort(np.linalg.svd(normal(50, 40).astype(np.float64), compute_uv=False) ** 2)
+    assert report.eigenvalues[0].dtype == np.float64
+    np.testing.assert_allclose(np.asarray(report.eigenvalues[0][0]), expected, rtol=1e-12)
+
+
+def test_transposition_changes_nothing_at_aspect_ratio_one():
+    matrix = normal(60, 33)
+    np.testing.assert_allclose(analyze({"m": matrix}).alpha, analyze({"m": matrix.T}).alpha, rtol=1e-5)
+
+
+def test_report_is_a_pytree_and_drops_layers():
+    report = analyze(PARAMS)
+    doubled = jax.tree.map(lambda x: 2 * x, report)
+    np.testing.assert_allclose(doubled.alpha, 2 * report.alpha)
+    assert doubled.names == report.names
+    fewer = report.drop(r"conv_.*")
+    assert fewer.names == ("dense/kernel",)
+    assert fewer.num_params == (960,)
+    assert dict(fewer.left_out)["conv_2/kernel"] == "excluded"
+    with pytest.raises(ValueError, match="matches no name"):
+        report.drop("nothing")

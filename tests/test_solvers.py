@@ -1,0 +1,117 @@
+"""Eigenvalue solvers against float64: the errors that the docstring of `analyze` states."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from farms_jax import _esd, _host
+from farms_jax._matrices import FLAX_AXES
+from farms_jax._windows import Grid, Window, make_grid
+
+EPS = float(np.finfo(np.float32).eps)
+
+
+def problem(heavy):
+    """Stacks and grids of several shapes, and their float64 eigenvalues."""
+    rng = np.random.default_rng(0)
+    draw = (lambda *shape: rng.standard_t(1.5, shape)) if heavy else (lambda *shape: rng.standard_normal(shape))
+    stacks = [
+        draw(*shape).astype(np.float32) for shape in [(1, 60, 40), (9, 32, 70), (1, 12, 50), (4, 16, 16), (1, 1, 9)]
+    ]
+    grids = [
+        make_grid(Window(rows=30, per_axis=3), stacks[0].shape, is_kernel=False),
+        make_grid(Window(), stacks[1].shape, is_kernel=True),
+        make_grid(None, stacks[2].shape, is_kernel=False),
+        make_grid(Window(aspect_ratio=2.0), stacks[3].shape, is_kernel=True),
+        Grid(1, 1, ((0, 3), (0, 8))),
+    ]
+    return stacks, grids, [exact(stack, grid) for stack, grid in zip(stacks, grids, strict=True)]
+
+
+def exact(stack, grid):
+    stack = stack.swapaxes(1, 2) if grid.transposed else stack
+    values = np.concatenate([
+        np.linalg.svd(matrix[i : i + grid.rows, j : j + grid.cols].astype(np.float64), compute_uv=False)[None] ** 2
+        for matrix in stack
+        for i, j in grid.starts
+    ])
+    return np.sort(grid.pool(values), axis=-1)
+
+
+def check(found, expected, tolerance):
+    """Relative error of every eigenvalue within `tolerance(largest / eigenvalue)`."""
+    for values, truth in zip(found, expected, strict=True):
+        values = np.asarray(values, np.float64)
+        assert values.shape == truth.shape
+        relative = np.abs(values - truth) / truth
+        ratio = truth[:, -1:] / truth
+        assert (relative <= tolerance(ratio)).all(), (relative / tolerance(ratio)).max()
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_host_gram_is_exact_to_float32(heavy):
+    stacks, grids, expected = problem(heavy)
+    found = _host.spectra(stacks, grids, svd=False, max_bytes=2**20)
+    check(found, expected, lambda ratio: np.where(ratio < 1e9, 2 * EPS, np.inf))
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_host_singular_values(heavy):
+    stacks, grids, expected = problem(heavy)
+    found = _host.spectra(stacks, grids, svd=True, max_bytes=2**20)
+    check(found, expected, lambda ratio: 8 * EPS * np.sqrt(ratio))
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_batched_gram_serves_the_upper_half(heavy):
+    stacks, grids, expected = problem(heavy)
+    found = _esd.batched_spectra([jnp.asarray(s) for s in stacks], grids, svd=False, max_batch_bytes=2**30)
+    check(found, expected, lambda ratio: 40 * EPS * ratio)  # n EPS is where it rounds to zero
+    if not heavy:
+        for values, truth in zip(found, expected, strict=True):
+            upper = truth.shape[1] // 2
+            np.testing.assert_allclose(values[:, upper:], truth[:, upper:], rtol=1e-4)
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_batched_singular_values(heavy):
+    stacks, grids, expected = problem(heavy)
+    found = _esd.batched_spectra([jnp.asarray(s) for s in stacks], grids, svd=True, max_batch_bytes=2**30)
+    check(found, expected, lambda ratio: 8 * EPS * np.sqrt(ratio))
+
+
+def test_small_batches_change_nothing():
+    stacks, grids, _ = problem(heavy=False)
+    arrays = [jnp.asarray(stack) for stack in stacks]
+    whole = _esd.batched_spectra(arrays, grids, svd=True, max_batch_bytes=2**30)
+    small = _esd.batched_spectra(arrays, grids, svd=True, max_batch_bytes=1)
+    host = [_host.spectra(stacks, grids, svd=False, max_bytes=size) for size in (1, 2**30)]
+    for a, b, c, d in zip(whole, small, *host, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+        np.testing.assert_array_equal(c, d)
+
+
+def test_window_memory_is_bounded():
+    stack = np.zeros((1, 600, 600), np.float32)
+    grid = make_grid(Window(rows=100, per_axis=20), stack.shape, is_kernel=False)  # 400 windows: 16 MB in float32
+    largest = max(
+        (task.last - task.first) * 8 * 2 * 100 * 100 for task in _host._tasks([stack], [grid], cores=2, max_bytes=10**6)
+    )
+    assert largest <= 10**6
+
+
+def test_device_path_is_chosen_by_platform(monkeypatch):
+    called = []
+    monkeypatch.setattr(_esd, "batched_spectra", lambda *args, **kwargs: called.append(kwargs["svd"]) or [])
+    weights = [jnp.ones((6, 6))]
+    grids = [make_grid(None, (1, 6, 6), is_kernel=False)]
+    for solver, exact_values, svd in [
+        ("auto", False, False),
+        ("auto", True, True),
+        ("gram", True, False),
+        ("svd", False, True),
+    ]:
+        _esd.pooled_eigenvalues(
+            weights, FLAX_AXES, grids, platform="gpu", solver=solver, exact=exact_values, max_batch_bytes=1
+        )
+        assert called.pop() is svd

@@ -1,0 +1,108 @@
+"""The tail's fit: known answers, the float64 oracle, degenerate spectra, memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import power_law
+
+from farms_jax import Tail, fit_tail
+
+RULES = ["median", "peak", "ks"]
+
+
+def fit(values, tail, **kwargs):
+    return jax.jit(lambda e: fit_tail(e, tail, **kwargs))(jnp.asarray(values, jnp.float32))
+
+
+@pytest.mark.parametrize("alpha", [1.8, 2.5, 4.0, 7.0])
+@pytest.mark.parametrize("rule", RULES)
+def test_power_law_gives_its_exponent(rule, alpha):
+    found = fit(power_law(alpha, 20_000), Tail(rule))
+    np.testing.assert_allclose(found.alpha, alpha, rtol=0.03)
+    assert found.ks_distance < 0.02
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("seed", range(8))
+def test_equals_the_oracle(rule, seed):
+    rng = np.random.default_rng(seed)
+    values = np.sort(np.exp(rng.normal(rng.uniform(-3, 1), rng.uniform(0.3, 2), rng.integers(20, 700))))
+    values = values.astype(np.float32).astype(np.float64)
+    settings = {"xmin_pos": float(rng.choice([1.5, 2, 3])), "bins": int(rng.choice([50, 100]))}
+    minimum = float(np.quantile(values, 0.2)) if seed % 2 else None
+    found = fit(values, Tail(rule, min_eigenvalue=minimum, **settings))
+    alpha, distance, xmin = oracle.tail(values, rule, min_eigenvalue=minimum, **settings)
+    np.testing.assert_allclose(found.ks_distance, distance, atol=2e-6)
+    np.testing.assert_allclose(found.xmin, xmin, rtol=1e-6)
+    np.testing.assert_allclose(found.alpha, alpha, rtol=1e-5)
+
+
+def test_peak_compares_a_logarithm_with_eigenvalues():
+    # All eigenvalues stand far above the peak's logarithm but below the peak: the lower bound cuts none of them.
+    values = np.sort(np.concatenate([np.full(50, 20.0) + np.arange(50) * 1e-3, power_law(3.0, 300, xmin=3.0)]))
+    values = values.astype(np.float32).astype(np.float64)
+    found = fit(values, Tail("peak"))
+    np.testing.assert_allclose(found.alpha, oracle.tail(values, "peak")[0], rtol=1e-5)
+    assert found.xmin < 0.95 * 20
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_padding_changes_nothing(rule):
+    values = power_law(2.2, 300)
+    plain = fit(values, Tail(rule))
+    padded = fit(np.concatenate([np.zeros(123), values]), Tail(rule), size=300)
+    for a, b in zip(plain, padded, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["median", "ks"])
+def test_scale_does_not_change_alpha(rule):
+    values = power_law(2.7, 400)
+    np.testing.assert_allclose(fit(values, Tail(rule)).alpha, fit(37 * values, Tail(rule)).alpha, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "values", [np.zeros(20), np.full(20, 3.0), np.r_[np.zeros(19), 2.0]], ids=["zeros", "equal", "rank 1"]
+)
+def test_no_tail_is_alpha_zero(values, rule):
+    found = fit(values, Tail(rule))
+    assert (float(found.alpha), float(found.ks_distance), float(found.xmin)) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_zero_eigenvalue_is_never_the_threshold(rule):
+    values = np.concatenate([np.zeros(300), power_law(2.5, 200)])
+    found = fit(values, Tail(rule))
+    assert found.xmin > 0
+    np.testing.assert_allclose(found.alpha, oracle.tail(values.astype(np.float32).astype(float), rule)[0], rtol=1e-4)
+
+
+def test_filter_keeps_all_where_it_would_leave_none():
+    values = power_law(2.5, 100) * 1e-9
+    kept = fit(values, Tail(min_eigenvalue=1e-5))
+    np.testing.assert_allclose(kept.alpha, fit(values, Tail()).alpha)
+    assert kept.num_eigenvalues == 100
+
+
+@pytest.mark.parametrize("rule", ["peak", "ks"])
+def test_memory_is_bounded_at_half_a_million(rule):
+    shape = jax.ShapeDtypeStruct((500_000,), jnp.float32)
+    memory = jax.jit(lambda e: fit_tail(e, Tail(rule))).lower(shape).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 500e6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"xmin": "xmin_mid"}, "'median', 'peak' or 'ks', got 'xmin_mid'"),
+        ({"xmin_pos": 1}, "xmin_pos must be above 1"),
+        ({"bins": 0}, "bins must be at least 1"),
+        ({"min_count": 1}, "min_count must be at least 2"),
+    ],
+)
+def test_tail_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Tail(**settings)

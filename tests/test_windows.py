@@ -1,0 +1,104 @@
+"""Axes, matrices and windows: every window lies inside its matrix, and lies where the reference puts it."""
+
+import numpy as np
+import pytest
+
+from farms_jax import FLAX_AXES, TORCH_AXES, Axes, Window
+from farms_jax._matrices import as_matrices
+from farms_jax._windows import make_grid
+
+RNG = np.random.default_rng(0)
+
+
+def test_kernel_becomes_one_matrix_per_position():
+    kernel = RNG.standard_normal((3, 2, 4, 5))  # (height, width, in, out)
+    stack = as_matrices(kernel, FLAX_AXES)
+    assert stack.shape == FLAX_AXES.stack_shape(kernel.shape) == (6, 5, 4)
+    np.testing.assert_array_equal(stack[2 * 2 + 1], kernel[2, 1].T)
+
+
+def test_torch_and_flax_orientation_give_the_same_stack():
+    kernel = RNG.standard_normal((3, 2, 4, 5))
+    np.testing.assert_array_equal(as_matrices(kernel, FLAX_AXES), as_matrices(kernel.transpose(3, 2, 0, 1), TORCH_AXES))
+
+
+def test_axes_must_differ():
+    with pytest.raises(ValueError, match="rows and cols must be different"):
+        Axes(1, 1)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_window_lies_inside_and_has_the_aspect_ratio(seed):
+    rng = np.random.default_rng(seed)
+    rows, cols = rng.integers(1, 300, 2)
+    window = Window(
+        rows=int(rng.integers(1, 400)) if rng.random() < 0.7 else None,
+        aspect_ratio=float(rng.choice([0.3, 0.5, 0.75, 1.0, 1.15, 1.5, 2.0, 3.0])),
+        **({"stride": int(rng.integers(1, 50))} if rng.random() < 0.3 else {"per_axis": int(rng.integers(1, 16))}),
+    )
+    for is_kernel in (False, True):
+        grid = make_grid(window, (4, rows, cols), is_kernel=is_kernel)
+        height, width = (cols, rows) if grid.transposed else (rows, cols)
+        starts = np.array(grid.starts)
+        assert (starts >= 0).all()
+        assert (starts + [grid.rows, grid.cols] <= [height, width]).all()
+        assert len(set(grid.starts)) == len(grid.starts)
+        assert grid.cols in {max(1, int(grid.rows * window.aspect_ratio)), width} or is_kernel
+
+
+@pytest.mark.parametrize(
+    ("window", "shape", "size"),
+    [
+        (Window(), (100, 512), (100, 100)),  # the smaller dimension
+        (Window(), (512, 10), (10, 10)),
+        (Window(rows=100), (10, 64), (10, 10)),  # larger than the matrix: the largest of the same aspect ratio
+        (Window(aspect_ratio=2.0), (100, 50), (25, 50)),
+        (Window(aspect_ratio=0.5), (100, 80), (100, 50)),
+        (Window(rows=100, aspect_ratio=1.15), (400, 400), (100, 114)),  # int() truncates
+        (Window(rows=8), (1, 30), (1, 1)),
+        (None, (7, 9), (7, 9)),
+    ],
+)
+def test_window_size(window, shape, size):
+    grid = make_grid(window, (1, *shape), is_kernel=False)
+    assert (grid.rows, grid.cols) == size
+
+
+def test_documented_grid():
+    grid = make_grid(Window(rows=50, per_axis=4), (1, 200, 100), is_kernel=False)
+    assert sorted({i for i, _ in grid.starts}) == [0, 50, 100, 150]
+    assert sorted({j for _, j in grid.starts}) == [0, 16, 32, 48]
+
+
+def test_stride_and_single_position():
+    assert make_grid(Window(rows=4, stride=3), (1, 11, 4), is_kernel=False).starts == ((0, 0), (3, 0), (6, 0))
+    assert make_grid(Window(rows=4, per_axis=1), (1, 11, 9), is_kernel=False).starts == ((0, 0),)
+
+
+def test_kernel_divisions_ignore_the_matrix_grid():
+    for window in (Window(), Window(rows=3, stride=1), Window(per_axis=2)):
+        grid = make_grid(window, (9, 48, 20), is_kernel=True)
+        assert (grid.rows, grid.cols, grid.divisions, grid.starts) == (20, 20, 2, ((0, 0), (20, 0)))
+        assert make_grid(window, (9, 20, 48), is_kernel=True).transposed
+
+
+def test_pooling_joins_positions_and_windows_of_a_division():
+    grid = make_grid(Window(), (2, 6, 3), is_kernel=True)  # K=2, D=2, three eigenvalues a window
+    values = np.arange(12).reshape(4, 3)  # windows: position 0 division 0, position 0 division 1, position 1 ...
+    assert grid.num_eigenvalues(2) == 6
+    np.testing.assert_array_equal(grid.pool(values), [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rows": 0}, "rows must be a whole number of at least 1, got 0"),
+        ({"stride": 1.5}, "stride must be a whole number"),
+        ({"aspect_ratio": 0}, "aspect_ratio must be above 0"),
+        ({"stride": 2, "per_axis": 3}, "not both"),
+        ({"divisions": "max"}, "'mean' or 'pooled', got 'max'"),
+    ],
+)
+def test_window_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Window(**settings)

@@ -1,0 +1,84 @@
+"""Train an image classifier with TempBalance and FARMS.
+
+python -m train.cifar --tb farms                   CIFAR-100 where it can be had, else a short run on bundled digits
+python -m train.cifar --recipe resnet18-ls-ours    a row of the paper's Table 13; `--recipe list` names all
+python -m train.cifar --resume runs/NAME           go on with a run that was stopped
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import tyro
+
+from train.config import RECIPES, Config, resolve
+from train.data import DataError, load
+from train.experiment import check_same_data, facts, train_run
+from train.rundir import RunError, read_config, write_config
+
+
+def main() -> None:
+    """Run the program; a mistake in settings or data is one line on stderr, and exit status 2."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--recipe", metavar="NAME")
+    special, settings = parser.parse_known_args()
+    try:
+        if special.recipe == "list":
+            print("\n".join(RECIPES))
+        elif special.resume is not None:
+            resume(special.resume, settings)
+        else:
+            start(special.recipe, settings)
+    except (DataError, RunError, ValueError) as error:
+        print(f"train.cifar: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ntrain.cifar: stopped; go on with --resume and the run's directory", file=sys.stderr)
+        sys.exit(130)
+
+
+def start(recipe: str | None, settings: list[str]) -> None:
+    """Begin a run.
+
+    Args:
+        recipe: name of the settings to start from.
+        settings: command line that changes them.
+
+    Raises:
+        RunError: there is no such recipe.
+    """
+    if recipe is not None and recipe not in RECIPES:
+        raise RunError(f"--recipe: there is no {recipe!r}; `--recipe list` names all {len(RECIPES)}")
+    description = f"{__doc__}\nBesides the options below: --recipe NAME, --resume RUN_DIR."
+    default = RECIPES[recipe] if recipe else Config()
+    config = tyro.cli(Config, default=default, args=settings, prog="train.cifar", description=description)
+    images = load(config.dataset, data_dir=config.data_dir, limit_train=config.limit_train)
+    config = resolve(config, small=images.name.startswith("digits"))
+    data = "".join(c if c.isalnum() else "-" for c in images.name.split(":")[0].split(" ")[0])
+    run = config.out / f"{data}-{config.model}-{config.tb}-{time.strftime('%Y%m%d-%H%M%S')}"
+    write_config(run, config, facts(images))
+    print(train_run(run, config, images))
+
+
+def resume(run: Path, settings: list[str]) -> None:
+    """Go on with a run from its last checkpoints.
+
+    Args:
+        run: its directory.
+        settings: must be empty, a run keeps its settings.
+
+    Raises:
+        RunError: there is no run, settings were given, or the data are not the same any more.
+    """
+    if settings:
+        raise RunError(f"--resume goes on with the run's own settings; leave out {' '.join(settings)}")
+    config, before = read_config(run)
+    images = load(before["dataset"], data_dir=config.data_dir, limit_train=config.limit_train)
+    check_same_data(images, before)
+    print(train_run(run, config, images))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What a training run is made of, and the named recipes of the paper.
+
+Recipes are the rows of Table 13 (`resnet18-ls-ours`) and of the ablations: `table3-...` scaling ratios, `table5-...`
+aspect ratios, `table7-...` how a kernel's divisions make one number. `python -m train.cifar --recipe list` names all.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from farms_jax import Tail, Window
+
+TempBalance = Literal["none", "tb", "farms"]
+Model = Literal["resnet18", "resnet34", "resnet50", "vgg16", "vgg19"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment; `None` is filled in by `resolve`."""
+
+    tb: TempBalance = "farms"
+    """none: one cosine rate (CAL). tb: TempBalance on whole matrices. farms: on windows of one aspect ratio."""
+    dataset: str = "auto"
+    """cifar100, cifar10, digits, folder:PATH, or auto: CIFAR-100 where it can be had, else digits."""
+    data_dir: Path | None = None
+    """Where the data lie, or are downloaded to."""
+    model: Model = "resnet18"
+    """Network, in its form for small images."""
+    width: float | None = None
+    """Factor on all channels. Default: 1; 0.25 on digits."""
+    layer_selection: bool = True
+    """Leave the first and the last layer at the global rate (the papers' LS)."""
+    epochs: int | None = None
+    """Default: 200; 12 on digits."""
+    batch_size: int | None = None
+    """Images in a step; the rest of an epoch is dropped. Default: 128; 64 on digits."""
+    learning_rate: float | None = None
+    """Global rate at the start of its cosine. Default: the paper's Table 13."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 5e-4
+    """Of SGD, on every parameter."""
+    low: float | None = None
+    """Factor of the best trained layer's rate. Default: Table 13."""
+    high: float | None = None
+    """Factor of the least trained layer's rate. Default: Table 13."""
+    mapping: Literal["linear", "sqrt", "log2", "step", "sigmoid"] = "linear"
+    """From alphas to factors."""
+    xmin: Literal["median", "peak", "ks"] = "median"
+    """Rule for the start of the power-law tail."""
+    window_rows: int | None = None
+    """Window of the final layer; default: its smaller dimension (Table 15)."""
+    per_axis: int = 9
+    """Window positions per axis on the final layer (Table 15)."""
+    aspect_ratio: float = 1.0
+    """Columns over rows of a window (Table 5)."""
+    divisions: Literal["mean", "pooled"] = "mean"
+    """How the divisions of a kernel make one alpha (Table 7)."""
+    norms: Literal["name", "order", "none"] = "name"
+    """Which batch norms take their convolution's rate: by name, by order (those of shortcuts too), or none."""
+    augment: bool = True
+    """Random crop with padding 4, and flip. Digits are never flipped or cropped."""
+    bfloat16: bool = False
+    """Compute in bfloat16; parameters stay float32."""
+    seeds: tuple[int, ...] = (43,)
+    """One network is trained per seed; the paper's are 43 37 13."""
+    limit_train: int | None = None
+    """Use so many training images, balanced over the classes."""
+    out: Path = Path("runs")
+    """Folder for run directories."""
+
+    def __post_init__(self) -> None:
+        """Check what the command line can get wrong."""
+        for field in ("width", "epochs", "batch_size", "learning_rate", "low", "high", "limit_train", "aspect_ratio"):
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{field.replace('_', '-')} must be above 0, got {value}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"--seeds must be different numbers, at least one; got {self.seeds}")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"--low must not be above --high, got {self.low} and {self.high}")
+        self.window_of_run()  # its own checks
+
+    def window_of_run(self) -> Window | None:
+        """Windows to analyse with: those of FARMS, also to watch a run without TempBalance; `None` for tb."""
+        window = Window(self.window_rows, self.aspect_ratio, per_axis=self.per_axis, divisions=self.divisions)
+        return None if self.tb == "tb" else window
+
+    def tail(self) -> Tail:
+        """Tail rule to analyse with."""
+        return Tail(self.xmin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Rates of one row of Table 13: initial learning rate, and the factors' range."""
+
+    learning_rate: float
+    low: float = 1.0
+    high: float = 1.0
+
+
+# Paper, Table 13. Key: (model, tb, layer selection). Of the three CAL rates the one that the paper's scripts use.
+TABLE_13: dict[tuple[str, TempBalance, bool], Row] = {
+    ("resnet18", "none", False): Row(0.1),
+    ("resnet18", "tb", False): Row(0.1, 0.6, 1.4),
+    ("resnet18", "tb", True): Row(0.1, 0.2, 1.8),
+    ("resnet18", "farms", False): Row(0.1, 0.1, 1.9),
+    ("resnet18", "farms", True): Row(0.1, 0.1, 1.9),
+    ("resnet34", "none", False): Row(0.05),
+    ("resnet34", "tb", False): Row(0.1, 0.5, 1.5),
+    ("resnet34", "tb", True): Row(0.1, 0.3, 1.7),
+    ("resnet34", "farms", False): Row(0.1, 0.2, 1.8),
+    ("resnet34", "farms", True): Row(0.1, 0.3, 1.7),
+    ("vgg16", "none", False): Row(0.05),
+    ("vgg16", "tb", False): Row(0.05, 0.6, 1.4),
+    ("vgg16", "tb", True): Row(0.05, 0.3, 1.7),
+    ("vgg16", "farms", False): Row(0.05, 0.2, 1.8),
+    ("vgg16", "farms", True): Row(0.05, 0.2, 1.8),
+    ("vgg19", "none", False): Row(0.05),
+    ("vgg19", "tb", False): Row(0.05, 0.6, 1.4),
+    ("vgg19", "tb", True): Row(0.05, 0.2, 1.8),
+    ("vgg19", "farms", False): Row(0.05, 0.2, 1.8),
+    ("vgg19", "farms", True): Row(0.05, 0.4, 1.6),
+}
+_NAMES = {
+    ("none", False): "cal",
+    ("tb", False): "tb",
+    ("tb", True): "ls-tb",
+    ("farms", False): "ours",
+    ("farms", True): "ls-ours",
+}
+_RATIOS = ((0.1, 1.9), (0.2, 1.8), (0.3, 1.7), (0.4, 1.6), (0.5, 1.5))
+_SEEDS = (43, 37, 13)
+
+
+def _recipes() -> dict[str, Config]:
+    paper = Config(dataset="cifar100", epochs=200, batch_size=128, width=1.0, seeds=_SEEDS)
+    recipes = {}
+    for (model, tb, selection), row in TABLE_13.items():
+        rates = dataclasses.asdict(row)
+        recipes[f"{model}-{_NAMES[tb, selection]}"] = dataclasses.replace(
+            paper, model=model, tb=tb, layer_selection=selection, **rates
+        )
+    for model in ("resnet18", "resnet34", "vgg16", "vgg19"):
+        for name in ("tb", "ours"):
+            for low, high in _RATIOS:
+                best = recipes[f"{model}-ls-{name}"]
+                recipes[f"table3-{model}-{name}-{low}"] = dataclasses.replace(best, low=low, high=high)
+    # The paper's best FARMS setting: with layer selection on ResNet-18, without on VGG-16.
+    for model, best in (("resnet18", recipes["resnet18-ls-ours"]), ("vgg16", recipes["vgg16-ours"])):
+        for ratio in (0.5, 0.75, 1.0, 1.5, 2.0):
+            recipes[f"table5-{model}-{ratio}"] = dataclasses.replace(best, aspect_ratio=ratio)
+        for divisions in ("mean", "pooled"):
+            recipes[f"table7-{model}-{divisions}"] = dataclasses.replace(best, divisions=divisions)
+    return recipes
+
+
+RECIPES: dict[str, Config] = _recipes()
+DIGITS = {"epochs": 12, "batch_size": 64, "width": 0.25}
+CIFAR = {"epochs": 200, "batch_size": 128, "width": 1.0}
+
+
+def resolve(config: Config, *, small: bool) -> Config:
+    """Fill in what is `None`.
+
+    Args:
+        config: as given.
+        small: the data are the bundled digits: a short recipe, and no augmentation.
+
+    Returns:
+        A config without `None` in its numbers.
+    """
+    row = TABLE_13.get((config.model, config.tb, config.layer_selection and config.tb != "none"), Row(0.1, 0.5, 1.5))
+    defaults = {**(DIGITS if small else CIFAR), **dataclasses.asdict(row)}
+    missing = {field: value for field, value in defaults.items() if getattr(config, field) is None}
+    return dataclasses.replace(config, **missing, augment=config.augment and not small)
