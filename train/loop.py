@@ -4,6 +4,7 @@ Everything is a pure function of a `TrainState` of plain arrays and an integer s
 from a checkpoint.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jax import Array, lax
 
 import farms_jax
 from train.config import Config
+from train.layers import compiler_options
 from train.models import MODELS
 
 _EVAL_BATCH = 500
@@ -58,7 +60,8 @@ def make_network(config: Config, num_classes: int) -> Network:
         return _plain(nnx.to_pure_dict(params)), _plain(nnx.to_pure_dict(stats))
 
     def apply(params: Any, stats: Any, images: Array, *, train: bool) -> tuple[Array, dict[str, Any]]:
-        model = nnx.merge(graph, nnx.State(nnx.restore_int_paths(params)), nnx.State(nnx.restore_int_paths(stats)))
+        states = (nnx.State(nnx.restore_int_paths(tree)) for tree in (params, stats))
+        model = nnx.merge(graph, *states, copy=True)
         model.train() if train else model.eval()
         logits = model(images)
         _, _, new_stats = nnx.split(model, nnx.Param, ...)
@@ -155,7 +158,7 @@ def make_epoch(
         params: Any = optax.apply_updates(state.params, updates)
         return TrainState(params, stats, opt_state), (loss, accuracy)
 
-    @jax.jit(donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
     def epoch(state: TrainState, key: Array, images: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
         order_key, augment_key = jax.random.split(key)
         steps = labels.size // batch_size
@@ -183,7 +186,7 @@ def make_evaluate(network: Network, normalise: Normalise) -> Callable[[TrainStat
         `evaluate(state, images, labels) -> metrics` with `test_loss` and `test_accuracy`, float32 scalars.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def evaluate(state: TrainState, images: Array, labels: Array) -> dict[str, Array]:
         size = min(_EVAL_BATCH, labels.size)
         pad = -labels.size % size

@@ -1,0 +1,67 @@
+"""What the benchmarks share: the machine, fair timing of alternatives, and the file of results."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """Returns processor, cores, accelerator and the versions that matter, ready for JSON."""
+    import jax
+
+    return {
+        "cpu": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("jax", "jaxlib", "flax", "numpy", "torch")},
+    }
+
+
+def interleave(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Times the functions in turn, A B A B ..., so that whatever else the machine does hits all of them.
+
+    Args:
+        functions: by name; each must wait for its own results. Called once untimed first.
+        repeats: timed calls of each.
+
+    Returns:
+        Seconds of each call by name.
+    """
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def write(path: str | Path, results: dict[str, Any]) -> None:
+    """Writes results as indented JSON, making the folder if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,177 @@
+"""Spectral analysis of whole networks: ours against a plain PyTorch loop and against WeightWatcher.
+
+    python -m benchmarks.spectral [--networks resnet18 vgg16] [--repeats 5] [--out results.json]
+
+Per network, at full width, in one run with equal threads, interleaved:
+
+- `ours`: `farms_jax.analyze`, rules `median` and `peak`; the first call, with an empty cache, beside it;
+- `loop`: the same windows, one `torch.linalg.svdvals` each, the fit in a plain loop over candidates (`peak`);
+- `whole`: our analysis of whole matrices, what FARMS costs beyond the baseline;
+- `weightwatcher`: `WeightWatcher(model).analyze()` with its defaults: whole matrices, its own power-law fit.
+
+The alphas of `ours` and `loop` are compared as well.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from flax import nnx
+from tqdm import tqdm
+
+import farms_jax
+from benchmarks._common import interleave, machine, write
+from train.models import MODELS
+
+WINDOW = farms_jax.Window(per_axis=9)
+
+
+def network(name: str) -> dict[str, np.ndarray]:
+    """Kernels of a network at full width with 100 classes, in Torch's orientation, by name."""
+    params = nnx.state(MODELS[name].build(num_classes=100, width=1.0, rngs=nnx.Rngs(0)), nnx.Param)
+    kernels = {key: np.asarray(leaf) for key, leaf in farms_jax.named_leaves(params) if leaf.ndim in {2, 4}}
+    return {key: (k.T if k.ndim == 2 else k.transpose(3, 2, 0, 1)).copy() for key, k in kernels.items()}
+
+
+def cut(weight: torch.Tensor) -> list[list[torch.Tensor]]:
+    """Windows of a weight, division by division."""
+    if weight.ndim == 2:
+        rows, cols = weight.shape
+        size = min(rows, cols)
+        step = max(1, (max(rows, cols) - size) // 8)
+        starts = [i * step for i in range(min(9, (max(rows, cols) - size) // step + 1))]
+        return [[weight[s : s + size] if rows > cols else weight[:, s : s + size] for s in starts]]
+    matrices = [weight[:, :, i, j] for i in range(weight.shape[2]) for j in range(weight.shape[3])]
+    matrices = [matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T for matrix in matrices]
+    size = matrices[0].shape[1]
+    return [
+        [matrix[i * size : (i + 1) * size] * 0.5**0.5 for matrix in matrices]
+        for i in range(matrices[0].shape[0] // size)
+    ]
+
+
+def fit(values: torch.Tensor, rule: str) -> float:
+    """Alpha of an ascending spectrum, one candidate after the other."""
+    logs, count = values.log(), len(values)
+    if rule == "median":
+        i = count // 2
+        return float(1 + (count - i) / (logs[i:] - logs[i]).sum())
+    log10 = values.log10()
+    counts = torch.histc(log10, 100)
+    peak = 10 ** (log10[0] + counts.argmax() * (log10[-1] - log10[0]) / 100)
+    best, best_alpha = 2.0, 0.0
+    for i in range(count - 1):
+        if values[i] < (0.95 * peak).log10() or values[i] > 1.5 * peak:
+            continue
+        n = count - i
+        alpha = 1 + n / (logs[i:].sum() - n * logs[i])
+        distance = (1 - (values[i:] / values[i]) ** (1 - alpha) - torch.arange(n, device=values.device) / n).abs().max()
+        if distance < best:
+            best, best_alpha = float(distance), float(alpha)
+    return best_alpha
+
+
+def torch_loop(weights: dict[str, torch.Tensor], rule: str) -> list[float]:
+    """Alpha of every layer by a plain loop over windows."""
+    alphas = []
+    for weight in weights.values():
+        spectra = [torch.cat([torch.linalg.svdvals(window) ** 2 for window in windows]) for windows in cut(weight)]
+        alphas.append(float(np.mean([fit(spectrum.sort().values, rule) for spectrum in spectra])))
+    return alphas
+
+
+def torch_module(weights: dict[str, np.ndarray]) -> torch.nn.Module:
+    """The same weights as Torch layers, for WeightWatcher."""
+    layers = []
+    for weight in weights.values():
+        rows, cols, *kernel = weight.shape
+        layer = torch.nn.Conv2d(cols, rows, tuple(kernel), bias=False) if kernel else torch.nn.Linear(cols, rows, False)
+        layer.weight.data = torch.from_numpy(weight)
+        layers.append(layer)
+    return torch.nn.Sequential(*layers)
+
+
+def measure(name: str, repeats: int, *, peers: bool) -> dict[str, Any]:
+    """Times of one network, in seconds, and ratios peer / ours."""
+    weights = network(name)
+    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+    theirs = {key: torch.from_numpy(weight).to(device) for key, weight in weights.items()}
+    ours = {key: jax.numpy.asarray(weight) for key, weight in weights.items()}
+    result: dict[str, Any] = {}
+
+    def analyze(window: farms_jax.Window | None, rule: Any) -> np.ndarray:
+        report = farms_jax.analyze(ours, window=window, tail=farms_jax.Tail(rule), axes=farms_jax.TORCH_AXES)
+        return np.asarray(report.alpha)
+
+    for rule in ("median", "peak"):
+        start = time.perf_counter()
+        alphas = dict(zip(sorted(weights, key=farms_jax.natural_key), analyze(WINDOW, rule), strict=True))
+        first = time.perf_counter() - start
+        runs: dict[str, Any] = {
+            "ours": lambda rule=rule: analyze(WINDOW, rule),
+            "whole": lambda rule=rule: analyze(None, rule),
+        }
+        if rule == "median":
+            runs["loop"] = lambda: torch_loop(theirs, "median")
+        seconds = interleave(runs, repeats)
+        start = time.perf_counter()
+        reference = torch_loop(theirs, rule)
+        once = time.perf_counter() - start
+        median = {key: statistics.median(values) for key, values in seconds.items()}
+        median.setdefault("loop", once)
+        difference = [abs(alphas[key] / alpha - 1) for key, alpha in zip(weights, reference, strict=True)]
+        result[rule] = {"first": first, **median, "ratio": median["loop"] / median["ours"]}
+        result[rule]["max_relative_difference_of_alpha"] = float(max(difference))
+    if peers:
+        result["weightwatcher"] = time_weightwatcher(weights)
+        result["ratio_weightwatcher"] = result["weightwatcher"] / result["median"]["whole"]
+    return result
+
+
+def time_weightwatcher(weights: dict[str, np.ndarray]) -> float:
+    """Seconds of one default analysis."""
+    import weightwatcher
+
+    module = torch_module(weights)
+    start = time.perf_counter()
+    weightwatcher.WeightWatcher(model=module).analyze()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["resnet18", "resnet34", "vgg16", "vgg19"], choices=MODELS)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-weightwatcher", action="store_true")
+    parser.add_argument("--out", default="benchmarks/results/spectral.json")
+    settings = parser.parse_args()
+    facts = machine()
+    torch.set_num_threads(facts["cores"])
+    results = {}
+    for name in tqdm(settings.networks, unit="network"):
+        results[name] = measure(name, settings.repeats, peers=not settings.no_weightwatcher)
+    print(f"\n{facts['cpu']}, {facts['cores']} cores, {facts['device']}; seconds, medians of {settings.repeats}")
+    print(
+        f"{'network':10} {'rule':7} {'first':>7} {'ours':>7} {'loop':>8} {'ratio':>7} {'whole':>7} {'difference':>11}"
+    )
+    for name, result in results.items():
+        for rule in ("median", "peak"):
+            row = result[rule]
+            print(
+                f"{name:10} {rule:7} {row['first']:7.2f} {row['ours']:7.3f} {row['loop']:8.3f} {row['ratio']:6.1f}x "
+                f"{row['whole']:7.3f} {row['max_relative_difference_of_alpha']:11.1e}"
+            )
+        if "weightwatcher" in result:
+            times = f"{result['weightwatcher']:.1f} s, {result['ratio_weightwatcher']:.0f}x our whole-matrix analysis"
+            print(f"{name:10} weightwatcher {times}")
+    write(settings.out, {"machine": facts, "repeats": settings.repeats, "seconds": results})
+    print(f"written to {settings.out}")
+
+
+if __name__ == "__main__":
+    main()

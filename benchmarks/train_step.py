@@ -1,0 +1,156 @@
+"""Times one training step of our ResNet against the same network in PyTorch, on the CPU.
+
+    python -m benchmarks.train_step --depth 18 --width 1.0 --batch 128 --steps 5 --out results/train_step.json
+
+A step is forward, backward and an update of SGD with momentum 0.9 and weight decay 5e-4, all in float32, on one
+batch of random images of 32 x 32. Ours is timed as a single jitted step and within a scan, as an epoch runs it.
+"""
+
+import argparse
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from flax import nnx
+from torch.nn import functional
+
+from benchmarks._common import interleave, machine, write
+from train.layers import compiler_options
+from train.resnet import STAGES, ResNet
+
+SCANNED = 3  # steps of one scan
+LEARNING_RATE, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
+
+
+def main() -> None:
+    """Runs the benchmark and prints its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=18, choices=sorted(STAGES))
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=7, help="timed calls of each")
+    parser.add_argument("--out", help="file for the results, JSON")
+    args = parser.parse_args()
+
+    cores = machine()["cores"]
+    torch.set_num_threads(cores)  # JAX takes all cores; there is no switch for less
+    generator = np.random.default_rng(0)
+    images = generator.standard_normal((args.batch, 32, 32, 3), dtype=np.float32)
+    labels = generator.integers(0, 10, args.batch)
+    steps = our_steps(args.depth, args.width, images, labels)
+    steps["torch"] = torch_step(args.depth, args.width, images, labels)
+    seconds = interleave(steps, args.steps)
+    seconds["ours, scan"] = [s / SCANNED for s in seconds["ours, scan"]]
+
+    medians = {name: median(values) for name, values in seconds.items()}
+    ratios = {name: medians["torch"] / value for name, value in medians.items()}
+    print(f"{'':12}{'ms/step':>10}{'torch/this':>12}")
+    for name, value in medians.items():
+        print(f"{name:12}{1e3 * value:10.0f}{ratios[name]:12.2f}")
+    if args.out:
+        settings = {**vars(args), "threads": cores, "scanned": SCANNED, "dtype": "float32"}
+        settings.pop("out")
+        write(args.out, {"machine": machine(), "settings": settings, "seconds": seconds, "torch_over": ratios})
+
+
+def our_steps(depth: int, width: float, images: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], None]]:
+    """Returns calls of one step and of a scan of steps, by name."""
+    model = ResNet(depth, 10, width, rngs=nnx.Rngs(0))
+    model.train()
+    graph, params, stats = nnx.split(model, nnx.Param, ...)
+    tx = optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(LEARNING_RATE, MOMENTUM))
+
+    def loss_of(params, stats, x, y):
+        model = nnx.merge(graph, params, stats, copy=True)
+        loss = optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+        return loss, nnx.split(model, nnx.Param, ...)[2]
+
+    def step(carry, batch):
+        params, stats, opt_state = carry
+        (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, stats, *batch)
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        return (optax.apply_updates(params, updates), stats, opt_state), loss
+
+    def epoch(carry, batches):
+        return jax.lax.scan(step, carry, batches)
+
+    def caller(function: Callable[..., Any], batch: Any) -> Callable[[], None]:
+        jitted = jax.jit(function, compiler_options=compiler_options(), donate_argnums=0)
+        # Donated, hence a copy, and kept from call to call.
+        carry = jax.tree.map(jnp.copy, (params, stats, tx.init(params)))
+
+        def call() -> None:
+            nonlocal carry
+            carry, loss = jitted(carry, batch)
+            jax.block_until_ready((carry, loss))
+
+        return call
+
+    batch = (jnp.asarray(images), jnp.asarray(labels))
+    repeated = jax.tree.map(lambda a: jnp.stack([a] * SCANNED), batch)
+    return {"ours, step": caller(step, batch), "ours, scan": caller(epoch, repeated)}
+
+
+def torch_step(depth: int, width: float, images: np.ndarray, labels: np.ndarray) -> Callable[[], None]:
+    """Returns a call of one step in PyTorch."""
+    model = torch_resnet(depth, width)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=DECAY)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    y = torch.from_numpy(labels)
+
+    def call() -> None:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return call
+
+
+def torch_resnet(depth: int, width: float) -> torch.nn.Module:
+    """Builds the network of `train.resnet` for images (N, 3, 32, 32)."""
+    base = round(64 * width)
+    parts: list[torch.nn.Module] = [*_conv_norm(3, base, 3), torch.nn.ReLU()]
+    inputs = base
+    for stage, blocks in enumerate(STAGES[depth]):
+        for index in range(blocks):
+            block = Residual(inputs, base * 2**stage, 2 if stage and not index else 1, bottleneck=depth >= 50)
+            parts.append(block)
+            inputs = block.outputs
+    return torch.nn.Sequential(*parts, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(inputs, 10))
+
+
+class Residual(torch.nn.Module):
+    """A block of two 3 x 3 convolutions, or of 1 x 1, 3 x 3 and 1 x 1 ones."""
+
+    def __init__(self, inputs: int, planes: int, stride: int, *, bottleneck: bool) -> None:
+        """Builds a block from `inputs` to `planes` (four times as many with `bottleneck`) channels."""
+        super().__init__()
+        relu = torch.nn.ReLU()
+        if bottleneck:
+            self.outputs = 4 * planes
+            parts = [*_conv_norm(inputs, planes, 1), relu, *_conv_norm(planes, planes, 3, stride), relu]
+            self.body = torch.nn.Sequential(*parts, *_conv_norm(planes, self.outputs, 1))
+        else:
+            self.outputs = planes
+            parts = [*_conv_norm(inputs, planes, 3, stride), relu, *_conv_norm(planes, planes, 3)]
+            self.body = torch.nn.Sequential(*parts)
+        same = stride == 1 and inputs == self.outputs
+        self.shortcut = torch.nn.Sequential(*([] if same else _conv_norm(inputs, self.outputs, 1, stride)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns (N, outputs, H / stride, W / stride) for x (N, inputs, H, W)."""
+        return functional.relu(self.body(x) + self.shortcut(x))
+
+
+def _conv_norm(inputs: int, outputs: int, size: int, stride: int = 1) -> list[torch.nn.Module]:
+    convolution = torch.nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+    return [convolution, torch.nn.BatchNorm2d(outputs)]
+
+
+if __name__ == "__main__":
+    main()
