@@ -48,12 +48,14 @@ def start(recipe: str | None, settings: list[str]) -> None:
 
     Raises:
         RunError: there is no such recipe.
+        ValueError: a setting is out of its range.
     """
     if recipe is not None and recipe not in RECIPES:
         raise RunError(f"--recipe: there is no {recipe!r}; `--recipe list` names all {len(RECIPES)}")
     description = f"{__doc__}\nBesides the options below: --recipe NAME, --resume RUN_DIR."
     default = RECIPES[recipe] if recipe else Config()
     config = tyro.cli(Config, default=default, args=settings, prog="train.cifar", description=description)
+    config.check()
     images = load(config.dataset, data_dir=config.data_dir, limit_train=config.limit_train)
     config = resolve(config, small=images.name.startswith("digits"))
     data = "".join(c if c.isalnum() else "-" for c in images.name.split(":")[0].split(" ")[0])

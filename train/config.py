@@ -69,8 +69,8 @@ class Config:
     out: Path = Path("runs")
     """Folder for run directories."""
 
-    def __post_init__(self) -> None:
-        """Check what the command line can get wrong."""
+    def check(self) -> None:
+        """Raise a ValueError that names the flag where a value is out of its range."""
         for field in ("width", "epochs", "batch_size", "learning_rate", "low", "high", "limit_train", "aspect_ratio"):
             value = getattr(self, field)
             if value is not None and not value > 0:
@@ -79,7 +79,7 @@ class Config:
             raise ValueError(f"--seeds must be different numbers, at least one; got {self.seeds}")
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(f"--low must not be above --high, got {self.low} and {self.high}")
-        self.window_of_run()  # its own checks
+        self.window_of_run()  # makes its own checks
 
     def window_of_run(self) -> Window | None:
         """Windows to analyse with: those of FARMS, also to watch a run without TempBalance; `None` for tb."""

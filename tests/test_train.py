@@ -1,0 +1,305 @@
+"""The training program: recipes, data on the device, an epoch, the run directory, resuming."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import farms_jax
+from train import cifar
+from train.config import RECIPES, Config, resolve
+from train.experiment import make_refresh, summarise
+from train.loop import (
+    Normalise,
+    TrainState,
+    augment,
+    cosine_rate,
+    make_epoch,
+    make_evaluate,
+    make_network,
+    make_optimizer,
+)
+from train.rundir import RunError, SeedDirectory, read_config
+
+ROOT = Path(__file__).parent.parent
+SMALL = Config(dataset="digits", model="vgg16", width=0.0625, epochs=3, batch_size=16, limit_train=64)
+
+# Paper, Table 13: model, method, initial learning rate, range of the factors.
+TABLE_13 = """
+resnet18 tb 0.1 0.6 1.4 | resnet18 ls-tb 0.1 0.2 1.8 | resnet18 ours 0.1 0.1 1.9 | resnet18 ls-ours 0.1 0.1 1.9
+resnet34 tb 0.1 0.5 1.5 | resnet34 ls-tb 0.1 0.3 1.7 | resnet34 ours 0.1 0.2 1.8 | resnet34 ls-ours 0.1 0.3 1.7
+vgg16 tb 0.05 0.6 1.4 | vgg16 ls-tb 0.05 0.3 1.7 | vgg16 ours 0.05 0.2 1.8 | vgg16 ls-ours 0.05 0.2 1.8
+vgg19 tb 0.05 0.6 1.4 | vgg19 ls-tb 0.05 0.2 1.8 | vgg19 ours 0.05 0.2 1.8 | vgg19 ls-ours 0.05 0.4 1.6
+"""
+
+
+@pytest.mark.parametrize("row", TABLE_13.replace("\n", "|").strip("|").split("|"))
+def test_recipe_is_the_papers_row(row):
+    model, method, rate, low, high = row.split()
+    config = RECIPES[f"{model}-{method}"]
+    assert (config.model, config.learning_rate, config.low, config.high) == (
+        model,
+        float(rate),
+        float(low),
+        float(high),
+    )
+    assert config.tb == ("tb" if method.endswith("tb") else "farms")
+    assert config.layer_selection == method.startswith("ls-")
+    common = (config.momentum, config.weight_decay, config.batch_size, config.epochs, config.seeds, config.dataset)
+    assert common == (0.9, 5e-4, 128, 200, (43, 37, 13), "cifar100")
+
+
+def test_baseline_rates_are_among_the_papers():
+    assert all(RECIPES[f"{model}-cal"].learning_rate in {0.05, 0.1, 0.15} for model in ("resnet18", "resnet34"))
+    assert all(RECIPES[f"{model}-cal"].learning_rate in {0.025, 0.05, 0.1} for model in ("vgg16", "vgg19"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds(name):
+    config = RECIPES[name]
+    network = make_network(config, 100)
+    params, stats = jax.eval_shape(network.init, jax.random.key(0))
+    state = jax.eval_shape(make_optimizer(config, 390).init, params)
+    assert optax.tree.get(state, "lr_scale").keys() == params.keys()
+    assert stats
+    assert (config.window_of_run() is None) == (config.tb == "tb")
+
+
+def test_resolve_fills_in_and_keeps_what_was_given():
+    full = resolve(Config(model="vgg19", tb="tb"), small=False)
+    assert (full.learning_rate, full.low, full.high, full.epochs, full.width) == (0.05, 0.2, 1.8, 200, 1.0)
+    short = resolve(Config(learning_rate=0.3), small=True)
+    assert (short.learning_rate, short.augment) == (0.3, False)
+    assert short.epochs is not None
+    assert short.epochs < 50
+
+
+def test_augmentation_crops_and_flips():
+    images = jnp.arange(64 * 8 * 8 * 3, dtype=jnp.uint8).reshape(64, 8, 8, 3)
+    found = np.asarray(augment(jax.random.key(0), images))
+    padded = np.pad(np.asarray(images), ((0, 0), (4, 4), (4, 4), (0, 0)))
+    corners, flips = set(), 0
+    for image, source in zip(found, padded, strict=True):
+        hits = [
+            (i, j, flip)
+            for i in range(9)
+            for j in range(9)
+            for flip in (False, True)
+            if np.array_equal(image[:, ::-1] if flip else image, source[i : i + 8, j : j + 8])
+        ]
+        assert hits
+        corners.add(hits[0][:2])
+        flips += hits[0][2]
+    assert len(corners) > 25
+    assert 16 < flips < 48
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, augment(jax.random.key(0), images))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Two epochs of a small network on noise: configuration, pieces, and the states before and after."""
+    config = resolve(SMALL, small=False)
+    network, optimizer = make_network(config, 10), make_optimizer(config, 4)
+    normalise = Normalise(jnp.full(3, 0.5), jnp.full(3, 0.25))
+    rng = np.random.default_rng(0)
+    images, labels = jnp.asarray(rng.integers(0, 256, (70, 32, 32, 3), np.uint8)), jnp.asarray(rng.integers(0, 10, 70))
+    epoch = make_epoch(network, optimizer, normalise, config)
+
+    def start():
+        params, stats = network.init(jax.random.key(0))
+        return TrainState(params, stats, optimizer.init(params))
+
+    return config, network, normalise, images, labels, epoch, start
+
+
+def test_an_epoch_is_a_function_of_state_and_key(trained):
+    *_, images, labels, epoch, start = trained
+    first, metrics = epoch(start(), jax.random.key(1), images, labels)
+    again, _ = epoch(start(), jax.random.key(1), images, labels)
+    other, _ = epoch(start(), jax.random.key(2), images, labels)
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
+    assert not np.array_equal(first.params["linear"]["kernel"], other.params["linear"]["kernel"])
+    assert int(first.opt_state[2].count) == 4  # 70 // 16 steps
+    assert np.isfinite(float(metrics["train_loss"]))
+
+
+def test_lr_scale_zero_freezes_a_layer(trained):
+    *_, images, labels, epoch, start = trained
+    state = start()
+    scale = jax.tree.map(jnp.ones_like, optax.tree.get(state.opt_state, "lr_scale"))
+    scale["linear"]["kernel"] = jnp.zeros(())
+    before = np.asarray(state.params["linear"]["kernel"])
+    after, _ = epoch(
+        state._replace(opt_state=farms_jax.refresh(state.opt_state, scale)), jax.random.key(1), images, labels
+    )
+    np.testing.assert_array_equal(after.params["linear"]["kernel"], before)
+    assert not np.array_equal(after.params["linear"]["bias"], start().params["linear"]["bias"])
+
+
+def test_evaluation_counts_every_image_once(trained, monkeypatch):
+    _, network, normalise, images, labels, _, start = trained
+    monkeypatch.setattr("train.loop._EVAL_BATCH", 32)  # 70 images: the last batch is padded
+    state = start()
+    found = make_evaluate(network, normalise)(state, images, labels)
+    logits, _ = network.apply(state.params, state.batch_stats, normalise(images), train=False)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    np.testing.assert_allclose(found["test_loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(found["test_accuracy"], (logits.argmax(-1) == labels).mean(), rtol=1e-6)
+
+
+def test_the_rate_is_a_cosine_by_epoch():
+    config = resolve(Config(epochs=4, learning_rate=0.1), small=False)
+    np.testing.assert_allclose(
+        [cosine_rate(config, e) for e in range(5)], [0.1, 0.0853553, 0.05, 0.0146447, 0], atol=1e-7
+    )
+    optimizer = make_optimizer(config, steps_per_epoch=3)
+    params = {"linear": {"kernel": jnp.ones((2, 2))}}
+    state, rates = optimizer.init(params), []
+    for _ in range(7):
+        _, state = optimizer.update(params, state, params)
+        rates.append(float(state[1].hyperparams["learning_rate"]))
+    np.testing.assert_allclose(rates, np.repeat([0.1, 0.0853553, 0.05], 3)[:7], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("tb", "selection"), [("none", True), ("tb", True), ("farms", True), ("farms", False)])
+def test_refresh_sets_the_rates_and_reports_them(trained, tb, selection):
+    *_, start = trained
+    config = resolve(Config(**{**vars(SMALL), "tb": tb, "layer_selection": selection}), small=False)
+    state, rows, seconds = make_refresh(config)(start(), 1)
+    factors = {row["layer"]: row["lr_scale"] for row in rows}
+    scale = dict(farms_jax.named_leaves(optax.tree.get(state.opt_state, "lr_scale")))
+    assert all(float(scale[layer]) == factor for layer, factor in factors.items())
+    assert all(row["learning_rate"] == pytest.approx(cosine_rate(config, 1) * row["lr_scale"]) for row in rows)
+    assert len(factors) == 14
+    ends = [factors["features/conv_1/kernel"], factors["linear/kernel"]]
+    if tb == "none":
+        assert set(factors.values()) == {1.0}
+    else:
+        assert (ends == [1.0, 1.0]) == selection
+        assert min(factors.values()) == pytest.approx(config.low)
+        assert max(factors.values()) == pytest.approx(config.high)
+        assert scale["features/bn_7/scale"] == scale["features/conv_7/kernel"] == scale["features/conv_7/bias"]
+    assert seconds > 0
+
+
+def test_summary():
+    lines = [{"test_accuracy": a, "seconds": 2.0, "refresh_seconds": 0.5} for a in (0.5, 0.75, 0.25)]
+    summary = summarise({1: lines, 2: lines[:2]})
+    assert summary["seeds"][1] == {"last": 25, "best": 75, "seconds": 6, "refresh_seconds": 1.5}
+    assert summary["last"] == {"mean": 50, "std": pytest.approx(35.355, abs=1e-3)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "resnet9"], "--recipe: there is no 'resnet9'"),
+        (["--resume", "nowhere"], "there is no config.json in it"),
+        (["--resume", "nowhere", "--epochs", "3"], "leave out --epochs 3"),
+        (["--dataset", "mnist"], "mnist"),
+        (["--dataset", "digits", "--low", "2", "--high", "1"], "--low must not be above --high"),
+        (["--dataset", "digits", "--epochs", "0"], "--epochs must be above 0"),
+        (["--dataset", "digits", "--seeds", "1", "1"], "--seeds must be different"),
+        (["--dataset", "digits", "--batch-size", "5000"], "--batch-size 5000 is more than the"),
+        (["--dataset", "folder:nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.cifar", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cifar.main()
+    assert stopped.value.code == 2
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert message in last
+    assert last.startswith("train.cifar: ")
+
+
+def test_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {"tb": "fa')
+    with pytest.raises(RunError, match=r"config.json is damaged"):
+        read_config(tmp_path)
+
+
+def test_lines_of_unfinished_epochs_are_dropped(tmp_path):
+    directory = SeedDirectory(tmp_path)
+    state = {"w": jnp.arange(3.0)}
+    for epoch in range(3):
+        directory.append_layers([{"epoch": epoch, "layer": "a", "alpha": 2.0, "lr_scale": 1.0, "learning_rate": 0.1}])
+        directory.append_metrics({"epoch": epoch})
+        if epoch < 2:
+            directory.save({"w": state["w"] + epoch}, epoch + 1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "los')  # killed while writing
+    restored, done = SeedDirectory(tmp_path).restore(state)
+    assert done == 2
+    np.testing.assert_array_equal(restored["w"], [1, 2, 3])
+    assert [line["epoch"] for line in directory.metrics()] == [0, 1]
+    assert [row["epoch"] for row in directory.layers()] == [0, 1]
+    with pytest.raises(RunError, match="does not fit or is damaged"):
+        SeedDirectory(tmp_path).restore({"w": jnp.zeros(4)})
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "train.cifar", *map(str, arguments)]
+
+
+def checkpoint(run, which):
+    (step,) = (run / "seed43" / "checkpoints" / which).iterdir()
+    return ocp.StandardCheckpointer().restore(step.resolve() / "default")
+
+
+def test_killed_and_resumed_without_a_difference(tmp_path):
+    """SIGKILL at several moments; the run that is resumed ends with the same bits as one that never stopped."""
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    settings = ["--dataset", "digits", "--model", "vgg16", "--width", 0.0625, "--limit-train", 256, "--batch-size", 32]
+    settings += ["--epochs", 5, "--learning-rate", 0.02]
+    subprocess.run(
+        command(*settings, "--out", tmp_path / "whole"), env=environment, cwd=tmp_path, check=True, timeout=300
+    )
+    (whole,) = (tmp_path / "whole").iterdir()
+    moments = random.Random(0)
+    arguments = [*settings, "--out", tmp_path / "killed"]
+    for lines in (0, 1, 3):  # before anything is saved, around the first checkpoint, later
+        process = subprocess.Popen(command(*arguments), env=environment, cwd=tmp_path)
+        deadline = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline:
+            found = list((tmp_path / "killed").glob("*/seed43/metrics.jsonl"))
+            if (tmp_path / "killed").exists() and (lines == 0 or (found and found[0].read_text().count("\n") >= lines)):
+                break
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.3 if lines else 2.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        (killed,) = (tmp_path / "killed").iterdir()
+        arguments = ["--resume", killed]
+    done = subprocess.run(
+        command(*arguments), env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=300
+    )
+    assert str(killed) in done.stdout.decode()
+
+    for which in ("last", "best"):
+        first, second = checkpoint(whole, which), checkpoint(killed, which)
+        assert jax.tree.all(jax.tree.map(np.array_equal, first, second)), which
+    metrics = [[json.loads(line) for line in (run / "seed43" / "metrics.jsonl").open()] for run in (whole, killed)]
+    for a, b in zip(*metrics, strict=True):
+        assert all(a[key] == b[key] for key in a if "seconds" not in key)
+    layers = [list(csv.DictReader((run / "seed43" / "layers.csv").open())) for run in (whole, killed)]
+    assert layers[0] == layers[1]
+    assert {int(row["epoch"]) for row in layers[0]} == set(range(6))
+    for run in (whole, killed):
+        plots = {path.name for path in run.glob("*.png")}
+        assert plots == {"learning_curves.png", "layers.png", "alphas.png"}
+        assert json.loads((run / "summary.json").read_text())["data"].startswith("digits")
