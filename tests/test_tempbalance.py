@@ -577,7 +577,7 @@ def test_refresh_every_needs_params():
 
 
 def test_settings_are_checked_at_once():
-    with pytest.raises(ValueError, match="refresh_every must be at least 1, or None; got 0"):
+    with pytest.raises(ValueError, match="refresh_every must be .*got 0"):
         farms_jax.tempbalance(refresh_every=0)
     with pytest.raises((TypeError, ValueError), match="refresh_every must be .*got 2.5"):
         farms_jax.tempbalance(refresh_every=2.5)

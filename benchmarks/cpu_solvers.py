@@ -1,0 +1,87 @@
+"""Ways to solve many eigenproblems on CPU, on the windows of a full-width ResNet-18.
+
+    python -m benchmarks.cpu_solvers [--repeats 5] [--out results.json]
+
+- `threads`: what `farms_jax` does: LAPACK on single matrices in a thread pool behind one callback, float64 Gram;
+- `threads svd`: the same pool, singular values;
+- `map`: `lax.map` over single matrices, tridiagonal reduction and Sturm bisection, one map per window shape;
+- `maps side by side`: the same, each shape's windows split over as many maps as there are cores;
+- `map svd`: `lax.map` over single matrices, singular values.
+
+BLAS is held to one thread in all of them. Batched LAPACK calls are left out: they can wait forever.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from threadpoolctl import threadpool_limits
+
+from benchmarks._common import interleave, machine, write
+from benchmarks.spectral import WINDOW, network
+from farms_jax import TORCH_AXES, _esd, _host
+from farms_jax._matrices import as_matrices
+from farms_jax._windows import make_grid
+
+
+def mapped(windows: list[Array], solve: Callable[[Array], Array], parts: int) -> list[Array]:
+    """Eigenvalues (W, r) of windows (W, r, c) of each shape, one matrix at a time in each of so many maps."""
+    one = functools.partial(lax.map, lambda window: solve(window[None])[0])
+    return [jnp.concatenate([one(part) for part in jnp.array_split(stack, parts)]) for stack in windows]
+
+
+def main() -> None:
+    """Print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", default="benchmarks/results/cpu_solvers.json")
+    settings = parser.parse_args()
+    facts = machine()
+    weights = network("resnet18").values()
+    stacks = [as_matrices(weight, TORCH_AXES) for weight in weights]
+    grids = [
+        make_grid(WINDOW, stack.shape, is_kernel=weight.ndim == 4)
+        for weight, stack in zip(weights, stacks, strict=True)
+    ]
+    by_shape: dict[tuple[int, int], list[np.ndarray]] = {}
+    for layer, (stack, grid) in enumerate(zip(stacks, grids, strict=True)):
+        task = _host._Task(layer, 0, len(stack) * len(grid.starts), 0.0)
+        by_shape.setdefault((min(grid.rows, grid.cols), max(grid.rows, grid.cols)), []).append(
+            _host._cut(stack, grid, task)
+        )
+    windows = [jnp.asarray(np.concatenate(parts)) for parts in by_shape.values()]
+
+    programs: dict[str, Any] = {
+        "threads": lambda: _host.spectra(stacks, grids, svd=False, max_bytes=2**30),
+        "threads svd": lambda: _host.spectra(stacks, grids, svd=True, max_bytes=2**30),
+    }
+    first: dict[str, float] = dict.fromkeys(programs, 0.0)
+    for name, solve, parts in (
+        ("map", _esd._gram_eigenvalues, 1),
+        ("maps side by side", _esd._gram_eigenvalues, facts["cores"]),
+        ("map svd", _esd._singular_values_squared, 1),
+    ):
+        start = time.perf_counter()
+        compiled = jax.jit(functools.partial(mapped, solve=solve, parts=parts)).lower(windows).compile()
+        first[name] = time.perf_counter() - start
+        programs[name] = functools.partial(lambda compiled: jax.block_until_ready(compiled(windows)), compiled)
+    with threadpool_limits(1, user_api="blas"):
+        seconds = {key: statistics.median(times) for key, times in interleave(programs, settings.repeats).items()}
+    count = sum(len(stack) for stack in windows)
+    print(f"{facts['cpu']}, {facts['cores']} cores; {count} windows, medians of {settings.repeats}")
+    print(f"{'way':20} {'compile':>9} {'run':>9} {'to threads':>11}")
+    for name, value in seconds.items():
+        print(f"{name:20} {first[name]:7.2f} s {value:7.3f} s {value / seconds['threads']:10.2f}x")
+    write(settings.out, {"machine": facts, "compile": first, "seconds": seconds})
+    print(f"written to {settings.out}")
+
+
+if __name__ == "__main__":
+    main()
