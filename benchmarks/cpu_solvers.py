@@ -2,7 +2,8 @@
 
     python -m benchmarks.cpu_solvers [--repeats 5] [--out results.json]
 
-- `threads`: what `farms_jax` does: LAPACK on single matrices in a thread pool behind one callback, float64 Gram;
+- `threads`: what `farms_jax` does: LAPACK on single matrices in a thread pool behind one callback;
+- `threads float64`: the same, Gram matrices in float64;
 - `threads svd`: the same pool, singular values;
 - `map`: `lax.map` over single matrices, tridiagonal reduction and Sturm bisection, one map per window shape;
 - `maps side by side`: the same, each shape's windows split over as many maps as there are cores;
@@ -59,8 +60,9 @@ def main() -> None:
     windows = [jnp.asarray(np.concatenate(parts)) for parts in by_shape.values()]
 
     programs: dict[str, Any] = {
-        "threads": lambda: _host.spectra(stacks, grids, svd=False, max_bytes=2**30),
-        "threads svd": lambda: _host.spectra(stacks, grids, svd=True, max_bytes=2**30),
+        "threads": lambda: _host.spectra(stacks, grids, solver="gram", max_bytes=2**30),
+        "threads float64": lambda: _host.spectra(stacks, grids, solver="gram64", max_bytes=2**30),
+        "threads svd": lambda: _host.spectra(stacks, grids, solver="svd", max_bytes=2**30),
     }
     first: dict[str, float] = dict.fromkeys(programs, 0.0)
     for name, solve, parts in (

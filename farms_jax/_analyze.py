@@ -59,14 +59,16 @@ def analyze(
     >>> report.names
     ('dense/kernel',)
 
-    Solvers, with the relative error of an eigenvalue e (emax the largest, eps 1.2e-7 in float32):
+    Solvers, with the relative error of an eigenvalue e (emax the largest of its window, eps 1.2e-7 in float32):
 
-    - `"gram"`: eigenvalues only, of the windows' Gram matrices by tridiagonal reduction. On CPU in float64, so
-      the error is float32's own, eps, down to e = 1e-9 emax. On an accelerator in the working precision, with
-      Sturm bisection: eps emax / e, exact enough for the upper half of a spectrum and no further.
-    - `"svd"`: squared singular values in the working precision: 2 eps sqrt(emax / e).
-    - `"auto"`: on CPU `"gram"`; on an accelerator `"gram"` for the median rule, and `"svd"` where small
-      eigenvalues count too (`peak`, `ks`, `min_eigenvalue`, `xmin_pos` above 2).
+    - `"gram"`: eigenvalues only, of the windows' Gram matrices, by tridiagonal reduction in the working precision:
+      eps emax / e, n times that at worst for windows of n rows. Exact enough for the upper half of a spectrum and no
+      further. On CPU a layer whose median is below 1e-3 of its largest eigenvalue is solved again in float64.
+    - `"gram64"`: the same in float64, at 1.6 times the time: eps, down to e = 1e-9 emax. On an accelerator it needs
+      `jax_enable_x64`.
+    - `"svd"`: squared singular values in the working precision: 2 eps sqrt(emax / e), up to four times that at worst.
+    - `"auto"`: `"gram"` for the median rule. Where small eigenvalues count too (`peak`, `ks`, `min_eigenvalue`,
+      `xmin_pos` above 2, `eigenvalues=True`): `"gram64"` on CPU, `"svd"` on an accelerator.
 
     Eigenvalues below a solver's resolution are exactly 0. On CPU single matrices are solved in threads, one per
     core, and BLAS is held to one thread meanwhile; nothing has to be set from outside.
@@ -93,8 +95,8 @@ def analyze(
     References:
         Hu et al., Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias, ICML 2025, section 3.3.
     """
-    if solver not in {"auto", "gram", "svd"}:
-        raise ValueError(f"analyze: solver must be 'auto', 'gram' or 'svd', got {solver!r}")
+    if solver not in {"auto", "gram", "gram64", "svd"}:
+        raise ValueError(f"analyze: solver must be 'auto', 'gram', 'gram64' or 'svd', got {solver!r}")
     if max_batch_bytes < 1:
         raise ValueError(f"analyze: max_batch_bytes must be at least 1, got {max_batch_bytes}")
     leaves = sorted(named_leaves(params), key=lambda pair: natural_key(pair[0]))
@@ -189,7 +191,7 @@ def _measure(weights: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array],
         plan.grids,
         platform=plan.platform,
         solver=plan.solver,
-        exact=tail.xmin != "median" or tail.min_eigenvalue is not None or tail.xmin_pos > 2,
+        exact=plan.keep_eigenvalues or tail.xmin != "median" or tail.min_eigenvalue is not None or tail.xmin_pos > 2,
         max_batch_bytes=plan.max_batch_bytes,
     )
     spectra = [e * plan.kernel_scale if kernel else e for e, kernel in zip(spectra, plan.is_kernel, strict=True)]

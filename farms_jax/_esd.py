@@ -14,7 +14,7 @@ from farms_jax import _host
 from farms_jax._matrices import Axes, as_matrices
 from farms_jax._windows import Grid
 
-Solver = Literal["auto", "gram", "svd"]
+Solver = Literal["auto", "gram", "gram64", "svd"]
 
 
 def pooled_eigenvalues(
@@ -34,17 +34,22 @@ def pooled_eigenvalues(
         axes: rows and columns of the weights.
         grids: L grids.
         platform: `"cpu"` solves on the host; any other in batches, on the device.
-        solver: `"gram"`, `"svd"`, or `"auto"`: see `analyze`.
-        exact: the small eigenvalues count too; decides what `"auto"` means on an accelerator.
+        solver: see `analyze`.
+        exact: the small eigenvalues count too; decides what `"auto"` means.
         max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
 
     Returns:
         L arrays (D, E), ascending, not negative.
+
+    Raises:
+        ValueError: `"gram64"` on an accelerator without `jax_enable_x64`.
     """
     if not weights:
         return []
     if platform != "cpu":
         svd = solver == "svd" or (solver == "auto" and exact)
+        if solver == "gram64" and weights[0].dtype != jnp.float64:
+            raise ValueError(f"solver 'gram64' on {platform} needs jax_enable_x64; take 'svd' without it")
         stacks = [as_matrices(weight, axes) for weight in weights]
         return batched_spectra(stacks, grids, svd=svd, max_batch_bytes=max_batch_bytes)
 
@@ -52,7 +57,8 @@ def pooled_eigenvalues(
 
     def on_host(*arrays: Any) -> tuple[np.ndarray, ...]:
         stacks = [as_matrices(_from_bits(np.asarray(array), dtype), axes) for array in arrays]
-        spectra = _host.spectra(stacks, grids, svd=solver == "svd", max_bytes=max_batch_bytes)
+        chosen = solver if solver != "auto" else "gram64" if exact else "gram"
+        spectra = _host.spectra(stacks, grids, solver=chosen, max_bytes=max_batch_bytes)
         return tuple(np.ascontiguousarray(values).view(np.uint32) for values in spectra)
 
     words = dtype.itemsize // 4

@@ -1,19 +1,20 @@
 """Eigenvalues on CPU: LAPACK over single matrices, in threads, outside XLA.
 
 Batched LAPACK inside an XLA program on CPU can wait forever (jaxlib 0.10: all threads idle), and OpenBLAS's own
-threads fight XLA's for the cores. So the windows are solved here, behind one callback: numpy calls LAPACK
-on one matrix at a time, one thread per core, and BLAS is held to one thread meanwhile.
+threads fight XLA's for the cores. So the windows are solved here, behind one callback: LAPACK on one matrix at a time,
+one thread per core, and BLAS held to one thread meanwhile.
 """
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from farms_jax._lapack import symmetric_eigenvalues
 from farms_jax._windows import Grid
 
 _TASKS_PER_CORE = 4
@@ -29,21 +30,49 @@ class _Task(NamedTuple):
     cost: float
 
 
-def spectra(stacks: Sequence[np.ndarray], grids: Sequence[Grid], *, svd: bool, max_bytes: int) -> list[np.ndarray]:
+def spectra(stacks: Sequence[np.ndarray], grids: Sequence[Grid], *, solver: str, max_bytes: int) -> list[np.ndarray]:
     """Pooled eigenvalues of every layer's windows.
 
     Args:
-        stacks: L stacks of matrices (K, R, C), float; views are fine. A stack with NaN or Inf gives zeros.
+        stacks: L stacks of matrices (K, R, C), float32 or float64; views are fine. A stack with NaN or Inf gives zeros.
         grids: L grids.
-        svd: square singular values in the stack's precision, instead of the eigenvalues of the
-            float64 Gram matrix.
+        solver: `"gram"`: eigenvalues of the Gram matrices in the stacks' precision, and again in float64 for a layer
+            whose median is too far below its largest eigenvalue to be exact; `"gram64"`: all in float64; `"svd"`:
+            squared singular values in the stacks' precision.
         max_bytes: bound on the windows alive at once, over all threads.
 
     Returns:
         L arrays (D, E), ascending, in the stacks' precision, never negative.
     """
+    if not stacks:
+        return []
+    if solver == "svd":
+        return _run(stacks, grids, _singular_values_squared, max_bytes)
+    dtype = np.dtype(np.float64) if solver == "gram64" else stacks[0].dtype
+    pooled = _run(stacks, grids, functools.partial(_gram_eigenvalues, dtype=dtype), max_bytes)
+    if dtype == np.float64:
+        return pooled
+    coarse = [i for i, values in enumerate(pooled) if _is_coarse(values)]
+    fine = spectra([stacks[i] for i in coarse], [grids[i] for i in coarse], solver="gram64", max_bytes=max_bytes)
+    for i, values in zip(coarse, fine, strict=True):
+        pooled[i] = values
+    return pooled
+
+
+def _is_coarse(values: np.ndarray) -> bool:
+    """Whether the upper half of a spectrum (D, E) holds eigenvalues that float32's rounding may move by over 1e-4."""
+    return bool((values[:, values.shape[1] // 2] < 1e-3 * values[:, -1]).any())
+
+
+def _run(
+    stacks: Sequence[np.ndarray],
+    grids: Sequence[Grid],
+    solve_windows: Callable[[np.ndarray], np.ndarray],
+    max_bytes: int,
+) -> list[np.ndarray]:
     flat = [
-        np.zeros((len(s) * len(g.starts), min(g.rows, g.cols)), s.dtype) for s, g in zip(stacks, grids, strict=True)
+        np.zeros((len(stack) * len(grid.starts), min(grid.rows, grid.cols)), stack.dtype)
+        for stack, grid in zip(stacks, grids, strict=True)
     ]
     cores = _cores()
     tasks = sorted(_tasks(stacks, grids, cores, max_bytes // cores), key=lambda task: -task.cost)
@@ -51,9 +80,7 @@ def spectra(stacks: Sequence[np.ndarray], grids: Sequence[Grid], *, svd: bool, m
 
     def solve(task: _Task) -> None:
         if finite[task.layer]:
-            windows = _cut(stacks[task.layer], grids[task.layer], task)
-            values = _singular_values_squared(windows) if svd else _gram_eigenvalues(windows)
-            flat[task.layer][task.first : task.last] = values
+            flat[task.layer][task.first : task.last] = solve_windows(_cut(stacks[task.layer], grids[task.layer], task))
 
     with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(cores) as pool:
         list(pool.map(solve, tasks))
@@ -62,7 +89,7 @@ def spectra(stacks: Sequence[np.ndarray], grids: Sequence[Grid], *, svd: bool, m
 
 @functools.cache
 def _blas() -> ThreadpoolController:
-    return ThreadpoolController()  # found once: numpy's BLAS is loaded with numpy
+    return ThreadpoolController()  # found once: the BLAS of numpy and of SciPy are loaded with them
 
 
 def _cores() -> int:
@@ -93,11 +120,11 @@ def _cut(stack: np.ndarray, grid: Grid, task: _Task) -> np.ndarray:
     return windows if grid.rows <= grid.cols else windows.swapaxes(1, 2)
 
 
-def _gram_eigenvalues(windows: np.ndarray) -> np.ndarray:
-    windows = windows.astype(np.float64)
-    values = np.linalg.eigvalsh(windows @ windows.swapaxes(1, 2))
+def _gram_eigenvalues(windows: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    windows = windows.astype(dtype, copy=False)
+    values = symmetric_eigenvalues(windows @ windows.swapaxes(1, 2))
     # Below this a value is rounding of the largest one: a matrix without full rank gets exact zeros.
-    floor = values[:, -1:] * (values.shape[-1] * np.finfo(np.float64).eps)
+    floor = values[:, -1:] * (values.shape[-1] * np.finfo(dtype).eps)
     return np.where(values > floor, values, 0)
 
 

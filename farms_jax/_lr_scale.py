@@ -25,9 +25,9 @@ def lr_scale(
 ) -> Any:
     r"""Turn the layers' scores into factors of the learning rate (TempBalance).
 
-    Every layer of the report gets its factor, so do the other leaves of its module (a bias), and the leaves that
-    follow it; all others get 1. A layer without a tail (alpha 0) keeps 1 and does not move the others. Where all
-    scores are equal, or there is one layer, every factor is 1 (the reference gives the maximum there).
+    Every layer of the report gets its factor; so do the bias and other small leaves of a module that holds this one
+    layer, and the leaves that follow it; all others get 1. A layer without a tail (alpha 0) keeps 1 and does not move
+    the others. Where all scores are equal, or there is one layer, every factor is 1 (the reference gives the maximum).
 
     Args:
         report: of `analyze`; layers left out of it are not balanced.
@@ -35,7 +35,7 @@ def lr_scale(
         low: factor of the smallest score; the reference's `lr_min_ratio`, 0.5 there too.
         high: factor of the largest score; the reference's `lr_max_ratio`, 1.5 there too.
         mapping: `"linear"`, `"sqrt"`, `"log2"`, `"step"` (TempBalance), `"sigmoid"` (TB_Sigmoid), or a function
-            of (scores, low, high): see `farms_jax.mappings`.
+            of (scores, low, high), to which a layer without a tail shows the mean score: see `farms_jax.mappings`.
         metric: the field of the report that is the score.
         follow: which layer a norm follows: `{pattern: replacement}` on leaf names, such as
             `{r"(.*)bn(\d+)/.*": r"\1conv\2/kernel"}` (by name), a function of the leaf's name such as
@@ -53,23 +53,28 @@ def lr_scale(
         raise ValueError(f"lr_scale: mapping must be a function or one of {', '.join(mappings.NAMED)}; got {mapping!r}")
     if isinstance(low, int | float) and isinstance(high, int | float) and not 0 < low <= high:
         raise ValueError(f"lr_scale: low and high must satisfy 0 < low <= high, got {low} and {high}")
-    names = [name for name, _ in named_leaves(params)]
-    if unknown := sorted(set(report.names) - set(names)):
+    leaves = named_leaves(params)
+    names = {name for name, _ in leaves}
+    if unknown := sorted(set(report.names) - names):
         raise ValueError(f"lr_scale: params has no {unknown[0]!r}, which the report has; pass the analysed params")
     map_scores = mapping if callable(mapping) else mappings.NAMED[mapping]
     scales = dict(zip(report.names, _scales(report, metric, map_scores, low, high), strict=True))
-    by_module = {module_of(name): scale for name, scale in scales.items()}
+    modules = [module_of(name) for name in scales]
+    alone = {module for module in modules if modules.count(module) == 1}
+    by_module = {module: scale for module, scale in zip(modules, scales.values(), strict=True) if module in alone}
 
-    def scale_of(name: str) -> Array:
+    def scale_of(name: str, leaf: Any) -> Array:
         for key in (name, leader(name, follow)):
             if key in scales:
                 return scales[key]
-        for key in (module_of(name), leader(name, follow)):
+        # A weight that is no layer of the report was left out of it: it does not follow its module as a bias does.
+        own = None if jnp.ndim(leaf) in {2, 4} else module_of(name)
+        for key in (own, leader(name, follow)):
             if key in by_module:
                 return by_module[key]
         return jnp.ones((), jnp.float32)
 
-    return jax.tree.unflatten(jax.tree.structure(params), [scale_of(name) for name in names])
+    return jax.tree.unflatten(jax.tree.structure(params), [scale_of(name, leaf) for name, leaf in leaves])
 
 
 def _scales(report: LayerReport, metric: str, mapping: mappings.Mapping, low: float, high: float) -> list[Array]:
@@ -78,9 +83,12 @@ def _scales(report: LayerReport, metric: str, mapping: mappings.Mapping, low: fl
         return []
     scores = jnp.asarray(getattr(report, metric), jnp.result_type(float))
     fitted = report.alpha > 0
+    least, most = scores.min(where=fitted, initial=jnp.inf), scores.max(where=fitted, initial=-jnp.inf)
     # Layers without a tail stand at the mean of the others: there they stretch no range.
     mean = jnp.where(fitted, scores, 0).sum() / jnp.maximum(fitted.sum(), 1)
-    scores = jnp.where(fitted, scores, mean)
-    equal = scores.max() == scores.min()
-    scales = jnp.where(fitted & ~equal, mapping(jnp.where(fitted.any(), scores, 1), low, high), 1)
-    return list(scales.astype(jnp.float32))
+    scores = jnp.where(fitted, scores, jnp.where(fitted.any(), jnp.clip(mean, least, most), 1))
+    if mapping in mappings.NAMED.values():
+        factors = mapping(scores, low, high, where=fitted)
+    else:
+        factors = mapping(scores, low, high)
+    return list(jnp.where(fitted & (most > least), factors, 1).astype(jnp.float32))

@@ -19,7 +19,7 @@ from farms_jax._analyze import analyze
 from farms_jax._esd import Solver
 from farms_jax._lr_scale import MappingName, lr_scale
 from farms_jax._matrices import Axes
-from farms_jax._names import Follow
+from farms_jax._names import Follow, named_leaves
 from farms_jax._tail import Tail
 from farms_jax._windows import Window
 
@@ -106,8 +106,8 @@ def tempbalance(
     References:
         Zhou et al., Temperature Balancing, Layer-wise Weight Analysis, and Neural Network Training, NeurIPS 2023.
     """
-    if refresh_every is not None and refresh_every < 1:
-        raise ValueError(f"tempbalance: refresh_every must be at least 1, or None; got {refresh_every}")
+    if refresh_every is not None and (refresh_every < 1 or refresh_every != int(refresh_every)):
+        raise ValueError(f"tempbalance: refresh_every must be None or a whole number from 1 on, got {refresh_every}")
     if unknown := sorted(set(settings) - set(Settings.__annotations__)):
         raise TypeError(f"tempbalance: unknown setting {unknown[0]!r}; known are {', '.join(Settings.__annotations__)}")
     if settings and (scale_fn is not None or refresh_every is None):
@@ -131,7 +131,7 @@ def tempbalance(
                 )
             due = state.count % refresh_every == 0
             scale = lax.cond(due, lambda old: _like(old, measure(params)), lambda old: old, scale)
-        updates = jax.tree.map(lambda update, factor: update * factor.astype(update.dtype), updates, scale)
+        updates = jax.tree.map(lambda update, factor: update * jnp.asarray(factor, update.dtype), updates, scale)
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, TempBalanceState(count, {**state.hyperparams, "lr_scale": scale})
 
@@ -147,12 +147,14 @@ def _like(old: Any, scale: Any) -> Any:
     Raises:
         ValueError: another number of leaves, or factors that are not scalars.
     """
-    leaves, structure = jax.tree.leaves(scale), jax.tree.structure(old)
-    if len(leaves) != structure.num_leaves:
-        raise ValueError(f"scale: {len(leaves)} factors for {structure.num_leaves} parameters; it must be like params")
-    if any(jnp.shape(leaf) != () for leaf in leaves):
+    factors, names = dict(named_leaves(scale)), [name for name, _ in named_leaves(old)]
+    if len(factors) != len(names):
+        raise ValueError(f"scale: {len(factors)} factors for {len(names)} parameters; it must be like params")
+    if missing := [name for name in names if name not in factors]:
+        raise ValueError(f"scale: no factor for {missing[0]!r}; it must be like params")
+    if any(jnp.shape(factor) != () for factor in factors.values()):
         raise ValueError("scale: factors must be scalars, one per parameter")
-    return jax.tree.unflatten(structure, [jnp.asarray(leaf, jnp.float32) for leaf in leaves])
+    return jax.tree.unflatten(jax.tree.structure(old), [jnp.asarray(factors[name], jnp.float32) for name in names])
 
 
 def refresh(opt_state: Any, scale: Any) -> Any:

@@ -1,6 +1,7 @@
 """From scores to factors of the learning rate: the mappings of TempBalance and TB_Sigmoid.
 
-Each takes scores (L,), one per layer, the larger the less trained, and gives factors (L,) around 1.
+Each takes scores (L,), one per layer, the larger the less trained, and gives factors (L,) around 1. `where` marks the
+layers whose scores count; the others are given the mean score.
 """
 
 from collections.abc import Callable
@@ -8,37 +9,39 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array
 
-Mapping = Callable[[Array, float, float], Array]
+Mapping = Callable[..., Array]  # of (scores, low, high)
 
 
-def linear(scores: Array, low: float, high: float) -> Array:
+def linear(scores: Array, low: float, high: float, where: Array | bool = True) -> Array:
     """Smallest score to `low`, largest to `high`, linear between (the reference's `tb_linear_map`)."""
+    del where  # the others lie between
     span = scores.max() - scores.min()
     return low + (high - low) * (scores - scores.min()) / jnp.where(span > 0, span, 1)
 
 
-def sqrt(scores: Array, low: float, high: float) -> Array:
+def sqrt(scores: Array, low: float, high: float, where: Array | bool = True) -> Array:
     """Square roots over their mean (`tb_sqrt`); `low` and `high` have no part in it."""
     del low, high
-    roots = jnp.sqrt(scores)
-    return roots / roots.mean()
+    roots = jnp.sqrt(jnp.maximum(scores, 0))
+    mean = roots.mean(where=where)
+    return jnp.where(mean > 0, roots / jnp.where(mean > 0, mean, 1), 1)
 
 
-def log2(scores: Array, low: float, high: float) -> Array:
+def log2(scores: Array, low: float, high: float, where: Array | bool = True) -> Array:
     """Logarithms over their mean (`tb_log2`); `low` and `high` have no part in it; a score of 1 gives 0."""
     del low, high
-    logs = jnp.log2(scores)
-    mean = logs.mean()
-    return jnp.where(mean == 0, 1, logs / jnp.where(mean == 0, 1, mean))
+    logs = jnp.log2(jnp.maximum(scores, 1))
+    mean = logs.mean(where=where)
+    return jnp.where(mean > 0, logs / jnp.where(mean > 0, mean, 1), 1)
 
 
-def step(scores: Array, low: float, high: float) -> Array:
+def step(scores: Array, low: float, high: float, where: Array | bool = True) -> Array:
     """By rank r = 0..L-1: `low + (high - low) r / L`, so that the top stays below `high` (`tb_step`)."""
-    rank = jnp.argsort(jnp.argsort(scores))
-    return low + (high - low) * rank / scores.size
+    rank = jnp.argsort(jnp.argsort(jnp.where(where, scores, jnp.inf)))
+    return low + (high - low) * rank / jnp.maximum(jnp.broadcast_to(where, scores.shape).sum(), 1)
 
 
-def sigmoid(scores: Array, low: float, high: float, slope: float = 1.0) -> Array:
+def sigmoid(scores: Array, low: float, high: float, slope: float = 1.0, where: Array | bool = True) -> Array:
     """TB_Sigmoid: 10**f, with f a sigmoid of the score less the mean, running from log10(low) to log10(high).
 
     The reference's (sigmoid_min, sigmoid_max, exp_temp) are `low = 10**(-sigmoid_min / 2)`,
@@ -51,7 +54,7 @@ def sigmoid(scores: Array, low: float, high: float, slope: float = 1.0) -> Array
     References:
         Liu et al., Model Balancing Helps Low-data Training and Fine-tuning, EMNLP 2024.
     """
-    centred = scores - scores.mean()
+    centred = scores - scores.mean(where=where)
     height = jnp.where(centred > 0, 2 * jnp.log10(high), -2 * jnp.log10(low))
     return 10 ** (height * (1 / (1 + jnp.exp(-slope * centred)) - 0.5))
 

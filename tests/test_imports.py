@@ -7,9 +7,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOW = [
-    "_names", "_matrices", "_windows", "_tail", "mappings", "_report", "_host", "_esd", "_analyze", "_lr_scale",
+    "_names",
+    "_matrices",
+    "_windows",
+    "_tail",
+    "mappings",
+    "_report",
+    "_lapack",
+    "_host",
+    "_esd",
+    "_analyze",
+    "_lr_scale",
     "_tempbalance",
-]  # fmt: skip
+]
 
 
 def test_core_loads_no_framework():

@@ -51,14 +51,40 @@ def check(found, expected, tolerance):
 @pytest.mark.parametrize("heavy", [False, True])
 def test_host_gram_is_exact_to_float32(heavy):
     stacks, grids, expected = problem(heavy)
-    found = _host.spectra(stacks, grids, svd=False, max_bytes=2**20)
+    found = _host.spectra(stacks, grids, solver="gram64", max_bytes=2**20)
     check(found, expected, lambda ratio: np.where(ratio < 1e9, 2 * EPS, np.inf))
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_host_gram_in_float32_is_exact_in_the_upper_half(heavy):
+    stacks, grids, expected = problem(heavy)
+    found = _host.spectra(stacks, grids, solver="gram", max_bytes=2**20)
+    for values, truth in zip(found, expected, strict=True):
+        np.testing.assert_allclose(values[:, truth.shape[1] // 2 :], truth[:, truth.shape[1] // 2 :], rtol=1e-4)
+    check(found, expected, lambda ratio: 40 * EPS * ratio)
+
+
+def test_layers_with_a_far_spike_are_solved_again_in_float64(monkeypatch):
+    rng = np.random.default_rng(0)
+    bulk = rng.standard_normal((1, 50, 50)).astype(np.float32)
+    spike = 3000 * np.outer(rng.standard_normal(50), rng.standard_normal(50)).astype(np.float32)
+    grid = make_grid(None, bulk.shape, is_kernel=False)
+    precisions = []
+    solve = _host.symmetric_eigenvalues
+    monkeypatch.setattr(_host, "symmetric_eigenvalues", lambda m: precisions.append(m.dtype) or solve(m))
+    (plain,) = _host.spectra([bulk], [grid], solver="gram", max_bytes=2**20)
+    assert precisions == [np.float32]
+    (spiked,) = _host.spectra([bulk + spike], [grid], solver="gram", max_bytes=2**20)
+    assert precisions == [np.float32, np.float32, np.float64]
+    check(
+        [plain[:, 25:], spiked[:, 25:]], [exact(m, grid)[:, 25:] for m in (bulk, bulk + spike)], lambda r: 1e-4 + 0 * r
+    )
 
 
 @pytest.mark.parametrize("heavy", [False, True])
 def test_host_singular_values(heavy):
     stacks, grids, expected = problem(heavy)
-    found = _host.spectra(stacks, grids, svd=True, max_bytes=2**20)
+    found = _host.spectra(stacks, grids, solver="svd", max_bytes=2**20)
     check(found, expected, lambda ratio: 8 * EPS * np.sqrt(ratio))
 
 
@@ -85,7 +111,7 @@ def test_small_batches_change_nothing():
     arrays = [jnp.asarray(stack) for stack in stacks]
     whole = _esd.batched_spectra(arrays, grids, svd=True, max_batch_bytes=2**30)
     small = _esd.batched_spectra(arrays, grids, svd=True, max_batch_bytes=1)
-    host = [_host.spectra(stacks, grids, svd=False, max_bytes=size) for size in (1, 2**30)]
+    host = [_host.spectra(stacks, grids, solver="gram64", max_bytes=size) for size in (1, 2**30)]
     for a, b, c, d in zip(whole, small, *host, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
         np.testing.assert_array_equal(c, d)
@@ -105,6 +131,10 @@ def test_device_path_is_chosen_by_platform(monkeypatch):
     monkeypatch.setattr(_esd, "batched_spectra", lambda *args, **kwargs: called.append(kwargs["svd"]) or [])
     weights = [jnp.ones((6, 6))]
     grids = [make_grid(None, (1, 6, 6), is_kernel=False)]
+    with pytest.raises(ValueError, match="needs jax_enable_x64"):
+        _esd.pooled_eigenvalues(
+            weights, FLAX_AXES, grids, platform="gpu", solver="gram64", exact=True, max_batch_bytes=1
+        )
     for solver, exact_values, svd in [
         ("auto", False, False),
         ("auto", True, True),

@@ -129,7 +129,7 @@ class SeedDirectory:
         path = self.path / "layers.csv"
         new = not path.exists() or path.stat().st_size == 0
         with path.open("a", newline="") as file:
-            writer: "csv.DictWriter[str]" = csv.DictWriter(file, LAYER_FIELDS)
+            writer: csv.DictWriter[str] = csv.DictWriter(file, LAYER_FIELDS)
             if new:
                 writer.writeheader()
             writer.writerows(rows)
