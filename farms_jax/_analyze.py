@@ -14,10 +14,10 @@ from farms_jax._esd import Solver, pooled_eigenvalues
 from farms_jax._matrices import FLAX_AXES, Axes
 from farms_jax._names import matching, named_leaves, natural_key
 from farms_jax._report import METRICS, LayerReport
-from farms_jax._tail import Tail, fit_tail
+from farms_jax._tail import PROBES, Tail, fit_tail
 from farms_jax._windows import Grid, Window, make_grid
 
-_BATCH = 2**24  # eigenvalues fitted at once
+_BATCH = 2**24  # numbers alive in the fits made at once, for each of the few arrays of a fit
 
 
 class _Plan(NamedTuple):
@@ -215,7 +215,8 @@ def _measure_spectra(spectra: list[Array], tail: Tail) -> dict[str, Array]:
     sizes = np.concatenate([[e.shape[1]] * e.shape[0] for e in spectra])
     layer_of = np.concatenate([[layer] * e.shape[0] for layer, e in enumerate(spectra)])
     fit = functools.partial(fit_tail, tail=tail)
-    fits = lax.map(lambda row: fit(row[0], size=row[1]), (padded, sizes), batch_size=max(1, _BATCH // longest))
+    at_once = max(1, _BATCH // longest // (1 if tail.xmin == "median" else PROBES))
+    fits = lax.map(lambda row: fit(row[0], size=row[1]), (padded, sizes), batch_size=at_once)
     largest, norm = padded[:, -1], padded.sum(-1)
     positive = jnp.where(largest > 0, largest, 1)
     alpha_hat = fits.alpha * jnp.log10(positive)

@@ -96,18 +96,22 @@ def batched_spectra(stacks: Sequence[Array], grids: Sequence[Grid], *, svd: bool
         max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
 
     Returns:
-        L arrays (D, E), ascending.
+        L arrays (D, E), ascending; of zeros for a stack with NaN or Inf.
     """
     pooled: dict[int, Array] = {}
     for layers in _groups(stacks, grids):
         located = _locate([stacks[i].shape for i in layers], [grids[i] for i in layers])
-        flat = jnp.concatenate([stacks[i].reshape(-1) for i in layers])
+        flat = jnp.concatenate([_finite_or_zero(stacks[i]).reshape(-1) for i in layers])
         shape = _oriented(grids[layers[0]])
         values = _solve_windows(flat, located, shape, svd=svd, max_batch_bytes=max_batch_bytes)
         ends = np.cumsum([len(stacks[i]) * len(grids[i].starts) for i in layers])
         for layer, part in zip(layers, jnp.split(values, ends[:-1]), strict=True):
             pooled[layer] = jnp.sort(grids[layer].pool(part), axis=-1)
     return [pooled[i] for i in range(len(grids))]
+
+
+def _finite_or_zero(stack: Array) -> Array:
+    return jnp.where(jnp.isfinite(stack).all(), stack, 0)
 
 
 def _oriented(grid: Grid) -> tuple[int, int]:
@@ -150,7 +154,7 @@ def _solve_windows(
 
     def one_batch(windows: tuple[Array, Array, Array]) -> Array:
         start, down, across = (part[:, None, None] for part in windows)
-        index = start + down * jnp.arange(rows)[:, None] + across * jnp.arange(cols)
+        index = start + down * jnp.arange(rows)[None, :, None] + across * jnp.arange(cols)[None, None, :]
         return solve(flat[index])
 
     parts = [jnp.pad(part, (0, -count % batch), mode="edge").reshape(-1, batch) for part in located]

@@ -85,7 +85,7 @@ def _scales(report: LayerReport, metric: str, mapping: mappings.Mapping, low: fl
     fitted = report.alpha > 0
     least, most = scores.min(where=fitted, initial=jnp.inf), scores.max(where=fitted, initial=-jnp.inf)
     # Layers without a tail stand at the mean of the others: there they stretch no range.
-    mean = jnp.where(fitted, scores, 0).sum() / jnp.maximum(fitted.sum(), 1)
+    mean = jnp.where(fitted, scores, 0).sum() / jnp.maximum(fitted.sum(dtype=scores.dtype), 1)
     scores = jnp.where(fitted, scores, jnp.where(fitted.any(), jnp.clip(mean, least, most), 1))
     if mapping in mappings.NAMED.values():
         factors = mapping(scores, low, high, where=fitted)

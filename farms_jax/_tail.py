@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-_PROBES = 64  # offsets at which every candidate's distance is bounded from below before any is measured whole
+PROBES = 64  # offsets at which every candidate's distance is bounded from below before any is measured whole
 _BLOCK_BYTES = 2**26  # live memory of one step of the search
 
 
@@ -124,10 +124,9 @@ def _prepare(eigenvalues: Array, min_eigenvalue: float | None, size: Array | int
     return _Spectrum(eigenvalues, logs, kept_from, jnp.maximum(zeros, kept_from))
 
 
-def _hill(count: Array, spread: Array, dtype: jnp.dtype) -> Array:
+def _hill(count: Array, spread: Array) -> Array:
     """Alpha of tails of `count` eigenvalues with summed log-spread; 0 where they are equal to within rounding."""
-    count = count.astype(dtype)
-    flat = spread <= 8 * jnp.finfo(dtype).eps * count
+    flat = spread <= 8 * float(jnp.finfo(spread.dtype).eps) * count
     return jnp.where(flat, 0, 1 + count / jnp.where(flat, 1, spread))
 
 
@@ -136,20 +135,20 @@ def _alpha_at(spectrum: _Spectrum, index: Array) -> Array:
     size = logs.size
     in_tail = (jnp.arange(size) >= index) & (spectrum.eigenvalues[-1] > 0)
     spread = jnp.where(in_tail, logs - logs[index], 0).sum()
-    return _hill(size - index, spread, logs.dtype)
+    return _hill((size - index).astype(logs.dtype), spread)
 
 
 def _all_alphas(logs: Array) -> Array:
     """Alpha of the tail from each index on, shape (E,)."""
     size = logs.size
-    count = size - jnp.arange(size)
+    count = (size - jnp.arange(size)).astype(logs.dtype)
     sums = lax.cumsum(logs, reverse=True)
-    return _hill(count, sums - count * logs, logs.dtype)
+    return _hill(count, sums - count * logs)
 
 
 def _distances(logs: Array, index: Array, alpha: Array) -> Array:
     """KS distance of the tails from `index` on with exponents `alpha`, both shape (B,), over all offsets."""
-    offset = jnp.arange(logs.size) - index[:, None]
+    offset = jnp.arange(logs.size)[None, :] - index[:, None]
     return jnp.where(offset >= 0, _deviation(logs, index, alpha, jnp.maximum(offset, 0)), 0).max(-1)
 
 
@@ -172,8 +171,8 @@ def _candidates(spectrum: _Spectrum, tail: Tail) -> Array:
     low = log10[jnp.minimum(usable_from, logs.size - 1)]
     width = jnp.where(low < 0, -low, 1)  # the largest eigenvalue's relative log10 is 0
     bins = jnp.clip(((log10 - low) / width * tail.bins).astype(jnp.int32), 0, tail.bins - 1)
-    counts = jnp.zeros(tail.bins, jnp.int32).at[bins].add(position >= usable_from)
-    peak = 10 ** (shift + low + jnp.argmax(counts) * (width / tail.bins))
+    counts = jnp.zeros(tail.bins, jnp.int32).at[bins].add((position >= usable_from).astype(jnp.int32))
+    peak = 10 ** (shift + low + jnp.argmax(counts).astype(low.dtype) * (width / tail.bins))
     return usable & (eigenvalues >= jnp.log10(0.95 * peak)) & (eigenvalues <= 1.5 * peak)
 
 
@@ -217,12 +216,12 @@ def _search(spectrum: _Spectrum, candidates: Array) -> tuple[Array, Array, Array
 
 def _lower_bounds(logs: Array, alphas: Array) -> Array:
     """Largest deviation of each candidate at the probes, shape (E,): never above its KS distance."""
-    probes = jnp.arange(_PROBES)
+    probes = jnp.arange(PROBES)
 
     def bound(index):
         count = logs.size - index
-        offset = (count // _PROBES) * probes + (count % _PROBES) * probes // _PROBES
+        offset = (count // PROBES) * probes + (count % PROBES) * probes // PROBES
         return _deviation(logs, index[None], alphas[index][None], offset[None]).max()
 
-    batch = max(1, min(logs.size, _BLOCK_BYTES // (8 * _PROBES)))
+    batch = max(1, min(logs.size, _BLOCK_BYTES // (8 * PROBES)))
     return lax.map(bound, jnp.arange(logs.size), batch_size=batch)

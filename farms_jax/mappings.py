@@ -37,8 +37,9 @@ def log2(scores: Array, low: float, high: float, where: Array | bool = True) -> 
 
 def step(scores: Array, low: float, high: float, where: Array | bool = True) -> Array:
     """By rank r = 0..L-1: `low + (high - low) r / L`, so that the top stays below `high` (`tb_step`)."""
-    rank = jnp.argsort(jnp.argsort(jnp.where(where, scores, jnp.inf)))
-    return low + (high - low) * rank / jnp.maximum(jnp.broadcast_to(where, scores.shape).sum(), 1)
+    rank = jnp.argsort(jnp.argsort(jnp.where(where, scores, jnp.inf))).astype(scores.dtype)
+    count = jnp.broadcast_to(jnp.asarray(where), scores.shape).sum(dtype=scores.dtype)
+    return low + (high - low) * rank / jnp.maximum(count, 1)
 
 
 def sigmoid(scores: Array, low: float, high: float, slope: float = 1.0, where: Array | bool = True) -> Array:

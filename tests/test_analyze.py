@@ -268,3 +268,11 @@ def test_report_is_a_pytree_and_drops_layers():
     assert dict(fewer.left_out)["conv_2/kernel"] == "excluded"
     with pytest.raises(ValueError, match="matches no name"):
         report.drop("nothing")
+
+
+@pytest.mark.parametrize("rule", ["median", "peak", "ks"])
+def test_strict_promotion_finds_nothing(rule):
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        report = analyze(PARAMS, tail=Tail(rule, min_eigenvalue=1e-5))
+        for mapping in farms_jax.mappings.NAMED:
+            farms_jax.lr_scale(report, PARAMS, mapping=mapping)

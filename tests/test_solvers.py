@@ -145,3 +145,17 @@ def test_device_path_is_chosen_by_platform(monkeypatch):
             weights, FLAX_AXES, grids, platform="gpu", solver=solver, exact=exact_values, max_batch_bytes=1
         )
         assert called.pop() is svd
+
+
+def test_nan_gives_zeros_in_its_own_layer_only():
+    stacks, grids, _ = problem(heavy=False)
+    broken = [stacks[0].copy(), *stacks[1:]]
+    broken[0][0, 3, 3] = np.nan
+    clean = _esd.batched_spectra([jnp.asarray(s) for s in stacks], grids, svd=True, max_batch_bytes=2**30)
+    for found in (
+        _esd.batched_spectra([jnp.asarray(s) for s in broken], grids, svd=True, max_batch_bytes=2**30),
+        _host.spectra(broken, grids, solver="svd", max_bytes=2**20),
+    ):
+        np.testing.assert_array_equal(found[0], 0)
+        for values, expected in zip(found[1:], clean[1:], strict=True):
+            np.testing.assert_allclose(values, expected, rtol=1e-4)
