@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _SIZE = (10.0, 4.2)  # inches
 
@@ -40,6 +41,8 @@ def _figure(title: str, columns: int) -> tuple[Figure, Sequence[Any]]:
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.grid(alpha=0.25)
+        if columns > 1:  # epochs along the axis
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure, axes
 
 
@@ -52,7 +55,7 @@ def _learning_curves(metrics: dict[int, list[dict[str, Any]]], title: str) -> Fi
             for part, style in (("train", "--"), ("test", "-")):
                 values = [factor * row[f"{part}_{measure}"] for row in rows]
                 axis.plot(epochs, values, style, marker=".", color=f"C{index}", label=f"{part}, seed {seed}")
-    loss.set(xlabel="epoch", ylabel="cross-entropy")
+    loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
     accuracy.legend(fontsize=8)
     return figure
@@ -66,7 +69,7 @@ def _layers(rows: list[dict[str, Any]], title: str) -> Figure:
         mine = [row for row in rows if row["layer"] == name]
         epochs = [row["epoch"] for row in mine]
         alpha.plot(epochs, [row["alpha"] or np.nan for row in mine], color=colour, lw=1.2, label=name)
-        rate.plot(epochs, [row["learning_rate"] for row in mine], color=colour, lw=1.2)
+        rate.plot(epochs[:-1], [row["learning_rate"] for row in mine[:-1]], color=colour, lw=1.2)
     alpha.set(xlabel="epoch", ylabel="alpha (PL_Alpha_Hill)")
     rate.set(xlabel="epoch", ylabel="learning rate")
     figure.legend(*alpha.get_legend_handles_labels(), loc="outside right center", fontsize=5.5)
