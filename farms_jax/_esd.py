@@ -165,10 +165,15 @@ def _gram_eigenvalues(windows: Array) -> Array:
     gram = jnp.einsum("wrc,wsc->wrs", windows, windows, precision=lax.Precision.HIGHEST)
     if gram.shape[-1] == 1:
         return gram[..., 0]
-    _, diagonal, off_diagonal, _ = lax.linalg.tridiagonal(gram)
-    values = jax.vmap(functools.partial(eigh_tridiagonal, eigvals_only=True))(diagonal, off_diagonal)
+    # XLA has no tridiagonal reduction for TPU.
+    values = lax.platform_dependent(gram, tpu=jnp.linalg.eigvalsh, default=_by_bisection)
     floor = values[:, -1:] * (values.shape[-1] * jnp.finfo(values.dtype).eps)
     return jnp.where(values > floor, values, 0)
+
+
+def _by_bisection(gram: Array) -> Array:
+    _, diagonal, off_diagonal, _ = lax.linalg.tridiagonal(gram)
+    return jax.vmap(functools.partial(eigh_tridiagonal, eigvals_only=True))(diagonal, off_diagonal)
 
 
 def _singular_values_squared(windows: Array) -> Array:

@@ -52,7 +52,8 @@ def start(recipe: str | None, settings: list[str]) -> None:
     """
     if recipe is not None and recipe not in RECIPES:
         raise RunError(f"--recipe: there is no {recipe!r}; `--recipe list` names all {len(RECIPES)}")
-    description = f"{__doc__}\nBesides the options below: --recipe NAME, --resume RUN_DIR."
+    usage = "\n\n".join(filter(None, (__doc__ or "").splitlines()))
+    description = f"{usage}\n\nBesides the options below: --recipe NAME, --resume RUN_DIR."
     default = RECIPES[recipe] if recipe else Config()
     config = tyro.cli(Config, default=default, args=settings, prog="train.cifar", description=description)
     config.check()
