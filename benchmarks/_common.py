@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 
+SETTLE = 0.3  # seconds before each timed call: threads of the one before, OpenMP's above all, spin on for a while
+
+
 def machine() -> dict[str, Any]:
     """Returns processor, cores, accelerator and the versions that matter, ready for JSON."""
     import jax
@@ -38,6 +41,7 @@ def interleave(functions: dict[str, Callable[[], None]], repeats: int) -> dict[s
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            time.sleep(SETTLE)
             start = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - start)
