@@ -9,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-
 SETTLE = 0.3  # seconds before each timed call: threads of the one before, OpenMP's above all, spin on for a while
 
 
