@@ -126,24 +126,18 @@ def oracle_alpha(windows, tail):
     return oracle.tail(values, tail.xmin, tail.xmin_pos, tail.bins, tail.min_eigenvalue)[0]
 
 
-@pytest.mark.parametrize("rule", ["median", "peak", "ks"])
-def test_channels_first_is_not_guessed(rule):
-    """The reference takes 4 + 4 < 7 + 7 for channels first; here the axes say so."""
-    kernel = weight("conv_4x4x7x7")
-    fit = {"median": "median", "peak": "xmin_peak", "ks": "goodness-of-fit"}[rule]
-    numbers = [
-        CONV_NUMBERS["alpha"][case["case"]]
-        for case in CONV
-        if case["tensor"] == "conv_4x4x7x7"
-        and case["Q_ratio"] == 1.0
-        and case["fit"] == fit
-        and case["xmin_pos"] == 2
-        and case["conv_norm"] == 0.5
-        and not case["filter_zeros"]
-    ]
-    tail = farms_jax.Tail(rule)
-    guessed = farms_jax.analyze({"k": kernel}, axes=farms_jax.Axes(rows=2, cols=3), tail=tail).alpha[0]
-    declared = farms_jax.analyze({"k": kernel}, axes=TORCH_AXES, tail=tail).alpha[0]
-    np.testing.assert_allclose(guessed, numbers or [guessed], rtol=1e-3)
-    windows = kernel.transpose(2, 3, 0, 1).reshape(-1, 4, 4) * np.sqrt(0.5)
-    np.testing.assert_allclose(declared, oracle_alpha(windows, tail), rtol=1e-3)
+CONV_GUESSED = [case for case in CONV if case["tensor"] in CHANNELS_FIRST and case["use_sliding_window"]]
+
+
+@pytest.mark.parametrize("case", CONV_GUESSED, ids=lambda case: str(case["case"]))
+def test_channels_first_is_not_guessed(case):
+    """The reference takes 4 + 4 < 7 + 7 for channels first; here the axes say so: both answers."""
+    window, tail, kernel_scale = settings_of(case)
+    settings = {"window": window, "tail": tail, "kernel_scale": kernel_scale}
+    kernel = weight(case["tensor"])
+    as_guessed = farms_jax.analyze({"k": kernel}, axes=farms_jax.Axes(rows=2, cols=3), **settings)
+    np.testing.assert_allclose(as_guessed.alpha[0], CONV_NUMBERS["alpha"][case["case"]], rtol=1e-3)
+    declared = farms_jax.analyze({"k": kernel}, axes=TORCH_AXES, **settings)
+    grid = make_grid(window, TORCH_AXES.stack_shape(kernel.shape), is_kernel=True)
+    matrices = kernel.transpose(2, 3, 0, 1).reshape(-1, 4, 4)[:, : grid.rows, : grid.cols]
+    np.testing.assert_allclose(declared.alpha[0], oracle_alpha(matrices * np.sqrt(kernel_scale), tail), rtol=1e-3)
