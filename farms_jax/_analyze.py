@@ -64,7 +64,7 @@ def analyze(
     - `"gram"`: eigenvalues only, of the windows' Gram matrices, by tridiagonal reduction in the working precision:
       eps emax / e, n times that at worst for windows of n rows. Exact enough for the upper half of a spectrum and no
       further. On CPU a layer whose median is below 1e-3 of its largest eigenvalue is solved again in float64.
-    - `"gram64"`: the same in float64, at 1.6 times the time: eps, down to e = 1e-9 emax. On an accelerator it needs
+    - `"gram64"`: the same in float64, at 1.5 times the time: eps, down to e = 1e-9 emax. On an accelerator it needs
       `jax_enable_x64`.
     - `"svd"`: squared singular values in the working precision: 2 eps sqrt(emax / e), up to four times that at worst.
     - `"auto"`: `"gram"` for the median rule. Where small eigenvalues count too (`peak`, `ks`, `min_eigenvalue`,

@@ -1,6 +1,8 @@
 """Shared by the tests: fixtures, tolerances by error model, known answers."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +48,12 @@ def power_law(alpha, count, seed=0, xmin=1.0):
     """Eigenvalues, ascending, drawn from a density proportional to e**-alpha above xmin."""
     uniform = np.random.default_rng(seed).uniform(size=count)
     return np.sort(xmin * (1 - uniform) ** (-1 / (alpha - 1)))
+
+
+def write_tar(path, content, mode="w:gz"):
+    """Make a tar archive of `{member name: bytes}`."""
+    with tarfile.open(path, mode) as tar:
+        for name, data in content.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))

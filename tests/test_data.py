@@ -9,19 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import write_tar
 from PIL import Image
 
 from train import _folder
 from train.data import DataError, load
-
-
-def _tar(path: Path, content: dict[str, bytes], mode: str = "w:gz") -> None:
-    with tarfile.open(path, mode) as tar:
-        for name, data in content.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
 
 # Digits
 
@@ -97,12 +89,12 @@ def test_folder_tar_and_folder_of_tars_are_equal(content, tmp_path):
     paths = [_folder_of(tmp_path / "plain", content)]
     for suffix, mode in ((".tar", "w"), (".tar.gz", "w:gz"), (".tar.xz", "w:xz")):
         paths.append(tmp_path / f"images{suffix}")
-        _tar(paths[-1], {f"./images/{name}": data for name, data in content.items()}, mode)
+        write_tar(paths[-1], {f"./images/{name}": data for name, data in content.items()}, mode)
     paths.append(tmp_path / "tars")
     paths[-1].mkdir()
     for split in ("train", "test"):
         part = {name: data for name, data in content.items() if name.startswith(split)}
-        _tar(paths[-1] / f"images-{split}.tar.xz", part, "w:xz")
+        write_tar(paths[-1] / f"images-{split}.tar.xz", part, "w:xz")
     loaded = [_load_folder(path, tmp_path) for path in paths]
     assert [images.name for images in loaded] == [f"folder:{path}" for path in paths]
     assert len({images.fingerprint for images in loaded}) == 1
@@ -126,7 +118,7 @@ def test_sizes_modes_and_other_files(content, tmp_path):
     content |= {"train/dog/._0000.jpg": b"macOS", "train/dog/notes.txt": b"text", "train/.cache/a.jpg": b"hidden"}
     images = _load_folder(_folder_of(tmp_path / "plain", content), tmp_path)
     assert images.train_images.shape == (8, 32, 32, 3) and images.num_classes == 2
-    _tar(tmp_path / "all.tar", content, "w")
+    write_tar(tmp_path / "all.tar", content, "w")
     assert _load_folder(tmp_path / "all.tar", tmp_path).fingerprint == images.fingerprint
 
 
@@ -210,7 +202,7 @@ def test_folder_errors(case, packed, content, tmp_path):
     change, message = FOLDER_ERRORS[case]
     if packed:
         path = tmp_path / "images.tar.gz"
-        _tar(path, change(content))
+        write_tar(path, change(content))
     else:
         path = _folder_of(tmp_path / "plain", change(content))
     with pytest.raises(DataError, match=message):
@@ -239,7 +231,7 @@ def test_bad_archives(content, tmp_path):
         _load_folder(tmp_path / "text.tar", tmp_path)
     for mode in ("xz", "gz"):
         cut = tmp_path / f"cut.tar.{mode}"
-        _tar(cut, content, f"w:{mode}")
+        write_tar(cut, content, f"w:{mode}")
         cut.write_bytes(cut.read_bytes()[:-600])
         with pytest.raises(DataError, match=r"cut\.tar\..z: not a readable tar archive"):
             _load_folder(cut, tmp_path)
@@ -248,8 +240,8 @@ def test_bad_archives(content, tmp_path):
 def test_duplicates_and_links_in_archives(content, tmp_path):
     folder = tmp_path / "twice"
     folder.mkdir()
-    _tar(folder / "a.tar", content, "w")
-    _tar(folder / "b.tar.gz", content)
+    write_tar(folder / "a.tar", content, "w")
+    write_tar(folder / "b.tar.gz", content)
     with pytest.raises(DataError, match=r"b\.tar\.gz: .* occurs twice"):
         _load_folder(folder, tmp_path)
     with tarfile.open(folder / "a.tar", "a") as tar:

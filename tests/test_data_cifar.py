@@ -3,10 +3,8 @@
 import dataclasses
 import hashlib
 import http.server
-import io
 import socket
 import sys
-import tarfile
 import threading
 import time
 import types
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import write_tar
 
 from train import _cifar, _download
 from train.data import DataError, load
@@ -36,18 +35,10 @@ def _files(name: str) -> dict[str, bytes]:
     return content
 
 
-def _tar(path: Path, content: dict[str, bytes], mode: str = "w:gz") -> None:
-    with tarfile.open(path, mode) as tar:
-        for name, data in content.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
 def _archive(name: str, folder: Path, content: dict[str, bytes] | None = None) -> Path:
     source = _cifar.SOURCES[name]
     path = folder / source.archive
-    _tar(path, {f"{source.folder}/{file}": data for file, data in (content or _files(name)).items()})
+    write_tar(path, {f"{source.folder}/{file}": data for file, data in (content or _files(name)).items()})
     return path
 
 
