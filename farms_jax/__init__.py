@@ -1,19 +1,21 @@
 """Heavy-tailed weight spectra without aspect-ratio bias (FARMS), and the decisions they steer.
 
-`analyze` measures every layer of a network; `lr_scale` turns the measure into learning-rate factors, and
-`tempbalance` applies them as an optax transform.
+`analyze` measures every layer of a network. `lr_scale` turns the measure into learning-rate factors, which
+`tempbalance` applies as an optax transform; `allocate_sparsity` turns it into the sparsity of each layer.
 """
 
-from farms_jax import mappings as mappings
+from farms_jax import files as files, mappings as mappings
 from farms_jax._analyze import analyze as analyze
 from farms_jax._lr_scale import lr_scale as lr_scale
 from farms_jax._matrices import FLAX_AXES as FLAX_AXES, TORCH_AXES as TORCH_AXES, Axes as Axes
 from farms_jax._names import (
+    block_of as block_of,
     follow_order as follow_order,
     named_leaves as named_leaves,
     natural_key as natural_key,
 )
 from farms_jax._report import LayerReport as LayerReport
+from farms_jax._sparsity import allocate_sparsity as allocate_sparsity, round_to_groups as round_to_groups
 from farms_jax._tail import Tail as Tail, TailFit as TailFit, fit_tail as fit_tail
 from farms_jax._tempbalance import (
     TempBalanceState as TempBalanceState,

@@ -49,6 +49,16 @@ def module_of(name: str) -> str:
     return match[1] if match else ""
 
 
+def block_of(name: str) -> str:
+    """Return the name of the repeated block that a leaf is part of: all up to its first number, or the whole name.
+
+    >>> block_of("model.layers.12.mlp.up_proj"), block_of("blocks/0/attention/kernel"), block_of("head/kernel")
+    ('model.layers.12', 'blocks/0', 'head/kernel')
+    """
+    match = re.match(r"(?:[^/.]+[/.])*?\d+(?=[/.]|$)", name)
+    return match[0] if match else name
+
+
 def matching(names: Iterable[str], patterns: str | Iterable[str], argument: str = "exclude") -> set[str]:
     r"""Names that one of the patterns matches whole (`re.fullmatch`).
 

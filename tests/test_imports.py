@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FLOW = ["_names", "_matrices", "_windows", "_tail", "mappings", "_report", "_lapack"]
-FLOW += ["_host", "_esd", "_analyze", "_lr_scale", "_tempbalance"]
+FLOW = ["files", "_names", "_matrices", "_windows", "_tail", "mappings", "_report", "_lapack"]
+FLOW += ["_host", "_esd", "_analyze", "_lr_scale", "_sparsity", "_tempbalance"]
 
 
 def test_core_loads_no_framework():

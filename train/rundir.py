@@ -14,7 +14,6 @@ does not have, so no line is lost and none is there twice.
 import csv
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from farms_jax.files import write_json, write_text
 from train.config import Config
 
 LAYER_FIELDS = ("epoch", "layer", "alpha", "lr_scale", "learning_rate")
@@ -29,18 +29,6 @@ LAYER_FIELDS = ("epoch", "layer", "alpha", "lr_scale", "learning_rate")
 
 class RunError(ValueError):
     """A run directory cannot be used; the message says why, and what to do."""
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    _write_text(path, json.dumps(content, indent=2, default=str) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def write_config(run: Path, config: Config, facts: dict[str, Any]) -> None:
@@ -154,9 +142,9 @@ class SeedDirectory:
 
     def _keep_lines_before(self, epoch: int) -> None:
         metrics = [line for line in self.metrics() if line["epoch"] < epoch]
-        _write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
         layers = [row for row in self.layers() if row["epoch"] < epoch]
-        _write_text(self.path / "layers.csv", "")
+        write_text(self.path / "layers.csv", "")
         self.append_layers(layers)
 
     def close(self) -> None:

@@ -1,0 +1,180 @@
+"""allocate_sparsity(): scores of layers -> the sparsity of each layer, under one global budget."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import numpy as np
+
+from farms_jax._report import LayerReport
+
+HIGHEST = 0.998  # what the reference puts for a layer that would pass 1
+
+
+def allocate_sparsity(
+    scores: LayerReport | Mapping[str, float],
+    *,
+    sparsity: float,
+    epsilon: float,
+    block_of: Callable[[str], str] | None = None,
+    num_params: Mapping[str, int] | None = None,
+    rule: Literal["scale", "shift"] = "scale",
+    budget: Literal["exact", "reference"] = "exact",
+    highest: float = HIGHEST,
+) -> dict[str, float]:
+    r"""Give every layer its sparsity: the higher the score, the more is removed.
+
+    >>> scores = {"block.0": 2.0, "block.1": 3.0, "block.2": 4.0}
+    >>> sizes = {"block.0": 100, "block.1": 100, "block.2": 200}
+    >>> found = allocate_sparsity(scores, sparsity=0.5, epsilon=0.2, num_params=sizes)
+    >>> {layer: round(value, 4) for layer, value in found.items()}
+    {'block.0': 0.381, 'block.1': 0.4762, 'block.2': 0.5714}
+
+    Scores are mapped linearly to [1 - epsilon, 1 + epsilon] and multiplied by the one factor that meets the budget
+    (`"scale"`: AlphaPruning, FARMS), or mapped to [-epsilon, epsilon] and moved by one amount (`"shift"`: OWL, DLP,
+    ATP; epsilon is their lambda, alpha, or half of beta times the number of steps). Where all scores are equal, every
+    layer has the global sparsity. A layer of a report without a tail (alpha 0) stands at the mean of the others.
+
+    Args:
+        scores: a report, whose alphas are the scores, or a score for each layer.
+        sparsity: fraction of all weights of these layers to remove, in [0, 1).
+        epsilon: half the range: relative to the sparsity for `"scale"`, in [0, 1); absolute for `"shift"`, in [0, 1].
+        block_of: the name of a layer's block, such as `farms_jax.block_of`: the layers of a block share one
+            sparsity, from the mean of their scores. `None`: every layer has its own.
+        num_params: weights in each layer; not needed with a report.
+        rule: see above.
+        budget: `"exact"` removes exactly `sparsity` of all weights: a layer that would pass `highest` gets that, and
+            the others share the rest. `"reference"` is the public code's rule, for comparisons: what passes 1 becomes
+            0.998 (0.99999 at a sparsity of exactly 0.7) with nothing shared, so that less than asked is removed.
+        highest: the most that is removed from any layer, in [sparsity, 1].
+
+    Returns:
+        Sparsity of each layer by name, in the order of `scores`.
+
+    Raises:
+        ValueError: an argument is out of its range, a score is not finite, there are no layers, or a size is missing.
+
+    References:
+        Lu et al., AlphaPruning, NeurIPS 2024, section 3.2; Yin et al., Outlier Weighed Layerwise Sparsity, ICML 2024.
+    """
+    _check(sparsity, epsilon, highest, rule, budget)
+    layers, values, sizes = _read(scores, num_params)
+    blocks = [block_of(layer) for layer in layers] if block_of else layers
+    order = {block: i for i, block in enumerate(dict.fromkeys(blocks))}
+    block = np.array([order[name] for name in blocks])
+    means = np.bincount(block, values) / np.bincount(block)
+    weights = np.bincount(block, sizes)
+    spread = means.max() - means.min()
+    unit = 2 * (means - means.min()) / spread - 1 if spread > 0 else np.zeros_like(means)
+    if budget == "reference":
+        found = _reference(1 + epsilon * unit, weights, sparsity)
+    elif rule == "scale":
+        relative = 1 + epsilon * unit
+        ends = np.append(highest / relative, 0)
+        found = _meet(lambda c: np.minimum(c * relative, highest), ends, weights, sparsity)
+    else:
+        ends = np.concatenate([-epsilon * unit, highest - epsilon * unit])
+        found = _meet(lambda c: np.clip(epsilon * unit + c, 0, highest), ends, weights, sparsity)
+    return dict(zip(layers, found[block].tolist(), strict=True))
+
+
+def round_to_groups(
+    sparsity: Mapping[str, float],
+    num_params: Mapping[str, int],
+    *,
+    group: int,
+    block_of: Callable[[str], str] | None = None,
+) -> dict[str, int]:
+    """Turn sparsities into mixed N:M: how many of every `group` consecutive weights each layer loses.
+
+    The fractions are rounded so that the weights removed in all come as near to those of `sparsity` as whole numbers
+    allow (largest remainders first): with layers of one size, to within half a step of one layer.
+
+    >>> round_to_groups({"a": 0.4, "b": 0.6, "c": 0.5}, {"a": 64, "b": 64, "c": 64}, group=4)
+    {'a': 2, 'b': 2, 'c': 2}
+
+    Args:
+        sparsity: of each layer, as `allocate_sparsity` gives it.
+        num_params: weights in each layer.
+        group: M of N:M.
+        block_of: layers of one block get one N; `None`: every layer has its own.
+
+    Returns:
+        Weights to remove of each group, in [0, group], by layer.
+
+    Raises:
+        ValueError: `group` is below 1.
+    """
+    if group < 1:
+        raise ValueError(f"round_to_groups: group must be at least 1, got {group}")
+    layers = list(sparsity)
+    blocks = {layer: block_of(layer) if block_of else layer for layer in layers}
+    sizes: dict[str, int] = {}
+    wanted: dict[str, float] = {}
+    for layer in layers:
+        block = blocks[layer]
+        sizes[block] = sizes.get(block, 0) + num_params[layer]
+        wanted[block] = wanted.get(block, 0.0) + num_params[layer] * sparsity[layer] * group
+    # 1e-9: a sparsity of 0.5 that arrives as 0.4999999999 is still 2 of 4.
+    exact = {block: wanted[block] / sizes[block] for block in sizes}
+    removed = {block: math.floor(value + 1e-9) for block, value in exact.items()}
+    rest = sum(wanted.values()) - sum(removed[block] * sizes[block] for block in sizes)
+    for block in sorted(sizes, key=lambda block: removed[block] - exact[block]):
+        if removed[block] < group and rest >= sizes[block] / 2:
+            removed[block] += 1
+            rest -= sizes[block]
+    return {layer: removed[blocks[layer]] for layer in layers}
+
+
+def _check(sparsity: float, epsilon: float, highest: float, rule: str, budget: str) -> None:
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"allocate_sparsity: sparsity must be in [0, 1), got {sparsity}")
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"allocate_sparsity: epsilon must be in [0, 1], got {epsilon}")
+    if epsilon == 1 and rule == "scale":  # the least block would keep everything, however much is asked for
+        raise ValueError("allocate_sparsity: epsilon must be below 1 for rule='scale'")
+    if not sparsity <= highest <= 1:
+        raise ValueError(f"allocate_sparsity: highest must be in [sparsity, 1] = [{sparsity}, 1], got {highest}")
+    if rule not in {"scale", "shift"}:
+        raise ValueError(f"allocate_sparsity: rule must be 'scale' or 'shift', got {rule!r}")
+    if budget not in {"exact", "reference"}:
+        raise ValueError(f"allocate_sparsity: budget must be 'exact' or 'reference', got {budget!r}")
+    if budget == "reference" and rule != "scale":
+        raise ValueError("allocate_sparsity: budget='reference' is defined for rule='scale' only")
+
+
+def _read(
+    scores: LayerReport | Mapping[str, float], num_params: Mapping[str, int] | None
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Layers, their scores and their sizes, float64."""
+    if isinstance(scores, LayerReport):
+        layers, values = list(scores.names), np.asarray(scores.alpha, np.float64)
+        fitted = values > 0
+        values = np.where(fitted, values, values[fitted].mean() if fitted.any() else 1.0)
+        num_params = num_params or dict(zip(scores.names, scores.num_params, strict=True))
+    else:
+        layers, values = list(scores), np.array(list(scores.values()), np.float64)
+    if not layers:
+        raise ValueError("allocate_sparsity: there are no layers; was everything left out of the analysis?")
+    if bad := [layer for layer, value in zip(layers, values, strict=True) if not np.isfinite(value)]:
+        raise ValueError(f"allocate_sparsity: the score of {', '.join(bad)} is not finite")
+    if num_params is None:
+        raise ValueError("allocate_sparsity: give num_params, the number of weights in each layer")
+    if missing := [layer for layer in layers if num_params.get(layer, 0) < 1]:
+        raise ValueError(f"allocate_sparsity: num_params has no size for {', '.join(missing)}")
+    return layers, values, np.array([num_params[layer] for layer in layers], np.float64)
+
+
+def _meet(at: Callable[[float], np.ndarray], ends: np.ndarray, weights: np.ndarray, sparsity: float) -> np.ndarray:
+    # The mean of at(c) grows with c and is straight between the `ends`, where a block meets a bound: it is inverted
+    # exactly.
+    ends = np.unique(ends)
+    totals = np.array([weights @ at(end) for end in ends])
+    rising = np.concatenate([[True], np.diff(totals) > 0])
+    return at(float(np.interp(sparsity * weights.sum(), totals[rising], ends[rising])))
+
+
+def _reference(relative: np.ndarray, weights: np.ndarray, sparsity: float) -> np.ndarray:
+    # In the reference the number of weights to remove is a float32 scalar.
+    found = relative * (float(np.float32(weights.sum() * sparsity)) / (weights @ relative))
+    return np.where(found > 1, 0.99999 if sparsity == 0.7 else HIGHEST, found)

@@ -1,0 +1,52 @@
+"""Files that are there whole or not at all, and their hashes: what every program's run directory rests on."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Generator[Path, None, None]:
+    """Write a file under another name, and give it its own when it is whole.
+
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "numbers.txt"
+    >>> with atomic(path) as part:
+    ...     _ = part.write_text("1 2 3")
+    >>> path.read_text()
+    '1 2 3'
+
+    Args:
+        path: where the file will be; folders are made.
+
+    Yields:
+        Path to write to. It becomes `path` at the end; after an error there is no new file and the old one stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic(path) as part:
+        part.write_text(text)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all; what JSON does not know is written as its `str`."""
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

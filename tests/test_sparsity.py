@@ -1,0 +1,159 @@
+"""allocate_sparsity against the reference's figures, and its budget against arithmetic."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import farms_jax
+from farms_jax import LayerReport, allocate_sparsity, round_to_groups
+from tests.helpers import load_cases
+
+FIXTURE, ARRAYS = load_cases("sparsity_alloc")
+RNG = np.random.default_rng(5)
+SCORES = {f"blocks.{i}.{name}": float(RNG.uniform(1.5, 6)) for i in range(6) for name in ("q", "up")}
+SIZES = {layer: 300 if layer.endswith("up") else 100 for layer in SCORES}
+
+
+def fixture_case(case):
+    layers = [name.split(".", 1)[1] for name in FIXTURE["layer_order_in_block"]]
+    names = [f"{i}.{layer}" for i in range(FIXTURE["sizes"][case["model"]]["blocks"]) for layer in layers]
+    scores = dict(zip(names, ARRAYS[f"alphas/{case['alphas']}"], strict=True))
+    sizes = dict(zip(names, ARRAYS[f"numel/{case['model']}"].tolist(), strict=True))
+    return scores, sizes, ARRAYS[f"ratios/{case['case']}"]
+
+
+def removed(sparsity, sizes):
+    return sum(sparsity[layer] * sizes[layer] for layer in sizes) / sum(sizes.values())
+
+
+def report_of(alphas):
+    names, values = tuple(alphas), jnp.array(list(alphas.values()))
+    zeros = {key: values for key in ("ks_distance", "xmin", "largest_eigenvalue", "norm", "stable_rank", "alpha_hat")}
+    sizes = tuple(SIZES[name] for name in names)
+    return LayerReport(names, values, num_eigenvalues=values, num_params=sizes, left_out=(), **zeros)
+
+
+@pytest.mark.parametrize("case", FIXTURE["cases"], ids=lambda case: str(case["case"]))
+def test_reference_budget_equals_the_reference(case):
+    scores, sizes, expected = fixture_case(case)
+    settings = {"sparsity": case["sparsity"], "epsilon": case["epsilon"], "num_params": sizes}
+    found = allocate_sparsity(scores, block_of=farms_jax.block_of, budget="reference", **settings)
+    assert list(found) == list(scores)
+    np.testing.assert_allclose(list(found.values()), expected, rtol=2e-7)
+    exact = allocate_sparsity(scores, block_of=farms_jax.block_of, **settings)
+    assert removed(exact, sizes) == pytest.approx(case["sparsity"], rel=1e-12)
+    assert max(exact.values()) <= 0.998
+    if not case["n_clipped"] and expected.max() <= 0.998:  # nothing capped: the two budgets are one
+        np.testing.assert_allclose(list(exact.values()), expected, rtol=2e-7)
+
+
+@pytest.mark.parametrize("rule", ["scale", "shift"])
+@pytest.mark.parametrize("block_of", [None, farms_jax.block_of])
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7, 0.97, 0.998])
+def test_budget_is_met_exactly(rule, block_of, epsilon, sparsity):
+    found = allocate_sparsity(
+        SCORES, sparsity=sparsity, epsilon=epsilon, num_params=SIZES, rule=rule, block_of=block_of
+    )
+    values = np.array(list(found.values()))
+    assert removed(found, SIZES) == pytest.approx(sparsity, abs=1e-12)
+    assert values.min() >= 0 and values.max() <= 0.998
+    key = block_of or (lambda name: name)
+    score = {layer: np.mean([SCORES[other] for other in SCORES if key(other) == key(layer)]) for layer in SCORES}
+    order = sorted(SCORES, key=score.get)
+    assert (np.diff([found[layer] for layer in order]) >= -1e-12).all()  # a higher score is never pruned less
+
+
+def test_shift_keeps_the_range_and_scale_the_quotient():
+    shift = allocate_sparsity(SCORES, sparsity=0.6, epsilon=0.08, num_params=SIZES, rule="shift")
+    assert max(shift.values()) - min(shift.values()) == pytest.approx(0.16)
+    scale = allocate_sparsity(SCORES, sparsity=0.4, epsilon=0.25, num_params=SIZES)
+    assert max(scale.values()) / min(scale.values()) == pytest.approx(1.25 / 0.75)
+
+
+def test_layers_of_a_block_share_the_mean_score():
+    found = allocate_sparsity(SCORES, sparsity=0.5, epsilon=0.3, num_params=SIZES, block_of=farms_jax.block_of)
+    assert all(found[f"blocks.{i}.q"] == found[f"blocks.{i}.up"] for i in range(6))
+    means = {f"blocks.{i}": (SCORES[f"blocks.{i}.q"] + SCORES[f"blocks.{i}.up"]) / 2 for i in range(6)}
+    alone = allocate_sparsity(means, sparsity=0.5, epsilon=0.3, num_params=dict.fromkeys(means, 400))
+    assert [found[f"blocks.{i}.q"] for i in range(6)] == pytest.approx(list(alone.values()))
+
+
+def test_report_brings_its_sizes_and_a_layer_without_tail_stands_at_the_mean():
+    alphas = {**SCORES, "blocks.0.q": 0.0}
+    found = allocate_sparsity(report_of(alphas), sparsity=0.5, epsilon=0.3)
+    others = [value for layer, value in alphas.items() if layer != "blocks.0.q"]
+    expected = allocate_sparsity(
+        {**alphas, "blocks.0.q": float(np.mean(others))}, sparsity=0.5, epsilon=0.3, num_params=SIZES
+    )
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("scores", [{"a": 3.0}, {"a": 2.0, "b": 2.0}])
+def test_equal_scores_are_uniform(scores):
+    found = allocate_sparsity(scores, sparsity=0.6, epsilon=0.5, num_params=dict.fromkeys(scores, 10))
+    assert list(found.values()) == pytest.approx([0.6] * len(scores))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sparsity": 1.2}, "sparsity must be in"),
+        ({"sparsity": -0.1}, "sparsity must be in"),
+        ({"epsilon": 1.5, "rule": "shift"}, "epsilon"),
+        ({"epsilon": 1.0}, "below 1"),
+        ({"rule": "other"}, "rule"),
+        ({"budget": "other"}, "budget"),
+        ({"rule": "shift", "budget": "reference"}, "rule='scale'"),
+        ({"highest": 0.4}, "highest"),
+        ({"num_params": None}, "num_params"),
+        ({"num_params": {}}, "num_params"),
+    ],
+)
+def test_bad_arguments(change, words):
+    with pytest.raises(ValueError, match=words):
+        allocate_sparsity(SCORES, **{"sparsity": 0.5, "epsilon": 0.3, "num_params": SIZES, **change})
+
+
+def test_bad_scores():
+    with pytest.raises(ValueError, match=r"blocks\.1\.q is not finite"):
+        allocate_sparsity({**SCORES, "blocks.1.q": float("nan")}, sparsity=0.5, epsilon=0.3, num_params=SIZES)
+    with pytest.raises(ValueError, match="no layers"):
+        allocate_sparsity({}, sparsity=0.5, epsilon=0.3, num_params={})
+
+
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.61, 0.75])
+def test_mixed_groups_keep_the_global_budget(group, sparsity):
+    sizes = dict.fromkeys(SCORES, 64)
+    wanted = allocate_sparsity(SCORES, sparsity=sparsity, epsilon=0.4, num_params=sizes)
+    found = round_to_groups(wanted, sizes, group=group)
+    assert all(0 <= n <= group for n in found.values())
+    assert all(abs(found[layer] / group - wanted[layer]) < 1 / group + 1e-9 for layer in found)
+    assert abs(sum(found.values()) - group * len(found) * sparsity) <= 0.5 + 1e-6
+
+
+def test_mixed_groups_by_block_and_of_a_uniform_half():
+    wanted = allocate_sparsity(SCORES, sparsity=0.5, epsilon=0.4, num_params=SIZES, block_of=farms_jax.block_of)
+    found = round_to_groups(wanted, SIZES, group=8, block_of=farms_jax.block_of)
+    assert all(found[f"blocks.{i}.q"] == found[f"blocks.{i}.up"] for i in range(6))
+    assert len(set(found.values())) > 1
+    assert set(round_to_groups(dict.fromkeys(SCORES, 0.5), SIZES, group=4).values()) == {2}
+    with pytest.raises(ValueError, match="group"):
+        round_to_groups(wanted, SIZES, group=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("model.layers.12.mlp.up_proj.weight", "model.layers.12"),
+        ("model.decoder.layers.3.fc1", "model.decoder.layers.3"),
+        ("blocks/0/attention/kernel", "blocks/0"),
+        ("layer1.0.conv2.weight", "layer1.0"),
+        ("conv1/kernel", "conv1/kernel"),
+        ("lm_head.weight", "lm_head.weight"),
+        ("3.self_attn.q_proj", "3"),
+    ],
+)
+def test_block_of(name, block):
+    assert farms_jax.block_of(name) == block
