@@ -1,0 +1,60 @@
+"""Hidden states of all sequences between two blocks: in memory, or in a file where memory is short."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from prune.errors import PruneError
+
+
+class Activations:
+    """N sequences of hidden states, (N, T, D) float32, read and written in slices along N."""
+
+    def __init__(self, shape: tuple[int, int, int], spill: Path | None = None) -> None:
+        """Make room.
+
+        Args:
+            shape: (N, T, D).
+            spill: folder for a file to hold them, gone when the program ends; `None`: memory.
+
+        Raises:
+            PruneError: the folder cannot be written to, or has too little space.
+        """
+        self.shape = shape
+        self._row = 4 * shape[1] * shape[2]
+        self._file = None
+        if spill is None:
+            self._array = np.empty(shape, np.float32)
+            return
+        try:
+            spill.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=spill)  # noqa: SIM115 (lives as long as this object)
+            os.posix_fallocate(self._file.fileno(), 0, max(self._row * shape[0], 1))
+        except OSError as error:
+            gib = self._row * shape[0] / 2**30
+            raise PruneError(
+                f"--spill {spill}: no room for {gib:.1f} GiB of activations ({error.strerror}); "
+                "free space, name another folder, or take fewer --samples"
+            ) from error
+
+    def __len__(self) -> int:
+        """Return N."""
+        return self.shape[0]
+
+    def read(self, rows: slice) -> np.ndarray:
+        """Return some sequences, (rows, T, D)."""
+        if self._file is None:
+            return self._array[rows]
+        out = np.empty((rows.stop - rows.start, *self.shape[1:]), np.float32)
+        os.preadv(self._file.fileno(), [out.reshape(-1).view(np.uint8).data], rows.start * self._row)
+        return out
+
+    def write(self, rows: slice, values: np.ndarray) -> None:
+        """Put some sequences, (rows, T, D)."""
+        if self._file is None:
+            self._array[rows] = values
+            return
+        content = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8).data
+        os.pwrite(self._file.fileno(), content, rows.start * self._row)

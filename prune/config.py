@@ -1,0 +1,194 @@
+"""What a pruning run is made of."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Literal
+
+from farms_jax import Tail, Window
+from prune.errors import PruneError
+from prune.methods import Groups
+
+BUNDLED = Path(__file__).parent / "bundled"
+
+Method = Literal["magnitude", "wanda", "wanda_variant", "sparsegpt"]
+Allocation = Literal["uniform", "alphapruning", "farms", "owl", "dlp", "atp"]
+
+# Half the range of sparsities where --epsilon is not given. farms, alphapruning: the middle of the values that the
+# papers search; owl: lambda of its paper; dlp: alpha of its code; atp: none is published, half of beta * (blocks - 1).
+EPSILON: dict[Allocation, float] = {"alphapruning": 0.3, "farms": 0.3, "owl": 0.08, "dlp": 0.15, "atp": 0.15}
+# Tried by --epsilon auto; 0 is the uniform allocation.
+EPSILONS_SCALE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+EPSILONS_SHIFT = (0.0, 0.03, 0.06, 0.1, 0.15, 0.2)
+# Settings that change no number, and so not which run it is.
+_NO_NUMBERS = ("out", "spill", "dry_run", "fresh", "baseline")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One pruning run. `None` stands for a default that depends on the model."""
+
+    model: str | None = None
+    """Hugging Face folder, FILE.gguf, or hub id (owner/name). Default: the small LLaMA that comes with the program."""
+    sparsity: float | None = None
+    """Fraction of the block weights to remove, in [0, 1). Default: 0.5, or N/M with --groups."""
+    method: Method = "wanda"
+    """magnitude needs no calibration; wanda and its variant need norms of inputs, sparsegpt their Hessians."""
+    allocation: Allocation = "farms"
+    """Sparsity of each block: the same (uniform); by alpha of whole matrices (alphapruning) or of windows (farms); by
+    outliers (owl), medians (dlp); rising with depth (atp)."""
+    granularity: Literal["block", "layer"] = "block"
+    """Layers of a block share one sparsity, as in the papers, or each has its own."""
+    epsilon: str | None = None
+    """Half the range of sparsities: relative for farms and alphapruning, absolute for owl, dlp and atp; or auto: the
+    value with the lowest perplexity on calibration text held out for it. Default: 0.3, 0.08 (owl), 0.15 (dlp, atp)."""
+    budget: Literal["exact", "reference"] = "exact"
+    """exact meets the global sparsity; reference clips as the papers' code does, and removes less."""
+    groups: str | None = None
+    """N:M, such as 2:4: N of every M consecutive inputs are removed. With an allocation other than uniform, N differs
+    from block to block and --sparsity is the global budget."""
+    calibration: str | None = None
+    """Calibration text: c4, wikitext2, or a file (text, jsonl, parquet, or token ids in npy, npz). Default: c4."""
+    samples: int = 128
+    """Calibration sequences."""
+    length: int | None = None
+    """Tokens in a sequence, for calibration and evaluation. Default: 2048, or what the model can take."""
+    seed: int = 0
+    """Of the calibration samples."""
+    text: str | None = None
+    """Text to measure perplexity on: wikitext2, c4, or a file. Default: wikitext2."""
+    limit: int | None = None
+    """Evaluate only so many blocks of the text, from the first on."""
+    special_tokens: bool = True
+    """Let the tokenizer add those it adds by default, such as a first BOS."""
+    tokenizer: str | None = None
+    """Folder of a tokenizer to use instead of the model's own."""
+    window_rows: int | None = None
+    """Rows of FARMS windows. Default: the smallest dimension of a block's weights, at most 2000 (the paper's)."""
+    per_axis: int = 10
+    """Window positions per axis; the paper's are 10 and 15."""
+    aspect_ratio: float = 1.0
+    """Columns over rows of a window."""
+    xmin: Literal["peak", "median", "ks"] = "peak"
+    """Rule for the start of the power-law tail."""
+    damping: float = 0.01
+    """SparseGPT: added to the Hessian's diagonal, relative to its mean; raised tenfold where it is too little."""
+    baseline: Literal["auto", "uniform", "none"] = "auto"
+    """Also prune uniformly, for comparison, without writing a model; auto: for the bundled model."""
+    dry_run: bool = False
+    """Print the allocation and the size it would give; prune nothing."""
+    spill: Path | None = None
+    """Folder for activations, where memory is too small for them (samples x length x hidden size x 4 bytes)."""
+    fresh: bool = False
+    """Start anew even where the same run was begun or finished before."""
+    out: Path = Path("runs")
+    """Folder for run directories."""
+
+    def check(self) -> None:
+        """Raise a PruneError that names the flag where a value is out of its range."""
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise PruneError(f"--sparsity must be in [0, 1), the fraction to remove; got {self.sparsity}")
+        groups = self.groups_of()
+        if groups and self.allocation == "uniform" and self.sparsity not in {None, groups.removed / groups.size}:
+            raise PruneError(
+                f"--sparsity {self.sparsity} is not --groups {self.groups}; leave it out, or choose an --allocation "
+                "under which N differs from block to block"
+            )
+        for field in ("samples", "length", "limit", "per_axis", "window_rows", "damping", "aspect_ratio"):
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise PruneError(f"--{field.replace('_', '-')} must be above 0, got {value}")
+        if self.length == 1:
+            raise PruneError("--length must be at least 2: perplexity predicts tokens from those before them")
+        if self.seed < 0:
+            raise PruneError(f"--seed must not be below 0, got {self.seed}")
+        epsilon = self.half_range()
+        if epsilon is not None and not 0 <= epsilon < 1:
+            raise PruneError(f"--epsilon must be in [0, 1) or auto, got {self.epsilon}")
+        if self.method == "wanda_variant" and (self.allocation != "uniform" or self.groups):
+            raise PruneError("--method wanda_variant chooses its own rows: it needs --allocation uniform, no --groups")
+        if self.budget == "reference" and self.allocation not in {"farms", "alphapruning", "uniform"}:
+            raise PruneError("--budget reference is defined for farms and alphapruning; leave it out")
+        self.window(1)  # makes its own checks
+
+    @property
+    def target(self) -> float:
+        """Fraction of the block weights to remove: as given, or of N:M."""
+        if self.sparsity is not None:
+            return self.sparsity
+        groups = self.groups_of()
+        return groups.removed / groups.size if groups else 0.5
+
+    def half_range(self) -> float | None:
+        """Return epsilon as a number; `None` for auto.
+
+        Raises:
+            PruneError: it is neither.
+        """
+        if self.epsilon is None:
+            return EPSILON.get(self.allocation, 0.0)
+        if self.epsilon == "auto":
+            return None
+        try:
+            return float(self.epsilon)
+        except ValueError:
+            raise PruneError(f"--epsilon must be a number in [0, 1) or auto, got {self.epsilon!r}") from None
+
+    def groups_of(self) -> Groups | None:
+        """Return N:M as numbers.
+
+        Raises:
+            PruneError: it does not read N:M with 0 < N < M.
+        """
+        if self.groups is None:
+            return None
+        match = re.fullmatch(r"(\d+):(\d+)", self.groups)
+        groups = Groups(int(match[1]), int(match[2])) if match else Groups(0, 0)
+        if not 0 < groups.removed < groups.size:
+            raise PruneError(f"--groups must read N:M with 0 < N < M, such as 2:4; got {self.groups!r}")
+        return groups
+
+    def window(self, smallest: int) -> Window | None:
+        """Return the windows to analyse with; `None` for whole matrices.
+
+        Args:
+            smallest: dimension of a block's weights.
+        """
+        if self.allocation == "alphapruning":
+            return None
+        return Window(self.window_rows or min(smallest, 2000), self.aspect_ratio, per_axis=self.per_axis)
+
+    def tail(self) -> Tail:
+        """Return the tail rule to analyse with."""
+        return Tail(self.xmin)
+
+    def numbers(self) -> dict[str, object]:
+        """Return the settings on which the pruned weights or the figures depend."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in _NO_NUMBERS}
+
+
+def resolve(config: Config, max_length: int) -> Config:
+    """Fill in what depends on the model.
+
+    Args:
+        config: as given.
+        max_length: the longest sequence that the model takes.
+
+    Returns:
+        A config with a sparsity, text sources and a length.
+
+    Raises:
+        PruneError: the length is beyond the model's.
+    """
+    bundled = config.model is None
+    length = config.length or min(2048, max_length)
+    if length > max_length:
+        raise PruneError(f"--length {length} is more than the {max_length} positions of the model")
+    return dataclasses.replace(
+        config,
+        sparsity=config.target,
+        length=length,
+        calibration=config.calibration or (str(BUNDLED / "calibration.txt") if bundled else "c4"),
+        text=config.text or (str(BUNDLED / "heldout.txt") if bundled else "wikitext2"),
+        baseline=("uniform" if bundled else "none") if config.baseline == "auto" else config.baseline,
+    )

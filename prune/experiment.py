@@ -1,0 +1,153 @@
+"""A run: dense perplexity, allocation, pruning block by block, perplexity of what was written, card and plots.
+
+Every stage is recorded when it is finished. A run that was stopped begins its unfinished stage again; pruning goes on
+with the first block that is not written, after the calibration text was taken through those that are.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from farms_jax.files import write_json
+from prune.allocation import depth_scores, epsilons, groups_of, shapes_of, sizes_of, sparsities
+from prune.analysis import Measures, alphas_of, measure
+from prune.blocks import Plan
+from prune.checkpoint import Checkpoint, open_checkpoint
+from prune.errors import PruneError
+from prune.job import Job, epsilon_of, peak_memory
+from prune.passes import rehearse, score, write
+from prune.perplexity import perplexity
+from prune.plots import plot_run
+from prune.rundir import RunDirectory
+from prune.summary import allocation_table, layer_rows, make_card, summarise
+from prune.walk import Read, reader
+
+
+def run(job: Job) -> str:
+    """Carry out a job, from where an earlier run of the same command stopped.
+
+    Args:
+        job: what to do.
+
+    Returns:
+        Tables of what was found, and where it is.
+
+    Raises:
+        PruneError: something given turned out not to be usable, or the disk is full; what is done is kept.
+    """
+    config, directory = job.config, RunDirectory(job.path, fresh=job.config.fresh)
+    if (directory.path / "run.json").exists() and not config.dry_run:
+        tqdm.write(f"this run is finished, these are its results; --fresh does it again: {directory.path}")
+    else:
+        tqdm.write(f"{job.checkpoint.name}, {config.method}, {config.allocation} -> {directory.path}")
+    try:
+        return Experiment(job, directory).run()
+    except ValueError as error:  # of the core: an analysis or an allocation that cannot be made
+        raise error if isinstance(error, PruneError) else PruneError(str(error)) from error
+
+
+class Experiment:
+    """The stages of one run; `run` is their order."""
+
+    def __init__(self, job: Job, directory: RunDirectory) -> None:
+        """Begin a run, or go on with one.
+
+        Args:
+            job: what to do.
+            directory: where its stages are recorded.
+        """
+        self.job, self.config, self.network, self.directory = job, job.config, job.network, directory
+        self.sizes = sizes_of(job.network)
+
+    def run(self) -> str:
+        """Go through all stages.
+
+        Returns:
+            What was found, as tables, and where it is.
+        """
+        dense = self._stage("dense", lambda: self._evaluate("dense perplexity", self.job.checkpoint))
+        alphas = self._stage("alphas", lambda: self._alphas("alphas", self.job.checkpoint))
+        scores = self._stage("scores", lambda: self._scores(alphas))
+        epsilon = self._stage("epsilon", lambda: self._epsilon(scores))
+        sparsity = self._stage("sparsity", lambda: sparsities(self.config, scores, self.sizes, epsilon["value"]))
+        plan = self._plan(sparsity)
+        table = allocation_table(self.job, scores, plan, self.sizes)
+        if self.config.dry_run:
+            return table
+        tqdm.write(table)
+        uniform = self._stage("uniform", self._uniform) if self.config.baseline == "uniform" else None
+        blocks = self._stage("blocks", lambda: write(self.job, plan, self.directory))
+        written = open_checkpoint(str(self.directory.path / "model"))
+        pruned = self._stage("pruned", lambda: self._evaluate("pruned perplexity", written))
+        after = self._stage("alphas after", lambda: self._alphas("alphas after pruning", written))
+        rows = layer_rows(self.sizes, scores, alphas, after, plan, blocks)
+        plots = plot_run(self.directory.path, rows, f"{self.job.checkpoint.name}, {self.config.method}")
+        results = {"dense": dense, "uniform": uniform, "pruned": pruned, "epsilon": epsilon, "blocks": blocks}
+        card = make_card(self.job, rows, results, self.directory.get("seconds"), self._peak())
+        self.directory.write_layers(rows)
+        write_json(self.directory.path / "run.json", card)
+        return summarise(card, self.directory.path, plots)
+
+    def _stage(self, name: str, compute: Callable[[], Any]) -> Any:
+        if self.directory.get(name) is None:
+            start = time.perf_counter()
+            self.directory.put(name, compute())
+            seconds = self.directory.get("seconds", {})
+            self.directory.put("seconds", {**seconds, name: time.perf_counter() - start})
+            self.directory.put("peak_memory_bytes", self._peak())
+        return self.directory.get(name)
+
+    def _peak(self) -> int:
+        """Most memory over all the processes that worked on the run."""
+        return max(peak_memory(), self.directory.get("peak_memory_bytes", 0))
+
+    def _evaluate(self, title: str, checkpoint: Checkpoint) -> dict[str, Any]:
+        ids, spill = self.job.evaluation.ids, self.config.spill
+        found = perplexity(self.network, checkpoint, ids, spill=spill, title=title)
+        return {"perplexity": found.value, "seconds": found.seconds, "nll": found.nll.tolist()}
+
+    def _alphas(self, title: str, checkpoint: Checkpoint) -> Measures:
+        if self.config.allocation not in {"farms", "alphapruning"}:
+            return {}
+        smallest = min(min(shape) for shape in shapes_of(self.network).values())
+        window, tail = self.config.window(smallest), self.config.tail()
+        read: Read = reader(checkpoint.read, self.network)
+        return measure(self.network, read, window, tail, self.config.out / "cache" / "alphas", title)
+
+    def _scores(self, alphas: Measures) -> dict[str, float]:
+        if self.config.allocation in {"farms", "alphapruning"}:
+            return alphas_of(alphas, self.sizes)
+        if self.config.allocation in {"owl", "dlp"}:
+            return score(self.job)
+        return depth_scores(self.network) if self.config.allocation == "atp" else {}
+
+    def _epsilon(self, scores: Mapping[str, float]) -> dict[str, Any]:
+        """Half the range of sparsities; searched on calibration text that no statistic has seen."""
+        given = epsilon_of(self.config)
+        if given is not None:
+            return {"value": given}
+        trials = dict(self.directory.get("trials", {}))
+        for epsilon in epsilons(self.config.allocation):
+            if str(epsilon) not in trials:
+                plan = self._plan(sparsities(self.config, scores, self.sizes, epsilon))
+                found = rehearse(self.job, plan, self.job.unseen, f"epsilon {epsilon}")
+                trials[str(epsilon)] = found["perplexity"]
+                self.directory.put("trials", trials)
+        best = min(trials, key=lambda epsilon: trials[epsilon])
+        tqdm.write("held-out perplexity by epsilon: " + ", ".join(f"{k}: {v:.4g}" for k, v in trials.items()))
+        return {"value": float(best), "trials": trials}
+
+    def _plan(self, sparsity: Mapping[str, float]) -> Plan:
+        return Plan(self.config.method, sparsity, groups_of(self.config, sparsity, self.sizes), self.config.damping)
+
+    def _uniform(self) -> dict[str, Any]:
+        groups = self.config.groups_of()
+        plan = Plan(
+            self.config.method,
+            dict.fromkeys(self.sizes, self.config.target),
+            dict.fromkeys(self.sizes, groups) if groups else None,
+            self.config.damping,
+        )
+        return rehearse(self.job, plan, self.job.evaluation.ids, "prune uniformly")

@@ -1,0 +1,165 @@
+"""Everything that a run needs, opened and checked before long work begins."""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import resource
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from prune.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+from prune.config import BUNDLED, EPSILON, Config, resolve
+from prune.errors import PruneError
+from prune.models import Network, make_network
+from prune.text import Samples, calibration_samples, evaluation_blocks
+
+_PACKAGES = ("farms-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that can begin.
+
+    Attributes:
+        config: resolved.
+        checkpoint: of the dense model.
+        network: of its family.
+        calibration: sequences; those beyond `config.samples` are for the search of epsilon.
+        evaluation: blocks of the evaluation text.
+        weights: hash of all tensors: names, dtypes, shapes, values.
+    """
+
+    config: Config
+    checkpoint: Checkpoint
+    network: Network
+    calibration: Samples
+    evaluation: Samples
+    weights: str
+
+    @property
+    def key(self) -> str:
+        """Hash of all that the pruned weights and the figures depend on: the same key, the same run."""
+        facts = [self.config.numbers(), self.weights, version("farms-jax")]
+        facts += [samples.record["ids_sha256"] for samples in (self.calibration, self.evaluation)]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Token ids (samples, T) that the statistics are of."""
+        return self.calibration.ids[: self.config.samples]
+
+    @property
+    def unseen(self) -> np.ndarray:
+        """Token ids (M, T) held out from the statistics; none unless epsilon is searched."""
+        return self.calibration.ids[self.config.samples :]
+
+    @property
+    def path(self) -> Path:
+        """Directory of the run."""
+        config = self.config
+        kind = f"{config.groups.replace(':', 'of')}-" if config.groups else ""
+        name = f"{self.checkpoint.name}-{config.method}-{config.allocation}-{kind}{config.sparsity:g}-{self.key[:8]}"
+        return config.out / "".join(c if c.isalnum() or c in "-._" else "-" for c in name)
+
+    def facts(self) -> dict[str, Any]:
+        """What the numbers depend on, for the card."""
+        settings = {key: value for key, value in dataclasses.asdict(self.config).items() if key != "out"}
+        return {
+            "key": self.key,
+            "settings": settings,
+            "model": {
+                "name": self.checkpoint.name,
+                "source": self.config.model or "bundled",
+                "weights_sha256": self.weights,
+                "config": self.checkpoint.config,
+            },
+            "tokenizer_sha256": self.evaluation.record.get("tokenizer_sha256"),
+            "calibration": self.calibration.record,
+            "evaluation": self.evaluation.record,
+            "versions": {name: version(name) for name in _PACKAGES},
+            "python": platform.python_version(),
+            "devices": [device.device_kind for device in jax.devices()],
+        }
+
+
+def prepare(config: Config) -> Job:
+    """Open and check everything.
+
+    Args:
+        config: as given.
+
+    Returns:
+        The job.
+
+    Raises:
+        PruneError: the model, a text or a setting cannot be used.
+    """
+    config.check()
+    checkpoint = open_checkpoint(config.model or str(BUNDLED))
+    network = make_network(checkpoint.config, checkpoint.tensors)
+    network.check({name: info.shape for name, info in checkpoint.tensors.items()})
+    config = resolve(config, network.max_length)
+    assert config.length and config.calibration and config.text
+    _check_groups(config, network)
+    tokenizer = _tokenizer(config, checkpoint)
+    common = {"length": config.length, "special_tokens": config.special_tokens, "vocab_size": network.vocab_size}
+    evaluation = evaluation_blocks(config.text, tokenizer, limit=config.limit, **common)
+    needed = config.samples + (max(config.samples // 4, 1) if config.half_range() is None else 0)
+    calibration = calibration_samples(config.calibration, tokenizer, count=needed, seed=config.seed, **common)
+    return Job(config, checkpoint, network, calibration, evaluation, _hash(checkpoint))
+
+
+def _tokenizer(config: Config, checkpoint: Checkpoint) -> Any:
+    """Returns the tokenizer, `None` where all texts are token ids already."""
+    if {Path(str(source)).suffix for source in (config.calibration, config.text)} <= {".npy", ".npz"}:
+        return None
+    return load_tokenizer(Path(config.tokenizer)) if config.tokenizer else checkpoint.tokenizer()
+
+
+def _check_groups(config: Config, network: Network) -> None:
+    groups = config.groups_of()
+    for linear in network.linears if groups else ():
+        size = network.tensors(0)[f"{network.layer_name(0, linear)}.weight"][1]
+        if groups and size % groups.size:
+            raise PruneError(
+                f"--groups {config.groups}: the {size} inputs of {network.layer_name(0, linear)} are no multiple of "
+                f"{groups.size}; choose an M that divides them"
+            )
+
+
+def _hash(checkpoint: Checkpoint) -> str:
+    """Hash the values of all tensors, whatever the files they are in, and see that all are finite."""
+    digest, bad = hashlib.sha256(), []
+    total = sum(int(np.prod(info.shape)) for info in checkpoint.tensors.values())
+    with tqdm(total=total, desc="check weights", unit="", unit_scale=True, leave=False) as bar:
+        for name in sorted(checkpoint.tensors):
+            tensor = checkpoint.read(name)
+            digest.update(repr([name, str(tensor.dtype), tensor.shape]).encode())
+            digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+            if not np.isfinite(tensor).all():
+                bad.append(name)
+            bar.update(tensor.size)
+    if bad:
+        more = f", and {len(bad) - 8} more" if len(bad) > 8 else ""
+        raise PruneError(
+            f"{checkpoint.name}: NaN or Inf in {', '.join(bad[:8])}{more}; the checkpoint is damaged, get it again"
+        )
+    return digest.hexdigest()
+
+
+def epsilon_of(config: Config) -> float | None:
+    """Return half the range of sparsities, 0 for uniform; `None` where it is to be searched."""
+    return 0.0 if config.allocation not in EPSILON else config.half_range()
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has held in memory so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,136 @@
+"""The three walks of a pruning run: to score layers, to prune without a trace, to prune and write."""
+
+import time
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from prune.allocation import activation_scores, shapes_of
+from prune.blocks import STATISTIC, Plan, prune_block
+from prune.job import Job
+from prune.output import Output
+from prune.perplexity import losses
+from prune.rundir import RunDirectory
+from prune.walk import Part, Statistics, Tensors, embed, reader, walk
+
+
+def score(job: Job) -> dict[str, float]:
+    """Score all layers by the dense model's activations on the calibration text.
+
+    Args:
+        job: of an allocation that needs activations.
+
+    Returns:
+        Score by layer.
+    """
+    scores: dict[str, float] = {}
+
+    def visit(block: int, tensors: Tensors, statistics: Statistics) -> None:
+        scores.update(activation_scores(job.config, job.network, block, tensors, statistics))
+
+    read = reader(job.checkpoint.read, job.network)
+    activations = embed(job.network, read, job.seen, job.config.spill)
+    title = f"{job.config.allocation} scores"
+    walk(job.network, read, activations, title=title, visit=visit, statistic="squares", calibration=len(activations))
+    return scores
+
+
+def rehearse(job: Job, plan: Plan, ids: np.ndarray, title: str) -> dict[str, Any]:
+    """Prune without writing anything, and evaluate on the way: no pruned block is kept.
+
+    The sequences to evaluate travel behind those of the calibration, which alone give the statistics.
+
+    Args:
+        job: what to prune.
+        plan: how.
+        ids: (N, T) tokens to evaluate.
+        title: of the progress bar.
+
+    Returns:
+        `perplexity`, the `sparsity` reached, `seconds`, and `nll` of each sequence.
+    """
+    start, removed = time.perf_counter(), 0
+
+    def visit(block: int, tensors: Tensors, statistics: Statistics) -> Tensors:
+        nonlocal removed
+        pruned = prune_block(job.network, block, tensors, statistics, plan)
+        removed += sum(int((~mask).sum()) for mask in pruned.masks.values())
+        return pruned.tensors
+
+    read, statistic = reader(job.checkpoint.read, job.network), STATISTIC[plan.method]
+    seen = job.seen if statistic else job.seen[:0]
+    activations = embed(job.network, read, np.concatenate([seen, ids]), job.config.spill)
+    walk(job.network, read, activations, title=title, visit=visit, statistic=statistic, calibration=len(seen))
+    nll = losses(job.network, job.network.to_state("head", read("head")), activations, ids, len(seen))
+    total = sum(int(np.prod(shape)) for shape in shapes_of(job.network).values())
+    return {
+        "perplexity": float(np.exp(nll.mean())),
+        "sparsity": removed / total,
+        "seconds": time.perf_counter() - start,
+        "nll": nll.tolist(),
+    }
+
+
+def write(job: Job, plan: Plan, directory: RunDirectory) -> list[dict[str, Any]]:
+    """Prune, and write every block when it is done; go on after those that an earlier run wrote.
+
+    Args:
+        job: what to prune.
+        plan: how.
+        directory: where the model goes, and which blocks are written is recorded.
+
+    Returns:
+        Per block its number, `seconds`, and per layer the sparsity reached and the like.
+
+    Raises:
+        PruneError: the disk is full, or a Hessian cannot be factorised; what is written stays.
+    """
+    folder, done = directory.path / "model", list(directory.get("written", []))
+    if folder.exists() and len(done) == job.network.num_blocks:
+        return done  # stopped between the last block and its record
+    output = Output(folder, job.checkpoint, shapes_of(job.network))
+    done = _what_is_written(job, output, directory)
+    last = time.perf_counter()
+
+    def read(part: Part) -> Tensors:
+        source = output if isinstance(part, int) and part < len(done) else job.checkpoint
+        return {name: source.read(name) for name in job.network.tensors(part)}
+
+    def visit(block: int, tensors: Tensors, statistics: Statistics) -> Tensors:
+        nonlocal last
+        pruned = prune_block(job.network, block, tensors, statistics, plan)
+        output.write(pruned.tensors)
+        output.write_masks(pruned.masks)
+        now = time.perf_counter()
+        done.append({"block": block, "seconds": now - last, "layers": pruned.facts})
+        directory.put("written", done)
+        last = now
+        return pruned.tensors
+
+    statistic = STATISTIC[plan.method]
+    seen = job.seen if statistic else job.seen[:0]
+    activations = embed(job.network, read, seen, job.config.spill)
+    walk(
+        job.network,
+        read,
+        activations,
+        title="prune",
+        visit=visit,
+        statistic=statistic,
+        calibration=len(seen),
+        first=len(done),
+    )
+    output.finish()
+    return done
+
+
+def _what_is_written(job: Job, output: Output, directory: RunDirectory) -> list[dict[str, Any]]:
+    """Record of the blocks in the output; into a new one goes first all that no block holds."""
+    if output.resumed and (done := list(directory.get("written", []))):
+        tqdm.write(f"going on: {len(done)} of {job.network.num_blocks} blocks are written")
+        return done
+    directory.put("written", [])
+    inside = {name for block in range(job.network.num_blocks) for name in job.network.tensors(block)}
+    output.copy([name for name in job.checkpoint.tensors if name not in inside], job.checkpoint)
+    return []

@@ -1,0 +1,171 @@
+"""SparseGPT: remove weights column by column, and let the columns that are left make up for each.
+
+The update of the remaining columns needs the upper Cholesky factor U of the inverse Hessian, H^-1 = U^T U. It is found
+with one factorisation: if the rows and columns of H, in reverse order, are L L^T, then U is the inverse of L reversed.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from prune.errors import PruneError
+from prune.methods import Groups
+from prune.select import lowest, lowest_of_groups
+
+MOST_DAMPING = 10.0  # times the mean of the diagonal: beyond, the Hessian would no longer matter
+
+
+class Factor(NamedTuple):
+    """What SparseGPT needs of a Hessian.
+
+    Attributes:
+        upper: (in, in) upper Cholesky factor of the inverse of the damped Hessian.
+        dead: (in,) bool, inputs that were zero in the whole calibration.
+        damping: what was added to the diagonal, relative to its mean.
+    """
+
+    upper: Array
+    dead: Array
+    damping: float
+
+
+def factorise(hessian: Array, damping: float = 0.01, layer: str = "the layer") -> Factor:
+    """Factorise the inverse of a Hessian, damped as much as it needs.
+
+    Args:
+        hessian: (in, in) float32, 2 / sequences * sum of x x^T. Dead inputs get 1 on the diagonal.
+        damping: added to the diagonal, relative to its mean; raised tenfold until the factorisation succeeds.
+        layer: for the error.
+
+    Returns:
+        The factor, with the damping that was needed.
+
+    Raises:
+        PruneError: no damping up to ten times the mean helps: the calibration holds NaN, Inf or nothing.
+    """
+    while damping <= MOST_DAMPING:
+        upper, dead = _factorise(hessian, damping)
+        if bool(jnp.isfinite(upper).all()):
+            return Factor(upper, dead, damping)
+        damping *= 10
+    raise PruneError(
+        f"{layer}: the Hessian of its inputs cannot be factorised, however damped; "
+        "are there NaN or Inf in the weights, or is the calibration text too short? Give more --samples"
+    )
+
+
+@jax.jit
+def _factorise(hessian: Array, damping: float) -> tuple[Array, Array]:
+    diagonal = jnp.diagonal(hessian)
+    dead = diagonal == 0
+    hessian = hessian + jnp.diag(jnp.where(dead, 1.0, 0.0))
+    hessian += jnp.eye(len(hessian), dtype=hessian.dtype) * damping * jnp.diagonal(hessian).mean()
+    lower = lax.linalg.cholesky(hessian[::-1, ::-1], symmetrize_input=False)
+    eye = jnp.eye(len(hessian), dtype=hessian.dtype)
+    inverse = lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+    return inverse[::-1, ::-1], dead
+
+
+def sparsegpt(
+    weight: Array, factor: Factor, sparsity: float, groups: Groups | None = None, block: int = 128
+) -> tuple[Array, Array]:
+    """Remove weights and update the rest.
+
+    Columns go in blocks. At the start of one, its scores are W^2 / diag(U)^2 of the weights as updated so far, over
+    all rows together; the lowest int(rows * columns * sparsity) + 1 of the block are removed (none at a sparsity of
+    0). With `groups`, each group of columns is chosen when its turn comes.
+
+    Args:
+        weight: (out, in).
+        factor: of `factorise`.
+        sparsity: fraction to remove, in [0, 1). Without effect with `groups`.
+        groups: remove by groups of consecutive inputs.
+        block: columns in a block; with groups the multiple of their size below it.
+
+    Returns:
+        New weight (out, in) float32, removed entries exactly 0, and the mask (out, in), True where kept.
+
+    References:
+        Frantar and Alistarh, SparseGPT, ICML 2023, algorithm 1; `fasterprune` of the public code.
+    """
+    rows, columns = weight.shape
+    if groups:
+        block = max(block // groups.size, 1) * groups.size
+    block = min(block, columns)
+    last = columns % block or block
+    positions = [int(rows * width * sparsity) if sparsity > 0 else -1 for width in (block, last)]
+    count, size = groups or (0, 0)
+    return _sparsegpt(weight, factor.upper, factor.dead, *positions, count, block=block, group=size)
+
+
+@functools.partial(jax.jit, static_argnames=("block", "group"))
+def _sparsegpt(
+    weight: Array, upper: Array, dead: Array, position: int, last_position: int, count: int, *, block: int, group: int
+) -> tuple[Array, Array]:
+    """Work on the transpose (in, out), whose rows are contiguous columns, padded to whole blocks."""
+    columns = weight.shape[1]
+    num_blocks = -(-columns // block)
+    padding = num_blocks * block - columns
+    work = jnp.pad(jnp.where(dead, 0, weight.astype(jnp.float32)).T, ((0, padding), (0, 0)))
+    # Padded columns have a 1 on the diagonal and no score: they are never chosen and change nothing.
+    upper = jnp.pad(upper, ((0, padding), (0, padding)))
+    diagonal = jnp.where(jnp.arange(len(upper)) < columns, jnp.diagonal(upper), 1)
+    real = jnp.arange(num_blocks * block) < columns
+
+    def do_block(b: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        work, kept = carry
+        start = b * block
+        here = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
+        tile, u_rows, d = here(work), here(upper), here(diagonal)
+        u = lax.dynamic_slice_in_dim(u_rows, start, block, axis=1)
+        if group:
+            removed = jnp.zeros(tile.shape, bool)
+        else:
+            scores = jnp.where(here(real)[:, None], (tile / d[:, None]) ** 2, jnp.inf)
+            at = jnp.where(b == num_blocks - 1, last_position, position)
+            removed = lowest(scores, at) & (at >= 0)
+        tile, removed, errors = _do_tile(tile, removed, u, d, count, group)
+        # What is right of the block pays for the block's errors; U is upper, so nothing left of it moves.
+        right = jnp.where(jnp.arange(len(work)) < start + block, 0, u_rows)
+        work = work - jnp.matmul(right.T, errors, precision="highest")
+        work = lax.dynamic_update_slice_in_dim(work, tile, start, axis=0)
+        return work, lax.dynamic_update_slice_in_dim(kept, ~removed, start, axis=0)
+
+    work, kept = lax.fori_loop(0, num_blocks, do_block, (work, jnp.ones(work.shape, bool)))
+    kept = kept[:columns].T
+    return jnp.where(kept, work[:columns].T, 0), kept
+
+
+def _do_tile(tile: Array, removed: Array, u: Array, d: Array, count: int, group: int) -> tuple[Array, Array, Array]:
+    """Remove weights of one block of columns, one after the other.
+
+    Args:
+        tile: (block, out) weights.
+        removed: (block, out) bool; with groups filled here.
+        u: (block, block) of the upper factor.
+        d: (block,) its diagonal, 1 for padding.
+        count: N of N:M.
+        group: M, or 0.
+
+    Returns:
+        The tile with its later columns updated, what is removed, and the errors (block, out).
+    """
+
+    def choose(i: Array, tile: Array, removed: Array) -> Array:
+        here = functools.partial(lax.dynamic_slice_in_dim, start_index=i, slice_size=group)
+        scores = (here(tile) / here(d)[:, None]) ** 2
+        chosen = lowest_of_groups(scores.T, count, group).T
+        return lax.dynamic_update_slice_in_dim(removed, chosen, i, axis=0)
+
+    def do_column(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        tile, removed, errors = carry
+        if group:
+            removed = lax.cond(i % group == 0, choose, lambda i, tile, removed: removed, i, tile, removed)
+        error = jnp.where(removed[i], tile[i], 0) / d[i]
+        tile = tile - u[i][:, None] * error
+        return tile, removed, errors.at[i].set(error)
+
+    return lax.fori_loop(0, len(tile), do_column, (tile, removed, jnp.zeros_like(tile)))
