@@ -17,7 +17,8 @@ from prune.blocks import Plan
 from prune.checkpoint import Checkpoint, open_checkpoint
 from prune.errors import PruneError
 from prune.job import Job, epsilon_of, peak_memory
-from prune.passes import rehearse, score, write
+from prune.output import Output
+from prune.passes import lay_out, rehearse, score, write
 from prune.perplexity import perplexity
 from prune.plots import plot_run
 from prune.rundir import RunDirectory
@@ -67,18 +68,20 @@ class Experiment:
         Returns:
             What was found, as tables, and where it is.
         """
+        # Before any long work, so that a full disk is known at once.
+        output = None if self.config.dry_run else lay_out(self.job, self.directory)
         dense = self._stage("dense", lambda: self._evaluate("dense perplexity", self.job.checkpoint))
         alphas = self._stage("alphas", lambda: self._alphas("alphas", self.job.checkpoint))
         scores = self._stage("scores", lambda: self._scores(alphas))
         epsilon = self._stage("epsilon", lambda: self._epsilon(scores))
         sparsity = self._stage("sparsity", lambda: sparsities(self.config, scores, self.sizes, epsilon["value"]))
         plan = self._plan(sparsity)
-        table = allocation_table(self.job, scores, plan, self.sizes)
+        table = allocation_table(self.job, scores, epsilon["value"], plan, self.sizes)
         if self.config.dry_run:
             return table
         tqdm.write(table)
         uniform = self._stage("uniform", self._uniform) if self.config.baseline == "uniform" else None
-        blocks = self._stage("blocks", lambda: write(self.job, plan, self.directory))
+        blocks = self._stage("blocks", lambda: self._prune(plan, output))
         written = open_checkpoint(str(self.directory.path / "model"))
         pruned = self._stage("pruned", lambda: self._evaluate("pruned perplexity", written))
         after = self._stage("alphas after", lambda: self._alphas("alphas after pruning", written))
@@ -141,6 +144,11 @@ class Experiment:
 
     def _plan(self, sparsity: Mapping[str, float]) -> Plan:
         return Plan(self.config.method, sparsity, groups_of(self.config, sparsity, self.sizes), self.config.damping)
+
+    def _prune(self, plan: Plan, output: Output | None) -> list[dict[str, Any]]:
+        if output is None:  # stopped between the last block and this stage's record
+            return self.directory.get("written")
+        return write(self.job, plan, self.directory, output)
 
     def _uniform(self) -> dict[str, Any]:
         groups = self.config.groups_of()

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from prune.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+from prune.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
 from prune.config import BUNDLED, EPSILON, Config, resolve
 from prune.errors import PruneError
 from prune.models import Network, make_network
@@ -33,6 +33,7 @@ class Job:
         network: of its family.
         calibration: sequences; those beyond `config.samples` are for the search of epsilon.
         evaluation: blocks of the evaluation text.
+        tokenizer: of the texts; `None` where they are token ids.
         weights: hash of all tensors: names, dtypes, shapes, values.
     """
 
@@ -41,6 +42,7 @@ class Job:
     network: Network
     calibration: Samples
     evaluation: Samples
+    tokenizer: Any
     weights: str
 
     @property
@@ -77,7 +79,7 @@ class Job:
             "model": {
                 "name": self.checkpoint.name,
                 "source": self.config.model or "bundled",
-                "weights_sha256": self.weights,
+                "tensors_sha256": self.weights,
                 "config": self.checkpoint.config,
             },
             "tokenizer_sha256": self.evaluation.record.get("tokenizer_sha256"),
@@ -113,14 +115,14 @@ def prepare(config: Config) -> Job:
     evaluation = evaluation_blocks(config.text, tokenizer, limit=config.limit, **common)
     needed = config.samples + (max(config.samples // 4, 1) if config.half_range() is None else 0)
     calibration = calibration_samples(config.calibration, tokenizer, count=needed, seed=config.seed, **common)
-    return Job(config, checkpoint, network, calibration, evaluation, _hash(checkpoint))
+    return Job(config, checkpoint, network, calibration, evaluation, tokenizer, _hash(checkpoint))
 
 
 def _tokenizer(config: Config, checkpoint: Checkpoint) -> Any:
     """Returns the tokenizer, `None` where all texts are token ids already."""
     if {Path(str(source)).suffix for source in (config.calibration, config.text)} <= {".npy", ".npz"}:
         return None
-    return load_tokenizer(Path(config.tokenizer)) if config.tokenizer else checkpoint.tokenizer()
+    return open_tokenizer(config.tokenizer) if config.tokenizer else checkpoint.tokenizer()
 
 
 def _check_groups(config: Config, network: Network) -> None:

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,13 +28,16 @@ class Output:
         resumed: all its files were there already, from a run that was stopped.
     """
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, layers: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, folder: Path, checkpoint: Checkpoint, layers: Mapping[str, tuple[int, int]], tokenizer: Any = None
+    ) -> None:
         """Lay out the files, and take the space they need; files of a run that was stopped are kept.
 
         Args:
             folder: where the model will be.
             checkpoint: the model that is pruned.
             layers: (out, in) of each layer that gets a mask, by name.
+            tokenizer: goes with the model instead of its own, where one is given.
 
         Raises:
             PruneError: no space, or no right to write there.
@@ -48,7 +52,7 @@ class Output:
         try:
             self._part.mkdir(parents=True, exist_ok=True)
             self.resumed = all([_is_laid_out(self._part / shard.filename, shard) for shard in shards])
-            checkpoint.copy_sidecars(self._part)
+            checkpoint.copy_sidecars(self._part, tokenizer)
             for shard in shards:
                 _reserve(self._part / shard.filename, shard)
         except OSError as error:

@@ -72,13 +72,36 @@ def rehearse(job: Job, plan: Plan, ids: np.ndarray, title: str) -> dict[str, Any
     }
 
 
-def write(job: Job, plan: Plan, directory: RunDirectory) -> list[dict[str, Any]]:
+def lay_out(job: Job, directory: RunDirectory) -> Output | None:
+    """Take the space that the pruned model needs, and write all that no block holds.
+
+    Args:
+        job: what is to be pruned.
+        directory: where the model goes. Its record of written blocks is emptied where their files are gone.
+
+    Returns:
+        The output; `None` where the model is finished.
+    """
+    folder, done = directory.path / "model", directory.get("written", [])
+    if folder.exists() and len(done) == job.network.num_blocks:
+        return None
+    given = job.tokenizer if job.config.tokenizer else None
+    output = Output(folder, job.checkpoint, shapes_of(job.network), given)
+    if not output.resumed or directory.get("written") is None:
+        inside = {name for block in range(job.network.num_blocks) for name in job.network.tensors(block)}
+        output.copy([name for name in job.checkpoint.tensors if name not in inside], job.checkpoint)
+        directory.put("written", [])
+    return output
+
+
+def write(job: Job, plan: Plan, directory: RunDirectory, output: Output) -> list[dict[str, Any]]:
     """Prune, and write every block when it is done; go on after those that an earlier run wrote.
 
     Args:
         job: what to prune.
         plan: how.
-        directory: where the model goes, and which blocks are written is recorded.
+        directory: where it is recorded which blocks are written.
+        output: of `lay_out`.
 
     Returns:
         Per block its number, `seconds`, and per layer the sparsity reached and the like.
@@ -86,12 +109,9 @@ def write(job: Job, plan: Plan, directory: RunDirectory) -> list[dict[str, Any]]
     Raises:
         PruneError: the disk is full, or a Hessian cannot be factorised; what is written stays.
     """
-    folder, done = directory.path / "model", list(directory.get("written", []))
-    if folder.exists() and len(done) == job.network.num_blocks:
-        return done  # stopped between the last block and its record
-    output = Output(folder, job.checkpoint, shapes_of(job.network))
-    done = _what_is_written(job, output, directory)
-    last = time.perf_counter()
+    done, last = list(directory.get("written", [])), time.perf_counter()
+    if done:
+        tqdm.write(f"going on: {len(done)} of {job.network.num_blocks} blocks are written")
 
     def read(part: Part) -> Tensors:
         source = output if isinstance(part, int) and part < len(done) else job.checkpoint
@@ -123,14 +143,3 @@ def write(job: Job, plan: Plan, directory: RunDirectory) -> list[dict[str, Any]]
     )
     output.finish()
     return done
-
-
-def _what_is_written(job: Job, output: Output, directory: RunDirectory) -> list[dict[str, Any]]:
-    """Record of the blocks in the output; into a new one goes first all that no block holds."""
-    if output.resumed and (done := list(directory.get("written", []))):
-        tqdm.write(f"going on: {len(done)} of {job.network.num_blocks} blocks are written")
-        return done
-    directory.put("written", [])
-    inside = {name for block in range(job.network.num_blocks) for name in job.network.tensors(block)}
-    output.copy([name for name in job.checkpoint.tensors if name not in inside], job.checkpoint)
-    return []

@@ -20,12 +20,15 @@ def wanted(plan: Plan, layer: str) -> float:
     return plan.sparsity[layer]
 
 
-def allocation_table(job: Job, scores: Mapping[str, float], plan: Plan, sizes: Mapping[str, int]) -> str:
+def allocation_table(
+    job: Job, scores: Mapping[str, float], epsilon: float, plan: Plan, sizes: Mapping[str, int]
+) -> str:
     """Show how much each block is to lose, and the size of what is left.
 
     Args:
         job: the run.
         scores: by layer, may be empty.
+        epsilon: half the range of sparsities.
         plan: what is to be done.
         sizes: of the layers.
 
@@ -47,9 +50,9 @@ def allocation_table(job: Job, scores: Mapping[str, float], plan: Plan, sizes: M
     stored = sum(int(np.prod(info.shape)) * info.dtype.itemsize for info in job.checkpoint.tensors.values())
     width = stored / everything  # bytes of a number
     sparse = stored - removed * width + sum(sizes.values()) / 8
-    how = f"epsilon by {config.granularity}" if config.allocation != "uniform" else "the same everywhere"
+    how = f", epsilon {epsilon:g}, by {config.granularity}" if config.allocation != "uniform" else ""
     lines += [
-        f"{config.allocation} ({how}): {removed / sum(sizes.values()):.4f} of {sum(sizes.values()) / 1e6:.2f} M block "
+        f"{config.allocation}{how}: {removed / sum(sizes.values()):.4f} of {sum(sizes.values()) / 1e6:.2f} M block "
         f"weights, {removed / everything:.4f} of all {everything / 1e6:.2f} M",
         f"size: {stored / 2**20:.1f} MiB dense; {sparse / 2**20:.1f} MiB with kept weights and one bit for each",
     ]
