@@ -1,5 +1,6 @@
 """What the README shows is what happens."""
 
+import ast
 import contextlib
 import io
 import re
@@ -22,7 +23,7 @@ def run(code):
 
 
 def test_measuring_prints_the_table_shown():
-    code, _ = blocks("python")
+    code, *_ = blocks("python")
     shown, *_ = blocks("text")
     found, expected = run(code).split(), shown.split()
     assert len(found) == len(expected)
@@ -34,9 +35,16 @@ def test_measuring_prints_the_table_shown():
 
 
 def test_per_layer_rates_run():
-    _, code = blocks("python")
+    _, code, _ = blocks("python")
     assert "lr_scale" not in run(code)
     assert "dense_2" in run(code)
+
+
+def test_sparsities_meet_the_budget():
+    *_, code = blocks("python")
+    sparsity = ast.literal_eval(run(code))
+    assert len(sparsity) == 8
+    np.testing.assert_allclose(np.mean(list(sparsity.values())), 0.7)
 
 
 def test_commands_of_the_first_screen():
