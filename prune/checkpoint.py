@@ -1,0 +1,106 @@
+"""Checkpoints to prune: a Hugging Face folder, a GGUF file, or a model of the hub, all read one tensor at a time.
+
+    checkpoint = open_checkpoint("HuggingFaceTB/SmolLM2-135M")
+    checkpoint.config["model_type"]                            # "llama"
+    checkpoint.read("model.layers.0.self_attn.q_proj.weight")  # (out, in), as stored
+
+Opening reads headers only, and finds every fault of names, shapes and sizes before long work begins.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prune._checkpoint import WEIGHTS, Checkpoint, Shard
+from prune.errors import PruneError
+from prune.gguf_checkpoint import GGUFCheckpoint
+from prune.hf_folder import FolderCheckpoint, how_to_convert, load_tokenizer
+from prune.safetensors_file import TensorInfo
+
+__all__ = [
+    "Checkpoint",
+    "FolderCheckpoint",
+    "GGUFCheckpoint",
+    "Shard",
+    "TensorInfo",
+    "open_checkpoint",
+    "open_tokenizer",
+]
+
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+_TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "spiece.model")
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Open a model.
+
+    Args:
+        model: a Hugging Face folder, a safetensors file of one, a GGUF file, or a hub name "OWNER/NAME", which is
+            downloaded; "OWNER/NAME@REVISION" takes another branch, tag or commit than the default one.
+
+    Returns:
+        The checkpoint; its headers are read and checked, its weights are not.
+
+    Raises:
+        PruneError: nothing is there, it cannot be downloaded, or it is damaged.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return FolderCheckpoint(path)
+    if path.is_file():
+        return _open_file(path)
+    if match := _HUB_ID.fullmatch(model):
+        patterns = (*_TOKENIZER_PATTERNS, "*.safetensors")
+        return FolderCheckpoint(_download("--model", match["id"], match["revision"], patterns), name=model)
+    raise PruneError(f"--model {model}: no such folder or file, and no hub name of the form OWNER/NAME")
+
+
+def _open_file(path: Path) -> Checkpoint:
+    if path.suffix == ".gguf":
+        return GGUFCheckpoint(path)
+    if path.suffix == ".safetensors":
+        checkpoint = FolderCheckpoint(path.parent)
+        if path not in checkpoint.files:
+            known = ", ".join(file.name for file in checkpoint.files)
+            raise PruneError(f"--model {path}: its folder's weights are {known}; name the file {WEIGHTS}, alone there")
+        return checkpoint
+    raise PruneError(
+        f"--model {path}: neither a .gguf nor a .safetensors file; pickled weights (.bin, .pt, .pth) are never loaded. "
+        f"{how_to_convert(path.parent)}"
+    )
+
+
+def open_tokenizer(source: str) -> Any:
+    """Load a tokenizer that is not the checkpoint's own; no code that comes with it is run.
+
+    Args:
+        source: a folder with tokenizer files, a file of one, or a hub name "OWNER/NAME" (or "OWNER/NAME@REVISION").
+
+    Returns:
+        A tokenizer of `transformers`.
+
+    Raises:
+        PruneError: nothing is there, it cannot be downloaded, or it cannot be loaded.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return load_tokenizer(path if path.is_dir() else path.parent)
+    if match := _HUB_ID.fullmatch(source):
+        return load_tokenizer(_download("--tokenizer", match["id"], match["revision"], _TOKENIZER_PATTERNS))
+    raise PruneError(f"--tokenizer {source}: no such folder or file, and no hub name of the form OWNER/NAME")
+
+
+def _download(flag: str, repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import errors, snapshot_download  # noqa: PLC0415
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+    except errors.GatedRepoError as error:
+        fault, remedy = error, "accept its licence on the hub, then run `hf auth login`"
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        fault, remedy = error, "check the name; for a private model run `hf auth login` first"
+    except Exception as error:  # of several network libraries
+        fault, remedy = error, "check the connection, or give a path that is on this machine"
+    reason = (str(fault) or type(fault).__name__).splitlines()[0]
+    raise PruneError(f"{flag} {repository}: no folder here, and cannot be downloaded ({reason}); {remedy}") from fault

@@ -1,0 +1,84 @@
+"""GGUF files as checkpoints: dequantised to float32, under Hugging Face names, with config and tokenizer made anew."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from farms_jax.files import write_json
+from prune._checkpoint import WEIGHTS, Checkpoint, Shard, save_tokenizer
+from prune.gguf_file import read_gguf, read_tensor
+from prune.gguf_model import ROPE_FACTORS, architecture_of, hugging_face_names, make_config, restore_rows
+from prune.gguf_tokenizer import make_tokenizer
+from prune.safetensors_file import TensorInfo, make_header, parse_header
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A model in one GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a file.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            PruneError: it is damaged, of another architecture, or has tensors that no table knows.
+        """
+        self.path, self.name, self.files = path, path.stem, (path,)
+        self._file = read_gguf(path)
+        where, found = str(path), self._file.tensors
+        architecture = architecture_of(self._file.metadata, where)
+        self._names = hugging_face_names(architecture, found, where)
+        self.tensors = {name: TensorInfo(_FLOAT32, found[source].shape) for name, source in self._names.items()}
+        factors = read_tensor(self._file, ROPE_FACTORS) if ROPE_FACTORS in found else None
+        shapes = {name: info.shape for name, info in self.tensors.items()}
+        self.config = make_config(self._file.metadata, shapes, factors, where)
+        # The converter interleaves the rows of query and key for this architecture only.
+        self._heads: dict[str, int] = {}
+        if architecture == "llama":
+            self._heads["q_proj"] = self.config["num_attention_heads"]
+            self._heads["k_proj"] = self.config["num_key_value_heads"]
+
+    def read(self, name: str) -> np.ndarray:
+        """Read and dequantise one tensor, its rows in Hugging Face's order.
+
+        Args:
+            name: full Hugging Face name.
+
+        Returns:
+            float32, (out, in).
+        """
+        if name not in self._names:
+            raise self._no_tensor(name)
+        array = read_tensor(self._file, self._names[name])
+        heads = self._heads.get(name.split(".")[-2])
+        return array if heads is None else restore_rows(array, heads)
+
+    def shards(self) -> list[Shard]:
+        """Return the layout of an export: one file, float32."""
+        header = make_header(self.tensors, {"format": "pt"})
+        size = len(header) + sum(4 * int(np.prod(info.shape)) for info in self.tensors.values())
+        entries = parse_header(header, size, WEIGHTS).tensors
+        return [Shard(WEIGHTS, header, {name: (entry.start, entry.stop) for name, entry in entries.items()}, size)]
+
+    def copy_sidecars(self, folder: Path, tokenizer: Any = None) -> None:
+        """Write config and tokenizer.
+
+        Args:
+            folder: made where there is none.
+            tokenizer: saved instead of the file's own.
+        """
+        tokenizer = self.tokenizer() if tokenizer is None else tokenizer
+        write_json(folder / "config.json", self.config)
+        save_tokenizer(tokenizer, folder)
+
+    def tokenizer(self) -> Any:
+        """Make the tokenizer from the file's metadata.
+
+        Returns:
+            A `transformers.PreTrainedTokenizerFast`.
+        """
+        return make_tokenizer(read_gguf(self.path, long_arrays=True).metadata, str(self.path))

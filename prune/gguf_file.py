@@ -1,0 +1,208 @@
+"""GGUF files: metadata and tensors, dequantised one at a time.
+
+A file is metadata (key, type, value), a table of tensors, and their bytes. The numbers of the format and the
+dequantisation are those of the `gguf` package. The table is read here and with plain reads: that package maps the
+whole file into memory, takes hundreds of megabytes for the vocabulary of a large model, and does not end on a file
+with a damaged length.
+"""
+
+import math
+import struct
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import gguf
+import gguf.quants
+import numpy as np
+
+from prune.errors import PruneError
+from prune.safetensors_file import read_bytes
+
+_REMEDY = "download it again"
+_NUMBERS = {
+    gguf.GGUFValueType.UINT8: "B",
+    gguf.GGUFValueType.INT8: "b",
+    gguf.GGUFValueType.UINT16: "H",
+    gguf.GGUFValueType.INT16: "h",
+    gguf.GGUFValueType.UINT32: "I",
+    gguf.GGUFValueType.INT32: "i",
+    gguf.GGUFValueType.FLOAT32: "f",
+    gguf.GGUFValueType.BOOL: "?",
+    gguf.GGUFValueType.UINT64: "Q",
+    gguf.GGUFValueType.INT64: "q",
+    gguf.GGUFValueType.FLOAT64: "d",
+}
+_LONG = 1024  # items; a longer array is a vocabulary
+_PIECE = 1 << 22  # weights dequantised at a time
+
+
+class GGUFTensor(NamedTuple):
+    """A tensor in a file.
+
+    Attributes:
+        kind: its quantisation.
+        shape: as of a numpy array: (out, in).
+        start: first byte in the file.
+        row_bytes: bytes of one row, that is of the last axis.
+    """
+
+    kind: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    start: int
+    row_bytes: int
+
+
+class GGUFFile(NamedTuple):
+    """A file's metadata and table of tensors.
+
+    Attributes:
+        path: of the file.
+        metadata: key -> value; long arrays only where asked for.
+        tensors: name in the file -> where it is.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+
+class _Cursor:
+    """Reads values one after the other, never past the end."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self.file, self.path, self.size = file, path, path.stat().st_size
+
+    def take(self, count: int) -> bytes:
+        if count > self.size - self.file.tell():
+            raise PruneError(f"{self.path}: its metadata goes past the end of the file: truncated; {_REMEDY}")
+        return self.file.read(count)
+
+    def number(self, code: str) -> Any:
+        return self.numbers(code, 1)[0]
+
+    def numbers(self, code: str, count: int) -> tuple[Any, ...]:
+        # Sized before the format is made: a damaged count would make it endless.
+        return struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(f"<{code}")))
+
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode()
+
+    def value(self, *, long_arrays: bool) -> Any:
+        kind = gguf.GGUFValueType(self.number("I"))
+        if kind is gguf.GGUFValueType.STRING:
+            return self.text()
+        if kind is not gguf.GGUFValueType.ARRAY:
+            return self.number(_NUMBERS[kind])
+        item, count = gguf.GGUFValueType(self.number("I")), self.number("Q")
+        keep = long_arrays or count <= _LONG
+        if item is gguf.GGUFValueType.STRING:
+            texts = (self.text() for _ in range(count))
+            return list(texts) if keep else sum(1 for _ in texts)
+        if item is gguf.GGUFValueType.ARRAY:
+            raise PruneError(f"{self.path}: arrays of arrays in the metadata are not known; convert the model anew")
+        values = self.numbers(_NUMBERS[item], count)
+        return list(values) if keep else count
+
+
+def read_gguf(path: Path, *, long_arrays: bool = False) -> GGUFFile:
+    """Read metadata and the table of tensors.
+
+    Args:
+        path: of a GGUF file, version 2 or 3, little-endian.
+        long_arrays: whether to keep arrays of more than 1024 items, that is the vocabulary; else their lengths.
+
+    Returns:
+        The content; every tensor lies inside the file.
+
+    Raises:
+        PruneError: the file is damaged, truncated, a part of a split one, no GGUF file, or quantised in a way that
+            cannot be undone.
+    """
+    try:
+        with path.open("rb") as file:
+            return _read(_Cursor(file, path), long_arrays=long_arrays)
+    except OSError as error:
+        raise PruneError(
+            f"{path}: cannot be read ({error.strerror or error}); check the path and its rights"
+        ) from error
+    except PruneError:
+        raise
+    except (ValueError, OverflowError) as error:
+        raise PruneError(f"{path}: its metadata is damaged ({error}); {_REMEDY}") from error
+
+
+def _read(cursor: _Cursor, *, long_arrays: bool) -> GGUFFile:
+    path = cursor.path
+    if cursor.take(4) != b"GGUF":
+        raise PruneError(f"{path}: no GGUF file (its first bytes are others); {_REMEDY}")
+    version, tensor_count, key_count = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
+    if version not in {2, 3}:
+        raise PruneError(f"{path}: GGUF version {version} is not known (2 and 3 are); convert the model anew")
+    metadata: dict[str, Any] = {}
+    for _ in range(key_count):
+        key = cursor.text()
+        if key in metadata:
+            raise PruneError(f"{path}: {key} is in the metadata twice; {_REMEDY}")
+        metadata[key] = cursor.value(long_arrays=long_arrays)
+    if metadata.get("split.count", 1) != 1:
+        raise PruneError(f"{path}: one part of a split model; put it together with `llama-gguf-split --merge` first")
+    entries = {}
+    for _ in range(tensor_count):
+        name = cursor.text()
+        dims = cursor.numbers("Q", cursor.number("I"))
+        entries[name] = (dims[::-1], cursor.number("I"), cursor.number("Q"))
+    if len(entries) != tensor_count:
+        raise PruneError(f"{path}: a tensor's name is there twice; {_REMEDY}")
+    alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment <= 0:
+        raise PruneError(f"{path}: general.alignment {alignment!r} is not a positive number; {_REMEDY}")
+    start = -(-cursor.file.tell() // alignment) * alignment
+    tensors = {
+        name: _tensor(f"{path}: {name}", shape, kind, start + offset, cursor.size)
+        for name, (shape, kind, offset) in entries.items()
+    }
+    return GGUFFile(path, metadata, tensors)
+
+
+def _tensor(where: str, shape: tuple[int, ...], number: int, start: int, size: int) -> GGUFTensor:
+    try:
+        kind = gguf.GGMLQuantizationType(number)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise PruneError(
+            f"{where}: quantisation {number} cannot be undone here ({error}); give a file in F16, F32 or Q8_0"
+        ) from error
+    if not shape or 0 in shape or shape[-1] % block:
+        raise PruneError(
+            f"{where}: shape {shape} is not one of {kind.name}, whose rows have blocks of {block}; {_REMEDY}"
+        )
+    row_bytes = shape[-1] // block * block_bytes
+    if start + math.prod(shape[:-1]) * row_bytes > size:
+        raise PruneError(f"{where}: goes past the end of the file: truncated; {_REMEDY}")
+    return GGUFTensor(kind, shape, start, row_bytes)
+
+
+def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
+    """Read and dequantise one tensor.
+
+    Args:
+        file: that holds it.
+        name: in the file.
+
+    Returns:
+        float32, of the tensor's shape. Besides it, memory holds a few million weights at a time.
+
+    Raises:
+        PruneError: the file cannot be read, or has become shorter.
+    """
+    tensor = file.tensors[name]
+    rows = math.prod(tensor.shape[:-1])
+    out = np.empty((rows, tensor.shape[-1]), np.float32)
+    step = max(1, _PIECE // tensor.shape[-1])
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        stored = np.empty(count * tensor.row_bytes, np.uint8)
+        read_bytes(file.path, tensor.start + first * tensor.row_bytes, stored, name)
+        out[first : first + count] = gguf.quants.dequantize(stored.reshape(count, -1), tensor.kind)
+    return out.reshape(tensor.shape)

@@ -1,0 +1,255 @@
+"""From GGUF to Hugging Face: names of tensors, the config, the order of rows.
+
+>>> hugging_face_names("llama", ["blk.3.attn_q.weight", "output.weight"], "model.gguf")
+{'model.layers.3.self_attn.q_proj.weight': 'blk.3.attn_q.weight', 'lm_head.weight': 'output.weight'}
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from prune.errors import PruneError
+
+ROPE_FACTORS = "rope_freqs.weight"
+_NAME = re.compile(r"(?:blk\.(?P<block>0|[1-9]\d*)\.)?(?P<module>\w+)\.(?P<kind>weight|bias)")
+_ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_BLOCKS = {"llama": _BLOCK, "qwen2": _BLOCK, "qwen3": _BLOCK | _HEAD_NORMS}
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# Multipliers that some models of these architectures have, and the networks here do not.
+_FOREIGN = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale", "expert_count")
+# Of LLaMA 3.1, the only ones published: the file has the factors made from them, not the numbers.
+_LOW_FACTOR, _HIGH_FACTOR = 1.0, 4.0
+
+
+def architecture_of(metadata: Mapping[str, Any], where: str) -> str:
+    """Return a file's architecture.
+
+    Args:
+        metadata: of the file.
+        where: the file's name, for messages.
+
+    Returns:
+        llama (which is also Mistral and SmolLM), qwen2 or qwen3.
+
+    Raises:
+        PruneError: another one.
+    """
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in _BLOCKS:
+        raise PruneError(f"{where}: unknown architecture {architecture!r}; known are {', '.join(_BLOCKS)}")
+    return architecture
+
+
+def hugging_face_names(architecture: str, names: Iterable[str], where: str) -> dict[str, str]:
+    """Translate names of tensors.
+
+    Args:
+        architecture: of the file.
+        names: of its tensors.
+        where: the file's name, for messages.
+
+    Returns:
+        Hugging Face name -> name in the file, without the rotary factors.
+
+    Raises:
+        PruneError: names that are in no table, all in one error.
+    """
+    found, unknown = {}, []
+    for name in names:
+        if name == ROPE_FACTORS:
+            continue
+        match = _NAME.fullmatch(name)
+        table = {} if match is None else _ENDS if match["block"] is None else _BLOCKS[architecture]
+        if match is None or match["module"] not in table:
+            unknown.append(name)
+            continue
+        prefix = "" if match["block"] is None else f"model.layers.{match['block']}."
+        found[f"{prefix}{table[match['module']]}.{match['kind']}"] = name
+    if unknown:
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        raise PruneError(
+            f"{where}: unknown tensors for {architecture}: {', '.join(unknown[:10])}{more}; "
+            "give the model as a Hugging Face folder"
+        )
+    return found
+
+
+def make_config(
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    rope_factors: np.ndarray | None,
+    where: str,
+) -> dict[str, Any]:
+    """Make the content of `config.json`, in the form that every version of `transformers` reads.
+
+    Args:
+        metadata: of the file.
+        shapes: Hugging Face name -> shape.
+        rope_factors: divisors of the rotary frequencies, float32, shape (head_dim / 2,), where the file has them.
+        where: the file's name, for messages.
+
+    Returns:
+        The config.
+
+    Raises:
+        PruneError: a number is missing, or the model has something that the networks here have not.
+    """
+    architecture = architecture_of(metadata, where)
+    facts = _Facts(metadata, architecture, where)
+    for key in _FOREIGN:
+        if facts.get(key, 0) not in (0, 1):
+            raise PruneError(f"{where}: {architecture}.{key} is not supported; give a model without it")
+    if "model.embed_tokens.weight" not in shapes:
+        raise PruneError(f"{where}: there is no tensor token_embd.weight; download it again")
+    heads = facts.number("attention.head_count")
+    head_dim = facts.number("attention.key_length", facts.number("embedding_length") // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if facts.number(key, head_dim) != head_dim:
+            raise PruneError(f"{where}: {architecture}.{key} is not the head size {head_dim}: not supported")
+    theta = facts.real("rope.freq_base", 10000.0)
+    window = facts.get("attention.sliding_window", None) if architecture == "llama" else None
+    model_type = architecture if window is None else "mistral"
+    config = {
+        "architectures": [_CLASSES[model_type]],
+        "model_type": model_type,
+        "vocab_size": shapes["model.embed_tokens.weight"][0],
+        "hidden_size": facts.number("embedding_length"),
+        "intermediate_size": facts.number("feed_forward_length"),
+        "num_hidden_layers": facts.number("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": facts.number("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": facts.number("context_length"),
+        "rms_norm_eps": _short(facts.real("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _short(theta),
+        "rope_scaling": _rope_scaling(facts, theta, head_dim, rope_factors),
+        "tie_word_embeddings": "lm_head.weight" not in shapes,
+        "hidden_act": "silu",
+        "torch_dtype": "float32",
+    }
+    if model_type == "llama":
+        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in shapes
+        config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in shapes
+    return config | ({} if window is None else {"sliding_window": window}) | _special_tokens(metadata)
+
+
+def _special_tokens(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    keys = {
+        role: f"tokenizer.ggml.{name}_token_id" for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
+    return {f"{role}_token_id": metadata[key] for role, key in keys.items() if key in metadata}
+
+
+class _Facts:
+    """An architecture's own keys; one that is asked for without a default must be there."""
+
+    def __init__(self, metadata: Mapping[str, Any], architecture: str, where: str) -> None:
+        self.metadata, self.architecture, self.where = metadata, architecture, where
+
+    def get(self, key: str, *default: Any) -> Any:
+        full = f"{self.architecture}.{key}"
+        if full not in self.metadata and not default:
+            raise PruneError(f"{self.where}: its metadata has no {full}; convert the model anew")
+        return self.metadata.get(full, *default)
+
+    def number(self, key: str, *default: int) -> int:
+        value = self.get(key, *default)
+        # A list holds one number per block.
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise PruneError(
+                f"{self.where}: {self.architecture}.{key} is {value!r}, no number > 0 for all blocks; not supported"
+            )
+        return value
+
+    def real(self, key: str, *default: float) -> float:
+        value = self.get(key, *default)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise PruneError(
+                f"{self.where}: {self.architecture}.{key} is {value!r}, no number > 0; convert the model anew"
+            )
+        return value
+
+
+def _short(value: float) -> float:
+    """Return the shortest decimal that is the same float32: 1e-5, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(facts: _Facts, theta: float, head_dim: int, factors: np.ndarray | None) -> dict[str, Any] | None:
+    linear = facts.real("rope.scale_linear", 1.0)  # the older key
+    kind = facts.get("rope.scaling.type", "none" if linear == 1 else "linear")
+    if kind != "none" and (kind != "linear" or factors is not None):
+        raise PruneError(f"{facts.where}: rotary scaling {kind!r} is not supported; none, linear and llama3 are")
+    if factors is not None:
+        return _llama3_scaling(factors, theta, head_dim, facts.where)
+    if kind == "none":
+        return None
+    return {"rope_type": "linear", "factor": _short(facts.real("rope.scaling.factor", linear))}
+
+
+def _llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str) -> dict[str, Any] | None:
+    # A frequency is kept where its wave is short (factor 1), divided by the full factor where it is long, and blended
+    # between: 1 / factor_i = (1 - s) / factor + s with s = (original / wave - low) / (high - low). One blended factor
+    # thus gives the original length; all of them must then agree.
+    if factors.shape != (head_dim // 2,):
+        raise PruneError(
+            f"{where}: {ROPE_FACTORS} has shape {factors.shape}, not ({head_dim // 2},); download it again"
+        )
+    if np.all(factors == 1):
+        return None
+    wave = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    factor = float(factors.max())
+    inside = np.flatnonzero((factors > 1.001) & (factors < factor * 0.999))
+    if inside.size:
+        share = (1 / factors[inside[0]] - 1 / factor) / (1 - 1 / factor)
+        original = round(float(wave[inside[0]] * (share * (_HIGH_FACTOR - _LOW_FACTOR) + _LOW_FACTOR)))
+        share = np.clip((original / wave - _LOW_FACTOR) / (_HIGH_FACTOR - _LOW_FACTOR), 0, 1)
+        if np.allclose(1 / ((1 - share) / factor + share), factors, rtol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": _short(factor),
+                "low_freq_factor": _LOW_FACTOR,
+                "high_freq_factor": _HIGH_FACTOR,
+                "original_max_position_embeddings": original,
+            }
+    raise PruneError(
+        f"{where}: {ROPE_FACTORS} is of no known rotary scaling (llama3 is known); give a Hugging Face folder"
+    )
+
+
+def restore_rows(array: np.ndarray, heads: int) -> np.ndarray:
+    """Give the rows of a query or key projection their order in Hugging Face's files.
+
+    GGUF files of the llama architecture have the two halves of a head interleaved: rows (half, i) -> (i, half).
+
+    Args:
+        array: weight (heads * head_dim, in) or bias (heads * head_dim,).
+        heads: query or key heads.
+
+    Returns:
+        The same rows, in each head first those of the first half.
+    """
+    split = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+    return split.swapaxes(1, 2).reshape(array.shape)

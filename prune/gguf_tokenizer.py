@@ -1,0 +1,187 @@
+"""A tokenizer made from the metadata of a GGUF file, with the `tokenizers` package.
+
+Two kinds exist: byte-level BPE ("gpt2"), whose file names the rule that cuts text into words, and sentencepiece BPE
+("llama"), whose file has a score per token instead of a list of merges.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from prune.errors import PruneError
+
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # token types of the format
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class _Words(NamedTuple):
+    """How text is cut before merging: patterns applied one after the other to the pieces, each match a piece."""
+
+    patterns: tuple[str, ...]
+    whole_words: bool = False  # a word that is a token needs no merges
+    add_bos: bool = False  # where the file does not say
+    nfc: bool = False
+
+
+# By `tokenizer.ggml.pre`. Where llama.cpp and a model's own tokenizer.json disagree (NFC), the latter is followed.
+_WORDS = {
+    "default": _Words((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "gpt-2": _Words((_GPT2,)),
+    "smollm": _Words((r"\p{N}", _GPT2)),
+    "qwen2": _Words((_LLAMA3.replace("{1,3}", ""),), nfc=True),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _Words((_LLAMA3,), whole_words=True, add_bos=True)),
+}
+_OTHER = "give its tokenizer as a Hugging Face folder with --tokenizer PATH"
+
+
+def make_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
+    """Make the tokenizer of a file.
+
+    Args:
+        metadata: of the file, long arrays included.
+        where: the file's name, for messages.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerFast`; it can be saved with `save_pretrained`.
+
+    Raises:
+        PruneError: of a kind that is not known here, or damaged.
+    """
+    makers = {"gpt2": _byte_level, "llama": _sentencepiece}
+    kind = metadata.get("tokenizer.ggml.model")
+    if not isinstance(kind, str) or kind not in makers:
+        raise PruneError(f"{where}: tokenizer.ggml.model {kind!r} is not one of {', '.join(makers)}; {_OTHER}")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or len(set(tokens)) != len(tokens):
+        raise PruneError(f"{where}: tokenizer.ggml.tokens is missing, or has a token twice; {_OTHER}")
+    types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    try:
+        tokenizer, add_bos = makers[kind](metadata, tokens, types, where)
+        _add_tokens(tokenizer, tokens, types)
+        special = {role: tokens[number] for role, number in _special_ids(metadata).items()}
+        _add_ends(tokenizer, special, metadata, add_bos=add_bos)
+    except PruneError:
+        raise
+    except Exception as error:  # the tokenizers package raises plain Exception
+        raise PruneError(f"{where}: its tokenizer is damaged ({error}); {_OTHER}") from error
+    return _wrap(tokenizer, special, metadata)
+
+
+def _byte_level(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], where: str
+) -> tuple[Tokenizer, bool]:
+    del types
+    rule = metadata.get("tokenizer.ggml.pre")
+    if not isinstance(rule, str) or rule not in _WORDS:
+        raise PruneError(f"{where}: tokenizer.ggml.pre {rule!r} is not one of {', '.join(_WORDS)}; {_OTHER}")
+    words = _WORDS[rule]
+    # Not split(" ") alone: the first half may begin with a space.
+    merges = [
+        (merge[:at], merge[at + 1 :]) for merge in metadata["tokenizer.ggml.merges"] if (at := merge.find(" ", 1))
+    ]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=words.whole_words))
+    if words.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in words.patterns),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, words.add_bos
+
+
+def _sentencepiece(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], where: str
+) -> tuple[Tokenizer, bool]:
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise PruneError(f"{where}: tokenizer.ggml.scores is missing or too short; {_OTHER}")
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: number for number, token in enumerate(tokens)},
+            merges=_merges_of_scores(tokens, scores, types),
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    # As sentencepiece does it: one space more before the text, whatever it begins with.
+    tokenizer.normalizer = normalizers.Sequence([
+        *([normalizers.Prepend("▁")] if prefix else []),
+        normalizers.Replace(" ", "▁"),
+    ])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        *([decoders.Strip(" ", 1, 0)] if prefix else []),
+    ])
+    return tokenizer, True
+
+
+def _merges_of_scores(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
+    """Turn scores into merges: sentencepiece joins the neighbours whose union has the highest score."""
+    normal = {token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind == _NORMAL}
+    merges = [
+        (-score, token[:at], token[at:])
+        for token, score in normal.items()
+        for at in range(1, len(token))
+        if token[:at] in normal and token[at:] in normal
+    ]
+    merges.sort(key=lambda merge: merge[0])
+    return [(left, right) for _, left, right in merges]
+
+
+def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+    """Mark the tokens that are matched whole in any text; those for control are special."""
+    kinds = list(zip(tokens, types, strict=True))
+    tokenizer.add_special_tokens([
+        AddedToken(token, normalized=False, special=True) for token, kind in kinds if kind == _CONTROL
+    ])
+    tokenizer.add_tokens([
+        AddedToken(token, normalized=False, special=False) for token, kind in kinds if kind == _USER_DEFINED
+    ])
+
+
+def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
+    roles = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    found = {role: metadata.get(f"tokenizer.ggml.{key}_token_id") for key, role in roles.items()}
+    return {f"{role}_token": number for role, number in found.items() if number is not None}
+
+
+def _add_ends(tokenizer: Tokenizer, special: Mapping[str, str], metadata: Mapping[str, Any], *, add_bos: bool) -> None:
+    begin = special.get("bos_token") if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None
+    end = special.get("eos_token") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
+    ends = [token for token in (begin, end) if token is not None]
+    if not ends:
+        return
+    before, after = [f"{begin}:0"] if begin else [], [f"{end}:0"] if end else []
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A:0", *after],
+        pair=[*before, "$A:0", *after, *before, "$B:0", *after],
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(ends)],
+    )
+
+
+def _wrap(tokenizer: Tokenizer, special: Mapping[str, str], metadata: Mapping[str, Any]) -> Any:
+    # Without torch, transformers would advise to install it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        model_max_length=metadata.get(f"{metadata.get('general.architecture')}.context_length"),
+        **special,
+    )
+    wrapped.chat_template = metadata.get("tokenizer.chat_template")
+    return wrapped

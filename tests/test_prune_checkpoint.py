@@ -1,0 +1,304 @@
+"""Hugging Face folders and safetensors files: what is read, written back, and refused."""
+
+import hashlib
+import json
+import tracemalloc
+
+import huggingface_hub
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from prune_helpers import DATA, FOLDERS, weights_of, write_folder
+
+from prune.checkpoint import open_checkpoint, open_tokenizer
+from prune.errors import PruneError
+
+INDEX = "model.safetensors.index.json"
+DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
+
+
+def written_back(checkpoint):
+    """Bytes of each file of an export: headers from shards(), values from read()."""
+    files = {}
+    for shard in checkpoint.shards():
+        content = bytearray(shard.size)
+        content[: len(shard.header)] = shard.header
+        for name, (start, stop) in shard.tensors.items():
+            content[start:stop] = checkpoint.read(name).tobytes()
+        files[shard.filename] = bytes(content)
+    return files
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_fixture_folders_come_back_byte_for_byte(name):
+    checkpoint = open_checkpoint(str(DATA / name))
+    assert checkpoint.name == name
+    assert checkpoint.config == json.loads((DATA / name / "config.json").read_text())
+    assert written_back(checkpoint) == {"model.safetensors": (DATA / name / "model.safetensors").read_bytes()}
+    expected = weights_of(name)
+    assert checkpoint.tensors == {key: (array.dtype, array.shape) for key, array in expected.items()}
+    for key, array in expected.items():
+        np.testing.assert_array_equal(checkpoint.read(key), array)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_and_layout_comes_back_byte_for_byte(tmp_path, dtype, shards):
+    tensors = {name: array.astype(dtype) for name, array in weights_of("llama_tiny_tied").items()}
+    folder = write_folder(tmp_path / "model", tensors, shards=shards)
+    checkpoint = open_checkpoint(str(folder))
+    assert written_back(checkpoint) == {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+    for name, array in tensors.items():
+        assert checkpoint.read(name).dtype == array.dtype == checkpoint.tensors[name].dtype
+        np.testing.assert_array_equal(checkpoint.read(name), array)
+
+
+def test_reading_takes_the_memory_of_one_tensor(tmp_path):
+    tensors = {f"t{number}": np.full((512, 512), number, np.float32) for number in range(8)}
+    checkpoint = open_checkpoint(str(write_folder(tmp_path / "model", tensors)))
+    tracemalloc.start()
+    for name in tensors:
+        checkpoint.read(name)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 1 << 20 <= peak < 1.2 * (1 << 20)
+
+
+def test_links_are_followed(tmp_path):
+    source = write_folder(tmp_path / "blobs", weights_of("opt_tiny"), config="opt_tiny", shards=2)
+    (tmp_path / "snapshot").mkdir()
+    for path in source.iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    linked = open_checkpoint(str(tmp_path / "snapshot"))
+    assert written_back(linked) == written_back(open_checkpoint(str(source)))
+    linked.copy_sidecars(tmp_path / "export")
+    assert not (tmp_path / "export" / "config.json").is_symlink()
+
+
+def test_sha256_is_that_of_the_files_in_order_of_name(tmp_path):
+    single = open_checkpoint(str(DATA / "llama_tiny"))
+    assert single.sha256() == hashlib.sha256((DATA / "llama_tiny" / "model.safetensors").read_bytes()).hexdigest()
+    folder = write_folder(tmp_path / "model", weights_of("opt_tiny"), config="opt_tiny", shards=3)
+    together = b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
+    assert open_checkpoint(str(folder)).sha256() == hashlib.sha256(together).hexdigest()
+
+
+def add_sidecars(folder):
+    """Files beside the weights, of odd bytes, and some that must not be copied."""
+    kept = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "merges.txt")
+    for filename in (*kept, "README.md", "modeling_own.py", "pytorch_model.bin"):
+        (folder / filename).write_bytes(f"{filename} \r\n é".encode())
+    return kept
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_sidecars_are_copied_verbatim(tmp_path, shards):
+    folder = write_folder(tmp_path / "model", weights_of("llama_tiny"), shards=shards)
+    kept = {*add_sidecars(folder), "config.json"} | ({INDEX} if shards > 1 else set())
+    open_checkpoint(str(folder)).copy_sidecars(tmp_path / "made" / "export")
+    found = {path.name: path.read_bytes() for path in (tmp_path / "made" / "export").iterdir()}
+    assert found == {filename: (folder / filename).read_bytes() for filename in kept}
+
+
+def test_a_weight_file_stands_for_its_folder():
+    checkpoint = open_checkpoint(str(DATA / "llama_tiny" / "model.safetensors"))
+    assert checkpoint.name == "llama_tiny"
+    assert checkpoint.path == DATA / "llama_tiny"
+
+
+def test_an_unknown_tensor_is_named():
+    with pytest.raises(PruneError, match=r"llama_tiny: there is no tensor model\.layers\.9"):
+        open_checkpoint(str(DATA / "llama_tiny")).read("model.layers.9.mlp.up_proj.weight")
+
+
+# Damage to a folder of three shards: what is done, what the error says.
+
+
+def drop_shard(folder):
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def cut_shard(folder):
+    path = folder / "model-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def edit_index(folder, change):
+    content = json.loads((folder / INDEX).read_text())
+    change(content["weight_map"])
+    (folder / INDEX).write_text(json.dumps(content))
+
+
+def list_a_tensor_too_many(folder):
+    edit_index(folder, lambda weight_map: weight_map.update({"model.extra.weight": "model-00001-of-00003.safetensors"}))
+
+
+def list_a_tensor_too_few(folder):
+    edit_index(folder, lambda weight_map: weight_map.pop("lm_head.weight"))
+
+
+def list_a_tensor_elsewhere(folder):
+    edit_index(folder, lambda weight_map: weight_map.update({"lm_head.weight": "model-00003-of-00003.safetensors"}))
+
+
+def leave_the_folder(folder):
+    edit_index(folder, lambda weight_map: weight_map.update({"lm_head.weight": "../other.safetensors"}))
+
+
+def have_a_tensor_twice(folder):
+    path = folder / "model-00002-of-00003.safetensors"
+    tensors = safetensors.numpy.load_file(path) | {"lm_head.weight": weights_of("llama_tiny")["lm_head.weight"]}
+    safetensors.numpy.save_file(tensors, path)
+
+
+def empty_the_index(folder):
+    (folder / INDEX).write_text("{}")
+
+
+def break_the_index(folder):
+    (folder / INDEX).write_text('{"weight_map": {')
+
+
+def drop_config(folder):
+    (folder / "config.json").unlink()
+
+
+def break_config(folder):
+    (folder / "config.json").write_bytes(b'{"model_type": "\xff"}')
+
+
+def make_config_a_list(folder):
+    (folder / "config.json").write_text("[1]")
+
+
+def drop_weights(folder):
+    for path in folder.glob("model*"):
+        path.unlink()
+
+
+def pickle_weights(folder):
+    drop_weights(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_shard, r"model-00002-of-00003\.safetensors: this shard is missing.*download it again"),
+        (cut_shard, r"model-00002-of-00003\.safetensors: .* should end at byte .*truncated.*download it again"),
+        (list_a_tensor_too_many, r"index\.json: .*model\.extra\.weight \(not in model-00001.*download"),
+        (list_a_tensor_too_few, r"index\.json: .*lm_head\.weight \(in model-00001.*not in the index.*download"),
+        (list_a_tensor_elsewhere, r"index\.json: .*lm_head\.weight \(not in model-00003.*download"),
+        (leave_the_folder, r"index\.json: lm_head\.weight is in '\.\./other\.safetensors'.*download"),
+        (have_a_tensor_twice, r"lm_head\.weight is in two shards, model-00001\S* and model-00002.*download"),
+        (empty_the_index, r"index\.json: it has no weight_map.*download"),
+        (break_the_index, r"index\.json: not valid JSON.*download"),
+        (drop_config, r"config\.json: no such file; give a Hugging Face model folder"),
+        (break_config, r"config\.json: not valid JSON.*download"),
+        (make_config_a_list, r"config\.json: not a JSON object.*download"),
+        (drop_weights, r"neither model\.safetensors nor .* give a folder with safetensors weights"),
+        (pickle_weights, r"pickles \(pytorch_model\.bin\).*never loaded.*save_pretrained.*--model CONVERTED"),
+    ],
+)
+def test_a_damaged_folder_is_one_clear_error(tmp_path, damage, message):
+    folder = write_folder(tmp_path / "model", weights_of("llama_tiny"), shards=3)
+    open_checkpoint(str(folder))
+    damage(folder)
+    with pytest.raises(PruneError, match=f"(?s){message}") as caught:
+        open_checkpoint(str(folder))
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_cut_after_opening_is_one_clear_error(tmp_path):
+    folder = write_folder(tmp_path / "model", weights_of("llama_tiny"))
+    checkpoint = open_checkpoint(str(folder))
+    last = max(checkpoint.shards()[0].tensors.items(), key=lambda item: item[1])[0]
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(PruneError, match=rf"ends inside {last}: truncated; download it again"):
+        checkpoint.read(last)
+    path.unlink()
+    with pytest.raises(PruneError, match="cannot be read"):
+        checkpoint.read(last)
+
+
+# Names that are no folder.
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("nowhere/at/all", "no such folder or file, and no hub name of the form OWNER/NAME"),
+        ("llama", "no such folder or file"),
+        ("/nonexistent/model.gguf", "no such folder or file"),
+    ],
+)
+def test_a_path_that_is_not_there_is_one_clear_error(model, message):
+    with pytest.raises(PruneError, match=rf"--model {model}: {message}"):
+        open_checkpoint(model)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"\x80\x04.")
+    with pytest.raises(PruneError, match=r"model\.bin: neither a \.gguf nor a \.safetensors file; pickled.*never"):
+        open_checkpoint(str(path))
+
+
+def test_a_file_beside_the_weights_is_refused(tmp_path):
+    folder = write_folder(tmp_path / "model", weights_of("llama_tiny"))
+    safetensors.numpy.save_file({"a": np.zeros(1)}, folder / "adapter.safetensors")
+    with pytest.raises(PruneError, match=r"adapter\.safetensors: its folder's weights are model\.safetensors"):
+        open_checkpoint(str(folder / "adapter.safetensors"))
+
+
+def test_a_hub_name_is_downloaded_without_pickles_and_code(monkeypatch):
+    asked = {}
+
+    def download(repository, **settings):
+        asked.update(settings, repository=repository)
+        return str(DATA / "llama_tiny")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    checkpoint = open_checkpoint("owner/small-model@v1.0")
+    assert checkpoint.name == "owner/small-model@v1.0"
+    assert checkpoint.config["model_type"] == "llama"
+    assert (asked["repository"], asked["revision"]) == ("owner/small-model", "v1.0")
+    patterns = asked["allow_patterns"]
+    listed = ("config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin", "modeling_own.py", "x.pt")
+    wanted = list(huggingface_hub.utils.filter_repo_objects(listed, allow_patterns=patterns))
+    assert wanted == ["config.json", "model-00001-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize("opens", [open_checkpoint, open_tokenizer])
+def test_an_unreachable_hub_is_one_clear_error(monkeypatch, opens):
+    def fail(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nand a long explanation")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(PruneError, match=r"owner/model: .*\(no connection\); check the connection, or give a path"):
+        opens("owner/model")
+
+
+def test_a_folder_without_a_tokenizer_names_the_flag():
+    with pytest.raises(PruneError, match=r"llama_tiny: there is no tokenizer.*--tokenizer PATH"):
+        open_checkpoint(str(DATA / "llama_tiny")).tokenizer()
+
+
+def test_a_damaged_tokenizer_names_the_flag(tmp_path):
+    folder = write_folder(tmp_path / "model", weights_of("llama_tiny"))
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(PruneError, match=r"model: its tokenizer cannot be loaded.*--tokenizer PATH"):
+        open_checkpoint(str(folder)).tokenizer()
+
+
+def test_code_of_a_folder_is_never_run(tmp_path):
+    folder = write_folder(tmp_path / "model", weights_of("llama_tiny"))
+    (folder / "own.py").write_text("raise SystemExit('ran')")
+    settings = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "vocab.json").write_text("{}")
+    with pytest.raises(PruneError, match="--tokenizer PATH"):
+        open_checkpoint(str(folder)).tokenizer()

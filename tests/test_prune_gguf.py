@@ -1,0 +1,299 @@
+"""GGUF files: tensors, config and tokenizer against files written by the `gguf` package."""
+
+import json
+import math
+import tracemalloc
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from prune_helpers import (
+    DATA,
+    TEXT,
+    byte_level_metadata,
+    gguf_metadata,
+    interleave_heads,
+    trained_tokenizer,
+    weights_of,
+    write_gguf,
+)
+from tokenizers import pre_tokenizers
+from transformers import AutoConfig
+
+from prune.checkpoint import open_checkpoint, open_tokenizer
+from prune.errors import PruneError
+from prune.gguf_tokenizer import make_tokenizer
+from prune.models import make_network
+
+
+def fixture(name="llama_tiny"):
+    """Config and tensors of a fixture folder."""
+    return json.loads((DATA / name / "config.json").read_text()), weights_of(name)
+
+
+def gguf_of(path, name="llama_tiny", changes=(), **settings):
+    """A GGUF file of a fixture; `changes` to its metadata, None to leave a key out."""
+    config, tensors = fixture(name)
+    metadata = gguf_metadata(config, settings.get("architecture", "llama")) | dict(changes)
+    heads = config["num_attention_heads"], config["num_key_value_heads"]
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    return write_gguf(path, settings.pop("tensors", tensors), metadata, heads=heads, **settings)
+
+
+@pytest.mark.parametrize("name", ["llama_tiny", "llama_tiny_tied", "llama_tiny_bias"])
+def test_float32_tensors_come_back_exactly_under_their_names(tmp_path, name):
+    config, tensors = fixture(name)
+    checkpoint = open_checkpoint(str(gguf_of(tmp_path / "small.gguf", name)))
+    assert checkpoint.name == "small"
+    assert checkpoint.tensors == {key: (np.dtype(np.float32), array.shape) for key, array in tensors.items()}
+    for key, array in tensors.items():
+        np.testing.assert_array_equal(checkpoint.read(key), array)
+    same = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    same += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+    same += ("attention_bias", "mlp_bias", "hidden_act", "architectures")
+    assert {key: checkpoint.config[key] for key in same} == {key: config[key] for key in same}
+    network = make_network(checkpoint.config)
+    assert network == make_network(config)
+    network.check({key: info.shape for key, info in checkpoint.tensors.items()})
+
+
+def test_query_rows_are_really_interleaved_in_the_file():
+    # Two heads of size 4: llama.cpp's order is 0, 2, 1, 3 in each.
+    np.testing.assert_array_equal(interleave_heads(np.arange(8), 2), [0, 2, 1, 3, 4, 6, 5, 7])
+
+
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1])
+def test_quantised_tensors_are_dequantised(tmp_path, kind):
+    _, tensors = fixture()
+    kinds = {name: kind for name, array in tensors.items() if array.ndim == 2}
+    checkpoint = open_checkpoint(str(gguf_of(tmp_path / "small.gguf", kinds=kinds)))
+    for name, array in tensors.items():
+        found = checkpoint.read(name)
+        assert found.dtype == np.float32
+        if name not in kinds:
+            np.testing.assert_array_equal(found, array)
+            continue
+        # Rows are quantised each for itself, so their order does not matter.
+        np.testing.assert_array_equal(found, gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind))
+        assert np.linalg.norm(found - array) < 0.15 * np.linalg.norm(array)  # a wrong order of rows gives about 1.4
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_other_architectures_keep_their_rows(tmp_path, architecture):
+    _, tensors = fixture()
+    rng = np.random.default_rng(0)
+    shapes = {
+        "qwen2": {"q_proj.bias": 96, "k_proj.bias": 48, "v_proj.bias": 48},
+        "qwen3": {"q_norm.weight": 24, "k_norm.weight": 24},
+    }
+    more = {
+        f"model.layers.{block}.self_attn.{name}": rng.normal(size=size).astype(np.float32)
+        for block in range(4)
+        for name, size in shapes[architecture].items()
+    }
+    path = gguf_of(tmp_path / "small.gguf", architecture=architecture, tensors=tensors | more)
+    checkpoint = open_checkpoint(str(path))
+    assert checkpoint.config["model_type"] == architecture
+    for name, array in (tensors | more).items():
+        np.testing.assert_array_equal(checkpoint.read(name), array)
+    make_network(checkpoint.config).check({key: info.shape for key, info in checkpoint.tensors.items()})
+
+
+def llama3_factors(scaling, theta, head_dim):
+    """Divisors of the frequencies, as LLaMA 3.1 defines them: by wave lengths, one by one."""
+    factors = []
+    for feature in range(0, head_dim, 2):
+        wave = 2 * math.pi * theta ** (feature / head_dim)
+        original, low, high = (
+            scaling[f"{key}"] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+        )
+        smooth = (original / wave - low) / (high - low)
+        if wave > original / low:
+            factors.append(scaling["factor"])
+        elif wave < original / high:
+            factors.append(1.0)
+        else:
+            factors.append(1 / ((1 - smooth) / scaling["factor"] + smooth))
+    return np.array(factors, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("factor", "original", "head_dim", "theta"),
+    [(8.0, 64, 24, 10000.0), (8.0, 8192, 128, 500000.0), (32.0, 8192, 64, 500000.0)],
+)
+def test_llama3_scaling_is_found_from_the_factors(tmp_path, factor, original, head_dim, theta):
+    scaling = {
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": original,
+    }
+    changes = {
+        "llama.rope.freq_base": theta,
+        **{
+            f"llama.{key}": head_dim
+            for key in ("attention.key_length", "attention.value_length", "rope.dimension_count")
+        },
+    }
+    factors = llama3_factors(scaling, theta, head_dim)
+    checkpoint = open_checkpoint(
+        str(gguf_of(tmp_path / "small.gguf", changes=changes, extra={"rope_freqs.weight": factors}))
+    )
+    assert checkpoint.config["rope_scaling"] == {"rope_type": "llama3", **scaling}
+    assert "rope_freqs.weight" not in checkpoint.tensors
+
+
+@pytest.mark.parametrize(
+    ("changes", "scaling"),
+    [
+        ({}, None),
+        ({"llama.rope.scaling.type": "none"}, None),
+        (
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+            {"rope_type": "linear", "factor": 4.0},
+        ),
+        ({"llama.rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+    ],
+)
+def test_rotary_scaling_is_read(tmp_path, changes, scaling):
+    config = open_checkpoint(str(gguf_of(tmp_path / "small.gguf", changes=changes))).config
+    assert config["rope_scaling"] == scaling
+
+
+def test_numbers_are_the_shortest_of_their_float32(tmp_path):
+    config = open_checkpoint(str(gguf_of(tmp_path / "small.gguf"))).config
+    assert repr(config["rms_norm_eps"]) == "1e-05"  # stored: 9.999999747378752e-06
+
+
+def test_a_sliding_window_makes_it_mistral(tmp_path):
+    config = open_checkpoint(
+        str(gguf_of(tmp_path / "small.gguf", changes={"llama.attention.sliding_window": 64}))
+    ).config
+    assert (config["model_type"], config["sliding_window"]) == ("mistral", 64)
+
+
+def test_export_is_one_float32_file_that_opens_as_a_folder(tmp_path):
+    config, tensors = fixture()
+    _, merges, tokens = trained_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    metadata = gguf_metadata(config) | {"llama.rope.freq_base": 50000.0}
+    metadata |= byte_level_metadata("gpt-2", merges, tokens)
+    source = open_checkpoint(str(write_gguf(tmp_path / "small.gguf", tensors, metadata)))
+    (shard,) = source.shards()
+    content = bytearray(shard.size)
+    content[: len(shard.header)] = shard.header
+    for name, (start, stop) in shard.tensors.items():
+        content[start:stop] = source.read(name).tobytes()
+    source.copy_sidecars(tmp_path / "export")
+    (tmp_path / "export" / shard.filename).write_bytes(content)
+    copy = open_checkpoint(str(tmp_path / "export"))
+    assert copy.config == source.config
+    assert copy.tensors == source.tensors
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(copy.read(name), array)
+    assert copy.tokenizer()(TEXT)["input_ids"] == source.tokenizer()(TEXT)["input_ids"]
+    theirs = AutoConfig.from_pretrained(tmp_path / "export")
+    assert theirs.rope_parameters["rope_theta"] == 50000.0
+    assert (theirs.head_dim, theirs.rms_norm_eps, theirs.num_key_value_heads) == (24, 1e-5, 2)
+
+
+def test_a_given_tokenizer_is_saved_instead(tmp_path):
+    path = gguf_of(tmp_path / "small.gguf", changes=byte_level_metadata("of another world"))
+    source = open_checkpoint(str(path))
+    other = make_tokenizer(byte_level_metadata("gpt-2"), "made")
+    source.copy_sidecars(tmp_path / "export", other)
+    assert open_tokenizer(str(tmp_path / "export"))(TEXT)["input_ids"] == other(TEXT)["input_ids"]
+    with pytest.raises(PruneError, match="--tokenizer PATH"):
+        source.copy_sidecars(tmp_path / "export")
+
+
+def test_reading_takes_the_memory_of_one_tensor(tmp_path):
+    rng = np.random.default_rng(0)
+    big = rng.normal(size=(8192, 1024)).astype(np.float32)  # 32 MiB
+    _, tensors = fixture()
+    tensors |= {"model.embed_tokens.weight": big}
+    path = gguf_of(tmp_path / "small.gguf", tensors=tensors, kinds={"model.embed_tokens.weight": Kind.Q8_0})
+    checkpoint = open_checkpoint(str(path))
+    tracemalloc.start()
+    found = checkpoint.read("model.embed_tokens.weight")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < found.nbytes + (72 << 20)  # a piece of 4 Mi weights, in a few copies
+    np.testing.assert_array_equal(found, gguf.quants.dequantize(gguf.quants.quantize(big, Kind.Q8_0), Kind.Q8_0))
+
+
+SCALE = {"rope_freqs.weight": np.linspace(1, 3, 12, dtype=np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"extra": {"blk.0.attn_qkv.weight": np.zeros((2, 2), np.float32)}}, "unknown tensors for llama: .*attn_qkv"),
+        ({"extra": {"blk.0.attn_q_norm.weight": np.zeros(24, np.float32)}}, "unknown tensors for llama: .*q_norm"),
+        ({"extra": SCALE}, "rope_freqs.weight is of no known rotary scaling"),
+        ({"extra": {"rope_freqs.weight": np.ones(5, np.float32)}}, r"rope_freqs.weight has shape \(5,\), not \(12,\)"),
+        ({"extra": {"token_types": np.zeros(5, np.int32)}}, "quantisation 26 cannot be undone"),
+        ({"changes": {"llama.rope.scaling.type": "yarn"}}, "rotary scaling 'yarn' is not supported"),
+        ({"changes": {"llama.rope.dimension_count": 12}}, "rope.dimension_count is not the head size 24"),
+        ({"changes": {"llama.block_count": None}}, "its metadata has no llama.block_count"),
+        (
+            {"changes": {"llama.attention.head_count": [4, 2, 4, 4]}},
+            r"head_count is \[4, 2, 4, 4\], no number > 0 for all",
+        ),
+        ({"changes": {"llama.rope.freq_base": "high"}}, "rope.freq_base is 'high', no number > 0"),
+        ({"changes": {"llama.expert_count": 8}}, "llama.expert_count is not supported"),
+        ({"changes": {"llama.logit_scale": 0.5}}, "llama.logit_scale is not supported"),
+        ({"changes": {"split.count": 2}}, "one part of a split model.*merge"),
+        ({"changes": {"general.alignment": 0}}, "general.alignment 0"),
+        ({"architecture": "mamba"}, "unknown architecture 'mamba'; known are llama, qwen2, qwen3"),
+    ],
+)
+def test_what_is_not_supported_is_one_clear_error(tmp_path, settings, message):
+    path = gguf_of(tmp_path / "small.gguf", **settings)
+    with pytest.raises(PruneError, match=message) as caught:
+        open_checkpoint(str(path))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: b"GGML" + content[4:], "no GGUF file"),
+        (lambda content: content[:4] + b"\1\0\0\0" + content[8:], "GGUF version 1 is not known"),
+        (lambda content: content[:4] + b"\0\0\0\3" + content[8:], "GGUF version 50331648 is not known"),
+        (lambda content: content[:30], "truncated; download it again"),
+        (lambda content: content[:2000], "truncated; download it again"),
+        (lambda content: content[:-100], "goes past the end of the file: truncated; download it again"),
+        (lambda _: b"", "truncated; download it again"),
+    ],
+)
+def test_a_damaged_file_is_one_clear_error(tmp_path, change, message):
+    path = gguf_of(tmp_path / "small.gguf")
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(PruneError, match=message) as caught:
+        open_checkpoint(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_mutated_files_raise_nothing_else_and_take_no_memory(tmp_path):
+    path = gguf_of(tmp_path / "small.gguf", changes=byte_level_metadata("gpt-2"))
+    whole = path.read_bytes()
+    end = len(whole) - sum(array.nbytes for array in weights_of("llama_tiny").values())
+    rng, refused = np.random.default_rng(0), 0
+    # Headers only: a sparse file of the same length takes their place.
+    tracemalloc.start()
+    for _ in range(300):
+        mutant = bytearray(whole[:end])
+        for place in rng.integers(4, end, rng.integers(1, 12)):
+            mutant[place] = rng.integers(256)
+        with path.open("wb") as file:
+            file.write(mutant)
+            file.truncate(len(whole))
+        try:
+            open_checkpoint(str(path)).tokenizer()
+        except PruneError:
+            refused += 1
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert refused > 200
+    assert peak < 16 << 20
