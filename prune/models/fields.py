@@ -1,0 +1,85 @@
+"""Reading of a config.json: what is missing, of a wrong type or not supported is one clear error."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from prune.errors import PruneError
+
+
+class Fields:
+    """The fields of a config.json, or of an object in it; null reads as left out."""
+
+    def __init__(self, content: Mapping[str, Any], where: str = "config.json") -> None:
+        """Wraps parsed JSON; `where` is what messages call it."""
+        self.content = content
+        self.where = where
+
+    def __contains__(self, name: str) -> bool:
+        """Returns whether the field is there and not null."""
+        return self.content.get(name) is not None
+
+    def size(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """Return an integer of at least `least`; without a default it must be there."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.error(name, f"an integer of {least} or more", value)
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """Return a positive finite number; without a default it must be there."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self.error(name, "a positive number", value)
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """Return true or false."""
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise self.error(name, "true or false", value)
+        return value
+
+    def choice(self, name: str, choices: Mapping[str, Any] | tuple[str, ...], default: str | None = None) -> str:
+        """Return one of the names in `choices`; without a default it must be there."""
+        value = self._get(name, default)
+        if not isinstance(value, str) or value not in choices:
+            raise self.error(name, f"one of {', '.join(choices)}", value)
+        return value
+
+    def table(self, name: str) -> "Fields | None":
+        """Return an object of the file, None if it is left out or empty."""
+        value = self.content.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise self.error(name, "an object", value)
+        return Fields(value, f"{self.where}: {name}") if value else None
+
+    def refuse(self, name: str, why: str, harmless: Any = False) -> None:
+        """Refuse a field that would change the numbers in a way that is not supported.
+
+        Args:
+            name: of the field.
+            why: end of the message.
+            harmless: the value, beside null, that changes nothing.
+
+        Raises:
+            PruneError: if the field has another value.
+        """
+        if name in self and self.content[name] != harmless:
+            raise PruneError(f"{self.where}: `{name}` is {self.content[name]!r}: {why}")
+
+    def is_null(self, name: str) -> bool:
+        """Return whether the field is there, as null."""
+        return name in self.content and self.content[name] is None
+
+    def error(self, name: str, expected: str, value: Any) -> PruneError:
+        """Return the error for a value that is not what it must be."""
+        return PruneError(f"{self.where}: `{name}` must be {expected}, got {value!r}")
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.content.get(name)
+        if value is not None:
+            return value
+        if default is None:
+            raise PruneError(f"{self.where}: `{name}` is missing; take the config.json that belongs to the weights")
+        return default

@@ -1,0 +1,68 @@
+"""What the decoder families share: causal attention and activations by name."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+CHUNK = 128  # queries that meet their keys at once
+CHUNKS = 16  # at most: each is code of its own
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, window: jax.Array | None = None) -> jax.Array:
+    """Causal attention.
+
+    Args:
+        query: (B, T, K, G, H): G query heads for each of K key heads, with H features.
+        key: (B, T, K, H).
+        value: (B, T, K, H).
+        window: float scalar, number of positions that a query sees, its own included; None or infinity: all before it.
+
+    Returns:
+        (B, T, K * G * H), heads side by side.
+    """
+    query = (query * query.shape[-1] ** -0.5).transpose(0, 2, 3, 1, 4)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    windows = () if window is None else (window,)
+    mixed = lax.platform_dependent(query, key, value, *windows, cpu=_attend_by_heads, default=_attend_in_chunks)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape[0], query.shape[3], -1)
+
+
+def _attend_by_heads(query, key, value, *window):
+    # Head after head, because XLA's products with a batch axis are two to four times slower on CPU than those without.
+    heads = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (query, key, value))
+    return lax.map(lambda head: _attend_in_chunks(*head, *window), heads).reshape(query.shape)
+
+
+def _attend_in_chunks(query, key, value, window=None):
+    """Returns (..., G, T, H) for query of this shape and key and value (..., T, H).
+
+    A chunk of queries meets the keys up to its last position only: half of the work for long sequences, and a small
+    piece of the scores at a time.
+    """
+    length = query.shape[-2]
+    size = max(CHUNK, -(-length // CHUNKS))
+    chunks = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        behind = jnp.arange(start, stop)[:, None] - jnp.arange(stop)
+        seen = behind >= 0
+        if window is not None:
+            seen &= behind < window
+        scores = jnp.einsum("...gth,...sh->...gts", query[..., start:stop, :], key[..., :stop, :])
+        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+        chunks.append(jnp.einsum("...gts,...sh->...gth", weights, value[..., :stop, :]))
+    return jnp.concatenate(chunks, axis=-2)

@@ -1,0 +1,319 @@
+"""Networks: logits, inputs of linears, attention, states; their configs are in test_prune_configs.py."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from prune.errors import PruneError
+from prune.models import Network, make_network
+from prune.models.layers import CHUNK, CHUNKS, _attend_by_heads, _attend_in_chunks, attend
+from tests.prune_helpers import DATA, FOLDERS, config_of, numbers_of, weights_of
+
+FORMS = [
+    (name, form) for name in FOLDERS for form in ("config.json", "config.legacy.json") if (DATA / name / form).exists()
+]
+
+
+def state_of(network, part, tensors):
+    return network.to_state(part, {name: tensors[name] for name in network.tensors(part)})
+
+
+def logits_of(network, tensors, ids):
+    """The whole network, block by block."""
+    block = jax.jit(network.block)
+    x = jax.jit(network.embed)(state_of(network, "embed", tensors), ids)
+    for number in range(network.num_blocks):
+        x = block(state_of(network, number, tensors), x)
+    assert network.num_blocks == 0 or block._cache_size() == 1
+    return np.asarray(jax.jit(network.head)(state_of(network, "head", tensors), x))
+
+
+def random_tensors(network, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {}
+    for part in ("embed", *range(network.num_blocks), "head"):
+        shapes |= network.tensors(part)
+    return {name: rng.normal(size=shape).astype(np.float32) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_logits(name, form):
+    arrays, _ = numbers_of(name)
+    tensors = weights_of(name)
+    network = make_network(config_of(name, form))
+    network.check({key: array.shape for key, array in tensors.items()})
+    logits = logits_of(network, tensors, arrays["ids"])
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, arrays["logits"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in FOLDERS if name.startswith("llama")])
+def test_loss(name):
+    arrays, numbers = numbers_of(name)
+    logits = logits_of(make_network(config_of(name)), weights_of(name), arrays["ids"])
+    log_probabilities = jax.nn.log_softmax(logits[:, :-1])
+    loss = -np.take_along_axis(np.asarray(log_probabilities), arrays["ids"][:, 1:, None], axis=2).mean()
+    np.testing.assert_allclose(loss, numbers["loss_mean"], rtol=1e-5)
+
+
+def test_interface():
+    network = make_network(config_of("llama_tiny"))
+    assert (network.num_blocks, network.hidden_size, network.vocab_size, network.max_length) == (4, 96, 256, 512)
+    assert network.linears[0] == "self_attn.q_proj"
+    assert network.linears[-1] == "mlp.down_proj"
+    assert network.layer_name(3, network.linears[0]) == "model.layers.3.self_attn.q_proj"
+    order = json.loads((DATA / "llama_tiny.json").read_text())["pruning"]["layer_names"]
+    ours = [network.layer_name(block, linear) for block in range(4) for linear in network.linears]
+    assert ours == [f"model.layers.{name}" for name in order]
+    opt = make_network(config_of("opt_tiny"))
+    order = json.loads((DATA / "opt_tiny.json").read_text())["pruning"]["layer_names"]
+    ours = [opt.layer_name(block, linear) for block in range(2) for linear in opt.linears]
+    assert ours == [f"model.decoder.layers.{name}" for name in order]
+
+
+def test_network_is_a_static_argument():
+    traces = []
+
+    @jax.jit(static_argnums=0)
+    def shapes(network: Network, x):
+        traces.append(network)
+        return x * network.hidden_size
+
+    for _ in range(2):
+        np.testing.assert_array_equal(shapes(make_network(config_of("llama_tiny")), jnp.ones(2)), [96, 96])
+    assert len(traces) == 1
+    shapes(make_network(config_of("llama_tiny_tied")), jnp.ones(2))
+    assert len(traces) == 2
+
+
+def test_a_network_costs_nothing_before_its_weights():
+    network = make_network({
+        "model_type": "llama",
+        "hidden_size": 2**20,
+        "intermediate_size": 2**22,
+        "num_attention_heads": 2**13,
+        "num_hidden_layers": 1000,
+        "vocab_size": 2**20,
+    })
+    assert network.tensors(999)["model.layers.999.mlp.down_proj.weight"] == (2**20, 2**22)
+    assert network.tensors("head") == {"model.norm.weight": (2**20,), "lm_head.weight": (2**20, 2**20)}
+
+
+@pytest.mark.parametrize("name", ["llama_tiny", "llama_tiny_bias"])
+def test_inputs_of_a_llama_block(name):
+    network, tensors = make_network(config_of(name)), weights_of(name)
+    x, inputs, y = run_block(network, tensors)
+
+    def linear(module):
+        weight = tensors[f"model.layers.0.{module}.weight"]
+        return inputs[module] @ weight.T + tensors.get(f"model.layers.0.{module}.bias", 0)
+
+    def norm(module, x):
+        scale = tensors[f"model.layers.0.{module}.weight"]
+        return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-5) * scale
+
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    np.testing.assert_allclose(inputs["self_attn.q_proj"], norm("input_layernorm", x), **close)
+    middle = x + linear("self_attn.o_proj")
+    np.testing.assert_allclose(inputs["mlp.gate_proj"], norm("post_attention_layernorm", middle), **close)
+    gate = linear("mlp.gate_proj")
+    np.testing.assert_allclose(inputs["mlp.down_proj"], gate / (1 + np.exp(-gate)) * linear("mlp.up_proj"), **close)
+    np.testing.assert_allclose(y, middle + linear("mlp.down_proj"), **close)
+    # The first query sees one value alone: its own.
+    values = linear("self_attn.v_proj").reshape(*x.shape[:2], network.config.num_kv_heads, -1)
+    repeated = np.repeat(values, network.config.num_heads // network.config.num_kv_heads, axis=2)
+    np.testing.assert_allclose(inputs["self_attn.o_proj"][:, 0], repeated[:, 0].reshape(len(x), -1), **close)
+
+
+@pytest.mark.parametrize("name", ["opt_tiny", "opt_tiny_postnorm"])
+def test_inputs_of_an_opt_block(name):
+    network, tensors = make_network(config_of(name)), weights_of(name)
+    x, inputs, y = run_block(network, tensors)
+
+    def parameter(module):
+        return tensors[f"model.decoder.layers.0.{module}"]
+
+    def linear(module):
+        return inputs[module] @ parameter(f"{module}.weight").T + parameter(f"{module}.bias")
+
+    def norm(module, x):
+        centred = x - x.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-5)
+        return scaled * parameter(f"{module}.weight") + parameter(f"{module}.bias")
+
+    pre_norm = name == "opt_tiny"
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    np.testing.assert_allclose(inputs["self_attn.k_proj"], norm("self_attn_layer_norm", x) if pre_norm else x, **close)
+    middle = x + linear("self_attn.out_proj")
+    middle = middle if pre_norm else norm("self_attn_layer_norm", middle)
+    np.testing.assert_allclose(inputs["fc1"], norm("final_layer_norm", middle) if pre_norm else middle, **close)
+    np.testing.assert_allclose(inputs["fc2"], np.maximum(linear("fc1"), 0), **close)
+    last = middle + linear("fc2")
+    np.testing.assert_allclose(y, last if pre_norm else norm("final_layer_norm", last), **close)
+
+
+def run_block(network, tensors):
+    """Random input of block 0, the inputs of its linears, and its output."""
+    x = np.random.default_rng(0).normal(size=(2, 9, network.hidden_size)).astype(np.float32)
+    state = state_of(network, 0, tensors)
+    eager = network.inputs(state, x)
+    for group in network.input_groups:
+        assert all(eager[name] is eager[group[0]] for name in group)
+    inputs = jax.jit(network.inputs)(state, x)
+    assert set(inputs) == set(network.linears)
+    return x, jax.tree.map(np.asarray, inputs), jax.jit(network.block)(state, x)
+
+
+@pytest.mark.parametrize(("name", "last"), [("llama_tiny", "mlp.down_proj"), ("opt_tiny", "fc2")])
+def test_inputs_do_not_compute_the_output(name, last):
+    network, tensors = make_network(config_of(name)), weights_of(name)
+    state, x = state_of(network, 0, tensors), jnp.zeros((2, 32, network.hidden_size))
+    flops = [
+        jax.jit(function).lower(state, x).compile().cost_analysis()["flops"]
+        for function in (network.block, network.inputs)
+    ]
+    product = 2 * 2 * 32 * np.prod(network.tensors(0)[f"{network.layer_name(0, last)}.weight"])
+    assert flops[0] - flops[1] > 0.95 * product
+
+
+@pytest.mark.parametrize(
+    ("length", "window"),
+    [
+        (1, None),
+        (CHUNK, 1.0),
+        (CHUNK + 1, None),
+        (3 * CHUNK - 1, 200.0),
+        (3 * CHUNK, np.inf),
+        (CHUNK * CHUNKS + 1, None),
+    ],
+)
+def test_attention_in_chunks_is_attention(length, window):
+    rng = np.random.default_rng(length)
+    query = rng.normal(size=(1, length, 2, 2, 4)).astype(np.float32)
+    key, value = rng.normal(size=(2, 1, length, 2, 4)).astype(np.float32)
+    behind = np.arange(length)[:, None] - np.arange(length)
+    seen = (behind >= 0) & (behind < (np.inf if window is None else window))
+    scores = np.einsum("btkgh,bskh->bkgts", query, key) / 2
+    weights = np.where(seen, np.exp(scores), 0)
+    expected = np.einsum("bkgts,bskh->btkgh", weights / weights.sum(-1, keepdims=True), value)
+    ours = jax.jit(attend)(query, key, value, None if window is None else jnp.float32(window))
+    np.testing.assert_allclose(ours, expected.reshape(1, length, 16), rtol=1e-4, atol=1e-5)
+
+
+def test_the_two_ways_to_attend_agree():
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 3, 1, 200, 8))
+    by_heads = jax.jit(_attend_by_heads)(query, key[:, :, 0], value[:, :, 0], 50.0)
+    at_once = jax.jit(_attend_in_chunks)(query, key[:, :, 0], value[:, :, 0], 50.0)
+    np.testing.assert_allclose(by_heads, at_once, rtol=1e-5, atol=1e-6)
+
+
+def test_later_tokens_do_not_matter():
+    network, tensors = make_network(config_of("llama_tiny")), weights_of("llama_tiny")
+    ids = numbers_of("llama_tiny")[0]["ids"]
+    short = logits_of(network, tensors, ids[:, :7])
+    np.testing.assert_allclose(logits_of(network, tensors, ids)[:, :7], short, rtol=1e-4, atol=1e-4)
+
+
+QWEN = {
+    "model_type": "qwen2",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "vocab_size": 30,
+    "use_sliding_window": True,
+    "sliding_window": 3,
+    "max_window_layers": 2,
+}
+
+
+def test_windows_by_block_take_one_compilation():
+    network = make_network(QWEN)
+    assert network.config.windows == (None, None, 3, 3)
+    tensors = random_tensors(network)
+    structures = {jax.tree.structure(state_of(network, part, tensors)) for part in range(4)}
+    assert len(structures) == 1
+    ids = np.arange(11, dtype=np.int32)[None]
+    windowed = logits_of(network, tensors, ids)  # checks that there was one compilation
+    full = logits_of(make_network(QWEN | {"use_sliding_window": False}), tensors, ids)
+    np.testing.assert_allclose(windowed[:, :3], full[:, :3], rtol=1e-4, atol=1e-4)
+    assert np.abs(windowed[:, 5:] - full[:, 5:]).max() > 1e-2
+
+
+def test_state_is_a_float32_copy():
+    network = make_network(config_of("llama_tiny"))
+    tensors = {name: array for name, array in weights_of("llama_tiny").items() if name in network.tensors(1)}
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64):
+        given = {name: array.astype(dtype) for name, array in tensors.items()}
+        expected = {name: array.astype(np.float32) for name, array in given.items()}
+        state = network.to_state(1, given)
+        for array in given.values():
+            array[:] = 0
+        assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
+        np.testing.assert_array_equal(
+            state["mlp"]["up_proj"]["kernel"][...].T, expected["model.layers.1.mlp.up_proj.weight"]
+        )
+
+
+def test_gradients_through_a_state():
+    tensors = weights_of("opt_tiny")
+    tensors = {name: tensors[name] for name in make_network(config_of("opt_tiny")).tensors(0)}
+    # Another config than in the other tests, so that this network is first built while it is traced.
+    network = make_network(config_of("opt_tiny", max_position_embeddings=99))
+    x = np.random.default_rng(0).normal(size=(1, 5, network.hidden_size)).astype(np.float32)
+
+    @jax.jit
+    def loss(tensors):
+        return jnp.square(network.block(network.to_state(0, tensors), x)).sum()
+
+    name = "model.decoder.layers.0.fc2.bias"
+    step = 0.125 * np.eye(64, dtype=np.float32)[3]
+    difference = loss(tensors | {name: tensors[name] + step}) - loss(tensors | {name: tensors[name] - step})
+    np.testing.assert_allclose(jax.grad(loss)(tensors)[name][3], difference / 0.25, rtol=1e-3)
+    assert jax.jit(network.block)(network.to_state(0, tensors), x).shape == x.shape
+
+
+def test_a_state_takes_exactly_its_tensors():
+    network = make_network(config_of("llama_tiny"))
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in network.tensors(0).items()}
+    name = "model.layers.0.mlp.down_proj.weight"
+    for wrong, message in (
+        (tensors | {name: np.zeros((256, 96), np.float32)}, f"of another shape: {name}"),
+        ({key: tensors[key] for key in tensors if key != name}, f"missing: {name}"),
+        (tensors | {"model.layers.1.mlp.down_proj.weight": tensors[name]}, "model.layers.1.mlp.down_proj.weight"),
+    ):
+        with pytest.raises(PruneError, match=re.escape(message)):
+            network.to_state(0, wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("opt_tiny", "model.decoder.", "decoder."),
+        ("opt_tiny_postnorm", "model.decoder.", "decoder."),
+        ("llama_tiny_tied", "model.", ""),
+    ],
+)
+def test_names_with_another_prefix(name, old, new):
+    arrays, _ = numbers_of(name)
+    tensors = {key.replace(old, new): array for key, array in weights_of(name).items()}
+    network = make_network(config_of(name), tensors)
+    network.check({key: array.shape for key, array in tensors.items()})
+    assert f"{network.layer_name(0, network.linears[0])}.weight" in tensors
+    np.testing.assert_allclose(logits_of(network, tensors, arrays["ids"]), arrays["logits"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama_tiny", "opt_tiny"])
+def test_a_sequence_longer_than_the_positions(name):
+    network = make_network(config_of(name))
+    state = state_of(network, "embed", weights_of(name))
+    ids = jnp.zeros((1, network.max_length), jnp.int32)
+    assert np.isfinite(network.embed(state, ids)).all()
+    with pytest.raises(PruneError, match=f"takes {network.max_length} at most"):
+        network.embed(state, jnp.zeros((1, network.max_length + 1), jnp.int32))
