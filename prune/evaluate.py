@@ -1,0 +1,253 @@
+"""Evaluate a language model, dense or pruned: perplexity on a text, and zero-shot tasks.
+
+python -m prune.evaluate MODEL --text wikitext2                   perplexity as the pruning papers measure it
+python -m prune.evaluate MODEL --tasks paper                      their seven zero-shot tasks (needs lm-eval)
+python -m prune.evaluate MODEL --tasks mine --include FOLDER      tasks from files on this machine
+"""
+
+import dataclasses
+import importlib.metadata
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tyro
+
+from farms_jax.files import write_json
+from prune.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
+from prune.errors import PruneError
+from prune.models import Network, make_network
+from prune.perplexity import perplexity
+from prune.text import Samples, evaluation_blocks, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from prune.tasks import Score
+
+_LENGTH = 2048  # the papers' blocks
+_PACKAGES = ("farms-jax", "jax", "numpy", "transformers", "tokenizers", "datasets", "lm-eval")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One evaluation."""
+
+    model: tyro.conf.Positional[str]
+    """Hugging Face folder, GGUF file, or hub name OWNER/NAME."""
+    tasks: str | None = None
+    """Names of lm-eval tasks with commas between; paper: boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge,
+    openbookqa."""
+    include: Path | None = None
+    """Folder with task files (YAML) of your own. They may name Python functions, which are run."""
+    limit: int | None = None
+    """Take only so many examples of each task, and blocks of the text."""
+    text: str | None = None
+    """Text for the perplexity: wikitext2, c4, or a file (text, .jsonl, .parquet, or tokens in .npy or .npz)."""
+    length: int | None = None
+    """Tokens in a block of the text. Default: 2048, or what the model has positions for."""
+    tokenizer: str | None = None
+    """Folder or hub name of a tokenizer, where it is not the model's own."""
+    special_tokens: bool = True
+    """Let the tokenizer add those that it adds by default, such as a first BOS."""
+    batch_tokens: int = 4096
+    """Tokens of the tasks that go through the network at a time."""
+    stream_tokens: int | None = None
+    """For the tasks, read the model block by block for every so many tokens instead of holding it in memory."""
+    out: Path | None = None
+    """JSON file for the results and all that they depend on."""
+
+    def check(self) -> None:
+        """Raise a PruneError that names the flag where a value is out of its range."""
+        for field in ("limit", "batch_tokens", "stream_tokens"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise PruneError(f"--{field.replace('_', '-')} must be above 0, got {value}")
+        if self.length is not None and self.length < 2:
+            raise PruneError(f"--length must be above 1, got {self.length}")
+        if self.tasks is None and self.text is None:
+            raise PruneError("nothing to evaluate; give --text SOURCE, --tasks NAMES, or both")
+        if self.tasks is not None and not self.task_names():
+            raise PruneError("--tasks is empty; give names with commas between, or paper")
+        if self.out is not None and (self.out.is_dir() or not _writable(self.out.parent)):
+            raise PruneError(f"--out {self.out}: is a folder, or in one that cannot be written to; give another file")
+
+    def task_names(self) -> list[str]:
+        """Names of the tasks, each once."""
+        given = [name.strip() for name in (self.tasks or "").split(",")]
+        return list(dict.fromkeys(name for name in given if name))
+
+
+def _writable(folder: Path) -> bool:
+    """Return whether files can be made in a folder, or in the nearest above it, where it is not there yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the program; a mistake in settings or data is one line on stderr, and exit status 2.
+
+    Args:
+        args: command line; default: that of the process.
+    """
+    usage = "\n\n".join(filter(None, (__doc__ or "").splitlines()))
+    config = tyro.cli(Config, args=args, prog="prune.evaluate", description=usage)
+    try:
+        result = run(config)
+        print(table(result))
+        if config.out is not None:
+            write_json(config.out, result)
+            print(f"written to {config.out}")
+    except PruneError as error:
+        print(f"prune.evaluate: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"prune.evaluate: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nprune.evaluate: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Evaluate.
+
+    Args:
+        config: the settings.
+
+    Returns:
+        JSON-ready: `config`, `model`, `weights_sha256`, `tokenizer_sha256`, `versions`, and of what was asked for
+        `perplexity` and `tasks`.
+
+    Raises:
+        PruneError: a setting, the model, the text or a task cannot be used; found before anything is computed.
+    """
+    config.check()
+    checkpoint = open_checkpoint(config.model)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    network = make_network(checkpoint.config, shapes)
+    network.check(shapes)
+    tokenizer = _tokenizer(config, checkpoint)
+    samples = None if config.text is None else _samples(config, config.text, network, tokenizer)
+    loaded = None if config.tasks is None else _load_tasks(config)
+    result: dict[str, Any] = {
+        "config": dataclasses.asdict(config),
+        "model": checkpoint.name,
+        "weights_sha256": checkpoint.sha256(),
+        "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+        "versions": _versions(),
+    }
+    if samples is not None:
+        found = perplexity(network, checkpoint, samples.ids)
+        if np.isnan(found.value):
+            raise PruneError("the network gives NaN; its weights are damaged, or too large for float32")
+        numbers = {"value": found.value, "seconds": found.seconds, "nll": found.nll.tolist()}
+        result["perplexity"] = {**numbers, **samples.record}
+    if loaded is not None:
+        start = time.perf_counter()
+        scores = _score(config, checkpoint, tokenizer, loaded)
+        result["tasks"] = {
+            "scores": [score._asdict() for score in scores],
+            "mean": means(scores),
+            "seconds": time.perf_counter() - start,
+        }
+    return result
+
+
+def _tokenizer(config: Config, checkpoint: Checkpoint) -> Any:
+    if config.tokenizer is not None:
+        return open_tokenizer(config.tokenizer)
+    # Token files are the one thing that can be evaluated without.
+    if config.tasks is None and Path(config.text or "").suffix in {".npy", ".npz"}:
+        return None
+    return checkpoint.tokenizer()
+
+
+def _samples(config: Config, text: str, network: Network, tokenizer: Any) -> Samples:
+    length = min(_LENGTH, network.max_length) if config.length is None else config.length
+    if length > network.max_length:
+        raise PruneError(f"--length {length}: the model has positions for {network.max_length} tokens; give no more")
+    return evaluation_blocks(
+        text,
+        tokenizer,
+        length=length,
+        limit=config.limit,
+        special_tokens=config.special_tokens,
+        vocab_size=network.vocab_size,
+    )
+
+
+def _load_tasks(config: Config) -> dict[str, Any]:
+    try:
+        from prune import tasks  # noqa: PLC0415
+    except ImportError as error:
+        raise PruneError(f"--tasks needs the package lm-eval ({error}): pip install lm-eval") from error
+    # What it says of defaults in task files that are its own is no use here.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    names = [task for name in config.task_names() for task in (tasks.PAPER_TASKS if name == "paper" else [name])]
+    return tasks.load_tasks(list(dict.fromkeys(names)), config.include)
+
+
+def _score(config: Config, checkpoint: Checkpoint, tokenizer: Any, loaded: dict[str, Any]) -> "list[Score]":
+    from prune.harness import JaxLM  # noqa: PLC0415
+    from prune.tasks import zero_shot  # noqa: PLC0415
+
+    lm = JaxLM(
+        checkpoint,
+        tokenizer=tokenizer,
+        batch_tokens=config.batch_tokens,
+        stream_tokens=config.stream_tokens,
+        special_tokens=config.special_tokens,
+    )
+    return zero_shot(lm, loaded, config.limit)
+
+
+def means(scores: "Sequence[Score]") -> dict[str, float]:
+    """Return the mean over tasks of each metric that all of them have; for the paper's seven, `acc`."""
+    values: dict[str, dict[str, float]] = {}
+    for score in scores:
+        values.setdefault(score.metric, {})[score.task] = score.value
+    tasks = {score.task for score in scores}
+    return {metric: float(np.mean(list(of.values()))) for metric, of in values.items() if len(of) == len(tasks)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the results as lines of text.
+
+    Args:
+        result: of `run`.
+    """
+    lines = []
+    if "perplexity" in result:
+        of = result["perplexity"]
+        lines += [f"perplexity of {of['source']}: {of['value']:.4f}   ({of['count']} blocks of {of['length']} tokens)"]
+    if "tasks" in result:
+        rows = [
+            (score["task"], score["metric"], score["value"], score["stderr"]) for score in result["tasks"]["scores"]
+        ]
+        rows += [("mean", metric, value, None) for metric, value in result["tasks"]["mean"].items()]
+        wide = max(len(row[0]) for row in rows)
+        middle = max(len(row[1]) for row in rows)
+        lines += [f"{'task':<{wide}}  {'metric':<{middle}}     value    stderr"]
+        lines += [
+            f"{task:<{wide}}  {metric:<{middle}}  {value:8.4f}  {'' if stderr is None else f'{stderr:8.4f}'}".rstrip()
+            for task, metric, value, stderr in rows
+        ]
+    return "\n".join(lines)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+if __name__ == "__main__":
+    main()

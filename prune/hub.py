@@ -1,0 +1,78 @@
+"""Data sets of the Hugging Face hub: had from it or its cache, or refused in seconds where there is no internet."""
+
+import contextlib
+import functools
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Generator
+from typing import Any
+
+from prune.errors import PruneError
+
+_SECONDS = 5.0
+
+
+@contextlib.contextmanager
+def offline_where_unreachable() -> Generator[None]:
+    """Let `datasets` use only its cache, without minutes of retries, where the hub cannot be reached.
+
+    Yields:
+        Nothing; the libraries' settings are put back at the end.
+    """
+    from datasets import config  # noqa: PLC0415
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    settings: tuple[Any, ...] = (config, constants)
+    before = [module.HF_HUB_OFFLINE for module in settings]
+    offline = any(before) or not _reachable(constants.ENDPOINT)
+    try:
+        for module in settings:
+            module.HF_HUB_OFFLINE = offline
+        yield
+    finally:
+        for module, value in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+@functools.cache
+def _reachable(endpoint: str) -> bool:
+    """Ask the hub once per process; the proxies of the environment are used."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_SECONDS):
+            return True
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except urllib.error.URLError as error:
+        # Other certificates than Python's own may be known to the library that will download.
+        return isinstance(error.reason, ssl.SSLError)
+    except (OSError, ValueError):
+        return False
+
+
+def load(flag: str, name: str, *arguments: str, **keywords: Any) -> Any:
+    """Load a data set with `datasets.load_dataset`.
+
+    Args:
+        flag: of the command line that asked for it, for the error.
+        name: by which the user knows it, for the error.
+        *arguments: for `load_dataset`.
+        **keywords: for `load_dataset`.
+
+    Returns:
+        What `load_dataset` returns.
+
+    Raises:
+        PruneError: the package is missing, or the data set is neither reachable nor cached.
+    """
+    remedy = f"give {flag} a file instead (text, .jsonl, .parquet, or tokens in .npy or .npz)"
+    try:
+        import datasets  # noqa: PLC0415
+    except ImportError as error:
+        raise PruneError(f"{flag} {name} needs the package `datasets`: pip install datasets, or {remedy}") from error
+    try:
+        with offline_where_unreachable():
+            return datasets.load_dataset(*arguments, **keywords)
+    except Exception as error:  # of several network libraries
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise PruneError(f"{flag} {name}: cannot be had from the hub ({reason}); {remedy}") from error

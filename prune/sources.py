@@ -1,0 +1,174 @@
+"""Where text comes from: the papers' data sets by name, or a local file.
+
+A file's name tells its format: `.jsonl` (an object with a "text" per line), `.parquet` (a column "text"), `.npy` and
+`.npz` (token ids, in an npz under the key "ids"); any other is UTF-8 text.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from farms_jax import files
+from prune import hub
+from prune.errors import PruneError
+
+NAMED = ("wikitext2", "c4")
+# The reference evaluates on the first documents of C4's validation split.
+_C4_DOCUMENTS = 1100
+
+Flag = Literal["--calibration", "--text"]
+
+
+class Source(NamedTuple):
+    """Text or token ids, not cut into samples yet.
+
+    Attributes:
+        kind: one text, documents that are complete in themselves, or token ids.
+        texts: the text, or the documents; empty for token ids.
+        ids: token ids, integer (N, T) or (N,); `None` for text.
+        sha256: of the file; for a named data set of its texts, joined by blank lines.
+    """
+
+    kind: Literal["text", "documents", "tokens"]
+    texts: Sequence[str]
+    ids: np.ndarray | None = None
+    sha256: str = ""
+
+
+def read(source: str, flag: Flag) -> Source:
+    """Read a source.
+
+    Args:
+        source: "wikitext2", "c4", or the path of a file.
+        flag: the option that it was given to. `--calibration` takes a data set's training split, `--text` the one
+            that the papers evaluate on.
+
+    Returns:
+        Its text, documents or token ids.
+
+    Raises:
+        PruneError: it cannot be had, is of another format than its name says, or is empty.
+    """
+    if source in NAMED:
+        return (_wikitext2 if source == "wikitext2" else _c4)(flag)
+    path, where = Path(source).expanduser(), f"{flag} {source}"
+    if path.is_dir():
+        raise PruneError(f"{where}: is a folder; give one file of it")
+    if not path.is_file():
+        raise PruneError(f"{where}: no such file; give a file, or one of {', '.join(NAMED)}")
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".npy": _read_tokens, ".npz": _read_tokens}
+    try:
+        found = readers.get(path.suffix.lower(), _read_text)(path, where)
+        if not any(text.strip() for text in found.texts) and found.ids is None:
+            raise PruneError(f"{where}: holds no text; give another file")
+        return found._replace(sha256=files.sha256(path))
+    except OSError as error:
+        raise PruneError(f"{where}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def _wikitext2(flag: Flag) -> Source:
+    """Return WikiText-2, joined as the reference joins it: the training split by spaces, the test by blank lines."""
+    split, joint = ("train", " ") if flag == "--calibration" else ("test", "\n\n")
+    lines = hub.load(flag, "wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
+    text = joint.join(lines)
+    return Source("text", [text], sha256=_sha256([text]))
+
+
+def _c4(flag: Flag) -> Source:
+    """Return the part of C4 that the reference uses: documents to calibrate, a joined text to evaluate."""
+    split = "train" if flag == "--calibration" else "validation"
+    shard = "en/c4-train.00000-of-01024.json.gz" if split == "train" else "en/c4-validation.00000-of-00008.json.gz"
+    documents = hub.load(flag, "c4", "allenai/c4", data_files={split: shard}, split=split)["text"]
+    if split == "train":
+        return Source("documents", documents, sha256=_sha256(documents))
+    text = " ".join(documents[:_C4_DOCUMENTS])
+    return Source("text", [text], sha256=_sha256([text]))
+
+
+def _sha256(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for number, text in enumerate(texts):
+        digest.update(("\n\n" if number else "").encode() + text.encode())
+    return digest.hexdigest()
+
+
+def _decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PruneError(
+            f"{where}: not UTF-8 text (byte {content[error.start]:#04x} at {error.start}); convert it to UTF-8, "
+            "or give .jsonl, .parquet, or token ids in .npy or .npz"
+        ) from error
+
+
+def _read_text(path: Path, where: str) -> Source:
+    # Not Path.read_text, which would turn "\r\n" into "\n".
+    return Source("text", [_decode(path.read_bytes(), where)])
+
+
+def _read_jsonl(path: Path, where: str) -> Source:
+    # Not splitlines, which splits at characters that JSON allows inside a string.
+    lines = _decode(path.read_bytes(), where).split("\n")
+    texts = [_text_of(line, f"{where}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return Source("documents", texts)
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise PruneError(f"{where} is not JSON ({error}); correct or remove it") from error
+    text = document.get("text") if isinstance(document, dict) else None
+    if not isinstance(text, str):
+        raise PruneError(f'{where} is not an object with a string "text"; correct or remove it')
+    return text
+
+
+def _read_parquet(path: Path, where: str) -> Source:
+    try:
+        import pyarrow as pa  # noqa: PLC0415
+        from pyarrow import parquet  # noqa: PLC0415
+    except ImportError as error:
+        raise PruneError(f"{where} needs the package `pyarrow`: pip install pyarrow, or give a .jsonl file") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = {field.name: str(field.type) for field in file.schema_arrow}
+            if columns.get("text") not in {"string", "large_string", "string_view"}:
+                have = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+                raise PruneError(f'{where}: needs a column "text" of strings, has {have}; rename the text column')
+            texts = file.read(columns=["text"])["text"].to_pylist()
+            return Source("documents", [text for text in texts if text is not None])
+    except (pa.ArrowException, OSError) as error:
+        raise PruneError(f"{where}: not a readable parquet file ({error}); download it again") from error
+
+
+def _read_tokens(path: Path, where: str) -> Source:
+    ids = _load_ids(path, where)
+    if ids.dtype.kind not in "iu" or ids.ndim not in {1, 2} or not ids.size:
+        raise PruneError(
+            f"{where}: token ids must be integers of shape (samples, length) or (tokens,), "
+            f"got {ids.dtype} {ids.shape}; save them as such"
+        )
+    return Source("tokens", (), ids)
+
+
+def _load_ids(path: Path, where: str) -> np.ndarray:
+    try:
+        content: Any = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise PruneError(f"{where}: not a readable NumPy file ({error}); save the ids again with numpy.save") from error
+    if isinstance(content, np.ndarray):
+        return content
+    with content:
+        if "ids" not in content:
+            raise PruneError(f'{where}: has no array "ids", only {content.files}; save the token ids under that name')
+        try:
+            return content["ids"]
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise PruneError(f"{where}: its ids cannot be read ({error}); save them again with numpy.savez") from error

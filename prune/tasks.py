@@ -1,0 +1,133 @@
+"""Zero-shot tasks of lm-eval: the paper's by name, or local task files.
+
+lm = JaxLM("path/to/model")
+for score in zero_shot(lm, load_tasks(PAPER_TASKS)):
+    print(score.task, score.metric, score.value)
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lm_eval.tasks
+from lm_eval.api.task import Task
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+
+from prune import hub
+from prune.errors import PruneError
+from prune.harness import JaxLM
+
+PAPER_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+
+# Their task files inside lm-eval. Reading its thousands of others takes seconds.
+_PAPER_FOLDERS = ("super_glue/boolq", "glue/rte", "hellaswag", "winogrande", "arc", "openbookqa")
+_SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")  # what needs no generation
+_BOOTSTRAPS = 1000  # for standard errors that have no formula; accuracies have one
+
+
+class Score(NamedTuple):
+    """One metric of one task."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    examples: int
+
+
+def load_tasks(names: Sequence[str], include: Path | None = None) -> dict[str, Task]:
+    """Load tasks of lm-eval, and their data.
+
+    Args:
+        names: of tasks, groups or tags.
+        include: folder with task files (YAML), which come before lm-eval's own of the same name. Relative paths
+            under `dataset_kwargs: data_files` are looked up beside the task file first. Task files can name Python
+            functions, which are run: include only what you trust.
+
+    Returns:
+        Task by name.
+
+    Raises:
+        PruneError: there is no such folder or task, its data cannot be had, or it generates text.
+    """
+    if include is not None and not include.is_dir():
+        raise PruneError(f"--include {include}: no such folder; give one that holds task files (.yaml)")
+    own: list[str | Path] = [] if include is None else [include]
+    papers = [Path(lm_eval.tasks.__file__).parent / folder for folder in _PAPER_FOLDERS]
+    manager = TaskManager(include_defaults=False, include_path=[*papers, *own])
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=own)
+    if unknown := [name for name in names if name not in manager.task_index]:
+        have = "" if include is None else f"; --include {include} has no valid task file for it"
+        raise PruneError(f"--tasks {','.join(unknown)}: lm-eval has no such task{have}; `lm-eval ls tasks` lists them")
+    tasks: dict[str, Task] = {}
+    for name in names:
+        tasks |= _load_task(manager, name)
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE not in _SCORED:
+            raise PruneError(f"--tasks {name}: generates text; only tasks that compare likelihoods can be evaluated")
+    return tasks
+
+
+def _load_task(manager: TaskManager, name: str) -> dict[str, Task]:
+    entry, spec = manager.task_index[name], name
+    keywords = (entry.cfg or {}).get("dataset_kwargs") or {}
+    if entry.yaml_path is not None and "data_files" in keywords:
+        found = _beside(entry.yaml_path.parent, keywords["data_files"])
+        # lm-eval changes a known task only as a member of a group.
+        override = {"task": name, "dataset_kwargs": {**keywords, "data_files": found}}
+        spec = {"group": f"{name} with paths", "task": [override]}
+    try:
+        with hub.offline_where_unreachable():
+            return manager.load([spec])["tasks"]
+    except Exception as error:  # of lm-eval, datasets, and several network libraries
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise PruneError(
+            f"--tasks {name}: cannot be loaded ({reason}); without internet give --include PATH, "
+            "a folder with a task file of that name whose data_files are on this machine"
+        ) from error
+
+
+def _beside(folder: Path, value: Any) -> Any:
+    """Turn paths that exist beside a task file into absolute ones, inside lists and dicts too."""
+    if isinstance(value, Mapping):
+        return {key: _beside(folder, item) for key, item in value.items()}
+    if isinstance(value, str):
+        return str((folder / value).resolve()) if (folder / value).exists() else value
+    return [_beside(folder, item) for item in value]
+
+
+def zero_shot(lm: JaxLM, tasks: Mapping[str, Task], limit: int | None = None) -> list[Score]:
+    """Evaluate a model on tasks, without examples in the prompt unless a task's file asks for some.
+
+    Args:
+        lm: the model.
+        tasks: from `load_tasks`.
+        limit: take only so many examples of each, from the first on.
+
+    Returns:
+        Metrics in the order of the tasks.
+
+    Raises:
+        PruneError: a continuation has no tokens or too many.
+    """
+    for task in tasks.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)  # lm-eval's own default
+    # Not simple_evaluate: it seeds torch and describes it wherever it is installed.
+    results: Any = evaluate(
+        lm=lm, task_dict={"tasks": dict(tasks)}, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False
+    )
+    scores = []
+    for name in tasks:
+        row, examples = results["results"][name], results["n-samples"][name]["effective"]
+        for key in (key for key in row if "," in key and "_stderr," not in key):
+            metric, kind = key.split(",", 1)
+            stderr = row.get(f"{metric}_stderr,{kind}")
+            known = isinstance(stderr, float) and math.isfinite(stderr)
+            shown = metric if kind == "none" else f"{metric} ({kind})"
+            scores.append(Score(name, shown, float(row[key]), stderr if known else None, examples))
+    return scores

@@ -1,0 +1,235 @@
+"""Token samples: random windows to calibrate on, blocks of a whole text to evaluate on, and where each came from.
+
+    samples = calibration_samples("wikitext2", tokenizer, count=128, length=2048, seed=0)
+    blocks = evaluation_blocks("held_out.txt", tokenizer, length=2048)
+    samples.ids       # (128, 2048) int32
+    samples.record    # hashes and positions: what a perplexity depends on
+
+Cut as the public code of Wanda and FARMS cuts: a text is tokenised once as a whole, calibration windows lie at random
+positions of it, evaluation blocks follow one another. Of documents (C4, `.jsonl`, `.parquet`) a window lies inside one.
+The positions are drawn by NumPy, so they are not those that `random.seed` gives the reference.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from prune.errors import PruneError
+from prune.sources import Source, read
+
+_log = logging.getLogger(__name__)
+
+# The reference evaluates on so many blocks of C4.
+_C4_BLOCKS = 256
+# Between documents that are put into one text, as between the lines of WikiText-2's test split.
+_JOINT = "\n\n"
+
+_Encode = Callable[[str], np.ndarray]
+
+
+class Samples(NamedTuple):
+    """Token sequences of one length.
+
+    Attributes:
+        ids: token ids (N, T), int32.
+        record: for a run card, JSON-ready: `source` as given; `kind` ("text", "documents" or "tokens");
+            `text_sha256` of the file, or of a named data set's text; `ids_sha256` of `ids` as little-endian int32;
+            `tokens` in all that were read; `positions` of the samples (in the text, as [document, start], or as rows
+            of a token file); `count`, `length`, `seed`; `special_tokens`; `tokenizer_sha256`.
+    """
+
+    ids: np.ndarray
+    record: dict[str, Any]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+    """Return the SHA-256 of all that a fast tokenizer does with text; `None` for a slow one or none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else hashlib.sha256(backend.to_str().encode()).hexdigest()
+
+
+def calibration_samples(
+    source: str,
+    tokenizer: Any,
+    *,
+    count: int,
+    length: int,
+    seed: int,
+    special_tokens: bool = True,
+    vocab_size: int | None = None,
+) -> Samples:
+    """Draw token sequences at random positions; the same arguments give the same ones.
+
+    A token file of shape (N, length) is taken as it is, from its first row on.
+
+    Args:
+        source: "wikitext2", "c4" (their training splits), or the path of a file, see `prune.sources`.
+        tokenizer: of `transformers`; not needed for a token file.
+        count: number of sequences.
+        length: of a sequence, in tokens.
+        seed: of the positions.
+        special_tokens: let the tokenizer add those that it adds by default, such as a first BOS.
+        vocab_size: ids must be below; unchecked where not given.
+
+    Returns:
+        Samples of shape (count, length).
+
+    Raises:
+        PruneError: the source cannot be read, is too short, or has ids outside the vocabulary.
+    """
+    if count < 1 or length < 1 or seed < 0:
+        raise PruneError(
+            f"calibration needs count and length above 0 and a seed not below, got {count=} {length=} {seed=}"
+        )
+    where, found = f"--calibration {source}", read(source, "--calibration")
+    if found.ids is not None and found.ids.ndim == 2 and found.ids.shape[1] == length:
+        if len(found.ids) < count:
+            raise PruneError(f"{where}: has {len(found.ids)} sequences, {count} are asked for; ask for fewer")
+        drawn = _Drawn(found.ids[:count], list(range(count)), found.ids.size)
+    else:
+        drawn = _draw(
+            found, _encoder(tokenizer, special_tokens, where), np.random.default_rng(seed), count, length, where
+        )
+    facts = {"count": count, "length": length, "seed": seed, "special_tokens": special_tokens}
+    return _samples(drawn, found, tokenizer, vocab_size, where, {"source": source, **facts})
+
+
+def evaluation_blocks(
+    source: str,
+    tokenizer: Any,
+    *,
+    length: int,
+    limit: int | None = None,
+    special_tokens: bool = True,
+    vocab_size: int | None = None,
+) -> Samples:
+    """Cut a whole tokenised text into blocks that follow one another; tokens after the last whole one are dropped.
+
+    Documents, and rows of a token file, are first put into one text.
+
+    Args:
+        source: "wikitext2" (test split), "c4" (start of the validation split), or the path of a file.
+        tokenizer: of `transformers`; not needed for a token file.
+        length: of a block, in tokens.
+        limit: take only so many blocks, from the first on.
+        special_tokens: let the tokenizer add those that it adds by default, such as a first BOS.
+        vocab_size: ids must be below; unchecked where not given.
+
+    Returns:
+        Samples of shape (blocks, length).
+
+    Raises:
+        PruneError: the source cannot be read, is shorter than one block, or has ids outside the vocabulary.
+    """
+    if length < 2 or (limit is not None and limit < 1):
+        raise PruneError(f"--length must be above 1 and --limit above 0, got {length=} {limit=}")
+    where, found = f"--text {source}", read(source, "--text")
+    ids = _whole(found, _encoder(tokenizer, special_tokens, where))
+    if len(ids) < length:
+        raise PruneError(_too_short(where, len(ids), length))
+    blocks = min(len(ids) // length, limit or len(ids), _C4_BLOCKS if source == "c4" else len(ids))
+    drawn = _Drawn(ids[: blocks * length].reshape(blocks, length), [i * length for i in range(blocks)], len(ids))
+    facts = {"count": blocks, "length": length, "seed": None, "special_tokens": special_tokens}
+    return _samples(drawn, found, tokenizer, vocab_size, where, {"source": source, **facts})
+
+
+class _Drawn(NamedTuple):
+    """Samples, ids (N, T) of any integer dtype, where they lie, and how many tokens there are to draw from."""
+
+    ids: np.ndarray
+    positions: Sequence[Any]
+    tokens: int
+
+
+def _samples(
+    drawn: _Drawn, found: Source, tokenizer: Any, vocab_size: int | None, where: str, facts: dict[str, Any]
+) -> Samples:
+    low, high = int(drawn.ids.min()), int(drawn.ids.max())
+    top = np.iinfo(np.int32).max if vocab_size is None else vocab_size - 1
+    if low < 0 or high > top:
+        wrong = low if low < 0 else high
+        raise PruneError(f"{where}: token id {wrong} is outside the model's vocabulary (0 to {top}); use its tokenizer")
+    ids = np.ascontiguousarray(drawn.ids, np.int32)
+    record = {
+        **facts,
+        "kind": found.kind,
+        "text_sha256": found.sha256,
+        "ids_sha256": hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest(),
+        "tokens": drawn.tokens,
+        "positions": list(drawn.positions),
+        "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+    }
+    return Samples(ids, record)
+
+
+def _encoder(tokenizer: Any, special_tokens: bool, where: str) -> _Encode:
+    def encode(text: str) -> np.ndarray:
+        if tokenizer is None:
+            raise PruneError(
+                f"{where}: text needs a tokenizer; give a model that has one, or token ids in .npy or .npz"
+            )
+        # verbose: it would warn of every text that is longer than the model's positions.
+        return np.asarray(tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"], np.int64)
+
+    return encode
+
+
+def _whole(found: Source, encode: _Encode) -> np.ndarray:
+    """Return all tokens (N,) as one text."""
+    return encode(_JOINT.join(found.texts)) if found.ids is None else found.ids.reshape(-1)
+
+
+def _draw(found: Source, encode: _Encode, random: np.random.Generator, count: int, length: int, where: str) -> _Drawn:
+    if found.kind == "documents":
+        drawn = _windows_of_documents(found.texts, encode, random, count, length)
+        if drawn is not None:
+            return drawn
+        _log.warning("%s: no document is longer than %d tokens; they are put into one text", where, length)
+    ids = _whole(found, encode)
+    if len(ids) < length:
+        raise PruneError(_too_short(where, len(ids), length))
+    starts = random.integers(0, len(ids) - length, size=count, endpoint=True).tolist()
+    return _Drawn(np.stack([ids[start : start + length] for start in starts]), starts, len(ids))
+
+
+def _windows_of_documents(
+    documents: Sequence[str], encode: _Encode, random: np.random.Generator, count: int, length: int
+) -> _Drawn | None:
+    """Draw windows inside documents longer than `length`; each serves once before any serves twice.
+
+    Args:
+        documents: their texts.
+        encode: text to ids.
+        random: source of randomness.
+        count: number of windows.
+        length: of a window.
+
+    Returns:
+        Windows, at [document, start] each; `None` where no document is long enough.
+    """
+    windows, positions, long, tokens = [], [], [], 0
+    with tqdm(total=count, desc="calibration samples", leave=False) as bar:
+        # Ends where the reference, which draws until a document is long enough, could go on for ever.
+        for document in map(int, random.permutation(len(documents))):
+            ids = encode(documents[document])
+            tokens += len(ids)
+            if len(ids) > length:
+                long.append((document, ids))
+                bar.update()
+            if len(long) == count:
+                break
+    for number in range(count if long else 0):
+        document, ids = long[number % len(long)]
+        start = int(random.integers(0, len(ids) - length, endpoint=True))
+        windows.append(ids[start : start + length])
+        positions.append([document, start])
+    return _Drawn(np.stack(windows), positions, tokens) if long else None
+
+
+def _too_short(where: str, tokens: int, length: int) -> str:
+    remedy = f"give --length {tokens} or less, or more text" if tokens > 1 else "give more text"
+    return f"{where}: has {tokens} tokens, fewer than one sequence of {length}; {remedy}"

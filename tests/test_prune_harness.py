@@ -1,0 +1,467 @@
+"""Scores of lm-eval's requests and tasks, against the reference's logits and a plain computation in NumPy."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from lm_eval.api.instance import Instance
+from prune_helpers import DATA, byte_tokenizer, folder_with_tokenizer
+
+from prune import evaluate, harness, hub, tasks
+from prune.checkpoint import open_checkpoint
+from prune.errors import PruneError
+from prune.harness import JaxLM
+from prune.models import make_network
+from prune.perplexity import perplexity
+from prune.text import evaluation_blocks
+
+TASKS = DATA / "tasks"
+LLAMA = DATA / "llama_tiny"
+TOLERANCE = 1e-4  # of a log-likelihood, absolute, per token
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Ids (B, T) and log-probabilities (B, T, V) of the public code."""
+    arrays = np.load(DATA / "llama_tiny.npz")
+    return arrays["llama_tiny/ids"], log_softmax(arrays["llama_tiny/logits"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return folder_with_tokenizer("llama_tiny", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def lm(folder):
+    return JaxLM(str(folder))
+
+
+@pytest.fixture(autouse=True)
+def no_internet(monkeypatch, tmp_path):
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(hub, "_reachable", lambda endpoint: False)
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1, keepdims=True)
+    )
+
+
+@functools.cache
+def network_of(folder):
+    """A network as a plain function: ids (T,) to log-probabilities (T, V); compiled for one length."""
+    checkpoint = open_checkpoint(str(folder))
+    network = make_network(checkpoint.config, checkpoint.tensors)
+    parts = ["embed", *range(network.num_blocks), "head"]
+    states = [network.to_state(part, {name: checkpoint.read(name) for name in network.tensors(part)}) for part in parts]
+
+    @jax.jit
+    def logits(ids):
+        x = network.embed(states[0], ids[None])
+        for state in states[1:-1]:
+            x = network.block(state, x)
+        return network.head(states[-1], x)[0]
+
+    @functools.cache
+    def logprobs(ids):
+        padded = np.zeros(128, np.int32)
+        padded[: len(ids)] = ids
+        return log_softmax(logits(padded))[: len(ids)]
+
+    return logprobs
+
+
+def log_probabilities(folder, ids):
+    return network_of(folder)(tuple(ids))
+
+
+def plain(folder, context, continuation):
+    """Log-likelihood of a continuation, token by token."""
+    ids = [*context, *continuation]
+    logprobs = log_probabilities(folder, ids[:-1])
+    return sum(logprobs[len(context) + i - 1, token] for i, token in enumerate(continuation))
+
+
+def encode(text):
+    return byte_tokenizer()(text)["input_ids"]
+
+
+def ask(lm, context, continuation):
+    return lm.loglikelihood([Instance("loglikelihood", {}, (context, continuation), 0)], disable_tqdm=True)[0]
+
+
+def splits(ids):
+    """Requests of several lengths from the reference's sequences: row, start and end of the continuation."""
+    ends = (2, 9, 30, ids.shape[1])
+    return [(row, start, end) for row in range(2) for end in ends for start in sorted({1, end // 2, end - 1})]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"batch_tokens": 100}, {"batch_tokens": 1, "stream_tokens": 100}, {"max_length": 39}]
+)
+def test_scores_are_the_references_whatever_the_batches(reference, folder, settings):
+    ids, logprobs = reference
+    cuts = splits(ids)
+    requests = [(None, ids[row, :start].tolist(), ids[row, start:end].tolist()) for row, start, end in cuts]
+    answers = JaxLM(str(folder), **settings)._loglikelihood_tokens(requests, disable_tqdm=True)
+    for (row, start, end), (score, greedy) in zip(cuts, answers, strict=True):
+        steps = logprobs[row, start - 1 : end - 1]
+        expected = steps[np.arange(end - start), ids[row, start:end]].sum()
+        np.testing.assert_allclose(score, expected, atol=TOLERANCE * (end - start))
+        assert greedy == (steps.argmax(-1) == ids[row, start:end]).all()
+
+
+def test_greedy_is_true_for_what_greedy_decoding_gives(reference, lm, folder):
+    context = reference[0][0, :20].tolist()
+    decoded = []
+    for _ in range(3):
+        decoded.append(int(log_probabilities(folder, context + decoded)[-1].argmax()))
+    wrong = [*decoded[:2], (decoded[2] + 1) % 256]
+    answers = lm._loglikelihood_tokens([(None, context, decoded), (None, context, wrong)], disable_tqdm=True)
+    assert [greedy for _, greedy in answers] == [True, False]
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    """Collects the shapes that go through the network."""
+    seen, embed = [], harness._embed
+    monkeypatch.setattr(
+        harness, "_embed", lambda network, state, ids: seen.append(ids.shape) or embed(network, state, ids)
+    )
+    return seen
+
+
+def test_short_inputs_are_not_padded_to_the_length_of_long_ones(lm, shapes):
+    requests = [(None, [1] * length, [2]) for length in (36, 5, 40, 16)]
+    lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert shapes == [(2, 64), (2, 16)]
+
+
+def test_an_input_that_occurs_twice_goes_through_the_network_once(lm, shapes):
+    pairs = [("passage one:", " y"), ("passage one:", " n"), ("passage one", ": y")]
+    answers = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
+    assert shapes == [(1, 16)]
+    for pair, answer in zip(pairs, answers, strict=True):
+        np.testing.assert_allclose(answer[0], ask(lm, *pair)[0], atol=TOLERANCE)
+
+
+def test_spaces_at_the_end_of_a_context_belong_to_the_continuation(lm, folder):
+    expected = plain(folder, encode("It is"), encode("  so"))
+    np.testing.assert_allclose(ask(lm, "It is  ", "so")[0], expected, atol=TOLERANCE * 4)
+    np.testing.assert_allclose(ask(lm, "It is", "  so")[0], expected, atol=TOLERANCE * 4)
+
+
+def test_without_context_a_text_follows_the_first_token(lm, folder):
+    tokenizer = byte_tokenizer()
+    expected = plain(folder, [tokenizer.bos_token_id], encode("so"))
+    np.testing.assert_allclose(ask(lm, "", "so")[0], expected, atol=TOLERANCE * 2)
+
+
+def test_a_first_token_is_put_once_or_not_at_all(folder):
+    tokenizer = byte_tokenizer(begin=True)
+    given, bare = JaxLM(str(folder), tokenizer=tokenizer), JaxLM(str(folder), tokenizer=tokenizer, special_tokens=False)
+    assert given.tok_encode("so") == [tokenizer.bos_token_id, *encode("so")]
+    assert bare.tok_encode("so") == encode("so")
+    begun = tokenizer.decode([tokenizer.bos_token_id]) + "so"
+    assert given.tok_encode(begun) == tokenizer(begun, add_special_tokens=False)["input_ids"]
+    np.testing.assert_allclose(
+        ask(given, "so", " it")[0], plain(folder, [255, *encode("so")], encode(" it")), atol=1e-3
+    )
+
+
+def test_input_that_is_too_long_loses_its_start(folder, caplog):
+    context, continuation = encode("a long context of many letters"), encode(" end")
+    answers = JaxLM(str(folder), max_length=10)._loglikelihood_tokens(
+        [(None, context, continuation)], disable_tqdm=True
+    )
+    np.testing.assert_allclose(answers[0][0], plain(folder, context[-7:], continuation), atol=TOLERANCE * 4)
+    assert "1 of 1 inputs are longer than 10 tokens" in caplog.text
+
+
+def test_whole_texts_are_scored_token_by_token_once(folder):
+    texts = ["A text longer than the window of ten tokens.", "short", ""]
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+    found = JaxLM(str(folder), max_length=10).loglikelihood_rolling(requests, disable_tqdm=True)
+    bos, ids = byte_tokenizer().bos_token_id, encode(texts[0])
+    expected = plain(folder, [bos], ids[:10])
+    for start in range(10, len(ids), 10):
+        end = min(start + 10, len(ids))  # as many tokens before as fit
+        expected += plain(folder, ids[end - 11 : start], ids[start:end])
+    np.testing.assert_allclose(found[0], expected, atol=TOLERANCE * len(ids))
+    np.testing.assert_allclose(found[1], plain(folder, [bos], encode("short")), atol=TOLERANCE * 5)
+    assert found[2] == 0
+
+
+def choices_of(task):
+    """Context, choices and answer of each example of a task file, written out."""
+    examples = [json.loads(line) for line in (TASKS / f"{task}.jsonl").read_text().splitlines()]
+    if task == "local_choice":
+        return [
+            (f"Question: {of['question']}\nAnswer:", [f" {choice}" for choice in of["choices"]], of["answer"])
+            for of in examples
+        ]
+    return [(f"{of['passage']}\nIs it so:", ["  n", "  y"], of["label"]) for of in examples]
+
+
+def plain_accuracies(folder, task):
+    likeliest, normed = [], []
+    for context, choices, answer in choices_of(task):
+        scores = np.array([plain(folder, encode(context), encode(choice)) for choice in choices])
+        letters = np.array([len(choice) - 1 for choice in choices])  # without the space before
+        likeliest.append(scores.argmax() == answer)
+        normed.append((scores / letters).argmax() == answer)
+    return np.mean(likeliest), np.mean(normed)
+
+
+def test_a_local_task_gives_the_plain_accuracies(lm, folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # data files are found beside the task file
+    loaded = tasks.load_tasks(["local_choice", "local_letter"], TASKS)
+    scores = {(score.task, score.metric): score for score in tasks.zero_shot(lm, loaded)}
+    accuracy, normed = plain_accuracies(folder, "local_choice")
+    assert scores["local_choice", "acc"].value == accuracy
+    assert scores["local_choice", "acc_norm"].value == normed
+    assert scores["local_letter", "acc"].value == plain_accuracies(folder, "local_letter")[0]
+    assert scores["local_choice", "acc"].examples == 8
+    np.testing.assert_allclose(scores["local_choice", "acc"].stderr, np.sqrt(accuracy * (1 - accuracy) / 7))
+
+
+def test_a_task_gets_the_plain_likelihoods(lm, folder):
+    task = tasks.load_tasks(["local_choice"], TASKS)["local_choice"]
+    tasks.zero_shot(lm, {"local_choice": task}, limit=3)
+    found = [instance.resps[0][0] for instance in task.instances]
+    expected = [
+        plain(folder, encode(context), encode(choice))
+        for context, choices, _ in choices_of("local_choice")[:3]
+        for choice in choices
+    ]
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE * 30)
+
+
+def test_the_class_is_registered_with_lm_eval():
+    from lm_eval.api.registry import get_model
+
+    assert get_model("farms_jax") is JaxLM
+
+
+def test_tasks_that_cannot_be_loaded_say_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "hub.yaml").write_text(
+        (TASKS / "local_letter.yaml").read_text().replace("json\n", "owner/of_the_hub\n")
+    )
+    shutil.copy(TASKS / "local_choice.yaml", tmp_path)  # without its data
+    for name in ("local_letter", "local_choice"):
+        with pytest.raises(PruneError, match=rf"--tasks {name}: cannot be loaded \(.*\); .* --include PATH"):
+            tasks.load_tasks([name], tmp_path)
+    with pytest.raises(PruneError, match="no such folder"):
+        tasks.load_tasks(["local_choice"], tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", tasks.PAPER_TASKS)
+def test_the_papers_tasks_without_internet_say_what_to_do(name, monkeypatch):
+    made, manager = [], tasks.TaskManager
+    monkeypatch.setattr(tasks, "TaskManager", lambda **settings: made.append(settings) or manager(**settings))
+    with pytest.raises(PruneError, match=rf"--tasks {name}: cannot be loaded \(Couldn't reach .* --include PATH"):
+        tasks.load_tasks([name])
+    assert [settings["include_defaults"] for settings in made] == [False]  # found without reading all of lm-eval's
+
+
+def test_a_task_that_nobody_has_is_refused(monkeypatch):
+    manager = functools.partial(tasks.TaskManager, include_defaults=False)  # all of lm-eval's take seconds to read
+    monkeypatch.setattr(
+        tasks, "TaskManager", lambda include_path, include_defaults=True: manager(include_path=include_path)
+    )
+    with pytest.raises(
+        PruneError, match=r"--tasks no_such_task: lm-eval has no such task; --include .*tasks has no valid"
+    ):
+        tasks.load_tasks(["local_choice", "no_such_task"], TASKS)
+
+
+def test_tasks_that_generate_text_are_refused_before_anything_is_computed(tmp_path, lm):
+    written = (TASKS / "local_letter.yaml").read_text().replace("multiple_choice", "generate_until")
+    written = written.replace("doc_to_target: label", 'doc_to_target: "{{label}}"').replace("acc\n", "exact_match\n")
+    (tmp_path / "task.yaml").write_text(written)
+    shutil.copy(TASKS / "local_letter.jsonl", tmp_path)
+    with pytest.raises(PruneError, match="local_letter: generates text"):
+        tasks.load_tasks(["local_letter"], tmp_path)
+    with pytest.raises(PruneError, match="generates text"):
+        lm.generate_until([Instance("generate_until", {}, ("a", {}), 0, ("some_task", 0, 1))])
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "message"),
+    [
+        ([1], [], "has 0 tokens"),
+        ([], [1, 2], "nothing but spaces"),
+        ([1], [2] * 513, "has 513 tokens, the model takes 1 to 512"),
+        ([1, 256], [2], "token 256, outside the model's vocabulary of 256"),
+    ],
+)
+def test_requests_that_cannot_be_scored_are_refused(lm, context, continuation, message):
+    with pytest.raises(PruneError, match=message):
+        lm._loglikelihood_tokens([(("a", "b"), context, continuation)], disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_length": 0}, {"max_length": 513}, {"batch_tokens": 0}, {"stream_tokens": 0}]
+)
+def test_settings_out_of_range_are_refused(folder, settings):
+    with pytest.raises(PruneError, match="must be"):
+        JaxLM(str(folder), **settings)
+
+
+def test_a_tokenizer_without_a_first_token_is_refused_by_name(folder):
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(PruneError, match="neither a BOS nor an EOS token"):
+        ask(JaxLM(str(folder), tokenizer=tokenizer), "", "so")
+
+
+class Damaged:
+    """A checkpoint with a NaN in one weight."""
+
+    def __init__(self, folder):
+        self._checkpoint = open_checkpoint(str(folder))
+
+    def __getattr__(self, name):
+        return getattr(self._checkpoint, name)
+
+    def read(self, name):
+        tensor = self._checkpoint.read(name)
+        return np.where(tensor == tensor.flat[0], np.nan, tensor).astype(tensor.dtype) if "layers.2" in name else tensor
+
+
+def test_a_network_that_gives_nan_is_refused(folder):
+    with pytest.raises(PruneError, match="gives NaN"):
+        ask(JaxLM(Damaged(folder)), "It is", " so")
+
+
+def run_program(capsys, *args):
+    """Exit status, standard output, standard error of the program."""
+    try:
+        evaluate.main([str(arg) for arg in args])
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+def test_the_program_prints_and_writes_perplexity_and_accuracies(folder, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("One thing and another thing, and so on. " * 20)
+    options = ["--text", text, "--length", 100, "--tasks", "local_choice,local_letter", "--include", TASKS]
+    status, out, _ = run_program(capsys, folder, *options, "--out", tmp_path / "new" / "found.json")
+    assert status == 0
+    checkpoint = open_checkpoint(str(folder))
+    network = make_network(checkpoint.config, checkpoint.tensors)
+    ids = evaluation_blocks(str(text), byte_tokenizer(), length=100).ids
+    expected = perplexity(network, checkpoint, ids).value
+    assert f"perplexity of {text}: {expected:.4f}   (8 blocks of 100 tokens)" in out
+    accuracies = [plain_accuracies(folder, task)[0] for task in ("local_choice", "local_letter")]
+    rows = [line.split() for line in out.splitlines()]
+    assert ["mean", "acc", f"{np.mean(accuracies):.4f}"] in rows
+    assert not any(row[:2] == ["mean", "acc_norm"] for row in rows)  # only one of the two has it
+    written = json.loads((tmp_path / "new" / "found.json").read_text())
+    assert written["perplexity"]["value"] == pytest.approx(expected)
+    assert (
+        written["perplexity"]["ids_sha256"]
+        == evaluation_blocks(str(text), byte_tokenizer(), length=100).record["ids_sha256"]
+    )
+    assert written["weights_sha256"] == checkpoint.sha256()
+    assert [score["value"] for score in written["tasks"]["scores"] if score["metric"] == "acc"] == accuracies
+    assert written["versions"]["jax"] == jax.__version__ and written["config"]["length"] == 100
+
+
+def test_token_files_need_no_tokenizer(tmp_path, capsys):
+    np.save(tmp_path / "ids.npy", np.arange(200).reshape(2, 100))
+    status, out, _ = run_program(capsys, LLAMA, "--text", tmp_path / "ids.npy", "--length", 100)
+    assert status == 0 and "2 blocks of 100 tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "give --text SOURCE, --tasks NAMES, or both"),
+        (("--tasks", " , "), "--tasks is empty"),
+        (("--text", "x.txt", "--limit", "0"), "--limit must be above 0"),
+        (("--text", "x.txt", "--length", "1"), "--length must be above 1"),
+        (("--text", "x.txt", "--length", "513"), "positions for 512 tokens"),
+        (("--text", "x.txt"), "--text x.txt: no such file"),
+        (("--text", "x.txt", "--out", "."), "--out .: is a folder"),
+        (("--text", "x.txt", "--tokenizer", "no folder"), "--tokenizer no folder"),
+        (("--tasks", "local_choice", "--include", "nowhere"), "--include nowhere: no such folder"),
+    ],
+)
+def test_mistakes_are_one_line(folder, capsys, monkeypatch, tmp_path, args, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run_program(capsys, folder, *args)
+    assert (status, out) == (2, "")
+    assert err.startswith("prune.evaluate: ") and err.count("\n") == 1 and message in err
+
+
+def test_a_missing_lm_eval_is_one_line(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prune.tasks", None)
+    monkeypatch.delattr("prune.tasks")
+    status, _, err = run_program(capsys, folder, "--tasks", "local_choice", "--include", TASKS)
+    assert status == 2 and "--tasks needs the package lm-eval" in err
+
+
+# As if it were not installed: None in sys.modules would be something that libraries do not expect.
+WITHOUT_TORCH = """
+import importlib.util, sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] == "torch" else self.finder.find_spec(name, path, target)
+
+sys.meta_path = [Without(finder) for finder in sys.meta_path]
+"""
+
+
+def test_all_runs_without_torch(folder, tmp_path):
+    program = (
+        f"{WITHOUT_TORCH}\n"
+        "from prune import evaluate, hub\n"
+        "hub._reachable = lambda endpoint: False\n"
+        "evaluate.main()\n"
+        "assert 'torch' not in sys.modules and importlib.util.find_spec('torch') is None\n"
+    )
+    options = [
+        "--tasks",
+        "local_choice,local_letter",
+        "--include",
+        TASKS,
+        "--limit",
+        "2",
+        "--out",
+        tmp_path / "found.json",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", program, folder, *options],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[Task:" not in done.stderr  # lm-eval's remarks on task files
+    assert json.loads((tmp_path / "found.json").read_text())["tasks"]["scores"][0]["examples"] == 2
+    assert "local_choice  acc" in done.stdout
