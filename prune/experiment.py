@@ -4,8 +4,9 @@ Every stage is recorded when it is finished. A run that was stopped begins its u
 with the first block that is not written, after the calibration text was taken through those that are.
 """
 
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from prune.passes import lay_out, rehearse, score, write
 from prune.perplexity import perplexity
 from prune.plots import plot_run
 from prune.rundir import RunDirectory
-from prune.summary import allocation_table, layer_rows, make_card, summarise
+from prune.summary import Row, allocation_table, layer_rows, make_card, summarise
 from prune.walk import Read, reader
 
 
@@ -38,7 +39,9 @@ def run(job: Job) -> str:
     Raises:
         PruneError: something given turned out not to be usable, or the disk is full; what is done is kept.
     """
-    config, directory = job.config, RunDirectory(job.path, fresh=job.config.fresh)
+    config = job.config
+    # A dry run prunes nothing, and so must not take away what was pruned.
+    directory = RunDirectory(job.path, fresh=config.fresh and not config.dry_run)
     if (directory.path / "run.json").exists() and not config.dry_run:
         tqdm.write(f"this run is finished, these are its results; --fresh does it again: {directory.path}")
     else:
@@ -47,6 +50,9 @@ def run(job: Job) -> str:
         return Experiment(job, directory).run()
     except ValueError as error:  # of the core: an analysis or an allocation that cannot be made
         raise error if isinstance(error, PruneError) else PruneError(str(error)) from error
+    except OSError as error:  # of a cache, a card or a plot; a model's own errors say more
+        remedy = "free space, or name another --out; the same command goes on from there"
+        raise PruneError(f"{directory.path}: {error}; {remedy}") from error
 
 
 class Experiment:
@@ -61,6 +67,7 @@ class Experiment:
         """
         self.job, self.config, self.network, self.directory = job, job.config, job.network, directory
         self.sizes = sizes_of(job.network)
+        self._computed = False
 
     def run(self) -> str:
         """Go through all stages.
@@ -88,19 +95,27 @@ class Experiment:
         rows = layer_rows(self.sizes, scores, alphas, after, plan, blocks)
         plots = plot_run(self.directory.path, rows, f"{self.job.checkpoint.name}, {self.config.method}")
         results = {"dense": dense, "uniform": uniform, "pruned": pruned, "epsilon": epsilon, "blocks": blocks}
-        card = make_card(self.job, rows, results, self.directory.get("seconds"), self._peak())
         self.directory.write_layers(rows)
-        write_json(self.directory.path / "run.json", card)
-        return summarise(card, self.directory.path, plots)
+        return summarise(self._card(rows, results), self.directory.path, plots)
 
     def _stage(self, name: str, compute: Callable[[], Any]) -> Any:
         if self.directory.get(name) is None:
-            start = time.perf_counter()
-            self.directory.put(name, compute())
+            start, self._computed = time.perf_counter(), True
+            result = compute()
             seconds = self.directory.get("seconds", {})
             self.directory.put("seconds", {**seconds, name: time.perf_counter() - start})
             self.directory.put("peak_memory_bytes", self._peak())
+            self.directory.put(name, result)  # last: a stage that is recorded has all that the card says of it
         return self.directory.get(name)
+
+    def _card(self, rows: Sequence[Row], results: Mapping[str, Any]) -> dict[str, Any]:
+        """The card; where nothing was left to do, the one that is there, with the versions that the numbers are of."""
+        path = self.directory.path / "run.json"
+        if path.exists() and not self._computed:
+            return json.loads(path.read_text())
+        card = make_card(self.job, rows, results, self.directory.get("seconds"), self._peak())
+        write_json(path, card)
+        return card
 
     def _peak(self) -> int:
         """Most memory over all the processes that worked on the run."""

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import re
 import resource
 import sys
 from importlib.metadata import version
@@ -113,16 +114,17 @@ def prepare(config: Config) -> Job:
     tokenizer = _tokenizer(config, checkpoint)
     common = {"length": config.length, "special_tokens": config.special_tokens, "vocab_size": network.vocab_size}
     evaluation = evaluation_blocks(config.text, tokenizer, limit=config.limit, **common)
-    needed = config.samples + (max(config.samples // 4, 1) if config.half_range() is None else 0)
+    needed = config.samples + (max(config.samples // 4, 1) if epsilon_of(config) is None else 0)
     calibration = calibration_samples(config.calibration, tokenizer, count=needed, seed=config.seed, **common)
     return Job(config, checkpoint, network, calibration, evaluation, tokenizer, _hash(checkpoint))
 
 
 def _tokenizer(config: Config, checkpoint: Checkpoint) -> Any:
-    """Returns the tokenizer, `None` where all texts are token ids already."""
-    if {Path(str(source)).suffix for source in (config.calibration, config.text)} <= {".npy", ".npz"}:
-        return None
-    return open_tokenizer(config.tokenizer) if config.tokenizer else checkpoint.tokenizer()
+    """Returns the tokenizer, `None` where all texts are token ids already and none is given."""
+    if config.tokenizer:
+        return open_tokenizer(config.tokenizer)
+    suffixes = {Path(str(source)).suffix.lower() for source in (config.calibration, config.text)}
+    return None if suffixes <= {".npy", ".npz"} else checkpoint.tokenizer()
 
 
 def _check_groups(config: Config, network: Network) -> None:
@@ -163,5 +165,9 @@ def epsilon_of(config: Config) -> float | None:
 
 def peak_memory() -> int:
     """Return the most bytes that this process has held in memory so far."""
+    status = Path("/proc/self/status")
+    # getrusage would also count what the program that started this one held.
+    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -31,32 +31,39 @@ class Output:
     def __init__(
         self, folder: Path, checkpoint: Checkpoint, layers: Mapping[str, tuple[int, int]], tokenizer: Any = None
     ) -> None:
-        """Lay out the files, and take the space they need; files of a run that was stopped are kept.
+        """Plan the files; nothing is written yet.
 
         Args:
             folder: where the model will be.
             checkpoint: the model that is pruned.
             layers: (out, in) of each layer that gets a mask, by name.
             tokenizer: goes with the model instead of its own, where one is given.
-
-        Raises:
-            PruneError: no space, or no right to write there.
         """
+        self._checkpoint, self._tokenizer = checkpoint, tokenizer
         self._folder, self._part = folder, folder.with_name(f"{folder.name}.part")
         self._info = dict(checkpoint.tensors)
-        shards = [*checkpoint.shards(), _mask_shard(layers)]
+        self._shards = [*checkpoint.shards(), _mask_shard(layers)]
         self._place = {
-            name: (self._part / shard.filename, *span) for shard in shards for name, span in shard.tensors.items()
+            name: (self._part / shard.filename, *span) for shard in self._shards for name, span in shard.tensors.items()
         }
         self._info |= {name: TensorInfo(np.dtype(np.uint8), packed_shape(shape)) for name, shape in layers.items()}
+        self.resumed = all(_is_laid_out(self._part / shard.filename, shard) for shard in self._shards)
+
+    def lay_out(self) -> None:
+        """Take the space that the files need, and write all but weights; files of a run that was stopped are kept.
+
+        Raises:
+            PruneError: no space, or no right to write there; a folder that was not there before is gone again.
+        """
         try:
             self._part.mkdir(parents=True, exist_ok=True)
-            self.resumed = all([_is_laid_out(self._part / shard.filename, shard) for shard in shards])
-            checkpoint.copy_sidecars(self._part, tokenizer)
-            for shard in shards:
+            self._checkpoint.copy_sidecars(self._part, self._tokenizer)
+            for shard in self._shards:
                 _reserve(self._part / shard.filename, shard)
         except OSError as error:
-            raise PruneError(_no_room(self._part, sum(shard.size for shard in shards), error)) from error
+            if not self.resumed:  # nothing in it is worth the space
+                shutil.rmtree(self._part, ignore_errors=True)
+            raise PruneError(_no_room(self._part, sum(shard.size for shard in self._shards), error)) from error
 
     def write(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Put tensors in their places, in their stored dtype, and see them to the disk.

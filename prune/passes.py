@@ -87,7 +87,10 @@ def lay_out(job: Job, directory: RunDirectory) -> Output | None:
         return None
     given = job.tokenizer if job.config.tokenizer else None
     output = Output(folder, job.checkpoint, shapes_of(job.network), given)
-    if not output.resumed or directory.get("written") is None:
+    if not output.resumed:  # before there are files: a stop between the two must not make empty ones look written
+        directory.forget("written", "blocks", "pruned", "alphas after")
+    output.lay_out()
+    if directory.get("written") is None:
         inside = {name for block in range(job.network.num_blocks) for name in job.network.tensors(block)}
         output.copy([name for name in job.checkpoint.tensors if name not in inside], job.checkpoint)
         directory.put("written", [])

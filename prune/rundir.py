@@ -32,13 +32,14 @@ class RunDirectory:
             PruneError: the directory cannot be written to, or its record is damaged.
         """
         self.path = path
-        if fresh:
-            shutil.rmtree(path, ignore_errors=True)
+        self._record = path / "progress.json"
         try:
+            if fresh and path.exists():
+                self._record.unlink(missing_ok=True)  # first: a record of files that are half gone would be believed
+                shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PruneError(f"--out: cannot make {path} ({error.strerror}); name another folder") from error
-        self._record = path / "progress.json"
         try:
             self._stages = json.loads(self._record.read_text()) if self._record.exists() else {}
         except (OSError, ValueError) as error:
@@ -51,6 +52,15 @@ class RunDirectory:
     def put(self, stage: str, result: Any) -> None:
         """Record what a stage came to; a full disk is a `PruneError`."""
         self._stages[stage] = json.loads(json.dumps(result))
+        self._save()
+
+    def forget(self, *stages: str) -> None:
+        """Take stages from the record."""
+        if gone := set(stages) & set(self._stages):
+            self._stages = {stage: result for stage, result in self._stages.items() if stage not in gone}
+            self._save()
+
+    def _save(self) -> None:
         try:
             write_json(self._record, self._stages)
         except OSError as error:

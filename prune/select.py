@@ -58,7 +58,7 @@ def lowest_of_groups(scores: Array, count: Array | int, group: int) -> Array:
     Returns:
         (R, C) bool.
     """
-    groups = scores.reshape(-1, group)
+    groups = _bits(scores).reshape(-1, group)
     mine, other = groups[:, :, None], groups[:, None, :]
     index = jnp.arange(group)
     before = (other < mine) | ((other == mine) & (index[None, :] < index[:, None]))
