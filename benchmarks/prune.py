@@ -83,9 +83,7 @@ def time_method(method: Method, args: argparse.Namespace) -> dict[str, Any]:
 
         statistic = STATISTIC[method]
         read = lambda part: tensors  # noqa: E731
-        walk(
-            network, read, activations, title=method, visit=visit, statistic=statistic, calibration=len(needed)
-        )
+        walk(network, read, activations, title=method, visit=visit, statistic=statistic, calibration=len(needed))
 
     blocks: list[TorchBlock] = []
 

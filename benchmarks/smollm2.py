@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from threadpoolctl import threadpool_limits
 
@@ -108,7 +109,7 @@ def check_dense(network: Network, checkpoint: Checkpoint, reference: dict[str, A
     ids = arrays["test_ids"].astype(np.int32)
     first = embed(network, read, ids[:1])
     walk(network, read, first, title="logits")
-    logits = np.asarray(network.head(network.to_state("head", read("head")), first.read(slice(0, 1))))[0]
+    logits = np.asarray(network.head(network.to_state("head", read("head")), jnp.asarray(first.read(slice(0, 1)))))[0]
     expected = arrays["dense/logits_chunk0_pos_0_1_255_511_vocab_first256"]
     difference = float(np.abs(logits[[0, 1, 255, 511], :256] - expected).max())
     found = perplexity(network, checkpoint, ids)

