@@ -96,7 +96,9 @@ def test_pruned_as_the_reference(model, tag):
             same = ~flipped.any(axis=1)
             np.testing.assert_allclose(found[same], expected[same], atol=2e-5, err_msg=short)
     expected = arrays[f"prune/{tag}/logits"]
-    np.testing.assert_allclose(logits.reshape(expected.shape), expected, atol=2e-2 if swapped else 1e-4)
+    np.testing.assert_allclose(
+        logits.reshape(expected.shape), expected, atol=2e-2 if swapped else 1e-4 * expected.std()
+    )
     removed = sum((~mask).sum() for mask in masks.values()) / sum(mask.size for mask in masks.values())
     assert removed == pytest.approx(settings["pruning"]["runs"][tag]["sparsity"], abs=1e-9)
 
