@@ -21,9 +21,8 @@ from tqdm import tqdm
 
 from benchmarks._common import machine, write
 from benchmarks.smollm2 import find_model
-from prune.allocation import depth_scores, shapes_of, sizes_of, sparsities
+from prune.allocation import depth_scores, plan_of, shapes_of, sizes_of, sparsities
 from prune.analysis import alphas_of, measure
-from prune.blocks import Plan
 from prune.config import EPSILON, Config
 from prune.job import Job, prepare
 from prune.passes import rehearse, score
@@ -84,7 +83,7 @@ def fill(args: argparse.Namespace) -> dict[str, Any]:
         config = dataclasses.replace(jobs[seed].config, method=method, allocation=allocation, sparsity=sparsity)
         job, start = dataclasses.replace(jobs[seed], config=config), time.perf_counter()
         wanted = sparsities(config, scores[seed].get(allocation, {}), sizes_of(job.network), EPSILON.get(allocation, 0))
-        found = rehearse(job, Plan(method, wanted), job.evaluation.ids, name)
+        found = rehearse(job, plan_of(config, wanted, shapes_of(job.network)), job.evaluation.ids, name)
         results["cells"][name] = {key: found[key] for key in ("perplexity", "sparsity")}
         results["cells"][name]["seconds"] = time.perf_counter() - start
         write(path, results)

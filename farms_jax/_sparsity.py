@@ -82,10 +82,12 @@ def round_to_groups(
     sparsity: Mapping[str, float],
     num_params: Mapping[str, int],
     *,
-    group: int,
+    group: int | Mapping[str, int],
     block_of: Callable[[str], str] | None = None,
 ) -> dict[str, int]:
-    """Turn sparsities into mixed N:M: how many of every `group` consecutive weights each layer loses.
+    """Turn sparsities into whole numbers: how many of every `group` weights each layer loses.
+
+    With one group size this is mixed N:M; with each layer's number of inputs, the weights to remove of every row.
 
     The fractions are rounded so that the weights removed in all come as near to those of `sparsity` as whole numbers
     allow (largest remainders first): with layers of one size, to within half a step of one layer.
@@ -96,34 +98,35 @@ def round_to_groups(
     Args:
         sparsity: of each layer, as `allocate_sparsity` gives it.
         num_params: weights in each layer.
-        group: M of N:M.
+        group: M of N:M, or the size for each layer; layers of one block must have the same.
         block_of: layers of one block get one N; `None`: every layer has its own.
 
     Returns:
         Weights to remove of each group, in [0, group], by layer.
 
     Raises:
-        ValueError: `group` is below 1.
+        ValueError: `group` is below 1, or differs within a block.
     """
-    if group < 1:
-        raise ValueError(f"round_to_groups: group must be at least 1, got {group}")
-    layers = list(sparsity)
-    blocks = {layer: block_of(layer) if block_of else layer for layer in layers}
+    blocks = {layer: block_of(layer) if block_of else layer for layer in sparsity}
+    groups: dict[str, int] = {}
     sizes: dict[str, int] = {}
     wanted: dict[str, float] = {}
-    for layer in layers:
-        block = blocks[layer]
+    for layer, block in blocks.items():
+        size = group if isinstance(group, int) else group[layer]
+        if size < 1 or groups.setdefault(block, size) != size:
+            raise ValueError(f"round_to_groups: group must be at least 1 and one for all of {block}, got {size}")
         sizes[block] = sizes.get(block, 0) + num_params[layer]
-        wanted[block] = wanted.get(block, 0.0) + num_params[layer] * sparsity[layer] * group
+        wanted[block] = wanted.get(block, 0.0) + num_params[layer] * sparsity[layer]
+    exact = {block: groups[block] * wanted[block] / sizes[block] for block in groups}
     # 1e-9: a sparsity of 0.5 that arrives as 0.4999999999 is still 2 of 4.
-    exact = {block: wanted[block] / sizes[block] for block in sizes}
     removed = {block: math.floor(value + 1e-9) for block, value in exact.items()}
-    rest = sum(wanted.values()) - sum(removed[block] * sizes[block] for block in sizes)
-    for block in sorted(sizes, key=lambda block: removed[block] - exact[block]):
-        if removed[block] < group and rest >= sizes[block] / 2:
+    step = {block: sizes[block] / groups[block] for block in groups}
+    rest = sum(wanted.values()) - sum(removed[block] * step[block] for block in groups)
+    for block in sorted(groups, key=lambda block: removed[block] - exact[block]):
+        if removed[block] < groups[block] and rest >= step[block] / 2:
             removed[block] += 1
-            rest -= sizes[block]
-    return {layer: removed[blocks[layer]] for layer in layers}
+            rest -= step[block]
+    return {layer: removed[block] for layer, block in blocks.items()}
 
 
 def _check(sparsity: float, epsilon: float, highest: float, rule: str, budget: str) -> None:

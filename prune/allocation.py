@@ -1,13 +1,14 @@
 """Which layers lose more: the scores of each way to allocate, and the sparsities they give."""
 
+import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-import farms_jax
 from farms_jax import allocate_sparsity, block_of, round_to_groups
+from prune.blocks import Plan
 from prune.config import EPSILONS_SCALE, EPSILONS_SHIFT, Allocation, Config
 from prune.methods import Groups, wanda_scores
 from prune.models import Network
@@ -120,23 +121,37 @@ def sparsities(
     )
 
 
-def groups_of(config: Config, sparsity: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, Groups] | None:
-    """Turn sparsities into N:M for each layer.
+def plan_of(config: Config, sparsity: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) -> Plan:
+    """Say how every layer is to be pruned.
+
+    Under N:M with an allocation other than uniform, M is given and N follows from the layer's sparsity. Wanda removes
+    a whole number of weights from every row. Both are rounded so that the global budget is kept; with the reference's
+    budget Wanda rounds down, as the reference does.
 
     Args:
-        config: groups and granularity. With a uniform allocation every layer has the N:M given; else M is given, and
-            N follows from the layer's sparsity under the global budget.
+        config: method, groups, granularity and budget.
         sparsity: by layer.
-        sizes: of the layers.
+        shapes: (out, in) of the layers.
 
     Returns:
-        N:M by layer; `None` for unstructured sparsity.
+        The plan.
     """
-    groups = config.groups_of()
-    if groups is None:
-        return None
-    if config.allocation == "uniform":
-        return dict.fromkeys(sparsity, groups)
-    shared = farms_jax.block_of if config.granularity == "block" else None
-    removed = round_to_groups(sparsity, sizes, group=groups.size, block_of=shared)
-    return {layer: Groups(count, groups.size) for layer, count in removed.items()}
+    sizes = {layer: rows * columns for layer, (rows, columns) in shapes.items()}
+    pattern, groups = config.groups_of(), None
+    if pattern and config.allocation == "uniform":
+        groups = dict.fromkeys(sparsity, pattern)
+    elif pattern:
+        shared = block_of if config.granularity == "block" else None
+        removed = round_to_groups(sparsity, sizes, group=pattern.size, block_of=shared)
+        groups = {layer: Groups(count, pattern.size) for layer, count in removed.items()}
+    elif config.method == "wanda" and config.budget == "exact":
+        inputs = {layer: columns for layer, (_, columns) in shapes.items()}
+        removed = round_to_groups(sparsity, sizes, group=inputs)
+        sparsity = {layer: _fraction(count, inputs[layer]) for layer, count in removed.items()}
+    return Plan(config.method, sparsity, groups, config.damping)
+
+
+def _fraction(count: int, whole: int) -> float:
+    """Returns the float that gives back the count: 29 / 100 * 100 is 28.999999999999996."""
+    fraction = count / whole
+    return fraction if int(whole * fraction) == count else math.nextafter(fraction, 1)

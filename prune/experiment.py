@@ -4,6 +4,7 @@ Every stage is recorded when it is finished. A run that was stopped begins its u
 with the first block that is not written, after the calibration text was taken through those that are.
 """
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from farms_jax.files import write_json
-from prune.allocation import depth_scores, epsilons, groups_of, shapes_of, sizes_of, sparsities
+from prune.allocation import depth_scores, epsilons, plan_of, shapes_of, sizes_of, sparsities
 from prune.analysis import Measures, alphas_of, measure
 from prune.blocks import Plan
 from prune.checkpoint import Checkpoint, open_checkpoint
@@ -66,7 +67,7 @@ class Experiment:
             directory: where its stages are recorded.
         """
         self.job, self.config, self.network, self.directory = job, job.config, job.network, directory
-        self.sizes = sizes_of(job.network)
+        self.shapes, self.sizes = shapes_of(job.network), sizes_of(job.network)
         self._computed = False
 
     def run(self) -> str:
@@ -82,7 +83,7 @@ class Experiment:
         scores = self._stage("scores", lambda: self._scores(alphas))
         epsilon = self._stage("epsilon", lambda: self._epsilon(scores))
         sparsity = self._stage("sparsity", lambda: sparsities(self.config, scores, self.sizes, epsilon["value"]))
-        plan = self._plan(sparsity)
+        plan = plan_of(self.config, sparsity, self.shapes)
         table = allocation_table(self.job, scores, epsilon["value"], plan, self.sizes)
         if self.config.dry_run:
             return table
@@ -129,7 +130,7 @@ class Experiment:
     def _alphas(self, title: str, checkpoint: Checkpoint) -> Measures:
         if self.config.allocation not in {"farms", "alphapruning"}:
             return {}
-        smallest = min(min(shape) for shape in shapes_of(self.network).values())
+        smallest = min(min(shape) for shape in self.shapes.values())
         window, tail = self.config.window(smallest), self.config.tail()
         read: Read = reader(checkpoint.read, self.network)
         return measure(self.network, read, window, tail, self.config.out / "cache" / "alphas", title)
@@ -149,7 +150,7 @@ class Experiment:
         trials = dict(self.directory.get("trials", {}))
         for epsilon in epsilons(self.config.allocation):
             if str(epsilon) not in trials:
-                plan = self._plan(sparsities(self.config, scores, self.sizes, epsilon))
+                plan = plan_of(self.config, sparsities(self.config, scores, self.sizes, epsilon), self.shapes)
                 found = rehearse(self.job, plan, self.job.unseen, f"epsilon {epsilon}")
                 trials[str(epsilon)] = found["perplexity"]
                 self.directory.put("trials", trials)
@@ -157,20 +158,12 @@ class Experiment:
         tqdm.write("held-out perplexity by epsilon: " + ", ".join(f"{k}: {v:.4g}" for k, v in trials.items()))
         return {"value": float(best), "trials": trials}
 
-    def _plan(self, sparsity: Mapping[str, float]) -> Plan:
-        return Plan(self.config.method, sparsity, groups_of(self.config, sparsity, self.sizes), self.config.damping)
-
     def _prune(self, plan: Plan, output: Output | None) -> list[dict[str, Any]]:
         if output is None:  # stopped between the last block and this stage's record
             return self.directory.get("written")
         return write(self.job, plan, self.directory, output)
 
     def _uniform(self) -> dict[str, Any]:
-        groups = self.config.groups_of()
-        plan = Plan(
-            self.config.method,
-            dict.fromkeys(self.sizes, self.config.target),
-            dict.fromkeys(self.sizes, groups) if groups else None,
-            self.config.damping,
-        )
+        config = dataclasses.replace(self.config, allocation="uniform")
+        plan = plan_of(config, sparsities(config, {}, self.sizes, 0.0), self.shapes)
         return rehearse(self.job, plan, self.job.evaluation.ids, "prune uniformly")

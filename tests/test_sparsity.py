@@ -141,6 +141,19 @@ def test_mixed_groups_by_block_and_of_a_uniform_half():
     assert set(round_to_groups(dict.fromkeys(SCORES, 0.5), SIZES, group=4).values()) == {2}
     with pytest.raises(ValueError, match="group"):
         round_to_groups(wanted, SIZES, group=0)
+    with pytest.raises(ValueError, match=r"one for all of blocks\.0"):
+        round_to_groups(
+            wanted, SIZES, group={**dict.fromkeys(SCORES, 4), "blocks.0.up": 8}, block_of=farms_jax.block_of
+        )
+
+
+def test_whole_numbers_of_each_row_keep_the_global_budget():
+    inputs = {layer: 20 if layer.endswith("up") else 7 for layer in SCORES}
+    wanted = allocate_sparsity(SCORES, sparsity=0.63, epsilon=0.4, num_params=SIZES)
+    found = round_to_groups(wanted, SIZES, group=inputs)
+    assert all(abs(found[layer] / inputs[layer] - wanted[layer]) < 1 / inputs[layer] + 1e-9 for layer in found)
+    reached = {layer: found[layer] / inputs[layer] for layer in found}
+    assert abs(removed(reached, SIZES) - 0.63) * sum(SIZES.values()) <= 100 / 7  # a step of the smallest layer
 
 
 @pytest.mark.parametrize(
