@@ -25,6 +25,7 @@ class Output:
     """A folder in the making.
 
     Attributes:
+        finished: the folder has its name, and all its files.
         resumed: all its files were there already, from a run that was stopped.
     """
 
@@ -47,7 +48,9 @@ class Output:
             name: (self._part / shard.filename, *span) for shard in self._shards for name, span in shard.tensors.items()
         }
         self._info |= {name: TensorInfo(np.dtype(np.uint8), packed_shape(shape)) for name, shape in layers.items()}
-        self.resumed = all(_is_laid_out(self._part / shard.filename, shard) for shard in self._shards)
+        self.finished, self.resumed = (
+            all(_is_laid_out(place / shard.filename, shard) for shard in self._shards) for place in (folder, self._part)
+        )
 
     def lay_out(self) -> None:
         """Take the space that the files need, and write all but weights; files of a run that was stopped are kept.

@@ -82,11 +82,10 @@ def lay_out(job: Job, directory: RunDirectory) -> Output | None:
     Returns:
         The output; `None` where the model is finished.
     """
-    folder, done = directory.path / "model", directory.get("written", [])
-    if folder.exists() and len(done) == job.network.num_blocks:
-        return None
     given = job.tokenizer if job.config.tokenizer else None
-    output = Output(folder, job.checkpoint, shapes_of(job.network), given)
+    output = Output(directory.path / "model", job.checkpoint, shapes_of(job.network), given)
+    if output.finished and len(directory.get("written", [])) == job.network.num_blocks:
+        return None
     if not output.resumed:  # before there are files: a stop between the two must not make empty ones look written
         directory.forget("written", "blocks", "pruned", "alphas after")
     output.lay_out()

@@ -208,24 +208,25 @@ def bytes_of(folder):
 
 def write_random_llama(folder, *, blocks, hidden, intermediate):
     """A float32 LLaMA with random weights, written tensor by tensor so that the writer never holds the model."""
-    shapes = {"model.embed_tokens.weight": (256, hidden), "model.norm.weight": (hidden,)}
     inside = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,))
     inside |= dict.fromkeys((f"self_attn.{name}_proj" for name in "qkvo"), (hidden, hidden))
     inside |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (intermediate, hidden))
     inside["mlp.down_proj"] = (hidden, intermediate)
-    for block in range(blocks):
-        shapes |= {f"model.layers.{block}.{name}.weight": shape for name, shape in inside.items()}
+    shapes = {"model.embed_tokens.weight": (256, hidden), "model.norm.weight": (hidden,)}
+    shapes |= {f"model.layers.{b}.{name}.weight": shape for b in range(blocks) for name, shape in inside.items()}
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 4 * int(np.prod(shape))
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    content, random = json.dumps(header).encode(), np.random.default_rng(blocks)
+    content, random = json.dumps(header).encode(), np.random.default_rng(0)
+    noise = {shape: random.standard_normal(shape, np.float32) for shape in set(shapes.values())}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
-        for shape in shapes.values():
+        for number, shape in enumerate(shapes.values()):
             scale, mean = (0.1, 1.0) if len(shape) == 1 else (shape[1] ** -0.5, 0.0)
-            file.write(scale * random.standard_normal(shape, np.float32) + np.float32(mean))
+            # Rolled, so that no two blocks are the same.
+            file.write(scale * np.roll(noise[shape], number) + np.float32(mean))
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": blocks, "head_dim": 32}
     heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), hidden // 32)
     config = config_of("llama_tiny", **sizes, **heads, tie_word_embeddings=True)

@@ -12,6 +12,7 @@ import pytest
 from prune.errors import PruneError
 from prune.models import Network, make_network
 from prune.models.layers import CHUNK, CHUNKS, _attend_by_heads, _attend_in_chunks, attend
+from prune.models.network import LONG
 from tests.prune_helpers import DATA, FOLDERS, config_of, numbers_of, weights_of
 
 FORMS = [
@@ -167,6 +168,16 @@ def run_block(network, tensors):
     inputs = jax.jit(network.inputs)(state, x)
     assert set(inputs) == set(network.linears)
     return x, jax.tree.map(np.asarray, inputs), jax.jit(network.block)(state, x)
+
+
+def test_long_sequences_are_independent_of_each_other():
+    network, tensors = make_network(config_of("llama_tiny_rope3")), weights_of("llama_tiny_rope3")
+    state = state_of(network, 0, tensors)
+    x = np.random.default_rng(0).normal(size=(3, LONG, network.hidden_size)).astype(np.float32)
+    for function in (jax.jit(network.block), jax.jit(network.inputs)):
+        alone = [function(state, sequence[None]) for sequence in x]
+        for together, *parts in zip(*map(jax.tree.leaves, (function(state, x), *alone)), strict=True):
+            np.testing.assert_allclose(together, np.concatenate(parts), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "last"), [("llama_tiny", "mlp.down_proj"), ("opt_tiny", "fc2")])

@@ -63,6 +63,9 @@ def _attend_in_chunks(query, key, value, window=None):
         if window is not None:
             seen &= behind < window
         scores = jnp.einsum("...gth,...sh->...gts", query[..., start:stop, :], key[..., :stop, :])
-        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
-        chunks.append(jnp.einsum("...gts,...sh->...gth", weights, value[..., :stop, :]))
+        scores = jnp.where(seen, scores, -jnp.inf)
+        weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        # Divided by their sum behind the product, where there are fewer numbers.
+        mixed = jnp.einsum("...gts,...sh->...gth", weights, value[..., :stop, :])
+        chunks.append(mixed / weights.sum(axis=-1, keepdims=True))
     return jnp.concatenate(chunks, axis=-2)

@@ -218,19 +218,18 @@ class LlamaBlock(nnx.Module):
         """Returns (B, T, D) for x (B, T, D)."""
         return self._apply(x)[0]
 
-    def inputs(self, x: jax.Array) -> dict[str, jax.Array]:
-        """Returns the input of each linear for x (B, T, D)."""
+    def inputs(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns the input of each group of INPUT_GROUPS for x (B, T, D)."""
         return self._apply(x)[1]
 
-    def _apply(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def _apply(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         # In a jitted `inputs` the output is dead code, and with it the product with down_proj.
         attention_input = self.input_layernorm(x)
         heads = self.self_attn(attention_input)
         x = x + self.self_attn.o_proj(heads)
         mlp_input = self.post_attention_layernorm(x)
         gated = self.mlp(mlp_input)
-        given = zip(INPUT_GROUPS, (attention_input, heads, mlp_input, gated), strict=True)
-        return x + self.mlp.down_proj(gated), {name: array for names, array in given for name in names}
+        return x + self.mlp.down_proj(gated), (attention_input, heads, mlp_input, gated)
 
 
 class LlamaHead(nnx.Module):

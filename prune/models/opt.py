@@ -140,11 +140,11 @@ class OPTBlock(nnx.Module):
         """Returns (B, T, D) for x (B, T, D)."""
         return self._apply(x)[0]
 
-    def inputs(self, x: jax.Array) -> dict[str, jax.Array]:
-        """Returns the input of each linear for x (B, T, D)."""
+    def inputs(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns the input of each group of INPUT_GROUPS for x (B, T, D)."""
         return self._apply(x)[1]
 
-    def _apply(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def _apply(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         attention_input = self.self_attn_layer_norm(x) if self.pre_norm else x
         heads = self.self_attn(attention_input)
         x = x + self.self_attn.out_proj(heads)
@@ -155,8 +155,7 @@ class OPTBlock(nnx.Module):
         x = x + self.fc2(active)
         if not self.pre_norm:
             x = self.final_layer_norm(x)
-        given = zip(INPUT_GROUPS, (attention_input, heads, ffn_input, active), strict=True)
-        return x, {name: array for names, array in given for name in names}
+        return x, (attention_input, heads, ffn_input, active)
 
 
 class OPTHead(nnx.Module):

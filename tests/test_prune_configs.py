@@ -1,0 +1,164 @@
+"""Configs of the families, in both forms, the conversion table, and what is refused."""
+
+import numpy as np
+import pytest
+
+from prune.errors import PruneError
+from prune.models import make_network
+from prune.models.conversion import Rule, place
+from tests.prune_helpers import FOLDERS, config_of, numbers_of, weights_of
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+QWEN = {
+    "model_type": "qwen2",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "vocab_size": 30,
+    "use_sliding_window": True,
+    "sliding_window": 3,
+    "max_window_layers": 2,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in FOLDERS if name.startswith("llama")])
+def test_the_two_forms_of_a_config_are_one_network(name):
+    assert make_network(config_of(name)) == make_network(config_of(name, "config.legacy.json"))
+
+
+def test_frequencies_of_llama3():
+    arrays, _ = numbers_of("llama_tiny_rope3")
+    rope = make_network(config_of("llama_tiny_rope3")).config.rope
+    np.testing.assert_allclose(rope.frequencies(24), arrays["inv_freq"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 500.0, "rope_parameters": ...},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4}, "rope_theta": 500, "rope_parameters": ...},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}, "rope_theta": 7.0},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}, "rope_scaling": {}},
+    ],
+)
+def test_frequencies_of_linear(changes):
+    rope = make_network(config_of("llama_tiny", **changes)).config.rope
+    np.testing.assert_allclose(rope.frequencies(8), 500.0 ** (-np.arange(4) / 4) / 4, rtol=1e-6)
+
+
+def test_length_before_extension_defaults_to_the_positions():
+    changes = {"rope_scaling": LLAMA3, "max_position_embeddings": 32}
+    short = make_network(config_of("llama_tiny_rope3", "config.legacy.json", **changes)).config.rope
+    np.testing.assert_allclose(short.frequencies(24), numbers_of("llama_tiny_rope3")[0]["inv_freq"], rtol=1e-6)
+
+
+def test_default_frequencies():
+    network = make_network(config_of("llama_tiny", "config.legacy.json", rope_theta=..., rope_scaling=...))
+    np.testing.assert_allclose(network.config.rope.frequencies(8), 10000.0 ** (-np.arange(4) / 4), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        (QWEN | {"use_sliding_window": False}, (None, None, None, None)),
+        (QWEN | {"use_sliding_window": ...}, (None, None, None, None)),
+        (QWEN | {"max_window_layers": 0}, (3, 3, 3, 3)),
+        (QWEN | {"layer_types": ["sliding_attention", *["full_attention"] * 3]}, (3, None, None, None)),
+        (QWEN | {"model_type": "mistral", "sliding_window": 7}, (7, 7, 7, 7)),
+        (QWEN | {"model_type": "mistral", "sliding_window": None}, (None, None, None, None)),
+        (QWEN | {"model_type": "mistral", "sliding_window": ...}, (4096, 4096, 4096, 4096)),
+        (QWEN | {"model_type": "llama"}, (None, None, None, None)),
+    ],
+)
+def test_windows_of_the_families(config, windows):
+    network = make_network({key: value for key, value in config.items() if value is not ...})
+    assert network.config.windows == windows
+
+
+def shapes_of(name):
+    return {key: array.shape for key, array in weights_of(name).items()}
+
+
+def test_check_lists_all_faults_at_once():
+    network = make_network(config_of("llama_tiny"))
+    found = shapes_of("llama_tiny")
+    del found["model.layers.2.mlp.up_proj.weight"], found["lm_head.weight"]
+    found["model.norm.weight"] = (95,)
+    found["model.layers.0.self_attn.k_proj.weight"] = (96, 48)
+    found["model.layers.0.self_attn.k_proj.bias"] = (48,)
+    found["model.layers.4.mlp.up_proj.weight"] = (256, 96)
+    found["model.vision.weight"] = (1, 2)
+    with pytest.raises(PruneError, match=r"7 tensor\(s\)") as error:
+        network.check(found)
+    lines = {line.strip() for line in str(error.value).splitlines()[1:]}
+    assert lines == {
+        "missing: model.layers.2.mlp.up_proj.weight [256, 96]",
+        "missing: lm_head.weight [256, 96]",
+        "of another shape: model.norm.weight is [95], must be [96]",
+        "of another shape: model.layers.0.self_attn.k_proj.weight is [96, 48], must be [48, 96]",
+        "not in a network of this config.json: model.layers.0.self_attn.k_proj.bias [48]",
+        "not in a network of this config.json: model.layers.4.mlp.up_proj.weight [256, 96]",
+        "unknown: model.vision.weight [1, 2]",
+    }
+
+
+def test_check_accepts_what_is_known_and_not_needed():
+    network = make_network(config_of("llama_tiny_tied"))
+    extra = {"lm_head.weight": (256, 96), "model.layers.0.self_attn.rotary_emb.inv_freq": (12,)}
+    network.check(shapes_of("llama_tiny_tied") | extra)
+    assert network.tensors("head").keys() == {"model.norm.weight", "model.embed_tokens.weight"}
+    make_network(config_of("opt_tiny")).check(shapes_of("opt_tiny") | {"lm_head.weight": (256, 64)})
+
+
+def test_every_tensor_has_one_rule():
+    rules = [Rule(r"a\.(\w+)", ("embed",), r"\1"), Rule(r"\w+\.b", ("head",), "b")]
+    assert place(rules, "c.d") is None
+    assert place(rules, "a.c") == (("embed",), "c", False)
+    with pytest.raises(PruneError, match=r"a\.b: fits"):
+        place(rules, "a.b")
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", None, 3, ["llama"]])
+def test_unknown_family(model_type):
+    with pytest.raises(PruneError, match="`model_type` (must be one of|is missing)") as error:
+        make_network(config_of("llama_tiny", model_type=model_type))
+    assert model_type is None or "llama, mistral, qwen2, qwen3, opt" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama_tiny", {"hidden_size": ...}, "`hidden_size` is missing"),
+        ("llama_tiny", {"hidden_size": None}, "`hidden_size` is missing"),
+        ("llama_tiny", {"hidden_size": "96"}, "`hidden_size` must be an integer of 1 or more, got '96'"),
+        ("llama_tiny", {"num_hidden_layers": True}, "`num_hidden_layers` must be an integer"),
+        ("llama_tiny", {"vocab_size": 0}, "`vocab_size` must be an integer"),
+        ("llama_tiny", {"rms_norm_eps": "1e-5"}, "`rms_norm_eps` must be a positive number"),
+        ("llama_tiny", {"tie_word_embeddings": 1}, "`tie_word_embeddings` must be true or false"),
+        ("llama_tiny", {"hidden_act": "swoosh"}, "`hidden_act` must be one of .*silu.*, got 'swoosh'"),
+        ("llama_tiny", {"num_key_value_heads": 3}, "`num_key_value_heads` must be a divisor of .*4.*, got 3"),
+        ("llama_tiny", {"head_dim": 5}, "`head_dim` must be even"),
+        ("llama_tiny", {"head_dim": ..., "num_attention_heads": 5, "num_key_value_heads": 5}, "a multiple of"),
+        ("llama_tiny", {"quantization_config": {"bits": 4}}, "`quantization_config` is .* float weights"),
+        ("llama_tiny", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "`type` must be one of .*, got 'yarn'"),
+        ("llama_tiny", {"rope_parameters": {"rope_type": "dynamic"}}, "`rope_type` must be one of .*'dynamic'"),
+        ("llama_tiny", {"rope_parameters": {"rope_type": "linear"}}, "`factor` is missing"),
+        ("llama_tiny", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "each type of layer"),
+        ("llama_tiny", {"rope_parameters": 3}, "`rope_parameters` must be an object"),
+        ("llama_tiny", {"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, "`high_freq_factor` must be above"),
+        ("llama_tiny", {"rope_parameters": {"rope_theta": -1}}, "`rope_theta` must be a positive number"),
+        ("llama_tiny", {"partial_rotary_factor": 0.5}, "`partial_rotary_factor` is 0.5"),
+        ("llama_tiny", {"model_type": "qwen2", "use_mrope": True}, "`use_mrope` is True"),
+        ("llama_tiny", {"model_type": "qwen2", "layer_types": ["full_attention"]}, "`layer_types` must be a list of 4"),
+        ("llama_tiny", {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 4}, "use_sliding_window"),
+        ("opt_tiny", {"ffn_dim": ...}, "`ffn_dim` is missing"),
+        ("opt_tiny", {"activation_function": None, "num_attention_heads": 3}, "`hidden_size` must be a multiple"),
+        ("opt_tiny", {"activation_function": "relu6"}, "`activation_function` must be one of"),
+        ("opt_tiny", {"enable_bias": "yes"}, "`enable_bias` must be true or false"),
+    ],
+)
+def test_config_that_cannot_be_used(name, changes, message):
+    with pytest.raises(PruneError, match=f"config.json.*{message}"):
+        make_network(config_of(name, **changes))

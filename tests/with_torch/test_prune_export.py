@@ -1,0 +1,93 @@
+"""Pruned models in `transformers` on torch: they load, score the same perplexity, and are as sparse."""
+
+import hashlib
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from prune_helpers import (
+    byte_level_metadata,
+    byte_tokenizer,
+    config_of,
+    folder_with_tokenizer,
+    gguf_metadata,
+    small_run,
+    weights_of,
+    write_folder,
+    write_gguf,
+)
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prune.experiment import run
+from prune.job import prepare
+from prune.output import read_masks
+
+TEXT = "Pruning takes weights away. What is left must do the work of all: \n\n say the same, to the same people. " * 6
+
+
+def bfloat16_folder(folder):
+    tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in weights_of("llama_tiny").items()}
+    source = write_folder(folder / "bfloat16", tensors, shards=2)
+    byte_tokenizer(begin=True).save_pretrained(source)
+    return source
+
+
+def gguf_file(folder):
+    tensors = dict(weights_of("llama_tiny"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):  # rows for the tokens beyond those of bytes
+        tensors[name] = np.pad(tensors[name], ((0, 4), (0, 0)))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = byte_level_metadata("gpt-2", ["Ġ t"], [*alphabet, "Ġt"])
+    return write_gguf(folder / "llama.gguf", tensors, gguf_metadata(config_of("llama_tiny")) | tokenizer)
+
+
+SOURCES = {
+    "llama": lambda folder: folder_with_tokenizer("llama_tiny", folder),
+    "llama-tied": lambda folder: folder_with_tokenizer("llama_tiny_tied", folder),
+    "llama-bfloat16": bfloat16_folder,
+    "llama-gguf": gguf_file,
+    "opt": lambda folder: folder_with_tokenizer("opt_tiny", folder),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {"method": "wanda", "allocation": "farms"}),
+        ("llama-tied", {"method": "magnitude", "allocation": "atp"}),
+        ("llama-bfloat16", {"method": "sparsegpt", "allocation": "uniform", "groups": "2:4"}),
+        ("llama-gguf", {"method": "magnitude", "allocation": "alphapruning"}),
+        ("opt", {"method": "wanda", "allocation": "owl", "groups": "4:8", "sparsity": 0.45}),
+    ],
+)
+def test_export_scores_the_same_on_torch(name, settings, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    config = small_run(tmp_path, SOURCES[name](tmp_path), text=str(text), calibration=str(text), **settings)
+    job = prepare(config)
+    run(job)
+    card = json.loads((job.path / "run.json").read_text())
+
+    tokenizer = AutoTokenizer.from_pretrained(job.path / "model")
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][0]
+    blocks = ids[: len(ids) // 40 * 40].reshape(-1, 40)
+    assert hashlib.sha256(blocks.numpy().astype("<i4").tobytes()).hexdigest() == card["evaluation"]["ids_sha256"]
+    assert (ids[0] == tokenizer.bos_token_id) == (name == "llama-bfloat16")
+
+    model = AutoModelForCausalLM.from_pretrained(job.path / "model", dtype=torch.float32).eval()
+    with torch.no_grad():
+        losses = [float(model(block[None], labels=block[None]).loss) for block in blocks]
+    assert np.exp(np.mean(losses)) == pytest.approx(card["perplexity"]["pruned"], rel=1e-4)
+    np.testing.assert_allclose(losses, card["nll_per_block"]["pruned"], rtol=1e-4)
+    assert card["perplexity"]["pruned"] != pytest.approx(card["perplexity"]["dense"], rel=1e-3)
+
+    modules, masks = dict(model.named_modules()), read_masks(job.path / "model")
+    assert set(masks) == {row["layer"] for row in card["allocation"]["layers"]}
+    for layer, mask in masks.items():
+        np.testing.assert_array_equal(modules[layer].weight.detach().numpy() != 0, mask, err_msg=layer)
+    kept = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.size for mask in masks.values())
+    assert 1 - kept == pytest.approx(card["sparsity"]["reached"])
+    assert card["sparsity"]["reached"] == pytest.approx(card["sparsity"]["asked"], abs=0.02)
