@@ -15,6 +15,7 @@ from prune.errors import PruneError
 from prune.methods import Groups
 from prune.select import lowest, lowest_of_groups
 
+_PART = 16  # columns at a time
 MOST_DAMPING = 10.0  # times the mean of the diagonal: beyond, the Hessian would no longer matter
 
 
@@ -83,7 +84,7 @@ def sparsegpt(
         factor: of `factorise`.
         sparsity: fraction to remove, in [0, 1). Without effect with `groups`.
         groups: remove by groups of consecutive inputs.
-        block: columns in a block; with groups the multiple of their size below it.
+        block: columns in a block, a multiple of 16; with groups rounded to a multiple of their size.
 
     Returns:
         New weight (out, in) float32, removed entries exactly 0, and the mask (out, in), True where kept.
@@ -92,18 +93,26 @@ def sparsegpt(
         Frantar and Alistarh, SparseGPT, ICML 2023, algorithm 1; `fasterprune` of the public code.
     """
     rows, columns = weight.shape
-    if groups:
-        block = max(block // groups.size, 1) * groups.size
-    block = min(block, columns)
-    last = columns % block or block
-    positions = [int(rows * width * sparsity) if sparsity > 0 else -1 for width in (block, last)]
     count, size = groups or (0, 0)
-    return _sparsegpt(weight, factor.upper, factor.dead, *positions, count, block=block, group=size)
+    part = size * max(_PART // size, 1) if size else _PART
+    block = part * min(max(block // part, 1), -(-columns // part))
+    last = columns - block * ((columns - 1) // block)
+    positions = [int(rows * width * sparsity) if sparsity > 0 else -1 for width in (block, last)]
+    return _sparsegpt(weight, factor.upper, factor.dead, *positions, count, block=block, part=part, group=size)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "group"))
+@functools.partial(jax.jit, static_argnames=("block", "part", "group"))
 def _sparsegpt(
-    weight: Array, upper: Array, dead: Array, position: int, last_position: int, count: int, *, block: int, group: int
+    weight: Array,
+    upper: Array,
+    dead: Array,
+    position: int,
+    last_position: int,
+    count: int,
+    *,
+    block: int,
+    part: int,
+    group: int,
 ) -> tuple[Array, Array]:
     """Work on the transpose (in, out), whose rows are contiguous columns, padded to whole blocks."""
     columns = weight.shape[1]
@@ -117,30 +126,35 @@ def _sparsegpt(
 
     def do_block(b: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         work, kept = carry
-        start = b * block
-        here = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
-        tile, u_rows, d = here(work), here(upper), here(diagonal)
-        u = lax.dynamic_slice_in_dim(u_rows, start, block, axis=1)
+        here = functools.partial(lax.dynamic_slice_in_dim, start_index=b * block, slice_size=block)
+        tile, u, d = here(work), here(upper), here(diagonal)
         if group:
             removed = jnp.zeros(tile.shape, bool)
         else:
             scores = jnp.where(here(real)[:, None], (tile / d[:, None]) ** 2, jnp.inf)
             at = jnp.where(b == num_blocks - 1, last_position, position)
             removed = lowest(scores, at) & (at >= 0)
-        tile, removed, errors = _do_tile(tile, removed, u, d, count, group)
-        # What is right of the block pays for the block's errors; U is upper, so nothing left of it moves.
-        right = jnp.where(jnp.arange(len(work)) < start + block, 0, u_rows)
-        work = work - jnp.matmul(right.T, errors, precision="highest")
-        work = lax.dynamic_update_slice_in_dim(work, tile, start, axis=0)
-        return work, lax.dynamic_update_slice_in_dim(kept, ~removed, start, axis=0)
+        inner = lax.dynamic_slice_in_dim(u, b * block, block, axis=1)
+        tile, removed, errors = _do_tile(tile, removed, inner, d, count, part, group)
+        work = work - _right_of(u, (b + 1) * block, errors)
+        work = lax.dynamic_update_slice_in_dim(work, tile, b * block, axis=0)
+        return work, lax.dynamic_update_slice_in_dim(kept, ~removed, b * block, axis=0)
 
     work, kept = lax.fori_loop(0, num_blocks, do_block, (work, jnp.ones(work.shape, bool)))
     kept = kept[:columns].T
     return jnp.where(kept, work[:columns].T, 0), kept
 
 
-def _do_tile(tile: Array, removed: Array, u: Array, d: Array, count: int, group: int) -> tuple[Array, Array, Array]:
-    """Remove weights of one block of columns, one after the other.
+def _right_of(u: Array, stop: Array, errors: Array) -> Array:
+    """What columns from `stop` on must pay for errors (n, out) of n columns, whose rows of U are u (n, columns)."""
+    right = jnp.where(jnp.arange(u.shape[1]) < stop, 0, u)
+    return jnp.matmul(right.T, errors, precision="highest")
+
+
+def _do_tile(
+    tile: Array, removed: Array, u: Array, d: Array, count: int, part: int, group: int
+) -> tuple[Array, Array, Array]:
+    """Remove weights of one block of columns; a few columns at a time, which stay in the cache meanwhile.
 
     Args:
         tile: (block, out) weights.
@@ -148,11 +162,27 @@ def _do_tile(tile: Array, removed: Array, u: Array, d: Array, count: int, group:
         u: (block, block) of the upper factor.
         d: (block,) its diagonal, 1 for padding.
         count: N of N:M.
-        group: M, or 0.
+        part: columns at a time, divides the block.
+        group: M, divides the part; or 0.
 
     Returns:
         The tile with its later columns updated, what is removed, and the errors (block, out).
     """
+
+    def do_part(p: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        tile, removed, errors = carry
+        here = functools.partial(lax.dynamic_slice_in_dim, start_index=p * part, slice_size=part)
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=p * part, axis=0)
+        inner = lax.dynamic_slice_in_dim(here(u), p * part, part, axis=1)
+        columns, gone, paid = _do_columns(here(tile), here(removed), inner, here(d), count, group)
+        tile = tile - _right_of(here(u), (p + 1) * part, paid)
+        return put(tile, columns), put(removed, gone), put(errors, paid)
+
+    return lax.fori_loop(0, len(tile) // part, do_part, (tile, removed, jnp.zeros_like(tile)))
+
+
+def _do_columns(tile: Array, removed: Array, u: Array, d: Array, count: int, group: int) -> tuple[Array, Array, Array]:
+    """Remove weights column by column; arguments and results as those of `_do_tile`, for a part of it."""
 
     def choose(i: Array, tile: Array, removed: Array) -> Array:
         here = functools.partial(lax.dynamic_slice_in_dim, start_index=i, slice_size=group)
@@ -165,7 +195,6 @@ def _do_tile(tile: Array, removed: Array, u: Array, d: Array, count: int, group:
         if group:
             removed = lax.cond(i % group == 0, choose, lambda i, tile, removed: removed, i, tile, removed)
         error = jnp.where(removed[i], tile[i], 0) / d[i]
-        tile = tile - u[i][:, None] * error
-        return tile, removed, errors.at[i].set(error)
+        return tile - u[i][:, None] * error, removed, errors.at[i].set(error)
 
     return lax.fori_loop(0, len(tile), do_column, (tile, removed, jnp.zeros_like(tile)))
