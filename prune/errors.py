@@ -1,5 +1,32 @@
-"""The one error that users of the pruning programs see."""
+"""The one error that users of the pruning programs see, and how they see it."""
+
+import contextlib
+import sys
+from collections.abc import Generator
 
 
 class PruneError(ValueError):
     """Something given cannot be used; the message names it, says why, and what to do."""
+
+
+@contextlib.contextmanager
+def reported(program: str, when_stopped: str = "") -> Generator[None]:
+    """End a program with one line on stderr instead of a traceback, where the mistake is not the program's.
+
+    Exit status 2 for a `PruneError` or a file that cannot be used, 130 when stopped from the keyboard.
+
+    Args:
+        program: its name.
+        when_stopped: what to do after a stop from the keyboard.
+    """
+    try:
+        yield
+    except PruneError as error:
+        sys.stderr.write(f"{program}: {error}\n")
+        sys.exit(2)
+    except OSError as error:
+        sys.stderr.write(f"{program}: {error.filename or 'a file'}: {error.strerror or error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{program}: stopped{when_stopped}\n")
+        sys.exit(130)

@@ -20,7 +20,7 @@ import tyro
 
 from farms_jax.files import write_json
 from prune.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
-from prune.errors import PruneError
+from prune.errors import PruneError, reported
 from prune.models import Network, make_network
 from prune.perplexity import perplexity
 from prune.text import Samples, evaluation_blocks, tokenizer_fingerprint
@@ -95,21 +95,12 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     usage = "\n\n".join(filter(None, (__doc__ or "").splitlines()))
     config = tyro.cli(Config, args=args, prog="prune.evaluate", description=usage)
-    try:
+    with reported("prune.evaluate"):
         result = run(config)
         print(table(result))
         if config.out is not None:
             write_json(config.out, result)
             print(f"written to {config.out}")
-    except PruneError as error:
-        print(f"prune.evaluate: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"prune.evaluate: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nprune.evaluate: stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -7,13 +7,11 @@ python -m prune.llama --method sparsegpt --groups 2:4    other methods and patte
 A run that was stopped, in whatever way, goes on when the same command is given again.
 """
 
-import sys
-
 import tyro
 from threadpoolctl import threadpool_limits
 
 from prune.config import Config
-from prune.errors import PruneError
+from prune.errors import reported
 from prune.experiment import run
 from prune.job import prepare
 
@@ -26,16 +24,9 @@ def main(default: Config | None = None) -> None:
     """
     usage = "\n\n".join(filter(None, (__doc__ or "").splitlines()))
     config = tyro.cli(Config, default=default or Config(), prog="prune.llama", description=usage)
-    try:
-        # BLAS threads and XLA's own slow each other down many times over.
-        with threadpool_limits(1, user_api="blas"):
-            print(run(prepare(config)))
-    except PruneError as error:
-        print(f"prune.llama: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nprune.llama: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    # BLAS threads and XLA's own slow each other down many times over.
+    with reported("prune.llama", "; the same command goes on from here"), threadpool_limits(1, user_api="blas"):
+        print(run(prepare(config)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ weights depend on. Stopped or killed, the same command goes on.
 
 import dataclasses
 import json
-import sys
 import time
 import zipfile
 from importlib import metadata
@@ -27,7 +26,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from farms_jax.files import atomic, sha256, write_json, write_text
-from prune.errors import PruneError
+from prune.errors import PruneError, reported
 from prune.models import Network, make_network
 from prune.small_model import (
     Params,
@@ -279,18 +278,12 @@ def _write_folder(
 def main() -> None:
     """Run the program; a mistake in settings or texts is one line on stderr, and exit status 2."""
     config = tyro.cli(Config, prog="prune.train_small", description=__doc__)
-    try:
+    with reported("prune.train_small", "; the same command goes on"):
         record = train(config)
         assert record is not None
         measured = ", ".join(f"{name} {loss:.3f}" for name, loss in record["loss"].items())
         print(f"{record['parameters']:,} parameters of step {record['kept_step']}; nats per token: {measured}")
         print(f"written to {config.out}")
-    except (PruneError, OSError) as error:
-        print(f"prune.train_small: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nprune.train_small: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
