@@ -90,7 +90,8 @@ def round_to_groups(
     With one group size this is mixed N:M; with each layer's number of inputs, the weights to remove of every row.
 
     The fractions are rounded so that the weights removed in all come as near to those of `sparsity` as whole numbers
-    allow (largest remainders first): with layers of one size, to within half a step of one layer.
+    allow (largest remainders first): with layers of one size, to within half a step of one layer. Rounding leaves one
+    of each group of two and more; only a sparsity of 1 removes them all.
 
     >>> round_to_groups({"a": 0.4, "b": 0.6, "c": 0.5}, {"a": 64, "b": 64, "c": 64}, group=4)
     {'a': 2, 'b': 2, 'c': 2}
@@ -102,7 +103,7 @@ def round_to_groups(
         block_of: layers of one block get one N; `None`: every layer has its own.
 
     Returns:
-        Weights to remove of each group, in [0, group], by layer.
+        Weights to remove of each group, by layer.
 
     Raises:
         ValueError: `group` is below 1, or differs within a block.
@@ -122,10 +123,12 @@ def round_to_groups(
     removed = {block: math.floor(value + 1e-9) for block, value in exact.items()}
     step = {block: sizes[block] / groups[block] for block in groups}
     rest = sum(wanted.values()) - sum(removed[block] * step[block] for block in groups)
-    for block in sorted(groups, key=lambda block: removed[block] - exact[block]):
-        if removed[block] < groups[block] and rest >= step[block] / 2:
-            removed[block] += 1
-            rest -= step[block]
+    # One of each group stays, as `allocate_sparsity` keeps some of each layer: what that leaves, others remove.
+    most = {block: max(removed[block], groups[block] - 1, 1) for block in groups}
+    while able := [block for block in groups if removed[block] < most[block] and rest >= step[block] / 2]:
+        block = min(able, key=lambda block: removed[block] - exact[block])
+        removed[block] += 1
+        rest -= step[block]
     return {layer: removed[block] for layer, block in blocks.items()}
 
 

@@ -98,6 +98,8 @@ class Config:
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise PruneError(f"--{field.replace('_', '-')} must be above 0, got {value}")
+        if groups and self.target > 1 - 1 / groups.size:
+            raise PruneError(f"--sparsity {self.target} is beyond --groups {self.groups}: one of each group stays")
         if self.length == 1:
             raise PruneError("--length must be at least 2: perplexity predicts tokens from those before them")
         if self.seed < 0:

@@ -128,8 +128,10 @@ def test_mixed_groups_keep_the_global_budget(group, sparsity):
     sizes = dict.fromkeys(SCORES, 64)
     wanted = allocate_sparsity(SCORES, sparsity=sparsity, epsilon=0.4, num_params=sizes)
     found = round_to_groups(wanted, sizes, group=group)
-    assert all(0 <= n <= group for n in found.values())
-    assert all(abs(found[layer] / group - wanted[layer]) < 1 / group + 1e-9 for layer in found)
+    most = max(group - 1, 1)  # one of each group stays; what that leaves, others remove
+    assert all(0 <= n <= most for n in found.values())
+    if all(wanted[layer] * group <= most for layer in found):
+        assert all(abs(found[layer] / group - wanted[layer]) < 1 / group + 1e-9 for layer in found)
     assert abs(sum(found.values()) - group * len(found) * sparsity) <= 0.5 + 1e-6
 
 

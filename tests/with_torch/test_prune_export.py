@@ -58,7 +58,7 @@ SOURCES = {
     [
         ("llama", {"method": "wanda", "allocation": "farms"}),
         ("llama-tied", {"method": "magnitude", "allocation": "atp"}),
-        ("llama-bfloat16", {"method": "sparsegpt", "allocation": "uniform", "groups": "2:4"}),
+        ("llama-bfloat16", {"method": "wanda", "allocation": "uniform", "groups": "2:4"}),
         ("llama-gguf", {"method": "magnitude", "allocation": "alphapruning"}),
         ("opt", {"method": "wanda", "allocation": "owl", "groups": "4:8", "sparsity": 0.45}),
     ],

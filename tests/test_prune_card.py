@@ -1,0 +1,197 @@
+"""What a pruning run writes: the model and its masks, the card, the table, the plots."""
+
+import csv
+import dataclasses
+import hashlib
+import json
+from importlib.metadata import version
+
+import ml_dtypes
+import numpy as np
+import pytest
+from matplotlib import image
+from prune_helpers import (
+    DATA,
+    byte_tokenizer,
+    bytes_of,
+    folder_with_tokenizer,
+    numbers_of,
+    small_run,
+    weights_of,
+    write_folder,
+)
+from safetensors.numpy import load_file
+
+from prune.config import Config
+from prune.experiment import run
+from prune.job import peak_memory, prepare
+from prune.output import read_masks
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run: Wanda with sparsities from FARMS, on a small LLaMA."""
+    job = prepare(small_run(tmp_path_factory.mktemp("run")))
+    run(job)
+    return job
+
+
+def card_of(job):
+    return json.loads((job.path / "run.json").read_text())
+
+
+# --- Export ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shards", "method"),
+    [
+        (np.float32, 1, "wanda"),
+        (np.float32, 3, "sparsegpt"),
+        (np.float16, 1, "magnitude"),
+        (ml_dtypes.bfloat16, 2, "sparsegpt"),
+    ],
+)
+def test_nothing_removed_gives_the_same_bytes_back(dtype, shards, method, tmp_path):
+    tensors = {name: tensor.astype(dtype) for name, tensor in weights_of("llama_tiny").items()}
+    source = write_folder(tmp_path / "source", tensors, shards=shards)
+    (source / "generation_config.json").write_text('{"do_sample":  false}')
+    (source / "tokenizer.json").write_text("{}")
+    (source / "pytorch_model.bin").write_bytes(b"a pickle")
+    job = prepare(small_run(tmp_path, source, method=method, allocation="uniform", sparsity=0.0))
+    run(job)
+    found, expected = bytes_of(job.path / "model"), bytes_of(source)
+    del found["masks.safetensors"], expected["pytorch_model.bin"]
+    assert found == expected
+    assert all(mask.all() for mask in read_masks(job.path / "model").values())
+    assert card_of(job)["perplexity"]["pruned"] == card_of(job)["perplexity"]["dense"]
+
+
+def assert_pruned(job, source):
+    """Masks stand for the zeros of the layers; nothing else has changed. Returns what was changed."""
+    masks, before, after = (
+        read_masks(job.path / "model"),
+        load_file(source),
+        load_file(job.path / "model/model.safetensors"),
+    )
+    assert set(before) == set(after)
+    for name in before.keys() - {f"{layer}.weight" for layer in masks}:
+        assert before[name].tobytes() == after[name].tobytes(), name
+    for layer, mask in masks.items():
+        np.testing.assert_array_equal(after[f"{layer}.weight"] != 0, mask, err_msg=layer)
+    rows = {row["layer"]: row for row in card_of(job)["allocation"]["layers"]}
+    assert {layer: 1 - mask.mean() for layer, mask in masks.items()} == pytest.approx({
+        layer: row["reached"] for layer, row in rows.items()
+    })
+    return masks, before, after
+
+
+def test_masks_are_the_zeros_and_all_else_is_as_it_was(finished):
+    masks, before, after = assert_pruned(finished, DATA / "llama_tiny/model.safetensors")
+    assert len(masks) == 28
+    for layer, mask in masks.items():
+        np.testing.assert_array_equal(after[f"{layer}.weight"][mask], before[f"{layer}.weight"][mask])
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "allocation", "layers"),
+    [("llama_tiny", "sparsegpt", "uniform", 28), ("opt_tiny", "wanda", "owl", 12)],
+)
+def test_masks_of_other_methods_and_families(model, method, allocation, layers, tmp_path):
+    job = prepare(small_run(tmp_path, model, method=method, allocation=allocation))
+    run(job)
+    masks, before, after = assert_pruned(job, DATA / model / "model.safetensors")
+    assert len(masks) == layers
+    # SparseGPT moves what it keeps.
+    moved = [(before[f"{layer}.weight"] != after[f"{layer}.weight"])[mask].mean() for layer, mask in masks.items()]
+    assert min(moved) > 0.5 if method == "sparsegpt" else max(moved) == 0
+
+
+# --- The card --------------------------------------------------------------------------------------------------------
+
+
+def test_card_holds_all_that_the_numbers_depend_on(finished):
+    job = finished
+    card, (arrays, numbers) = card_of(job), numbers_of("llama_tiny")
+    asked = {field.name for field in dataclasses.fields(Config)} - {"out"}
+    assert set(card["settings"]) == asked
+    assert (card["settings"]["method"], card["settings"]["seed"], card["settings"]["sparsity"]) == ("wanda", 0, 0.5)
+    assert card["model"]["config"] == json.loads((DATA / "llama_tiny/config.json").read_text())
+    assert card["evaluation"]["ids_sha256"] == hashlib.sha256(arrays["ids"].astype("<i4").tobytes()).hexdigest()
+    stream = np.load(job.config.calibration).ravel()
+    drawn = np.stack([stream[start : start + 40] for start in card["calibration"]["positions"]])
+    assert card["calibration"]["ids_sha256"] == hashlib.sha256(drawn.astype("<i4").tobytes()).hexdigest()
+    assert card["versions"]["jax"] == version("jax")
+    assert {"farms-jax", "jaxlib", "flax", "numpy", "transformers"} <= set(card["versions"])
+    assert card["perplexity"]["dense"] == pytest.approx(np.exp(numbers["loss_mean"]), rel=1e-5)
+    assert card["perplexity"]["pruned"] == pytest.approx(np.exp(np.mean(card["nll_per_block"]["pruned"])))
+    assert card["perplexity"]["pruned"] != card["perplexity"]["dense"]
+    stages = {"dense", "alphas", "scores", "epsilon", "sparsity", "blocks", "pruned", "alphas after"}
+    assert set(card["seconds"]) == stages
+    assert len(card["seconds_per_block"]) == 4
+    assert 100 * MIB < card["peak_memory_bytes"] <= peak_memory()
+
+
+def test_card_holds_the_allocation(finished):
+    card = card_of(finished)
+    allocation, rows = card["allocation"], card["allocation"]["layers"]
+    assert (allocation["by"], allocation["granularity"], allocation["epsilon"]) == ("farms", "block", {"value": 0.3})
+    weights = {name.removesuffix(".weight"): w.size for name, w in weights_of("llama_tiny").items() if "_proj" in name}
+    assert {row["layer"]: row["weights"] for row in rows} == weights
+    for measure in ("sparsity", "reached"):
+        mean = np.average([row[measure] for row in rows], weights=[row["weights"] for row in rows])
+        name = {"sparsity": "asked"}.get(measure, measure)
+        assert mean == pytest.approx(card["sparsity"][name])
+    assert all(row["alpha"] > 1 and row["alpha_after"] > 1 and row["alpha"] != row["alpha_after"] for row in rows)
+    with (finished.path / "layers.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["layer"] for row in table] == [row["layer"] for row in rows]
+    assert [float(row["alpha"]) for row in table] == [row["alpha"] for row in rows]
+
+
+def test_plots_show_something(finished):
+    for name in ("sparsity.png", "alphas.png"):
+        pixels = image.imread(finished.path / name)[..., :3]
+        # Ink of the first line's colour.
+        assert (np.abs(pixels - np.array([0x1F, 0x77, 0xB4]) / 255).max(-1) < 0.02).sum() > 200, name
+
+
+def test_hash_is_of_the_weights_whatever_their_files(finished, tmp_path):
+    tensors = weights_of("llama_tiny")
+
+    def hash_of(name, **changes):
+        folder = write_folder(tmp_path / name, tensors | changes, shards=2)
+        return prepare(small_run(tmp_path, folder)).weights
+
+    assert hash_of("sharded") == finished.weights
+    changed = tensors["model.norm.weight"].copy()
+    changed[5] += 1e-6
+    assert hash_of("changed", **{"model.norm.weight": changed}) != finished.weights
+
+
+def test_text_goes_through_the_tokenizer_of_the_model(tmp_path):
+    model, text = folder_with_tokenizer("llama_tiny", tmp_path), tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 9)
+    config = small_run(tmp_path, model, method="magnitude", allocation="uniform", text=str(text), limit=5)
+    job = prepare(config)
+    run(job)
+    card, found = card_of(job), bytes_of(job.path / "model")
+    assert (card["evaluation"]["count"], card["evaluation"]["tokens"]) == (5, 9 * 45)  # a byte is a token
+    assert card["evaluation"]["text_sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert len(card["tokenizer_sha256"]) == 64
+    assert found["tokenizer.json"] == (model / "tokenizer.json").read_bytes()
+
+
+def test_a_tokenizer_that_is_given_goes_with_the_model(tmp_path):
+    """Also where the texts are token ids, and the model has one of its own."""
+    model, other = folder_with_tokenizer("llama_tiny", tmp_path), tmp_path / "other"
+    byte_tokenizer(begin=True).save_pretrained(other)
+    job = prepare(small_run(tmp_path, model, method="magnitude", allocation="uniform", tokenizer=str(other)))
+    run(job)
+    found, own, given = (
+        json.loads((folder / "tokenizer.json").read_text()) for folder in (job.path / "model", model, other)
+    )
+    assert found == given
+    assert found != own

@@ -1,0 +1,123 @@
+"""Perplexity against logits, however sequences are batched, and while pruning."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from prune_helpers import DATA, numbers_of, small_run, weights_of, write_folder
+
+import prune.perplexity
+import prune.walk
+from prune.allocation import sizes_of
+from prune.blocks import Plan
+from prune.checkpoint import open_checkpoint
+from prune.experiment import run
+from prune.job import prepare
+from prune.models import make_network
+from prune.passes import rehearse
+from prune.perplexity import perplexity
+
+MODELS = ("llama_tiny", "llama_tiny_tied", "opt_tiny", "opt_tiny_postnorm")
+
+
+def opened(folder):
+    checkpoint = open_checkpoint(str(folder))
+    return make_network(checkpoint.config, checkpoint.tensors), checkpoint
+
+
+def losses_of(logits, ids):
+    """Loss of each sequence in float64: log of the sum over the vocabulary, less the next token's logit."""
+    logits = logits[:, :-1].astype(np.float64)
+    highest = logits.max(-1)
+    log_sum = highest + np.log(np.exp(logits - highest[..., None]).sum(-1))
+    return (log_sum - np.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0]).mean(1)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_perplexity_is_that_of_the_reference_s_logits(model):
+    arrays, numbers = numbers_of(model)
+    found, expected = perplexity(*opened(DATA / model), arrays["ids"]), losses_of(arrays["logits"], arrays["ids"])
+    np.testing.assert_allclose(found.nll, expected, rtol=1e-4)
+    assert found.value == pytest.approx(np.exp(expected.mean()), rel=1e-4)
+    if model.startswith("llama"):  # those for which the fixture has it
+        assert found.nll.mean() == pytest.approx(numbers["loss_mean"], rel=1e-5)
+
+
+def test_perplexity_is_that_of_our_own_logits_to_rounding():
+    network, checkpoint = opened(DATA / "llama_tiny")
+    ids = np.random.default_rng(1).integers(0, 256, (3, 40), dtype=np.int32)
+
+    def state(part):
+        return network.to_state(part, {name: checkpoint.read(name) for name in network.tensors(part)})
+
+    apply, x = jax.jit(network.block), network.embed(state("embed"), jnp.asarray(ids))
+    for block in range(network.num_blocks):
+        x = apply(state(block), x)
+    expected = losses_of(np.asarray(jax.jit(network.head)(state("head"), x)), ids)
+    found = perplexity(network, checkpoint, ids)
+    np.testing.assert_allclose(found.nll, expected, rtol=2e-6)
+    assert found.value == pytest.approx(np.exp(expected.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 80, 200], ids=["one by one", "two and one", "all at once"])
+def test_batches_change_nothing(tokens, tmp_path, monkeypatch):
+    arrays, _ = numbers_of("llama_tiny")
+    network, checkpoint = opened(DATA / "llama_tiny")
+    expected = perplexity(network, checkpoint, arrays["ids"])
+    monkeypatch.setattr(prune.walk, "TOKENS", tokens)
+    found = perplexity(network, checkpoint, arrays["ids"])
+    np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-6)
+    spilled = perplexity(network, checkpoint, arrays["ids"], spill=tmp_path)
+    assert spilled.nll.tolist() == found.nll.tolist()
+    assert spilled.value == found.value
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 39])
+def test_logits_of_a_few_tokens_at_a_time_change_nothing(at_once, monkeypatch):
+    arrays, _ = numbers_of("llama_tiny")
+    network, checkpoint = opened(DATA / "llama_tiny")
+    expected = perplexity(network, checkpoint, arrays["ids"])
+    monkeypatch.setattr(prune.perplexity, "_LOGITS", at_once * 256)
+    prune.perplexity._losses.clear_cache()
+    try:
+        found = perplexity(network, checkpoint, arrays["ids"])
+    finally:
+        prune.perplexity._losses.clear_cache()
+    np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-6)
+
+
+def test_one_sequence_is_worth_as_much_as_another():
+    """The mean is over sequences, in nats, before exp: not a mean of perplexities."""
+    network, checkpoint = opened(DATA / "llama_tiny")
+    arrays, _ = numbers_of("llama_tiny")
+    alone = [perplexity(network, checkpoint, arrays["ids"][i : i + 1]).value for i in range(3)]
+    assert max(alone) > 1.05 * min(alone)
+    together = perplexity(network, checkpoint, arrays["ids"]).value
+    assert together == pytest.approx(np.prod(alone) ** (1 / 3), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_pruning_nothing_on_the_way_gives_the_dense_perplexity(method, tmp_path):
+    job = prepare(small_run(tmp_path, method=method, allocation="uniform"))
+    plan = Plan(method, dict.fromkeys(sizes_of(job.network), 0.0))
+    found = rehearse(job, plan, job.evaluation.ids, "nothing")
+    dense = perplexity(job.network, job.checkpoint, job.evaluation.ids)
+    assert found["sparsity"] == 0
+    np.testing.assert_allclose(found["nll"], dense.nll, rtol=1e-6)
+
+
+def test_pruning_on_the_way_is_pruning_and_then_evaluating(tmp_path):
+    """The uniform baseline, which writes no model, beside the same run that does; weights are rounded in both."""
+    tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in weights_of("llama_tiny").items()}
+    source = write_folder(tmp_path / "source", tensors)
+    job = prepare(small_run(tmp_path, source, method="sparsegpt", allocation="uniform", baseline="uniform"))
+    text = run(job)
+    card = json.loads((job.path / "run.json").read_text())
+    assert card["uniform_sparsity"] == card["sparsity"]["reached"]
+    np.testing.assert_allclose(card["nll_per_block"]["uniform"], card["nll_per_block"]["pruned"], rtol=1e-6)
+    assert card["nll_per_block"]["uniform"] != card["nll_per_block"]["dense"]
+    lines = [line.split() for line in text.splitlines()]
+    assert [line[0] for line in lines if line and line[0] in {"dense", "uniform"}] == ["dense", "uniform", "uniform"]

@@ -1,0 +1,284 @@
+"""Pruning runs: killed and resumed, asked for again, dry; how much memory they take."""
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from prune_helpers import (
+    DATA,
+    bytes_of,
+    command,
+    small_run,
+    weights_of,
+    write_random_llama,
+)
+
+import prune.experiment
+import prune.output
+import prune.passes
+import prune.perplexity
+import prune.rundir
+from prune import llama
+from prune.experiment import run
+from prune.job import prepare
+
+ROOT = DATA.parent.parent
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run: Wanda with sparsities from FARMS, on a small LLaMA."""
+    job = prepare(small_run(tmp_path_factory.mktemp("run")))
+    return job, run(job)
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    """The same in a place of its own, to be damaged."""
+    shutil.copytree(finished[0].config.out, tmp_path / "out")
+    return dataclasses.replace(finished[0].config, out=tmp_path / "out")
+
+
+def card_of(path):
+    return json.loads((path / "run.json").read_text())
+
+
+def without_times(card):
+    return {key: value for key, value in card.items() if "seconds" not in key and key != "peak_memory_bytes"}
+
+
+def assert_same_run(path, expected):
+    """Byte for byte the same model and table, and the same card but for times."""
+    assert bytes_of(path / "model") == bytes_of(expected / "model")
+    assert (path / "layers.csv").read_bytes() == (expected / "layers.csv").read_bytes()
+    assert without_times(card_of(path)) == without_times(card_of(expected))
+    assert not (path / "model.part").exists()
+
+
+def never(*arguments, **keywords):
+    pytest.fail("computed again")
+
+
+# --- Killed ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Environment in which programs share what they compile, as does this process while the test runs."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield os.environ | {name.upper(): str(value) for name, value in settings.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def kill(config, environment, ready):
+    """Begin or go on with a run, and send it SIGKILL as soon as its record says that it is ready for it."""
+
+    def record():
+        return next((json.loads(path.read_text()) for path in config.out.glob("*/progress.json")), {})
+
+    process = subprocess.Popen(
+        command(config), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        while process.poll() is None and not ready(record()):
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
+    return record()
+
+
+@pytest.mark.parametrize(("method", "allocation"), [("wanda", "farms"), ("sparsegpt", "uniform")])
+def test_killed_runs_go_on_to_the_same_bytes(method, allocation, tmp_path, compiled, monkeypatch):
+    model = write_random_llama(tmp_path / "model", blocks=6, hidden=128, intermediate=384)
+    config = small_run(tmp_path, model, method=method, allocation=allocation, samples=64, length=128, epsilon="0.2")
+    for name, count in (("calibration", 64), ("text", 8)):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(count).integers(0, 256, (count, 128)))
+    whole = dataclasses.replace(config, out=tmp_path / "whole")
+    monkeypatch.setattr(sys, "argv", command(whole)[2:])
+    llama.main()
+
+    # Wanda: laid out, and in its first evaluation or in the analysis after it. SparseGPT: with a block written.
+    enough = 0 if method == "wanda" else 1
+    first = kill(config, compiled, lambda record: len(record.get("written", "")) >= enough and "written" in record)
+    second = kill(config, compiled, lambda record: len(record.get("written", "")) > len(first["written"]))
+    assert enough <= len(first["written"]) < len(second["written"]) <= 6
+    assert second["written"][: len(first["written"])] == first["written"]
+    end = subprocess.run(command(config), cwd=ROOT, env=compiled, capture_output=True, text=True, check=True)
+    assert "perplexity on" in end.stdout
+    assert_same_run(next(config.out.glob("model-*")), next(whole.out.glob("model-*")))
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("steps", [5, 6, 7])
+def test_stopped_between_any_two_writes(when, steps, finished, tmp_path, monkeypatch):
+    """Every process of the run gets so many writes further, and is stopped right before or right after one."""
+    left = 0
+
+    def counted(call):
+        def stop_at_last(*arguments, **keywords):
+            nonlocal left
+            left -= 1
+            if not left and when == "before":
+                raise Killed
+            result = call(*arguments, **keywords)
+            if not left:
+                raise Killed
+            return result
+
+        return stop_at_last
+
+    monkeypatch.setattr(prune.rundir, "write_json", counted(prune.rundir.write_json))
+    monkeypatch.setattr(prune.output.os, "fsync", counted(os.fsync))
+    monkeypatch.setattr(prune.output.Output, "finish", counted(prune.output.Output.finish))
+    monkeypatch.setattr(prune.experiment, "plot_run", counted(lambda *_: []))
+    config = dataclasses.replace(finished[0].config, out=tmp_path / "out")
+    for stops in itertools.count():
+        left = steps
+        try:
+            run(prepare(config))
+            break
+        except Killed:
+            assert stops < 50, "it does not get on"
+    assert stops > 3
+    assert_same_run(prepare(config).path, finished[0].path)
+
+
+# --- Given again -----------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_given_again_says_the_same_and_computes_nothing(finished, finished_copy, monkeypatch):
+    for module in (prune.passes, prune.perplexity):
+        monkeypatch.setattr(module, "walk", never)
+    for name in ("measure", "make_card"):  # a card made now would say that these versions had computed it
+        monkeypatch.setattr(prune.experiment, name, never)
+    job = prepare(finished_copy)
+    card = (job.path / "run.json").read_bytes()
+    text = run(job)
+    assert text == finished[1].replace(str(finished[0].config.out), str(finished_copy.out))
+    assert (job.path / "run.json").read_bytes() == card
+
+
+def test_fresh_computes_again(finished, finished_copy):
+    job = prepare(finished_copy)
+    weights = job.path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    run(job)
+    assert bytes_of(job.path / "model") != bytes_of(finished[0].path / "model")
+    run(prepare(dataclasses.replace(finished_copy, fresh=True)))
+    card, expected = (without_times(card_of(path)) for path in (job.path, finished[0].path))
+    assert card["settings"].pop("fresh") is True
+    assert expected["settings"].pop("fresh") is False
+    assert card == expected
+    assert bytes_of(job.path / "model") == bytes_of(finished[0].path / "model")
+
+
+@pytest.mark.parametrize("lost", ["model", "model/model.safetensors", "progress.json"])
+def test_what_was_taken_away_from_a_finished_run_is_made_again(lost, finished, finished_copy):
+    path = prepare(finished_copy).path
+    shutil.rmtree(path / lost) if lost == "model" else (path / lost).unlink()
+    run(prepare(finished_copy))
+    assert_same_run(path, finished[0].path)
+
+
+# --- Dry -------------------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_says_what_a_run_would_do_and_saves_it_the_analysis(finished, tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(finished[0].config, out=tmp_path / "out")
+    job = prepare(dataclasses.replace(config, dry_run=True))
+    table = run(job)
+    assert sorted(path.name for path in job.path.iterdir()) == ["progress.json"]
+    rows = [line.split() for line in table.splitlines() if line.startswith("model.layers.")]
+    assert [row[0] for row in rows] == [f"model.layers.{block}" for block in range(4)]
+    # Blocks of one size; figures are printed with four decimals.
+    assert np.mean([float(row[2]) for row in rows]) == pytest.approx(0.5, abs=1e-4)
+    weights = weights_of("llama_tiny")
+    everything = sum(weight.size for weight in weights.values())
+    inside = sum(weight.size for name, weight in weights.items() if "_proj" in name)
+    assert f"0.5000 of {inside / 1e6:.2f} M block weights, {inside / 2 / everything:.4f} of all" in table
+    kept = 4 * (everything - inside / 2) + inside / 8
+    assert f"size: {4 * everything / MIB:.1f} MiB dense; {kept / MIB:.1f} MiB with" in table
+
+    measured, evaluated = [], []
+    measure, perplexity = prune.experiment.measure, prune.experiment.perplexity
+    monkeypatch.setattr(prune.experiment, "measure", lambda *a: measured.append(a[-1]) or measure(*a))
+    monkeypatch.setattr(
+        prune.experiment, "perplexity", lambda *a, title, **k: evaluated.append(title) or perplexity(*a, **k)
+    )
+    capsys.readouterr()
+    run(prepare(config))
+    assert (measured, evaluated) == (["alphas after pruning"], ["pruned perplexity"])
+    assert table in capsys.readouterr().out
+    assert_same_run(job.path, finished[0].path)
+
+
+def test_dry_run_takes_nothing_away(finished, finished_copy):
+    job = prepare(dataclasses.replace(finished_copy, dry_run=True, fresh=True))
+    assert "block weights" in run(job)
+    assert_same_run(job.path, finished[0].path)
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_spilled_activations_change_no_bit(finished, tmp_path):
+    spill = tmp_path / "spill"
+    job = prepare(dataclasses.replace(finished[0].config, out=tmp_path / "out", spill=spill))
+    run(job)
+    assert bytes_of(job.path / "model") == bytes_of(finished[0].path / "model")
+    assert card_of(job.path)["nll_per_block"] == card_of(finished[0].path)["nll_per_block"]
+    assert list(spill.iterdir()) == []
+
+
+def test_memory_is_that_of_a_block_not_of_the_model(tmp_path):
+    peaks = []
+    for blocks in (4, 44):
+        model = write_random_llama(tmp_path / "model", blocks=blocks, hidden=512, intermediate=1536)
+        config = small_run(tmp_path, model, allocation="uniform", out=tmp_path / str(blocks))
+        subprocess.run(command(config), cwd=ROOT, capture_output=True, check=True)
+        peaks.append(card_of(next(config.out.glob("model-*")))["peak_memory_bytes"])
+    weights = (model / "model.safetensors").stat().st_size
+    for folder in (model, tmp_path / "44"):  # too large to lie about
+        shutil.rmtree(folder)
+    # All that the program takes, Python and JAX included, is less than the weights alone.
+    assert peaks[1] < weights
+    assert peaks[1] - peaks[0] < weights / 8
+
+
+def test_peak_memory_is_of_this_process_alone():
+    """What a program is started from counts for nothing, what it held before does."""
+    child = "from prune.job import peak_memory; import numpy; numpy.ones(10**7); print(peak_memory())"
+    parent = f"""
+import subprocess, sys, numpy
+numpy.ones(10**8)
+subprocess.run([sys.executable, "-c", {child!r}], check=True)
+"""
+    found = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, capture_output=True, check=True)
+    assert 80e6 < int(found.stdout) < 750e6
