@@ -68,7 +68,7 @@ def time_method(method: Method, args: argparse.Namespace) -> dict[str, Any]:
         for name, shape in network.tensors(0).items()
     }
     x = generator.standard_normal((args.samples, args.length, args.hidden), np.float32)
-    plan = Plan(method, dict.fromkeys(shapes_of(network), args.sparsity))
+    plan = Plan(method, dict.fromkeys(shapes_of(network), float(args.sparsity)))
     needed = x if STATISTIC[method] else x[:0]
     kept: dict[str, np.ndarray] = {}
 

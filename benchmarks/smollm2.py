@@ -24,7 +24,7 @@ from prune.activations import Activations
 from prune.allocation import sizes_of
 from prune.analysis import alphas_of, measure
 from prune.blocks import STATISTIC, Plan, prune_block
-from prune.checkpoint import Checkpoint, open_checkpoint
+from prune.checkpoints import Checkpoint, open_checkpoint
 from prune.models import Network, make_network
 from prune.perplexity import losses, perplexity
 from prune.walk import embed, reader, walk

@@ -19,11 +19,11 @@ import numpy as np
 import tyro
 
 from farms_jax.files import write_json
-from prune.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
+from prune.checkpoints import Checkpoint, open_checkpoint, open_tokenizer
 from prune.errors import PruneError, reported
 from prune.models import Network, make_network
 from prune.perplexity import perplexity
-from prune.text import Samples, evaluation_blocks, tokenizer_fingerprint
+from prune.texts import Samples, evaluation_blocks, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from prune.tasks import Score

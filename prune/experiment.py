@@ -16,7 +16,7 @@ from farms_jax.files import write_json
 from prune.allocation import depth_scores, epsilons, plan_of, shapes_of, sizes_of, sparsities
 from prune.analysis import Measures, alphas_of, measure
 from prune.blocks import Plan
-from prune.checkpoint import Checkpoint, open_checkpoint
+from prune.checkpoints import Checkpoint, open_checkpoint
 from prune.errors import PruneError
 from prune.job import Job, epsilon_of, peak_memory
 from prune.output import Output

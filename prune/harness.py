@@ -19,7 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from prune.checkpoint import Checkpoint, open_checkpoint
+from prune.checkpoints import Checkpoint, open_checkpoint
 from prune.errors import PruneError
 from prune.models import Network, Part, make_network
 

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from prune.checkpoint import Checkpoint, open_checkpoint, open_tokenizer
+from prune.checkpoints import Checkpoint, open_checkpoint, open_tokenizer
 from prune.config import BUNDLED, EPSILON, Config, resolve
 from prune.errors import PruneError
 from prune.models import Network, make_network
-from prune.text import Samples, calibration_samples, evaluation_blocks
+from prune.texts import Samples, calibration_samples, evaluation_blocks
 
 _PACKAGES = ("farms-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 

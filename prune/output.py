@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from prune.checkpoint import Checkpoint, Shard
+from prune.checkpoints import Checkpoint, Shard
+from prune.checkpoints.safetensors_file import TensorInfo, make_header, parse_header, read_header, read_tensor
 from prune.errors import PruneError
-from prune.safetensors_file import TensorInfo, make_header, parse_header, read_header, read_tensor
 
 MASKS = "masks.safetensors"
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array, lax
 
 from prune.activations import Activations
-from prune.checkpoint import Checkpoint
+from prune.checkpoints import Checkpoint
 from prune.models import Network
 from prune.walk import batches, embed, reader, walk
 

@@ -15,9 +15,9 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from prune import hub
 from prune.errors import PruneError
 from prune.harness import JaxLM
+from prune.texts import hub
 
 PAPER_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 

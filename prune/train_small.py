@@ -28,7 +28,7 @@ from tqdm import tqdm
 from farms_jax.files import atomic, sha256, write_json, write_text
 from prune.errors import PruneError, reported
 from prune.models import Network, make_network
-from prune.small_model import (
+from prune.small.model import (
     Params,
     blocks_of,
     evaluation_loss,
@@ -38,7 +38,7 @@ from prune.small_model import (
     losses,
     to_tensors,
 )
-from prune.small_text import END, Corpus, encode, read_corpus, train_tokenizer
+from prune.small.text import END, Corpus, encode, read_corpus, train_tokenizer
 
 CHECKPOINT = "unfinished.npz"
 

@@ -11,7 +11,7 @@ from prune_helpers import bytes_of, small_run
 import prune.experiment
 from farms_jax import block_of
 from prune.allocation import sizes_of
-from prune.checkpoint import open_checkpoint
+from prune.checkpoints import open_checkpoint
 from prune.experiment import run
 from prune.job import prepare
 from prune.output import read_masks

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from prune.checkpoint import open_checkpoint
+from prune.checkpoints import open_checkpoint
 from prune.errors import PruneError
 from prune.models import make_network
-from prune.small_model import blocks_of, evaluation_loss, from_tensors, initial_params, llama_config, to_tensors
-from prune.small_text import END, clean, encode, read_corpus, train_tokenizer
+from prune.small.model import blocks_of, evaluation_loss, from_tensors, initial_params, llama_config, to_tensors
+from prune.small.text import END, clean, encode, read_corpus, train_tokenizer
 from prune.train_small import CHECKPOINT, Config, draw, train
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from prune_helpers import DATA, FOLDERS, weights_of, write_folder
 
-from prune.checkpoint import open_checkpoint, open_tokenizer
+from prune.checkpoints import open_checkpoint, open_tokenizer
 from prune.errors import PruneError
 
 INDEX = "model.safetensors.index.json"

@@ -21,9 +21,9 @@ from prune_helpers import (
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig
 
-from prune.checkpoint import open_checkpoint, open_tokenizer
+from prune.checkpoints import open_checkpoint, open_tokenizer
+from prune.checkpoints.gguf_tokenizer import make_tokenizer
 from prune.errors import PruneError
-from prune.gguf_tokenizer import make_tokenizer
 from prune.models import make_network
 
 

@@ -5,10 +5,10 @@ import pytest
 from prune_helpers import DATA, TEXT, byte_level_metadata, trained_tokenizer
 from tokenizers import pre_tokenizers
 
-from prune._checkpoint import save_tokenizer
-from prune.checkpoint import open_tokenizer
+from prune.checkpoints import open_tokenizer
+from prune.checkpoints.base import save_tokenizer
+from prune.checkpoints.gguf_tokenizer import make_tokenizer
 from prune.errors import PruneError
-from prune.gguf_tokenizer import make_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ import pytest
 from lm_eval.api.instance import Instance
 from prune_helpers import DATA, byte_tokenizer, folder_with_tokenizer
 
-from prune import evaluate, harness, hub, tasks
-from prune.checkpoint import open_checkpoint
+from prune import evaluate, harness, tasks
+from prune.checkpoints import open_checkpoint
 from prune.errors import PruneError
 from prune.harness import JaxLM
 from prune.models import make_network
 from prune.perplexity import perplexity
-from prune.text import evaluation_blocks
+from prune.texts import evaluation_blocks, hub
 
 TASKS = DATA / "tasks"
 LLAMA = DATA / "llama_tiny"
@@ -439,7 +439,7 @@ sys.meta_path = [Without(finder) for finder in sys.meta_path]
 def test_all_runs_without_torch(folder, tmp_path):
     program = (
         f"{WITHOUT_TORCH}\n"
-        "from prune import evaluate, hub\n"
+        "from prune import evaluate\nfrom prune.texts import hub\n"
         "hub._reachable = lambda endpoint: False\n"
         "evaluate.main()\n"
         "assert 'torch' not in sys.modules and importlib.util.find_spec('torch') is None\n"

@@ -13,7 +13,7 @@ import prune.perplexity
 import prune.walk
 from prune.allocation import sizes_of
 from prune.blocks import Plan
-from prune.checkpoint import open_checkpoint
+from prune.checkpoints import open_checkpoint
 from prune.experiment import run
 from prune.job import prepare
 from prune.models import make_network

@@ -11,7 +11,7 @@ from farms_jax import Tail, Window, allocate_sparsity
 from prune.allocation import sizes_of
 from prune.analysis import alphas_of, measure
 from prune.blocks import STATISTIC, Plan, prune_block
-from prune.checkpoint import open_checkpoint
+from prune.checkpoints import open_checkpoint
 from prune.methods import Groups
 from prune.models import make_network
 from prune.walk import embed, reader, walk

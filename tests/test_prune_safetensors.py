@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 from prune_helpers import DATA
 
+from prune.checkpoints.safetensors_file import MAX_HEADER, TensorInfo, make_header, parse_header, read_header
 from prune.errors import PruneError
-from prune.safetensors_file import MAX_HEADER, TensorInfo, make_header, parse_header, read_header
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 

@@ -11,9 +11,8 @@ import pytest
 from prune_helpers import byte_tokenizer
 from pyarrow import parquet
 
-from prune import hub
 from prune.errors import PruneError
-from prune.text import calibration_samples, evaluation_blocks, tokenizer_fingerprint
+from prune.texts import calibration_samples, evaluation_blocks, hub, tokenizer_fingerprint
 
 TEXT = "\r\n".join(f"Line {number} is its own and nobody else's: {number**3}." for number in range(40)) + "\n"
 

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from prune.errors import PruneError
-from prune.sources import Source, read
+from prune.texts.sources import Source, read
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def calibration_samples(
     A token file of shape (N, length) is taken as it is, from its first row on.
 
     Args:
-        source: "wikitext2", "c4" (their training splits), or the path of a file, see `prune.sources`.
+        source: "wikitext2", "c4" (their training splits), or the path of a file, see `prune.texts.sources`.
         tokenizer: of `transformers`; not needed for a token file.
         count: number of sequences.
         length: of a sequence, in tokens.

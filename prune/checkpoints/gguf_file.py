@@ -15,8 +15,8 @@ import gguf
 import gguf.quants
 import numpy as np
 
+from prune.checkpoints.safetensors_file import read_bytes
 from prune.errors import PruneError
-from prune.safetensors_file import read_bytes
 
 _REMEDY = "download it again"
 _NUMBERS = {

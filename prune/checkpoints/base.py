@@ -11,8 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from farms_jax.files import atomic
+from prune.checkpoints.safetensors_file import TensorInfo
 from prune.errors import PruneError
-from prune.safetensors_file import TensorInfo
 
 WEIGHTS = "model.safetensors"
 _PIECE = 1 << 24  # bytes read at a time for the hash

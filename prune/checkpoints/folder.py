@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from farms_jax.files import atomic
-from prune._checkpoint import WEIGHTS, Checkpoint, Shard, save_tokenizer
+from prune.checkpoints.base import WEIGHTS, Checkpoint, Shard, save_tokenizer
+from prune.checkpoints.safetensors_file import Header, TensorInfo, read_header, read_tensor
 from prune.errors import PruneError
-from prune.safetensors_file import Header, TensorInfo, read_header, read_tensor
 
 INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

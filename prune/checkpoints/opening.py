@@ -1,32 +1,14 @@
-"""Checkpoints to prune: a Hugging Face folder, a GGUF file, or a model of the hub, all read one tensor at a time.
-
-    checkpoint = open_checkpoint("HuggingFaceTB/SmolLM2-135M")
-    checkpoint.config["model_type"]                            # "llama"
-    checkpoint.read("model.layers.0.self_attn.q_proj.weight")  # (out, in), as stored
-
-Opening reads headers only, and finds every fault of names, shapes and sizes before long work begins.
-"""
+"""Opening a checkpoint or a tokenizer by its path or its name on the hub."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prune._checkpoint import WEIGHTS, Checkpoint, Shard
+from prune.checkpoints.base import WEIGHTS, Checkpoint
+from prune.checkpoints.folder import FolderCheckpoint, how_to_convert, load_tokenizer
+from prune.checkpoints.gguf_checkpoint import GGUFCheckpoint
 from prune.errors import PruneError
-from prune.gguf_checkpoint import GGUFCheckpoint
-from prune.hf_folder import FolderCheckpoint, how_to_convert, load_tokenizer
-from prune.safetensors_file import TensorInfo
-
-__all__ = [
-    "Checkpoint",
-    "FolderCheckpoint",
-    "GGUFCheckpoint",
-    "Shard",
-    "TensorInfo",
-    "open_checkpoint",
-    "open_tokenizer",
-]
 
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "spiece.model")

@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from farms_jax import files
-from prune import hub
 from prune.errors import PruneError
+from prune.texts import hub
 
 NAMED = ("wikitext2", "c4")
 # The reference evaluates on the first documents of C4's validation split.

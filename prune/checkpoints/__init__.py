@@ -1,0 +1,14 @@
+"""Checkpoints to prune: a Hugging Face folder, a GGUF file, or a model of the hub, all read one tensor at a time.
+
+    checkpoint = open_checkpoint("HuggingFaceTB/SmolLM2-135M")
+    checkpoint.config["model_type"]                            # "llama"
+    checkpoint.read("model.layers.0.self_attn.q_proj.weight")  # (out, in), as stored
+
+Opening reads headers only, and finds every fault of names, shapes and sizes before long work begins.
+"""
+
+from prune.checkpoints.base import Checkpoint as Checkpoint, Shard as Shard
+from prune.checkpoints.folder import FolderCheckpoint as FolderCheckpoint
+from prune.checkpoints.gguf_checkpoint import GGUFCheckpoint as GGUFCheckpoint
+from prune.checkpoints.opening import open_checkpoint as open_checkpoint, open_tokenizer as open_tokenizer
+from prune.checkpoints.safetensors_file import TensorInfo as TensorInfo
