@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from benchmarks._common import interleave, machine, write
 from benchmarks.torch_prune import LINEARS, Method, TorchBlock, prune_block as torch_prune_block
@@ -73,6 +74,10 @@ def time_method(method: Method, args: argparse.Namespace) -> dict[str, Any]:
     kept: dict[str, np.ndarray] = {}
 
     def ours() -> None:
+        with threadpool_limits(1, user_api="blas"):  # as the program does
+            go()
+
+    def go() -> None:
         activations = Activations(needed.shape)
         activations.write(slice(0, len(needed)), needed)
 

@@ -35,6 +35,22 @@ def atomic(path: Path) -> Generator[Path, None, None]:
         part.unlink(missing_ok=True)
 
 
+def reserve(file: int, size: int) -> None:
+    """Give an open file its size, and where the system can the disk space for it.
+
+    Args:
+        file: descriptor.
+        size: in bytes, at least 1.
+
+    Raises:
+        OSError: there is not enough space.
+    """
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.ftruncate(file, size)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with atomic(path) as part:

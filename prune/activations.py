@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from farms_jax.files import reserve
 from prune.errors import PruneError
 
 
@@ -31,7 +32,7 @@ class Activations:
         try:
             spill.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=spill)  # noqa: SIM115 (lives as long as this object)
-            os.posix_fallocate(self._file.fileno(), 0, max(self._row * shape[0], 1))
+            reserve(self._file.fileno(), max(self._row * shape[0], 1))
         except OSError as error:
             gib = self._row * shape[0] / 2**30
             raise PruneError(

@@ -6,6 +6,7 @@ with the first block that is not written, after the calibration text was taken t
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -154,7 +155,7 @@ class Experiment:
                 found = rehearse(self.job, plan, self.job.unseen, f"epsilon {epsilon}")
                 trials[str(epsilon)] = found["perplexity"]
                 self.directory.put("trials", trials)
-        best = min(trials, key=lambda epsilon: trials[epsilon])
+        best = min(trials, key=lambda epsilon: (math.isnan(trials[epsilon]), trials[epsilon]))
         tqdm.write("held-out perplexity by epsilon: " + ", ".join(f"{k}: {v:.4g}" for k, v in trials.items()))
         return {"value": float(best), "trials": trials}
 

@@ -49,7 +49,7 @@ class Job:
     @property
     def key(self) -> str:
         """Hash of all that the pruned weights and the figures depend on: the same key, the same run."""
-        facts = [self.config.numbers(), self.weights, version("farms-jax")]
+        facts = [self.config.numbers(), self.weights, version("farms-jax"), version("jax")]
         facts += [samples.record["ids_sha256"] for samples in (self.calibration, self.evaluation)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from farms_jax.files import reserve
 from prune.checkpoints import Checkpoint, Shard
 from prune.checkpoints.safetensors_file import TensorInfo, make_header, parse_header, read_header, read_tensor
 from prune.errors import PruneError
@@ -161,7 +162,7 @@ def _is_laid_out(path: Path, shard: Shard) -> bool:
 def _reserve(path: Path, shard: Shard) -> None:
     path.touch()
     with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, shard.size)
+        reserve(file.fileno(), shard.size)
         file.write(shard.header)
 
 

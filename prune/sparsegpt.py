@@ -16,6 +16,7 @@ from prune.methods import Groups
 from prune.select import lowest, lowest_of_groups
 
 _PART = 16  # columns at a time
+_LEAF = 256  # size of the triangles that are inverted whole
 MOST_DAMPING = 10.0  # times the mean of the diagonal: beyond, the Hessian would no longer matter
 
 
@@ -65,9 +66,19 @@ def _factorise(hessian: Array, damping: float) -> tuple[Array, Array]:
     hessian = hessian + jnp.diag(jnp.where(dead, 1.0, 0.0))
     hessian += jnp.eye(len(hessian), dtype=hessian.dtype) * damping * jnp.diagonal(hessian).mean()
     lower = lax.linalg.cholesky(hessian[::-1, ::-1], symmetrize_input=False)
-    eye = jnp.eye(len(hessian), dtype=hessian.dtype)
-    inverse = lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
-    return inverse[::-1, ::-1], dead
+    return _inverse(lower)[::-1, ::-1], dead
+
+
+def _inverse(lower: Array) -> Array:
+    """Inverse of a lower triangular matrix, by halves: products use all cores, LAPACK's solver would not."""
+    size = len(lower)
+    if size <= _LEAF:
+        return lax.linalg.triangular_solve(lower, jnp.eye(size, dtype=lower.dtype), left_side=True, lower=True)
+    half = size // 2
+    first, last = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
+    multiply = functools.partial(jnp.matmul, precision="highest")
+    below = -multiply(last, multiply(lower[half:, :half], first))
+    return jnp.block([[first, jnp.zeros((half, size - half), lower.dtype)], [below, last]])
 
 
 def sparsegpt(

@@ -163,7 +163,7 @@ def summarise(card: Mapping[str, Any], path: Path, plots: Sequence[Path]) -> str
         label = settings["allocation"] if name == "pruned" else name
         lines.append(f"{label:<14} {sparsities[name]:9.4f} {value:11.4f}")
     lines += [
-        f"time: {sum(card['seconds'].values()):.1f} s, of it pruning {card['seconds']['blocks']:.1f} s; "
+        f"time: {sum(card['seconds'].values()):.1f} s, of it pruning {sum(card['seconds_per_block']):.1f} s; "
         f"peak memory {card['peak_memory_bytes'] / 2**20:.0f} MiB",
         f"model: {path / 'model'}",
         f"run: {path} (run.json, layers.csv, {', '.join(plot.name for plot in plots)})",
