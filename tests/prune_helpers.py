@@ -17,6 +17,18 @@ from prune.config import Config
 
 DATA = Path(__file__).parent / "data"
 FOLDERS = ("llama_tiny", "llama_tiny_rope3", "llama_tiny_tied", "llama_tiny_bias", "opt_tiny", "opt_tiny_postnorm")
+QWEN = {
+    "model_type": "qwen2",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "vocab_size": 30,
+    "use_sliding_window": True,
+    "sliding_window": 3,
+    "max_window_layers": 2,
+}
 
 
 def byte_tokenizer(*, begin: bool = False) -> Any:

@@ -6,21 +6,9 @@ import pytest
 from prune.errors import PruneError
 from prune.models import make_network
 from prune.models.conversion import Rule, place
-from tests.prune_helpers import FOLDERS, config_of, numbers_of, weights_of
+from tests.prune_helpers import FOLDERS, QWEN, config_of, numbers_of, weights_of
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-QWEN = {
-    "model_type": "qwen2",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 4,
-    "vocab_size": 30,
-    "use_sliding_window": True,
-    "sliding_window": 3,
-    "max_window_layers": 2,
-}
 
 
 @pytest.mark.parametrize("name", [name for name in FOLDERS if name.startswith("llama")])

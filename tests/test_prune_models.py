@@ -13,7 +13,7 @@ from prune.errors import PruneError
 from prune.models import Network, make_network
 from prune.models.layers import CHUNK, CHUNKS, _attend_by_heads, _attend_in_chunks, attend
 from prune.models.network import LONG
-from tests.prune_helpers import DATA, FOLDERS, config_of, numbers_of, weights_of
+from tests.prune_helpers import DATA, FOLDERS, QWEN, config_of, numbers_of, weights_of
 
 FORMS = [
     (name, form) for name in FOLDERS for form in ("config.json", "config.legacy.json") if (DATA / name / form).exists()
@@ -228,20 +228,6 @@ def test_later_tokens_do_not_matter():
     ids = numbers_of("llama_tiny")[0]["ids"]
     short = logits_of(network, tensors, ids[:, :7])
     np.testing.assert_allclose(logits_of(network, tensors, ids)[:, :7], short, rtol=1e-4, atol=1e-4)
-
-
-QWEN = {
-    "model_type": "qwen2",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 4,
-    "vocab_size": 30,
-    "use_sliding_window": True,
-    "sliding_window": 3,
-    "max_window_layers": 2,
-}
 
 
 def test_windows_by_block_take_one_compilation():
