@@ -1,6 +1,5 @@
 """What the benchmarks share: the machine, fair timing of alternatives, and the file of results."""
 
-import json
 import os
 import platform
 import time
@@ -8,6 +7,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from farms_jax.files import write_json
 
 SETTLE = 0.3  # seconds before each timed call: threads of the one before, OpenMP's above all, spin on for a while
 
@@ -48,10 +49,8 @@ def interleave(functions: dict[str, Callable[[], None]], repeats: int) -> dict[s
 
 
 def write(path: str | Path, results: dict[str, Any]) -> None:
-    """Writes results as indented JSON, making the folder if need be."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    """Writes results as indented JSON, whole or not at all, making the folder if need be."""
+    write_json(Path(path), results)
 
 
 def _processor() -> str:

@@ -21,13 +21,11 @@ from tqdm import tqdm
 
 from benchmarks._common import machine, write
 from benchmarks.smollm2 import find_model
-from prune.allocation import depth_scores, plan_of, shapes_of, sizes_of, sparsities
-from prune.analysis import alphas_of, measure
+from prune.allocation import plan_of, shapes_of, sizes_of, sparsities
 from prune.config import EPSILON, Config
 from prune.job import Job, prepare
 from prune.passes import rehearse, score
 from prune.perplexity import perplexity
-from prune.walk import reader
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 ALLOCATIONS = ("uniform", "alphapruning", "farms", "owl", "atp")
@@ -65,12 +63,15 @@ def fill(args: argparse.Namespace) -> dict[str, Any]:
     """
     settings = {key: getattr(args, key) for key in ("samples", "length", "limit", "text", "calibration")}
     path = Path(args.out)
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cells": {}}
     if results.setdefault("settings", settings) != settings:
         raise SystemExit(f"{path} is of other settings: {results['settings']}; name another --out")
     results["machine"] = machine()
     jobs = {seed: prepare(config_of(args, seed)) for seed in args.seeds}
-    scores = {seed: scores_of(job, args) for seed, job in jobs.items()}
+    scores = {
+        seed: {allocation: score(under(job, allocation=allocation)) for allocation in args.allocations}
+        for seed, job in jobs.items()
+    }
     first = jobs[args.seeds[0]]
     if "dense" not in results:
         results["dense"] = perplexity(first.network, first.checkpoint, first.evaluation.ids, title="dense").value
@@ -80,10 +81,10 @@ def fill(args: argparse.Namespace) -> dict[str, Any]:
         depends = method != "magnitude" or allocation == "owl"
         if name in results["cells"] or (not depends and seed != args.seeds[0]):
             continue
-        config = dataclasses.replace(jobs[seed].config, method=method, allocation=allocation, sparsity=sparsity)
-        job, start = dataclasses.replace(jobs[seed], config=config), time.perf_counter()
-        wanted = sparsities(config, scores[seed].get(allocation, {}), sizes_of(job.network), EPSILON.get(allocation, 0))
-        found = rehearse(job, plan_of(config, wanted, shapes_of(job.network)), job.evaluation.ids, name)
+        start, job = time.perf_counter(), under(jobs[seed], method=method, allocation=allocation, sparsity=sparsity)
+        sizes, epsilon = sizes_of(job.network), EPSILON.get(allocation, 0)
+        wanted = sparsities(job.config, scores[seed][allocation], sizes, epsilon)
+        found = rehearse(job, plan_of(job.config, wanted, shapes_of(job.network)), job.evaluation.ids, name)
         results["cells"][name] = {key: found[key] for key in ("perplexity", "sparsity")}
         results["cells"][name]["seconds"] = time.perf_counter() - start
         write(path, results)
@@ -105,21 +106,9 @@ def config_of(args: argparse.Namespace, seed: int) -> Config:
     )
 
 
-def scores_of(job: Job, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Returns the scores of every allocation that has some, by layer."""
-    sizes, found = sizes_of(job.network), {}
-    for allocation in args.allocations:
-        config = dataclasses.replace(job.config, allocation=allocation)
-        if allocation == "owl":
-            found[allocation] = score(dataclasses.replace(job, config=config))
-        elif allocation == "atp":
-            found[allocation] = depth_scores(job.network)
-        elif allocation != "uniform":
-            smallest = min(min(shape) for shape in shapes_of(job.network).values())
-            read, cache = reader(job.checkpoint.read, job.network), args.cache / "cache" / "alphas"
-            measures = measure(job.network, read, config.window(smallest), config.tail(), cache, allocation)
-            found[allocation] = alphas_of(measures, sizes)
-    return found
+def under(job: Job, **settings: Any) -> Job:
+    """Returns the job with other settings, of those that change neither model nor texts."""
+    return dataclasses.replace(job, config=dataclasses.replace(job.config, **settings))
 
 
 def table(results: dict[str, Any], args: argparse.Namespace) -> str:

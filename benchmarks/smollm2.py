@@ -25,7 +25,7 @@ from prune.allocation import sizes_of
 from prune.analysis import alphas_of, measure
 from prune.blocks import STATISTIC, Plan, prune_block
 from prune.checkpoints import Checkpoint, open_checkpoint
-from prune.models import Network, make_network
+from prune.models import Network
 from prune.perplexity import losses, perplexity
 from prune.walk import embed, reader, walk
 
@@ -47,9 +47,9 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/smollm2.json", help="file for the results, JSON")
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.model or find_model())
-    network = make_network(checkpoint.config, checkpoint.tensors)
-    network.check({name: info.shape for name, info in checkpoint.tensors.items()})
-    reference = json.loads((DATA / "smollm2.json").read_text()) | {"arrays": dict(np.load(DATA / "smollm2.npz"))}
+    network = checkpoint.network()
+    reference = json.loads((DATA / "smollm2.json").read_text(encoding="utf-8"))
+    reference["arrays"] = dict(np.load(DATA / "smollm2.npz"))
     with threadpool_limits(1, user_api="blas"):
         rows = check_weights(checkpoint, reference) + check_dense(network, checkpoint, reference)
         rows += check_alphas(network, checkpoint, reference)

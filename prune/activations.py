@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from farms_jax.errors import InputError
 from farms_jax.files import reserve
-from prune.errors import PruneError
 
 
 class Activations:
@@ -21,7 +21,7 @@ class Activations:
             spill: folder for a file to hold them, gone when the program ends; `None`: memory.
 
         Raises:
-            PruneError: the folder cannot be written to, or has too little space.
+            InputError: the folder cannot be written to, or has too little space.
         """
         self.shape = shape
         self._row = 4 * shape[1] * shape[2]
@@ -35,7 +35,7 @@ class Activations:
             reserve(self._file.fileno(), max(self._row * shape[0], 1))
         except OSError as error:
             gib = self._row * shape[0] / 2**30
-            raise PruneError(
+            raise InputError(
                 f"--spill {spill}: no room for {gib:.1f} GiB of activations ({error.strerror}); "
                 "free space, name another folder, or take fewer --samples"
             ) from error

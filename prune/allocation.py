@@ -9,7 +9,7 @@ from jax import Array
 
 from farms_jax import allocate_sparsity, block_of, round_to_groups
 from prune.blocks import Plan
-from prune.config import EPSILONS_SCALE, EPSILONS_SHIFT, Allocation, Config
+from prune.config import EPSILONS_SCALE, EPSILONS_SHIFT, SPECTRAL, Allocation, Config
 from prune.methods import Groups, wanda_scores
 from prune.models import Network
 from prune.select import lowest
@@ -91,7 +91,7 @@ def _median(scores: Array) -> Array:
 
 def epsilons(allocation: Allocation) -> tuple[float, ...]:
     """Return what `--epsilon auto` tries."""
-    return EPSILONS_SCALE if allocation in {"farms", "alphapruning"} else EPSILONS_SHIFT
+    return EPSILONS_SCALE if allocation in SPECTRAL else EPSILONS_SHIFT
 
 
 def sparsities(
@@ -116,7 +116,7 @@ def sparsities(
         epsilon=epsilon,
         block_of=block_of if config.granularity == "block" else None,
         num_params=sizes,
-        rule="scale" if config.allocation in {"farms", "alphapruning"} else "shift",
+        rule="scale" if config.allocation in SPECTRAL else "shift",
         budget=config.budget,
     )
 

@@ -65,7 +65,7 @@ def _key(weights: Mapping[str, np.ndarray], window: farms_jax.Window | None, tai
 def _read(path: Path, weights: Mapping[str, np.ndarray]) -> Measures | None:
     """Rows of an earlier analysis; `None` where there is none, or it cannot be read."""
     try:
-        rows = json.loads(path.read_text())
+        rows = json.loads(path.read_text(encoding="utf-8"))
         return {name: dict(row) for name, row in rows.items()} if set(rows) <= set(weights) else None
     except (OSError, ValueError, AttributeError, TypeError):
         return None

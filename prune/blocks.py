@@ -69,7 +69,7 @@ def prune_block(network: Network, block: int, tensors: Tensors, statistics: Stat
         The block as it will be stored: weights that SparseGPT changed are rounded to the stored dtype.
 
     Raises:
-        PruneError: a Hessian cannot be factorised.
+        InputError: a Hessian cannot be factorised.
     """
     changed, masks, facts = dict(tensors), {}, {}
     factors: dict[int, Factor] = {}  # by identity: layers that share an input share its Hessian

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from farms_jax import Tail, Window
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 from prune.methods import Groups
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -14,6 +14,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 Method = Literal["magnitude", "wanda", "wanda_variant", "sparsegpt"]
 Allocation = Literal["uniform", "alphapruning", "farms", "owl", "dlp", "atp"]
 
+SPECTRAL: tuple[Allocation, ...] = ("alphapruning", "farms")  # those by the alphas of the weights' spectra
 # Half the range of sparsities where --epsilon is not given. farms, alphapruning: the middle of the values that the
 # papers search; owl: lambda of its paper; dlp: alpha of its code; atp: none is published, half of beta * (blocks - 1).
 EPSILON: dict[Allocation, float] = {"alphapruning": 0.3, "farms": 0.3, "owl": 0.08, "dlp": 0.15, "atp": 0.15}
@@ -85,32 +86,32 @@ class Config:
     """Folder for run directories."""
 
     def check(self) -> None:
-        """Raise a PruneError that names the flag where a value is out of its range."""
+        """Raise an InputError that names the flag where a value is out of its range."""
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise PruneError(f"--sparsity must be in [0, 1), the fraction to remove; got {self.sparsity}")
+            raise InputError(f"--sparsity must be in [0, 1), the fraction to remove; got {self.sparsity}")
         groups = self.groups_of()
         if groups and self.allocation == "uniform" and self.sparsity not in {None, groups.removed / groups.size}:
-            raise PruneError(
+            raise InputError(
                 f"--sparsity {self.sparsity} is not --groups {self.groups}; leave it out, or choose an --allocation "
                 "under which N differs from block to block"
             )
         for field in ("samples", "length", "limit", "per_axis", "window_rows", "damping", "aspect_ratio"):
             value = getattr(self, field)
             if value is not None and not value > 0:
-                raise PruneError(f"--{field.replace('_', '-')} must be above 0, got {value}")
+                raise InputError(f"--{field.replace('_', '-')} must be above 0, got {value}")
         if groups and self.target > 1 - 1 / groups.size:
-            raise PruneError(f"--sparsity {self.target} is beyond --groups {self.groups}: one of each group stays")
+            raise InputError(f"--sparsity {self.target} is beyond --groups {self.groups}: one of each group stays")
         if self.length == 1:
-            raise PruneError("--length must be at least 2: perplexity predicts tokens from those before them")
+            raise InputError("--length must be at least 2: perplexity predicts tokens from those before them")
         if self.seed < 0:
-            raise PruneError(f"--seed must not be below 0, got {self.seed}")
+            raise InputError(f"--seed must not be below 0, got {self.seed}")
         epsilon = self.half_range()
         if epsilon is not None and not 0 <= epsilon < 1:
-            raise PruneError(f"--epsilon must be in [0, 1) or auto, got {self.epsilon}")
+            raise InputError(f"--epsilon must be in [0, 1) or auto, got {self.epsilon}")
         if self.method == "wanda_variant" and (self.allocation != "uniform" or self.groups):
-            raise PruneError("--method wanda_variant chooses its own rows: it needs --allocation uniform, no --groups")
-        if self.budget == "reference" and self.allocation not in {"farms", "alphapruning", "uniform"}:
-            raise PruneError("--budget reference is defined for farms and alphapruning; leave it out")
+            raise InputError("--method wanda_variant chooses its own rows: it needs --allocation uniform, no --groups")
+        if self.budget == "reference" and self.allocation not in {*SPECTRAL, "uniform"}:
+            raise InputError("--budget reference is defined for farms and alphapruning; leave it out")
         self.window(1)  # makes its own checks
 
     @property
@@ -125,7 +126,7 @@ class Config:
         """Return epsilon as a number; `None` for auto.
 
         Raises:
-            PruneError: it is neither.
+            InputError: it is neither.
         """
         if self.epsilon is None:
             return EPSILON.get(self.allocation, 0.0)
@@ -134,20 +135,20 @@ class Config:
         try:
             return float(self.epsilon)
         except ValueError:
-            raise PruneError(f"--epsilon must be a number in [0, 1) or auto, got {self.epsilon!r}") from None
+            raise InputError(f"--epsilon must be a number in [0, 1) or auto, got {self.epsilon!r}") from None
 
     def groups_of(self) -> Groups | None:
         """Return N:M as numbers.
 
         Raises:
-            PruneError: it does not read N:M with 0 < N < M.
+            InputError: it does not read N:M with 0 < N < M.
         """
         if self.groups is None:
             return None
         match = re.fullmatch(r"(\d+):(\d+)", self.groups)
         groups = Groups(int(match[1]), int(match[2])) if match else Groups(0, 0)
         if not 0 < groups.removed < groups.size:
-            raise PruneError(f"--groups must read N:M with 0 < N < M, such as 2:4; got {self.groups!r}")
+            raise InputError(f"--groups must read N:M with 0 < N < M, such as 2:4; got {self.groups!r}")
         return groups
 
     def window(self, smallest: int) -> Window | None:
@@ -180,12 +181,12 @@ def resolve(config: Config, max_length: int) -> Config:
         A config with a sparsity, text sources and a length.
 
     Raises:
-        PruneError: the length is beyond the model's.
+        InputError: the length is beyond the model's.
     """
     bundled = config.model is None
     length = config.length or min(2048, max_length)
     if length > max_length:
-        raise PruneError(f"--length {length} is more than the {max_length} positions of the model")
+        raise InputError(f"--length {length} is more than the {max_length} positions of the model")
     return dataclasses.replace(
         config,
         sparsity=config.target,

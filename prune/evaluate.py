@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tyro
 
+from farms_jax.errors import InputError, reported
 from farms_jax.files import write_json
-from prune.checkpoints import Checkpoint, open_checkpoint, open_tokenizer
-from prune.errors import PruneError, reported
-from prune.models import Network, make_network
+from prune.checkpoints import Checkpoint, choose_tokenizer, open_checkpoint
+from prune.models import Network
 from prune.perplexity import perplexity
-from prune.texts import Samples, evaluation_blocks, tokenizer_fingerprint
+from prune.texts import Samples, are_token_ids, evaluation_blocks, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from prune.tasks import Score
@@ -61,19 +61,19 @@ class Config:
     """JSON file for the results and all that they depend on."""
 
     def check(self) -> None:
-        """Raise a PruneError that names the flag where a value is out of its range."""
+        """Raise an InputError that names the flag where a value is out of its range."""
         for field in ("limit", "batch_tokens", "stream_tokens"):
             value = getattr(self, field)
             if value is not None and value < 1:
-                raise PruneError(f"--{field.replace('_', '-')} must be above 0, got {value}")
+                raise InputError(f"--{field.replace('_', '-')} must be above 0, got {value}")
         if self.length is not None and self.length < 2:
-            raise PruneError(f"--length must be above 1, got {self.length}")
+            raise InputError(f"--length must be above 1, got {self.length}")
         if self.tasks is None and self.text is None:
-            raise PruneError("nothing to evaluate; give --text SOURCE, --tasks NAMES, or both")
+            raise InputError("nothing to evaluate; give --text SOURCE, --tasks NAMES, or both")
         if self.tasks is not None and not self.task_names():
-            raise PruneError("--tasks is empty; give names with commas between, or paper")
+            raise InputError("--tasks is empty; give names with commas between, or paper")
         if self.out is not None and (self.out.is_dir() or not _writable(self.out.parent)):
-            raise PruneError(f"--out {self.out}: is a folder, or in one that cannot be written to; give another file")
+            raise InputError(f"--out {self.out}: is a folder, or in one that cannot be written to; give another file")
 
     def task_names(self) -> list[str]:
         """Names of the tasks, each once."""
@@ -114,14 +114,13 @@ def run(config: Config) -> dict[str, Any]:
         `perplexity` and `tasks`.
 
     Raises:
-        PruneError: a setting, the model, the text or a task cannot be used; found before anything is computed.
+        InputError: a setting, the model, the text or a task cannot be used; found before anything is computed.
     """
     config.check()
     checkpoint = open_checkpoint(config.model)
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    network = make_network(checkpoint.config, shapes)
-    network.check(shapes)
-    tokenizer = _tokenizer(config, checkpoint)
+    network = checkpoint.network()
+    needed = config.tasks is not None or not are_token_ids(config.text or "")
+    tokenizer = choose_tokenizer(checkpoint, config.tokenizer, needed=needed)
     samples = None if config.text is None else _samples(config, config.text, network, tokenizer)
     loaded = None if config.tasks is None else _load_tasks(config)
     result: dict[str, Any] = {
@@ -134,7 +133,7 @@ def run(config: Config) -> dict[str, Any]:
     if samples is not None:
         found = perplexity(network, checkpoint, samples.ids)
         if np.isnan(found.value):
-            raise PruneError("the network gives NaN; its weights are damaged, or too large for float32")
+            raise InputError("the network gives NaN; its weights are damaged, or too large for float32")
         numbers = {"value": found.value, "seconds": found.seconds, "nll": found.nll.tolist()}
         result["perplexity"] = {**numbers, **samples.record}
     if loaded is not None:
@@ -148,19 +147,10 @@ def run(config: Config) -> dict[str, Any]:
     return result
 
 
-def _tokenizer(config: Config, checkpoint: Checkpoint) -> Any:
-    if config.tokenizer is not None:
-        return open_tokenizer(config.tokenizer)
-    # Token files are the one thing that can be evaluated without.
-    if config.tasks is None and Path(config.text or "").suffix in {".npy", ".npz"}:
-        return None
-    return checkpoint.tokenizer()
-
-
 def _samples(config: Config, text: str, network: Network, tokenizer: Any) -> Samples:
     length = min(_LENGTH, network.max_length) if config.length is None else config.length
     if length > network.max_length:
-        raise PruneError(f"--length {length}: the model has positions for {network.max_length} tokens; give no more")
+        raise InputError(f"--length {length}: the model has positions for {network.max_length} tokens; give no more")
     return evaluation_blocks(
         text,
         tokenizer,
@@ -175,7 +165,7 @@ def _load_tasks(config: Config) -> dict[str, Any]:
     try:
         from prune import tasks  # noqa: PLC0415
     except ImportError as error:
-        raise PruneError(f"--tasks needs the package lm-eval ({error}): pip install lm-eval") from error
+        raise InputError(f"--tasks needs the package lm-eval ({error}): pip install lm-eval") from error
     # What it says of defaults in task files that are its own is no use here.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = [task for name in config.task_names() for task in (tasks.PAPER_TASKS if name == "paper" else [name])]

@@ -13,20 +13,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+from farms_jax.errors import InputError
 from farms_jax.files import write_json
-from prune.allocation import depth_scores, epsilons, plan_of, shapes_of, sizes_of, sparsities
-from prune.analysis import Measures, alphas_of, measure
+from prune.allocation import epsilons, plan_of, shapes_of, sizes_of, sparsities
 from prune.blocks import Plan
 from prune.checkpoints import Checkpoint, open_checkpoint
-from prune.errors import PruneError
 from prune.job import Job, epsilon_of, peak_memory
 from prune.output import Output
-from prune.passes import lay_out, rehearse, score, write
+from prune.passes import analyse, lay_out, rehearse, score, write
 from prune.perplexity import perplexity
 from prune.plots import plot_run
 from prune.rundir import RunDirectory
 from prune.summary import Row, allocation_table, layer_rows, make_card, summarise
-from prune.walk import Read, reader
 
 
 def run(job: Job) -> str:
@@ -39,7 +37,7 @@ def run(job: Job) -> str:
         Tables of what was found, and where it is.
 
     Raises:
-        PruneError: something given turned out not to be usable, or the disk is full; what is done is kept.
+        InputError: something given turned out not to be usable, or the disk is full; what is done is kept.
     """
     config = job.config
     # A dry run prunes nothing, and so must not take away what was pruned.
@@ -51,10 +49,10 @@ def run(job: Job) -> str:
     try:
         return Experiment(job, directory).run()
     except ValueError as error:  # of the core: an analysis or an allocation that cannot be made
-        raise error if isinstance(error, PruneError) else PruneError(str(error)) from error
+        raise error if isinstance(error, InputError) else InputError(str(error)) from error
     except OSError as error:  # of a cache, a card or a plot; a model's own errors say more
         remedy = "free space, or name another --out; the same command goes on from there"
-        raise PruneError(f"{directory.path}: {error}; {remedy}") from error
+        raise InputError(f"{directory.path}: {error}; {remedy}") from error
 
 
 class Experiment:
@@ -80,8 +78,8 @@ class Experiment:
         # Before any long work, so that a full disk is known at once.
         output = None if self.config.dry_run else lay_out(self.job, self.directory)
         dense = self._stage("dense", lambda: self._evaluate("dense perplexity", self.job.checkpoint))
-        alphas = self._stage("alphas", lambda: self._alphas("alphas", self.job.checkpoint))
-        scores = self._stage("scores", lambda: self._scores(alphas))
+        alphas = self._stage("alphas", lambda: analyse(self.job, self.job.checkpoint, "alphas"))
+        scores = self._stage("scores", lambda: score(self.job, alphas))
         epsilon = self._stage("epsilon", lambda: self._epsilon(scores))
         sparsity = self._stage("sparsity", lambda: sparsities(self.config, scores, self.sizes, epsilon["value"]))
         plan = plan_of(self.config, sparsity, self.shapes)
@@ -93,7 +91,7 @@ class Experiment:
         blocks = self._stage("blocks", lambda: self._prune(plan, output))
         written = open_checkpoint(str(self.directory.path / "model"))
         pruned = self._stage("pruned", lambda: self._evaluate("pruned perplexity", written))
-        after = self._stage("alphas after", lambda: self._alphas("alphas after pruning", written))
+        after = self._stage("alphas after", lambda: analyse(self.job, written, "alphas after pruning"))
         rows = layer_rows(self.sizes, scores, alphas, after, plan, blocks)
         plots = plot_run(self.directory.path, rows, f"{self.job.checkpoint.name}, {self.config.method}")
         results = {"dense": dense, "uniform": uniform, "pruned": pruned, "epsilon": epsilon, "blocks": blocks}
@@ -114,7 +112,7 @@ class Experiment:
         """The card; where nothing was left to do, the one that is there, with the versions that the numbers are of."""
         path = self.directory.path / "run.json"
         if path.exists() and not self._computed:
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         card = make_card(self.job, rows, results, self.directory.get("seconds"), self._peak())
         write_json(path, card)
         return card
@@ -127,21 +125,6 @@ class Experiment:
         ids, spill = self.job.evaluation.ids, self.config.spill
         found = perplexity(self.network, checkpoint, ids, spill=spill, title=title)
         return {"perplexity": found.value, "seconds": found.seconds, "nll": found.nll.tolist()}
-
-    def _alphas(self, title: str, checkpoint: Checkpoint) -> Measures:
-        if self.config.allocation not in {"farms", "alphapruning"}:
-            return {}
-        smallest = min(min(shape) for shape in self.shapes.values())
-        window, tail = self.config.window(smallest), self.config.tail()
-        read: Read = reader(checkpoint.read, self.network)
-        return measure(self.network, read, window, tail, self.config.out / "cache" / "alphas", title)
-
-    def _scores(self, alphas: Measures) -> dict[str, float]:
-        if self.config.allocation in {"farms", "alphapruning"}:
-            return alphas_of(alphas, self.sizes)
-        if self.config.allocation in {"owl", "dlp"}:
-            return score(self.job)
-        return depth_scores(self.network) if self.config.allocation == "atp" else {}
 
     def _epsilon(self, scores: Mapping[str, float]) -> dict[str, Any]:
         """Half the range of sparsities; searched on calibration text that no statistic has seen."""

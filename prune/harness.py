@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
+from farms_jax.errors import InputError
 from prune.checkpoints import Checkpoint, open_checkpoint
-from prune.errors import PruneError
-from prune.models import Network, Part, make_network
+from prune.models import Network, Part
+from prune.walk import apply_block, apply_embed, reader
 
 _log = logging.getLogger(__name__)
 
@@ -77,30 +79,26 @@ class JaxLM(TemplateLM):
             special_tokens: let the tokenizer add those that it adds by default, such as a first BOS.
 
         Raises:
-            PruneError: a tensor is missing or of another shape, or a number is out of its range.
+            InputError: a tensor is missing or of another shape, or a number is out of its range.
         """
         super().__init__()
         self._checkpoint = open_checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint
-        shapes = {name: info.shape for name, info in self._checkpoint.tensors.items()}
-        self.network: Network = make_network(self._checkpoint.config, shapes)
-        self.network.check(shapes)
+        self.network = self._checkpoint.network()
+        self._read = reader(self._checkpoint.read, self.network)
         self.max_length = self.network.max_length if max_length is None else max_length
         if not 1 <= self.max_length <= self.network.max_length:
-            raise PruneError(f"max_length must be 1 to {self.network.max_length} for this model, got {max_length}")
+            raise InputError(f"max_length must be 1 to {self.network.max_length} for this model, got {max_length}")
         if batch_tokens < 1 or (stream_tokens is not None and stream_tokens < 1):
-            raise PruneError(f"tokens at a time must be above 0, got {batch_tokens=} {stream_tokens=}")
+            raise InputError(f"tokens at a time must be above 0, got {batch_tokens=} {stream_tokens=}")
         self.tokenizer = self._checkpoint.tokenizer() if tokenizer is None else tokenizer
         self._batch_tokens, self._stream_tokens, self._special_tokens = batch_tokens, stream_tokens, special_tokens
-        parts: list[Part] = ["embed", *range(self.network.num_blocks), "head"]
-        held = parts if stream_tokens is None else []
-        self._held = {part: self._read(part) for part in tqdm(held, desc="load model", leave=False, disable=not held)}
+        self._held: dict[Part, nnx.State] = {}
+        held = self.network.parts if stream_tokens is None else ()
+        for part in tqdm(held, desc="load model", leave=False, disable=not held):
+            self._held[part] = self.network.to_state(part, self._read(part))
 
-    def _read(self, part: Part) -> Any:
-        tensors = {name: self._checkpoint.read(name) for name in self.network.tensors(part)}
-        return self.network.to_state(part, tensors)
-
-    def _state(self, part: Part) -> Any:
-        return self._held[part] if self._held else self._read(part)
+    def _state(self, part: Part) -> nnx.State:
+        return self._held[part] if self._held else self.network.to_state(part, self._read(part))
 
     @property
     def eot_token_id(self) -> int:
@@ -112,12 +110,12 @@ class JaxLM(TemplateLM):
         """What stands before a text without context: BOS, where there is none EOS.
 
         Raises:
-            PruneError: the tokenizer has neither.
+            InputError: the tokenizer has neither.
         """
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return token
-        raise PruneError("the tokenizer has neither a BOS nor an EOS token; name one in its tokenizer_config.json")
+        raise InputError("the tokenizer has neither a BOS nor an EOS token; name one in its tokenizer_config.json")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the token ids of a text; none are put before one that begins with the prefix token.
@@ -162,10 +160,10 @@ class JaxLM(TemplateLM):
             disable_tqdm: unused.
 
         Raises:
-            PruneError: always.
+            InputError: always.
         """
         del disable_tqdm
-        raise PruneError(
+        raise InputError(
             f"{requests[0].task_name}: generates text, which the model class farms_jax does not; "
             "take a task that compares likelihoods, or export the model and evaluate it with lm-eval's own classes"
         )
@@ -205,17 +203,17 @@ class JaxLM(TemplateLM):
             Token ids, at least as many as the continuation has.
 
         Raises:
-            PruneError: a side is empty, the continuation too long, or an id outside the vocabulary.
+            InputError: a side is empty, the continuation too long, or an id outside the vocabulary.
         """
         text, context, continuation = request
         shown = f"the continuation {text[1]!r}" if text else "a window of the text"
         if not context:
-            raise PruneError(f"the context of {shown} is nothing but spaces; give the task a doc_to_text with words")
+            raise InputError(f"the context of {shown} is nothing but spaces; give the task a doc_to_text with words")
         if not 1 <= len(continuation) <= self.max_length:
-            raise PruneError(f"{shown} has {len(continuation)} tokens, the model takes 1 to {self.max_length}")
+            raise InputError(f"{shown} has {len(continuation)} tokens, the model takes 1 to {self.max_length}")
         tokens = (*context, *continuation)[-self.max_length - 1 :]
         if max(tokens) >= self.network.vocab_size:
-            raise PruneError(
+            raise InputError(
                 f"{shown} has token {max(tokens)}, outside the model's vocabulary of {self.network.vocab_size}; "
                 "use the model's own tokenizer"
             )
@@ -261,20 +259,20 @@ class JaxLM(TemplateLM):
             Number of the request; log-likelihood, and whether greedy decoding gives the continuation.
 
         Raises:
-            PruneError: the network gives NaN.
+            InputError: the network gives NaN.
         """
         state = self._state("embed")
-        activations = [_embed(self.network, state, batch.ids) for batch in batches]
+        activations = [apply_embed(self.network, state, batch.ids) for batch in batches]
         for block in range(self.network.num_blocks):
             state = self._state(block)
             for number, x in enumerate(activations):  # in place: only one batch is held twice
-                activations[number] = _block(self.network, state, x)
+                activations[number] = apply_block(self.network, state, x)
         state = self._state("head")
         for batch, x in zip(batches, activations, strict=True):
             logprobs, greedy = map(np.asarray, _score(self.network, state, x, *batch[1:-1]))
             totals = logprobs.astype(np.float64).sum(1)
             if np.isnan(totals).any():
-                raise PruneError("the network gives NaN; its weights are damaged, or too large for float32")
+                raise InputError("the network gives NaN; its weights are damaged, or too large for float32")
             for row, number in enumerate(batch.requests):
                 yield number, (float(totals[row]), bool(greedy[row]))
 
@@ -284,19 +282,9 @@ register_model("farms_jax")(JaxLM)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(network: Network, state: Any, ids: jax.Array) -> jax.Array:
-    return network.embed(state, ids)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _block(network: Network, state: Any, x: jax.Array) -> jax.Array:
-    return network.block(state, x)
-
-
-@functools.partial(jax.jit, static_argnums=0)
 def _score(
     network: Network,
-    state: Any,
+    state: nnx.State,
     x: jax.Array,
     rows: jax.Array,
     positions: jax.Array,

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from prune.checkpoints import Checkpoint, open_checkpoint, open_tokenizer
+from farms_jax.errors import InputError
+from prune.checkpoints import Checkpoint, choose_tokenizer, open_checkpoint
 from prune.config import BUNDLED, EPSILON, Config, resolve
-from prune.errors import PruneError
-from prune.models import Network, make_network
-from prune.texts import Samples, calibration_samples, evaluation_blocks
+from prune.models import Network
+from prune.texts import Samples, are_token_ids, calibration_samples, evaluation_blocks
 
 _PACKAGES = ("farms-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 
@@ -102,16 +102,16 @@ def prepare(config: Config) -> Job:
         The job.
 
     Raises:
-        PruneError: the model, a text or a setting cannot be used.
+        InputError: the model, a text or a setting cannot be used.
     """
     config.check()
     checkpoint = open_checkpoint(config.model or str(BUNDLED))
-    network = make_network(checkpoint.config, checkpoint.tensors)
-    network.check({name: info.shape for name, info in checkpoint.tensors.items()})
+    network = checkpoint.network()
     config = resolve(config, network.max_length)
     assert config.length and config.calibration and config.text
     _check_groups(config, network)
-    tokenizer = _tokenizer(config, checkpoint)
+    in_ids = are_token_ids(config.calibration, config.text)
+    tokenizer = choose_tokenizer(checkpoint, config.tokenizer, needed=not in_ids)
     common = {"length": config.length, "special_tokens": config.special_tokens, "vocab_size": network.vocab_size}
     evaluation = evaluation_blocks(config.text, tokenizer, limit=config.limit, **common)
     needed = config.samples + (max(config.samples // 4, 1) if epsilon_of(config) is None else 0)
@@ -119,20 +119,12 @@ def prepare(config: Config) -> Job:
     return Job(config, checkpoint, network, calibration, evaluation, tokenizer, _hash(checkpoint))
 
 
-def _tokenizer(config: Config, checkpoint: Checkpoint) -> Any:
-    """Returns the tokenizer, `None` where all texts are token ids already and none is given."""
-    if config.tokenizer:
-        return open_tokenizer(config.tokenizer)
-    suffixes = {Path(str(source)).suffix.lower() for source in (config.calibration, config.text)}
-    return None if suffixes <= {".npy", ".npz"} else checkpoint.tokenizer()
-
-
 def _check_groups(config: Config, network: Network) -> None:
     groups = config.groups_of()
     for linear in network.linears if groups else ():
         size = network.tensors(0)[f"{network.layer_name(0, linear)}.weight"][1]
         if groups and size % groups.size:
-            raise PruneError(
+            raise InputError(
                 f"--groups {config.groups}: the {size} inputs of {network.layer_name(0, linear)} are no multiple of "
                 f"{groups.size}; choose an M that divides them"
             )
@@ -152,7 +144,7 @@ def _hash(checkpoint: Checkpoint) -> str:
             bar.update(tensor.size)
     if bad:
         more = f", and {len(bad) - 8} more" if len(bad) > 8 else ""
-        raise PruneError(
+        raise InputError(
             f"{checkpoint.name}: NaN or Inf in {', '.join(bad[:8])}{more}; the checkpoint is damaged, get it again"
         )
     return digest.hexdigest()

@@ -10,8 +10,8 @@ A run that was stopped, in whatever way, goes on when the same command is given 
 import tyro
 from threadpoolctl import threadpool_limits
 
+from farms_jax.errors import reported
 from prune.config import Config
-from prune.errors import reported
 from prune.experiment import run
 from prune.job import prepare
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from farms_jax.errors import InputError
 from farms_jax.files import reserve
 from prune.checkpoints import Checkpoint, Shard
 from prune.checkpoints.safetensors_file import TensorInfo, make_header, parse_header, read_header, read_tensor
-from prune.errors import PruneError
 
 MASKS = "masks.safetensors"
 
@@ -57,7 +57,7 @@ class Output:
         """Take the space that the files need, and write all but weights; files of a run that was stopped are kept.
 
         Raises:
-            PruneError: no space, or no right to write there; a folder that was not there before is gone again.
+            InputError: no space, or no right to write there; a folder that was not there before is gone again.
         """
         try:
             self._part.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ class Output:
         except OSError as error:
             if not self.resumed:  # nothing in it is worth the space
                 shutil.rmtree(self._part, ignore_errors=True)
-            raise PruneError(_no_room(self._part, sum(shard.size for shard in self._shards), error)) from error
+            raise InputError(_no_room(self._part, sum(shard.size for shard in self._shards), error)) from error
 
     def write(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Put tensors in their places, in their stored dtype, and see them to the disk.
@@ -76,7 +76,7 @@ class Output:
             tensors: by name in the checkpoint.
 
         Raises:
-            PruneError: the disk is full or failing.
+            InputError: the disk is full or failing.
         """
         files: dict[Path, list[str]] = {}
         for name in tensors:
@@ -91,7 +91,7 @@ class Output:
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
-                raise PruneError(_no_room(path, sum(tensors[name].nbytes for name in names), error)) from error
+                raise InputError(_no_room(path, sum(tensors[name].nbytes for name in names), error)) from error
 
     def write_masks(self, masks: Mapping[str, np.ndarray]) -> None:
         """Put masks (out, in), True where a weight is kept, into the sidecar; see `read_masks`."""
@@ -133,7 +133,7 @@ def read_masks(folder: Path) -> dict[str, np.ndarray]:
         Layer -> (out, in) bool, True where a weight is kept.
 
     Raises:
-        PruneError: there is no such file, or it is damaged.
+        InputError: there is no such file, or it is damaged.
     """
     path = folder / MASKS
     header = read_header(path)

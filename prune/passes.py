@@ -1,4 +1,4 @@
-"""The three walks of a pruning run: to score layers, to prune without a trace, to prune and write."""
+"""What a run goes through a model for: to analyse it, to score layers, to prune without a trace, to prune and write."""
 
 import time
 from typing import Any
@@ -6,8 +6,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from prune.allocation import activation_scores, shapes_of
+from prune.allocation import activation_scores, depth_scores, shapes_of, sizes_of
+from prune.analysis import Measures, alphas_of, measure
 from prune.blocks import STATISTIC, Plan, prune_block
+from prune.checkpoints import Checkpoint
+from prune.config import SPECTRAL
 from prune.job import Job
 from prune.output import Output
 from prune.perplexity import losses
@@ -15,15 +18,46 @@ from prune.rundir import RunDirectory
 from prune.walk import Part, Statistics, Tensors, embed, reader, walk
 
 
-def score(job: Job) -> dict[str, float]:
-    """Score all layers by the dense model's activations on the calibration text.
+def analyse(job: Job, checkpoint: Checkpoint, title: str) -> Measures:
+    """Analyse the spectra of all layers, where the allocation goes by them.
 
     Args:
-        job: of an allocation that needs activations.
+        job: says how; its network is the model's.
+        checkpoint: the model, dense or pruned.
+        title: of the progress bar.
 
     Returns:
-        Score by layer.
+        `LayerReport.to_dict` of every layer; nothing under other allocations.
     """
+    config = job.config
+    if config.allocation not in SPECTRAL:
+        return {}
+    window = config.window(min(min(shape) for shape in shapes_of(job.network).values()))
+    read = reader(checkpoint.read, job.network)
+    return measure(job.network, read, window, config.tail(), config.out / "cache" / "alphas", title)
+
+
+def score(job: Job, measures: Measures | None = None) -> dict[str, float]:
+    """Score all layers of the dense model as the allocation asks for it.
+
+    Args:
+        job: what is to be pruned.
+        measures: of `analyse`, where it has been done; looked at by the allocations that go by spectra alone.
+
+    Returns:
+        Score by layer; nothing for uniform.
+    """
+    allocation = job.config.allocation
+    if allocation in SPECTRAL:
+        found = analyse(job, job.checkpoint, f"{allocation} scores") if measures is None else measures
+        return alphas_of(found, sizes_of(job.network))
+    if allocation == "atp":
+        return depth_scores(job.network)
+    return _score_by_activations(job) if allocation in {"owl", "dlp"} else {}
+
+
+def _score_by_activations(job: Job) -> dict[str, float]:
+    """Walks the calibration text through the dense model."""
     scores: dict[str, float] = {}
 
     def visit(block: int, tensors: Tensors, statistics: Statistics) -> None:
@@ -109,7 +143,7 @@ def write(job: Job, plan: Plan, directory: RunDirectory, output: Output) -> list
         Per block its number, `seconds`, and per layer the sparsity reached and the like.
 
     Raises:
-        PruneError: the disk is full, or a Hessian cannot be factorised; what is written stays.
+        InputError: the disk is full, or a Hessian cannot be factorised; what is written stays.
     """
     done, last = list(directory.get("written", [])), time.perf_counter()
     if done:

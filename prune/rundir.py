@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from farms_jax.errors import InputError
 from farms_jax.files import atomic, write_json
-from prune.errors import PruneError
 
 
 class RunDirectory:
@@ -29,7 +29,7 @@ class RunDirectory:
             fresh: forget what was done before.
 
         Raises:
-            PruneError: the directory cannot be written to, or its record is damaged.
+            InputError: the directory cannot be written to, or its record is damaged.
         """
         self.path = path
         self._record = path / "progress.json"
@@ -39,18 +39,18 @@ class RunDirectory:
                 shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise PruneError(f"--out: cannot make {path} ({error.strerror}); name another folder") from error
+            raise InputError(f"--out: cannot make {path} ({error.strerror}); name another folder") from error
         try:
-            self._stages = json.loads(self._record.read_text()) if self._record.exists() else {}
+            self._stages = json.loads(self._record.read_text(encoding="utf-8")) if self._record.exists() else {}
         except (OSError, ValueError) as error:
-            raise PruneError(f"{self._record} is damaged ({error}); start anew with --fresh") from error
+            raise InputError(f"{self._record} is damaged ({error}); start anew with --fresh") from error
 
     def get(self, stage: str, default: Any = None) -> Any:
         """Return what a stage came to, or the default where it is not finished."""
         return self._stages.get(stage, default)
 
     def put(self, stage: str, result: Any) -> None:
-        """Record what a stage came to; a full disk is a `PruneError`."""
+        """Record what a stage came to; a full disk is an `InputError`."""
         self._stages[stage] = json.loads(json.dumps(result))
         self._save()
 
@@ -64,14 +64,14 @@ class RunDirectory:
         try:
             write_json(self._record, self._stages)
         except OSError as error:
-            raise PruneError(
+            raise InputError(
                 f"{self._record}: cannot be written ({error.strerror}); free space, then give the same command again"
             ) from error
 
     def write_layers(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write `layers.csv`."""
         rows = list(rows)
-        with atomic(self.path / "layers.csv") as part, part.open("w", newline="") as file:
+        with atomic(self.path / "layers.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 from prune.methods import Groups
 from prune.select import lowest, lowest_of_groups
 
@@ -46,14 +46,14 @@ def factorise(hessian: Array, damping: float = 0.01, layer: str = "the layer") -
         The factor, with the damping that was needed.
 
     Raises:
-        PruneError: no damping up to ten times the mean helps: the calibration holds NaN, Inf or nothing.
+        InputError: no damping up to ten times the mean helps: the calibration holds NaN, Inf or nothing.
     """
     while damping <= MOST_DAMPING:
         upper, dead = _factorise(hessian, damping)
         if bool(jnp.isfinite(upper).all()):
             return Factor(upper, dead, damping)
         damping *= 10
-    raise PruneError(
+    raise InputError(
         f"{layer}: the Hessian of its inputs cannot be factorised, however damped; "
         "are there NaN or Inf in the weights, or is the calibration text too short? Give more --samples"
     )

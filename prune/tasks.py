@@ -15,7 +15,7 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 from prune.harness import JaxLM
 from prune.texts import hub
 
@@ -50,10 +50,10 @@ def load_tasks(names: Sequence[str], include: Path | None = None) -> dict[str, T
         Task by name.
 
     Raises:
-        PruneError: there is no such folder or task, its data cannot be had, or it generates text.
+        InputError: there is no such folder or task, its data cannot be had, or it generates text.
     """
     if include is not None and not include.is_dir():
-        raise PruneError(f"--include {include}: no such folder; give one that holds task files (.yaml)")
+        raise InputError(f"--include {include}: no such folder; give one that holds task files (.yaml)")
     own: list[str | Path] = [] if include is None else [include]
     papers = [Path(lm_eval.tasks.__file__).parent / folder for folder in _PAPER_FOLDERS]
     manager = TaskManager(include_defaults=False, include_path=[*papers, *own])
@@ -61,13 +61,13 @@ def load_tasks(names: Sequence[str], include: Path | None = None) -> dict[str, T
         manager = TaskManager(include_path=own)
     if unknown := [name for name in names if name not in manager.task_index]:
         have = "" if include is None else f"; --include {include} has no valid task file for it"
-        raise PruneError(f"--tasks {','.join(unknown)}: lm-eval has no such task{have}; `lm-eval ls tasks` lists them")
+        raise InputError(f"--tasks {','.join(unknown)}: lm-eval has no such task{have}; `lm-eval ls tasks` lists them")
     tasks: dict[str, Task] = {}
     for name in names:
         tasks |= _load_task(manager, name)
     for name, task in tasks.items():
         if task.OUTPUT_TYPE not in _SCORED:
-            raise PruneError(f"--tasks {name}: generates text; only tasks that compare likelihoods can be evaluated")
+            raise InputError(f"--tasks {name}: generates text; only tasks that compare likelihoods can be evaluated")
     return tasks
 
 
@@ -84,7 +84,7 @@ def _load_task(manager: TaskManager, name: str) -> dict[str, Task]:
             return manager.load([spec])["tasks"]
     except Exception as error:  # of lm-eval, datasets, and several network libraries
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise PruneError(
+        raise InputError(
             f"--tasks {name}: cannot be loaded ({reason}); without internet give --include PATH, "
             "a folder with a task file of that name whose data_files are on this machine"
         ) from error
@@ -111,7 +111,7 @@ def zero_shot(lm: JaxLM, tasks: Mapping[str, Task], limit: int | None = None) ->
         Metrics in the order of the tasks.
 
     Raises:
-        PruneError: a continuation has no tokens or too many.
+        InputError: a continuation has no tokens or too many.
     """
     for task in tasks.values():
         if task.get_config("num_fewshot") is None:

@@ -25,8 +25,8 @@ from safetensors.numpy import save
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from farms_jax.errors import InputError, reported
 from farms_jax.files import atomic, sha256, write_json, write_text
-from prune.errors import PruneError, reported
 from prune.models import Network, make_network
 from prune.small.model import (
     Params,
@@ -97,17 +97,17 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
         The content of `training.json`; None where `until` stopped it.
 
     Raises:
-        PruneError: a setting or a text cannot be used, or the folder has a checkpoint of other settings or texts.
+        InputError: a setting or a text cannot be used, or the folder has a checkpoint of other settings or texts.
     """
     for name in ("steps", "batch", "length", "evaluate_every"):
         if getattr(config, name) < 1:
-            raise PruneError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
     corpus = read_corpus(config.text, config.heldout_bytes, config.validation_bytes, config.calibration_bytes)
     tokenizer = train_tokenizer(corpus.training, config.vocab_size)
     tokens = {name: encode(tokenizer, getattr(corpus, name)) for name in ("training", "validation", "heldout")}
     for name, ids in tokens.items():
         if ids.size <= config.length:
-            raise PruneError(f"--text: {ids.size} tokens of {name} text are no more than --length; give more text")
+            raise InputError(f"--text: {ids.size} tokens of {name} text are no more than --length; give more text")
     sizes = ("hidden_size", "intermediate_size", "blocks", "heads", "kv_heads", "length")
     shape = {name: getattr(config, name) for name in sizes}
     model_config = llama_config(vocab_size=tokenizer.get_vocab_size(), **shape)
@@ -188,7 +188,7 @@ def _run(
             state = state._replace(params=params, opt_state=opt_state)
             recent.append(float(loss))
             if not np.isfinite(recent[-1]):
-                raise PruneError(f"the loss is {recent[-1]} at step {done}; give a lower --learning-rate")
+                raise InputError(f"the loss is {recent[-1]} at step {done}; give a lower --learning-rate")
             bar.update()
             bar.set_postfix(loss=f"{recent[-1]:.3f}", best=f"{float(state.best_loss):.3f}", refresh=False)
             if done % config.evaluate_every and done != config.steps:
@@ -218,9 +218,9 @@ def _restore(path: Path, state: TrainState, facts: dict[str, Any]) -> tuple[Trai
             arrays = dict(file)
         about = json.loads(str(arrays.pop("about")))
     except (zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise PruneError(f"{path} is damaged ({error}); remove it to start anew") from error
+        raise InputError(f"{path} is damaged ({error}); remove it to start anew") from error
     if about["facts"] != facts:
-        raise PruneError(f"{path} is of a training with other settings or texts; give those, or remove it")
+        raise InputError(f"{path} is of a training with other settings or texts; give those, or remove it")
     leaves, tree = jax.tree.flatten(state)
     restored = jax.tree.unflatten(tree, [jnp.asarray(arrays[f"leaf{number}"]) for number in range(len(leaves))])
     return restored, Progress(**{**about["progress"], "history": tuple(about["progress"]["history"])})

@@ -44,7 +44,7 @@ def embed(network: Network, read: Read, ids: np.ndarray, spill: Path | None = No
     state = network.to_state("embed", read("embed"))
     activations = Activations((*ids.shape, network.hidden_size), spill)
     for rows in batches(0, len(ids), ids.shape[1]):
-        activations.write(rows, np.asarray(_embed(network, state, jnp.asarray(ids[rows], jnp.int32))))
+        activations.write(rows, np.asarray(apply_embed(network, state, jnp.asarray(ids[rows], jnp.int32))))
     return activations
 
 
@@ -86,7 +86,7 @@ def walk(
                 if changed is not None:
                     state = network.to_state(block, changed)
             for rows in _bar(0, len(activations), length, f"block {block}"):
-                activations.write(rows, np.asarray(_forward(network, state, activations.read(rows))))
+                activations.write(rows, np.asarray(apply_block(network, state, activations.read(rows))))
 
 
 def batches(start: int, stop: int, length: int) -> Iterator[slice]:
@@ -125,12 +125,14 @@ def _statistics(
 
 
 @functools.partial(jax.jit, static_argnames="network")
-def _embed(network: Network, state: nnx.State, ids: Array) -> Array:
+def apply_embed(network: Network, state: nnx.State, ids: Array) -> Array:
+    """`Network.embed`, jitted."""
     return network.embed(state, ids)
 
 
 @functools.partial(jax.jit, static_argnames="network")
-def _forward(network: Network, state: nnx.State, x: Array) -> Array:
+def apply_block(network: Network, state: nnx.State, x: Array) -> Array:
+    """`Network.block`, jitted."""
     return network.block(state, x)
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from farms_jax.errors import InputError
 from prune.checkpoints import open_checkpoint
-from prune.errors import PruneError
 from prune.models import make_network
 from prune.small.model import blocks_of, evaluation_loss, from_tensors, initial_params, llama_config, to_tensors
 from prune.small.text import END, clean, encode, read_corpus, train_tokenizer
@@ -138,16 +138,16 @@ def test_a_checkpoint_of_other_settings_or_damaged_is_refused(small):
     train(small, until=10)
     path = small.out / CHECKPOINT
     before = path.read_bytes()
-    with pytest.raises(PruneError, match=r"unfinished\.npz is of a training with other settings"):
+    with pytest.raises(InputError, match=r"unfinished\.npz is of a training with other settings"):
         train(dataclasses.replace(small, learning_rate=2e-2))
     assert path.read_bytes() == before
     path.write_bytes(before[:-100])
-    with pytest.raises(PruneError, match="is damaged"):
+    with pytest.raises(InputError, match="is damaged"):
         train(small)
 
 
 def test_a_training_that_diverges_says_so_and_writes_no_model(small):
-    with pytest.raises(PruneError, match="lower --learning-rate"):
+    with pytest.raises(InputError, match="lower --learning-rate"):
         train(dataclasses.replace(small, learning_rate=1e30))
     assert not (small.out / "model.safetensors").exists()
 
@@ -164,14 +164,14 @@ def test_a_training_that_diverges_says_so_and_writes_no_model(small):
     ],
 )
 def test_wrong_input_is_one_error_before_anything_is_written(small, change, message):
-    with pytest.raises(PruneError, match=message):
+    with pytest.raises(InputError, match=message):
         train(dataclasses.replace(small, **change))
     assert not small.out.exists()
 
 
 def test_a_text_that_is_not_utf8_is_refused(small):
     small.text[0].write_bytes("café".encode("latin-1"))
-    with pytest.raises(PruneError, match=r"first\.txt is not UTF-8"):
+    with pytest.raises(InputError, match=r"first\.txt is not UTF-8"):
         train(small)
 
 

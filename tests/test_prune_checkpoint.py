@@ -11,8 +11,8 @@ import pytest
 import safetensors.numpy
 from prune_helpers import DATA, FOLDERS, weights_of, write_folder
 
+from farms_jax.errors import InputError
 from prune.checkpoints import open_checkpoint, open_tokenizer
-from prune.errors import PruneError
 
 INDEX = "model.safetensors.index.json"
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
@@ -108,7 +108,7 @@ def test_a_weight_file_stands_for_its_folder():
 
 
 def test_an_unknown_tensor_is_named():
-    with pytest.raises(PruneError, match=r"llama_tiny: there is no tensor model\.layers\.9"):
+    with pytest.raises(InputError, match=r"llama_tiny: there is no tensor model\.layers\.9"):
         open_checkpoint(str(DATA / "llama_tiny")).read("model.layers.9.mlp.up_proj.weight")
 
 
@@ -205,7 +205,7 @@ def test_a_damaged_folder_is_one_clear_error(tmp_path, damage, message):
     folder = write_folder(tmp_path / "model", weights_of("llama_tiny"), shards=3)
     open_checkpoint(str(folder))
     damage(folder)
-    with pytest.raises(PruneError, match=f"(?s){message}") as caught:
+    with pytest.raises(InputError, match=f"(?s){message}") as caught:
         open_checkpoint(str(folder))
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -217,10 +217,10 @@ def test_a_file_cut_after_opening_is_one_clear_error(tmp_path):
     last = max(checkpoint.shards()[0].tensors.items(), key=lambda item: item[1])[0]
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(PruneError, match=rf"ends inside {last}: truncated; download it again"):
+    with pytest.raises(InputError, match=rf"ends inside {last}: truncated; download it again"):
         checkpoint.read(last)
     path.unlink()
-    with pytest.raises(PruneError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot be read"):
         checkpoint.read(last)
 
 
@@ -236,21 +236,21 @@ def test_a_file_cut_after_opening_is_one_clear_error(tmp_path):
     ],
 )
 def test_a_path_that_is_not_there_is_one_clear_error(model, message):
-    with pytest.raises(PruneError, match=rf"--model {model}: {message}"):
+    with pytest.raises(InputError, match=rf"--model {model}: {message}"):
         open_checkpoint(model)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "model.bin"
     path.write_bytes(b"\x80\x04.")
-    with pytest.raises(PruneError, match=r"model\.bin: neither a \.gguf nor a \.safetensors file; pickled.*never"):
+    with pytest.raises(InputError, match=r"model\.bin: neither a \.gguf nor a \.safetensors file; pickled.*never"):
         open_checkpoint(str(path))
 
 
 def test_a_file_beside_the_weights_is_refused(tmp_path):
     folder = write_folder(tmp_path / "model", weights_of("llama_tiny"))
     safetensors.numpy.save_file({"a": np.zeros(1)}, folder / "adapter.safetensors")
-    with pytest.raises(PruneError, match=r"adapter\.safetensors: its folder's weights are model\.safetensors"):
+    with pytest.raises(InputError, match=r"adapter\.safetensors: its folder's weights are model\.safetensors"):
         open_checkpoint(str(folder / "adapter.safetensors"))
 
 
@@ -278,19 +278,19 @@ def test_an_unreachable_hub_is_one_clear_error(monkeypatch, opens):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nand a long explanation")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(PruneError, match=r"owner/model: .*\(no connection\); check the connection, or give a path"):
+    with pytest.raises(InputError, match=r"owner/model: .*\(no connection\); check the connection, or give a path"):
         opens("owner/model")
 
 
 def test_a_folder_without_a_tokenizer_names_the_flag():
-    with pytest.raises(PruneError, match=r"llama_tiny: there is no tokenizer.*--tokenizer PATH"):
+    with pytest.raises(InputError, match=r"llama_tiny: there is no tokenizer.*--tokenizer PATH"):
         open_checkpoint(str(DATA / "llama_tiny")).tokenizer()
 
 
 def test_a_damaged_tokenizer_names_the_flag(tmp_path):
     folder = write_folder(tmp_path / "model", weights_of("llama_tiny"))
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(PruneError, match=r"model: its tokenizer cannot be loaded.*--tokenizer PATH"):
+    with pytest.raises(InputError, match=r"model: its tokenizer cannot be loaded.*--tokenizer PATH"):
         open_checkpoint(str(folder)).tokenizer()
 
 
@@ -300,5 +300,5 @@ def test_code_of_a_folder_is_never_run(tmp_path):
     settings = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "vocab.json").write_text("{}")
-    with pytest.raises(PruneError, match="--tokenizer PATH"):
+    with pytest.raises(InputError, match="--tokenizer PATH"):
         open_checkpoint(str(folder)).tokenizer()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 from prune.models import make_network
 from prune.models.conversion import Rule, place
 from tests.prune_helpers import FOLDERS, QWEN, config_of, numbers_of, weights_of
@@ -78,7 +78,7 @@ def test_check_lists_all_faults_at_once():
     found["model.layers.0.self_attn.k_proj.bias"] = (48,)
     found["model.layers.4.mlp.up_proj.weight"] = (256, 96)
     found["model.vision.weight"] = (1, 2)
-    with pytest.raises(PruneError, match=r"7 tensor\(s\)") as error:
+    with pytest.raises(InputError, match=r"7 tensor\(s\)") as error:
         network.check(found)
     lines = {line.strip() for line in str(error.value).splitlines()[1:]}
     assert lines == {
@@ -104,13 +104,13 @@ def test_every_tensor_has_one_rule():
     rules = [Rule(r"a\.(\w+)", ("embed",), r"\1"), Rule(r"\w+\.b", ("head",), "b")]
     assert place(rules, "c.d") is None
     assert place(rules, "a.c") == (("embed",), "c", False)
-    with pytest.raises(PruneError, match=r"a\.b: fits"):
+    with pytest.raises(InputError, match=r"a\.b: fits"):
         place(rules, "a.b")
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", None, 3, ["llama"]])
 def test_unknown_family(model_type):
-    with pytest.raises(PruneError, match="`model_type` (must be one of|is missing)") as error:
+    with pytest.raises(InputError, match="`model_type` (must be one of|is missing)") as error:
         make_network(config_of("llama_tiny", model_type=model_type))
     assert model_type is None or "llama, mistral, qwen2, qwen3, opt" in str(error.value)
 
@@ -148,5 +148,5 @@ def test_unknown_family(model_type):
     ],
 )
 def test_config_that_cannot_be_used(name, changes, message):
-    with pytest.raises(PruneError, match=f"config.json.*{message}"):
+    with pytest.raises(InputError, match=f"config.json.*{message}"):
         make_network(config_of(name, **changes))

@@ -21,9 +21,9 @@ from prune_helpers import (
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig
 
+from farms_jax.errors import InputError
 from prune.checkpoints import open_checkpoint, open_tokenizer
 from prune.checkpoints.gguf_tokenizer import make_tokenizer
-from prune.errors import PruneError
 from prune.models import make_network
 
 
@@ -203,7 +203,7 @@ def test_a_given_tokenizer_is_saved_instead(tmp_path):
     other = make_tokenizer(byte_level_metadata("gpt-2"), "made")
     source.copy_sidecars(tmp_path / "export", other)
     assert open_tokenizer(str(tmp_path / "export"))(TEXT)["input_ids"] == other(TEXT)["input_ids"]
-    with pytest.raises(PruneError, match="--tokenizer PATH"):
+    with pytest.raises(InputError, match="--tokenizer PATH"):
         source.copy_sidecars(tmp_path / "export")
 
 
@@ -250,7 +250,7 @@ SCALE = {"rope_freqs.weight": np.linspace(1, 3, 12, dtype=np.float32)}
 )
 def test_what_is_not_supported_is_one_clear_error(tmp_path, settings, message):
     path = gguf_of(tmp_path / "small.gguf", **settings)
-    with pytest.raises(PruneError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         open_checkpoint(str(path))
     assert str(path) in str(caught.value)
 
@@ -270,7 +270,7 @@ def test_what_is_not_supported_is_one_clear_error(tmp_path, settings, message):
 def test_a_damaged_file_is_one_clear_error(tmp_path, change, message):
     path = gguf_of(tmp_path / "small.gguf")
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(PruneError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         open_checkpoint(str(path))
     assert str(path) in str(caught.value)
 
@@ -291,7 +291,7 @@ def test_mutated_files_raise_nothing_else_and_take_no_memory(tmp_path):
             file.truncate(len(whole))
         try:
             open_checkpoint(str(path)).tokenizer()
-        except PruneError:
+        except InputError:
             refused += 1
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -5,10 +5,10 @@ import pytest
 from prune_helpers import DATA, TEXT, byte_level_metadata, trained_tokenizer
 from tokenizers import pre_tokenizers
 
+from farms_jax.errors import InputError
 from prune.checkpoints import open_tokenizer
 from prune.checkpoints.base import save_tokenizer
 from prune.checkpoints.gguf_tokenizer import make_tokenizer
-from prune.errors import PruneError
 
 
 @pytest.mark.parametrize(
@@ -180,5 +180,5 @@ def test_saved_tokenizers_are_the_same(tmp_path, metadata):
     ],
 )
 def test_an_unusable_tokenizer_names_the_flag(metadata, message):
-    with pytest.raises(PruneError, match=rf"made: .*{message}.*--tokenizer PATH"):
+    with pytest.raises(InputError, match=rf"made: .*{message}.*--tokenizer PATH"):
         make_tokenizer(metadata, "made")

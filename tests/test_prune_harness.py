@@ -14,9 +14,9 @@ import pytest
 from lm_eval.api.instance import Instance
 from prune_helpers import DATA, byte_tokenizer, folder_with_tokenizer
 
+from farms_jax.errors import InputError
 from prune import evaluate, harness, tasks
 from prune.checkpoints import open_checkpoint
-from prune.errors import PruneError
 from prune.harness import JaxLM
 from prune.models import make_network
 from prune.perplexity import perplexity
@@ -138,9 +138,9 @@ def test_greedy_is_true_for_what_greedy_decoding_gives(reference, lm, folder):
 @pytest.fixture
 def shapes(monkeypatch):
     """Collects the shapes that go through the network."""
-    seen, embed = [], harness._embed
+    seen, embed = [], harness.apply_embed
     monkeypatch.setattr(
-        harness, "_embed", lambda network, state, ids: seen.append(ids.shape) or embed(network, state, ids)
+        harness, "apply_embed", lambda network, state, ids: seen.append(ids.shape) or embed(network, state, ids)
     )
     return seen
 
@@ -263,9 +263,9 @@ def test_tasks_that_cannot_be_loaded_say_what_to_do(tmp_path, monkeypatch):
     )
     shutil.copy(TASKS / "local_choice.yaml", tmp_path)  # without its data
     for name in ("local_letter", "local_choice"):
-        with pytest.raises(PruneError, match=rf"--tasks {name}: cannot be loaded \(.*\); .* --include PATH"):
+        with pytest.raises(InputError, match=rf"--tasks {name}: cannot be loaded \(.*\); .* --include PATH"):
             tasks.load_tasks([name], tmp_path)
-    with pytest.raises(PruneError, match="no such folder"):
+    with pytest.raises(InputError, match="no such folder"):
         tasks.load_tasks(["local_choice"], tmp_path / "nowhere")
 
 
@@ -273,7 +273,7 @@ def test_tasks_that_cannot_be_loaded_say_what_to_do(tmp_path, monkeypatch):
 def test_the_papers_tasks_without_internet_say_what_to_do(name, monkeypatch):
     made, manager = [], tasks.TaskManager
     monkeypatch.setattr(tasks, "TaskManager", lambda **settings: made.append(settings) or manager(**settings))
-    with pytest.raises(PruneError, match=rf"--tasks {name}: cannot be loaded \(Couldn't reach .* --include PATH"):
+    with pytest.raises(InputError, match=rf"--tasks {name}: cannot be loaded \(Couldn't reach .* --include PATH"):
         tasks.load_tasks([name])
     assert [settings["include_defaults"] for settings in made] == [False]  # found without reading all of lm-eval's
 
@@ -284,7 +284,7 @@ def test_a_task_that_nobody_has_is_refused(monkeypatch):
         tasks, "TaskManager", lambda include_path, include_defaults=True: manager(include_path=include_path)
     )
     with pytest.raises(
-        PruneError, match=r"--tasks no_such_task: lm-eval has no such task; --include .*tasks has no valid"
+        InputError, match=r"--tasks no_such_task: lm-eval has no such task; --include .*tasks has no valid"
     ):
         tasks.load_tasks(["local_choice", "no_such_task"], TASKS)
 
@@ -294,9 +294,9 @@ def test_tasks_that_generate_text_are_refused_before_anything_is_computed(tmp_pa
     written = written.replace("doc_to_target: label", 'doc_to_target: "{{label}}"').replace("acc\n", "exact_match\n")
     (tmp_path / "task.yaml").write_text(written)
     shutil.copy(TASKS / "local_letter.jsonl", tmp_path)
-    with pytest.raises(PruneError, match="local_letter: generates text"):
+    with pytest.raises(InputError, match="local_letter: generates text"):
         tasks.load_tasks(["local_letter"], tmp_path)
-    with pytest.raises(PruneError, match="generates text"):
+    with pytest.raises(InputError, match="generates text"):
         lm.generate_until([Instance("generate_until", {}, ("a", {}), 0, ("some_task", 0, 1))])
 
 
@@ -310,7 +310,7 @@ def test_tasks_that_generate_text_are_refused_before_anything_is_computed(tmp_pa
     ],
 )
 def test_requests_that_cannot_be_scored_are_refused(lm, context, continuation, message):
-    with pytest.raises(PruneError, match=message):
+    with pytest.raises(InputError, match=message):
         lm._loglikelihood_tokens([(("a", "b"), context, continuation)], disable_tqdm=True)
 
 
@@ -318,14 +318,14 @@ def test_requests_that_cannot_be_scored_are_refused(lm, context, continuation, m
     "settings", [{"max_length": 0}, {"max_length": 513}, {"batch_tokens": 0}, {"stream_tokens": 0}]
 )
 def test_settings_out_of_range_are_refused(folder, settings):
-    with pytest.raises(PruneError, match="must be"):
+    with pytest.raises(InputError, match="must be"):
         JaxLM(str(folder), **settings)
 
 
 def test_a_tokenizer_without_a_first_token_is_refused_by_name(folder):
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = tokenizer.eos_token = None
-    with pytest.raises(PruneError, match="neither a BOS nor an EOS token"):
+    with pytest.raises(InputError, match="neither a BOS nor an EOS token"):
         ask(JaxLM(str(folder), tokenizer=tokenizer), "", "so")
 
 
@@ -344,7 +344,7 @@ class Damaged:
 
 
 def test_a_network_that_gives_nan_is_refused(folder):
-    with pytest.raises(PruneError, match="gives NaN"):
+    with pytest.raises(InputError, match="gives NaN"):
         ask(JaxLM(Damaged(folder)), "It is", " so")
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 from prune.methods import Groups, magnitude, wanda, wanda_variant
 from prune.select import lowest, lowest_of_groups, lowest_of_rows
 from prune.sparsegpt import factorise, sparsegpt
@@ -86,7 +86,7 @@ def test_damping_is_raised_until_it_is_enough():
 
 @pytest.mark.parametrize("hessian", [np.full((4, 4), np.nan), np.diag([1.0, 1, 1, -99])])
 def test_a_hopeless_hessian_is_an_error(hessian):
-    with pytest.raises(PruneError, match=r"blocks\.0\.q.*cannot be factorised"):
+    with pytest.raises(InputError, match=r"blocks\.0\.q.*cannot be factorised"):
         factorise(jnp.asarray(hessian, jnp.float32), 0.01, "blocks.0.q")
 
 

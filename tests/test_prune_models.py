@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 from prune.models import Network, make_network
 from prune.models.layers import CHUNK, CHUNKS, _attend_by_heads, _attend_in_chunks, attend
 from prune.models.network import LONG
@@ -285,7 +285,7 @@ def test_a_state_takes_exactly_its_tensors():
         ({key: tensors[key] for key in tensors if key != name}, f"missing: {name}"),
         (tensors | {"model.layers.1.mlp.down_proj.weight": tensors[name]}, "model.layers.1.mlp.down_proj.weight"),
     ):
-        with pytest.raises(PruneError, match=re.escape(message)):
+        with pytest.raises(InputError, match=re.escape(message)):
             network.to_state(0, wrong)
 
 
@@ -312,5 +312,5 @@ def test_a_sequence_longer_than_the_positions(name):
     state = state_of(network, "embed", weights_of(name))
     ids = jnp.zeros((1, network.max_length), jnp.int32)
     assert np.isfinite(network.embed(state, ids)).all()
-    with pytest.raises(PruneError, match=f"takes {network.max_length} at most"):
+    with pytest.raises(InputError, match=f"takes {network.max_length} at most"):
         network.embed(state, jnp.zeros((1, network.max_length + 1), jnp.int32))

@@ -176,8 +176,8 @@ def test_stopped_between_any_two_writes(when, steps, finished, tmp_path, monkeyp
 def test_a_finished_run_given_again_says_the_same_and_computes_nothing(finished, finished_copy, monkeypatch):
     for module in (prune.passes, prune.perplexity):
         monkeypatch.setattr(module, "walk", never)
-    for name in ("measure", "make_card"):  # a card made now would say that these versions had computed it
-        monkeypatch.setattr(prune.experiment, name, never)
+    monkeypatch.setattr(prune.passes, "measure", never)
+    monkeypatch.setattr(prune.experiment, "make_card", never)  # would say that these versions had computed it
     job = prepare(finished_copy)
     card = (job.path / "run.json").read_bytes()
     text = run(job)
@@ -227,8 +227,8 @@ def test_dry_run_says_what_a_run_would_do_and_saves_it_the_analysis(finished, tm
     assert f"size: {4 * everything / MIB:.1f} MiB dense; {kept / MIB:.1f} MiB with" in table
 
     measured, evaluated = [], []
-    measure, perplexity = prune.experiment.measure, prune.experiment.perplexity
-    monkeypatch.setattr(prune.experiment, "measure", lambda *a: measured.append(a[-1]) or measure(*a))
+    measure, perplexity = prune.passes.measure, prune.experiment.perplexity
+    monkeypatch.setattr(prune.passes, "measure", lambda *a: measured.append(a[-1]) or measure(*a))
     monkeypatch.setattr(
         prune.experiment, "perplexity", lambda *a, title, **k: evaluated.append(title) or perplexity(*a, **k)
     )

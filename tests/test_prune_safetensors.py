@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 from prune_helpers import DATA
 
+from farms_jax.errors import InputError
 from prune.checkpoints.safetensors_file import MAX_HEADER, TensorInfo, make_header, parse_header, read_header
-from prune.errors import PruneError
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 
@@ -33,7 +33,7 @@ def test_header_is_the_one_of_the_safetensors_package():
 
 
 def test_header_refuses_a_dtype_that_the_format_lacks():
-    with pytest.raises(PruneError, match=r"w: .*complex128.*float32"):
+    with pytest.raises(InputError, match=r"w: .*complex128.*float32"):
         make_header({"w": TensorInfo(np.dtype(np.complex128), (1,))})
 
 
@@ -90,7 +90,7 @@ TWO = {"a": entry(), "b": entry(offsets=(24, 48))}
 def test_a_damaged_file_is_one_clear_error(tmp_path, content, message):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(PruneError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         read_header(path)
     assert str(path) in str(caught.value)
     assert "download it again" in str(caught.value) or "give a checkpoint in" in str(caught.value)
@@ -102,7 +102,7 @@ def test_a_header_longer_than_the_format_allows_is_not_read(tmp_path):
         file.write(struct.pack("<Q", MAX_HEADER + 1))
         file.truncate(MAX_HEADER + 1000)  # sparse: takes no space
     tracemalloc.start()
-    with pytest.raises(PruneError, match="header should have 100000001 bytes"):
+    with pytest.raises(InputError, match="header should have 100000001 bytes"):
         read_header(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -125,7 +125,7 @@ def test_mutated_headers_raise_nothing_else_and_take_no_memory():
             mutant = mutant[: rng.integers(8, len(mutant))]
         try:
             parse_header(bytes(mutant), len(whole), "mutant")
-        except PruneError:
+        except InputError:
             refused += 1
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -11,7 +11,7 @@ import pytest
 from prune_helpers import byte_tokenizer
 from pyarrow import parquet
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 from prune.texts import calibration_samples, evaluation_blocks, hub, tokenizer_fingerprint
 
 TEXT = "\r\n".join(f"Line {number} is its own and nobody else's: {number**3}." for number in range(40)) + "\n"
@@ -208,7 +208,7 @@ def test_without_internet_the_error_names_the_flag_and_the_remedy(monkeypatch, f
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", "/nowhere")
     monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(PruneError, match=rf"{flag} {name}: cannot be had from the hub .*; give {flag} a file instead"):
+    with pytest.raises(InputError, match=rf"{flag} {name}: cannot be had from the hub .*; give {flag} a file instead"):
         cut(name)
     assert not config.HF_HUB_OFFLINE and not constants.HF_HUB_OFFLINE  # as it was before
 
@@ -220,14 +220,14 @@ def test_an_endpoint_that_does_not_answer_is_found_out():
 
 def test_the_package_datasets_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(PruneError, match="needs the package `datasets`"):
+    with pytest.raises(InputError, match="needs the package `datasets`"):
         calibrate("wikitext2")
 
 
 def refused(tmp_path, content, name="bad.txt", length=16):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(PruneError) as error:
+    with pytest.raises(InputError) as error:
         blocks(path, length)
     return str(error.value)
 
@@ -235,7 +235,7 @@ def refused(tmp_path, content, name="bad.txt", length=16):
 def test_a_text_shorter_than_one_block_says_how_long_it_is(tmp_path):
     message = refused(tmp_path, b"twelve bytes", length=13)
     assert "has 12 tokens" in message and "--length 12" in message and "--text" in message
-    with pytest.raises(PruneError, match=r"--calibration .* has 12 tokens.*--length 12"):
+    with pytest.raises(InputError, match=r"--calibration .* has 12 tokens.*--length 12"):
         calibrate(tmp_path / "bad.txt", length=13)
 
 
@@ -243,9 +243,9 @@ def test_files_that_are_no_text_are_refused(tmp_path):
     assert "holds no text" in refused(tmp_path, b"")
     assert "holds no text" in refused(tmp_path, b" \n\n ")
     assert "not UTF-8 text (byte 0xe9 at 3)" in refused(tmp_path, "café".encode("latin-1") * 10)
-    assert "is a folder" in str(pytest.raises(PruneError, blocks, tmp_path).value)
-    assert "no such file" in str(pytest.raises(PruneError, blocks, tmp_path / "nothing.txt").value)
-    assert "wikitext2, c4" in str(pytest.raises(PruneError, calibrate, "wikitext").value)
+    assert "is a folder" in str(pytest.raises(InputError, blocks, tmp_path).value)
+    assert "no such file" in str(pytest.raises(InputError, blocks, tmp_path / "nothing.txt").value)
+    assert "wikitext2, c4" in str(pytest.raises(InputError, calibrate, "wikitext").value)
 
 
 @pytest.mark.parametrize("line", [b'{"text": "cut o', b'{"body": "x"}', b'{"text": 3}', b'["text"]', b"NaN"])
@@ -257,7 +257,7 @@ def test_a_broken_line_is_named(tmp_path, line):
 def test_broken_parquet_files_are_refused(tmp_path):
     assert "not a readable parquet file" in refused(tmp_path, b"PAR1 and no more", "bad.parquet")
     write_parquet(tmp_path / "other.parquet", ["a", "b"], column="content")
-    with pytest.raises(PruneError, match=r'needs a column "text" of strings, has content \(string\), number \(int64\)'):
+    with pytest.raises(InputError, match=r'needs a column "text" of strings, has content \(string\), number \(int64\)'):
         blocks(tmp_path / "other.parquet")
 
 
@@ -274,7 +274,7 @@ def test_broken_token_files_are_refused(tmp_path):
         ("cube.npy", r"must be integers of shape"),
         ("other.npz", r'no array "ids", only \[.tokens.\]'),
     ):
-        with pytest.raises(PruneError, match=message):
+        with pytest.raises(InputError, match=message):
             calibrate(tmp_path / name)
 
 
@@ -283,24 +283,24 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path, text):
         ids = np.zeros((2, 16), np.int64)
         ids[1, 3] = wrong
         np.save(tmp_path / "t.npy", ids)
-        with pytest.raises(PruneError, match=rf"token id {wrong} is outside the model's vocabulary"):
+        with pytest.raises(InputError, match=rf"token id {wrong} is outside the model's vocabulary"):
             blocks(tmp_path / "t.npy", vocab_size=256 if wrong == 256 else None)
-    with pytest.raises(PruneError, match=r"outside the model's vocabulary \(0 to 49\)"):
+    with pytest.raises(InputError, match=r"outside the model's vocabulary \(0 to 49\)"):
         calibrate(text, vocab_size=50)
 
 
 def test_too_few_sequences_in_a_token_file_are_refused(tmp_path):
     np.save(tmp_path / "t.npy", np.zeros((3, 16), int))
-    with pytest.raises(PruneError, match="has 3 sequences, 4 are asked for"):
+    with pytest.raises(InputError, match="has 3 sequences, 4 are asked for"):
         calibrate(tmp_path / "t.npy", count=4)
 
 
 @pytest.mark.parametrize("wrong", [{"count": 0}, {"length": 0}, {"seed": -1}])
 def test_numbers_out_of_range_are_refused(text, wrong):
-    with pytest.raises(PruneError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
+    with pytest.raises(InputError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
         calibrate(text, **wrong)
 
 
 def test_text_without_a_tokenizer_is_refused(text):
-    with pytest.raises(PruneError, match="text needs a tokenizer"):
+    with pytest.raises(InputError, match="text needs a tokenizer"):
         evaluation_blocks(str(text), None, length=16)

@@ -10,5 +10,9 @@ Opening reads headers only, and finds every fault of names, shapes and sizes bef
 from prune.checkpoints.base import Checkpoint as Checkpoint, Shard as Shard
 from prune.checkpoints.folder import FolderCheckpoint as FolderCheckpoint
 from prune.checkpoints.gguf_checkpoint import GGUFCheckpoint as GGUFCheckpoint
-from prune.checkpoints.opening import open_checkpoint as open_checkpoint, open_tokenizer as open_tokenizer
+from prune.checkpoints.opening import (
+    choose_tokenizer as choose_tokenizer,
+    open_checkpoint as open_checkpoint,
+    open_tokenizer as open_tokenizer,
+)
 from prune.checkpoints.safetensors_file import TensorInfo as TensorInfo

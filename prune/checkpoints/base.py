@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from farms_jax.errors import InputError
 from farms_jax.files import atomic
 from prune.checkpoints.safetensors_file import TensorInfo
-from prune.errors import PruneError
+from prune.models import Network, make_network
 
 WEIGHTS = "model.safetensors"
 _PIECE = 1 << 24  # bytes read at a time for the hash
@@ -62,7 +63,7 @@ class Checkpoint(ABC):
             Array of the stored dtype and shape.
 
         Raises:
-            PruneError: there is no such tensor, or its file cannot be read.
+            InputError: there is no such tensor, or its file cannot be read.
         """
 
     @abstractmethod
@@ -78,7 +79,7 @@ class Checkpoint(ABC):
             tokenizer: saved instead of the checkpoint's own.
 
         Raises:
-            PruneError: the checkpoint's tokenizer cannot be made; never with one given.
+            InputError: the checkpoint's tokenizer cannot be made; never with one given.
         """
 
     @abstractmethod
@@ -86,8 +87,21 @@ class Checkpoint(ABC):
         """Load the tokenizer, one of `transformers`.
 
         Raises:
-            PruneError: there is none, or it cannot be loaded.
+            InputError: there is none, or it cannot be loaded.
         """
+
+    def network(self) -> Network:
+        """Make the network of the config, and check that the tensors are those that it needs.
+
+        Returns:
+            The network; no weights are read.
+
+        Raises:
+            InputError: the config is not supported, or tensors are unknown, missing or of another shape.
+        """
+        network = make_network(self.config, self.tensors)
+        network.check({name: info.shape for name, info in self.tensors.items()})
+        return network
 
     def sha256(self) -> str:
         """Return the SHA-256 of the weight files, read one after the other in the order of their names."""
@@ -104,8 +118,8 @@ class Checkpoint(ABC):
                         bar.update(len(piece))
         return digest.hexdigest()
 
-    def _no_tensor(self, name: str) -> PruneError:
-        return PruneError(f"{self.path}: there is no tensor {name} among its {len(self.tensors)}; check the family")
+    def _no_tensor(self, name: str) -> InputError:
+        return InputError(f"{self.path}: there is no tensor {name} among its {len(self.tensors)}; check the family")
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -116,7 +130,8 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         config = Path(draft) / "tokenizer_config.json"
         # The class's name since transformers 5; earlier ones know it, as later ones do, by the older name only.
         config.write_text(
-            config.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+            config.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'),
+            encoding="utf-8",
         )
         for path in sorted(Path(draft).iterdir()):
             with atomic(folder / path.name) as part:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from farms_jax.errors import InputError
 from farms_jax.files import atomic
 from prune.checkpoints.base import WEIGHTS, Checkpoint, Shard, save_tokenizer
 from prune.checkpoints.safetensors_file import Header, TensorInfo, read_header, read_tensor
-from prune.errors import PruneError
 
 INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -38,7 +38,7 @@ class FolderCheckpoint(Checkpoint):
             name: for people; the folder's own where not given.
 
         Raises:
-            PruneError: a file is missing or damaged, or index and shards disagree.
+            InputError: a file is missing or damaged, or index and shards disagree.
         """
         self.path, self.name = path, name or path.resolve().name
         self.config = read_json(path / "config.json", "give a Hugging Face model folder")
@@ -115,20 +115,20 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         Its content.
 
     Raises:
-        PruneError: there is no such file, or it holds something else.
+        InputError: there is no such file, or it holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise PruneError(f"{path}: no such file; {remedy}") from error
+        raise InputError(f"{path}: no such file; {remedy}") from error
     except OSError as error:
-        raise PruneError(
+        raise InputError(
             f"{path}: cannot be read ({error.strerror or error}); check the path and its rights"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise PruneError(f"{path}: not valid JSON ({error}); download it again") from error
+        raise InputError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise PruneError(f"{path}: not a JSON object; download it again")
+        raise InputError(f"{path}: not a JSON object; download it again")
     return content
 
 
@@ -136,24 +136,24 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not (folder / INDEX).is_file():
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         if pickles:
-            raise PruneError(
+            raise InputError(
                 f"{folder}: its weights are pickles ({', '.join(pickles[:3])}), which can run any code and are never "
                 f"loaded. {how_to_convert(folder)}"
             )
-        raise PruneError(f"{folder}: neither {WEIGHTS} nor {INDEX} is in it; give a folder with safetensors weights")
+        raise InputError(f"{folder}: neither {WEIGHTS} nor {INDEX} is in it; give a folder with safetensors weights")
     weight_map = read_json(folder / INDEX, "download it again").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise PruneError(f"{folder / INDEX}: it has no weight_map; download it again")
+        raise InputError(f"{folder / INDEX}: it has no weight_map; download it again")
     for name, filename in weight_map.items():
         # A name with a folder in it would make an export write outside its own.
         if not isinstance(filename, str) or Path(filename).name != filename:
-            raise PruneError(f"{folder / INDEX}: {name} is in {filename!r}, no plain file name; download it again")
+            raise InputError(f"{folder / INDEX}: {name} is in {filename!r}, no plain file name; download it again")
     return weight_map
 
 
 def _read_shard(path: Path) -> Header:
     if not path.is_file():
-        raise PruneError(f"{path}: this shard is missing, {INDEX} names it; download it again")
+        raise InputError(f"{path}: this shard is missing, {INDEX} names it; download it again")
     return read_header(path)
 
 
@@ -163,7 +163,7 @@ def _home_of_each(folder: Path, headers: Mapping[str, Header], index: Mapping[st
     for filename, header in headers.items():
         for name in header.tensors:
             if name in home:
-                raise PruneError(f"{folder}: {name} is in two shards, {home[name]} and {filename}; download them again")
+                raise InputError(f"{folder}: {name} is in two shards, {home[name]} and {filename}; download them again")
             home[name] = filename
     if index is None:
         return home
@@ -171,7 +171,7 @@ def _home_of_each(folder: Path, headers: Mapping[str, Header], index: Mapping[st
     unlisted = [f"{name} (in {filename}, not in the index)" for name, filename in home.items() if name not in index]
     if faults := missing + unlisted:
         more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise PruneError(
+        raise InputError(
             f"{folder / INDEX}: it disagrees with its shards: {', '.join(faults[:10])}{more}; download all"
         )
     return home
@@ -187,10 +187,10 @@ def load_tokenizer(folder: Path) -> Any:
         A tokenizer of `transformers`.
 
     Raises:
-        PruneError: there is none, or it cannot be loaded.
+        InputError: there is none, or it cannot be loaded.
     """
     if not any((folder / filename).is_file() for filename in _TOKENIZERS):
-        raise PruneError(f"{folder}: there is no tokenizer in it; give a folder that has one with --tokenizer PATH")
+        raise InputError(f"{folder}: there is no tokenizer in it; give a folder that has one with --tokenizer PATH")
     # Without torch, transformers would advise to install it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # noqa: PLC0415
@@ -198,6 +198,6 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers promises no type, and every one means the same here
-        raise PruneError(
+        raise InputError(
             f"{folder}: its tokenizer cannot be loaded ({error}); give another one with --tokenizer PATH"
         ) from error

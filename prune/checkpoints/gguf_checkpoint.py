@@ -25,7 +25,7 @@ class GGUFCheckpoint(Checkpoint):
             path: of the file.
 
         Raises:
-            PruneError: it is damaged, of another architecture, or has tensors that no table knows.
+            InputError: it is damaged, of another architecture, or has tensors that no table knows.
         """
         self.path, self.name, self.files = path, path.stem, (path,)
         self._file = read_gguf(path)

@@ -15,8 +15,8 @@ import gguf
 import gguf.quants
 import numpy as np
 
+from farms_jax.errors import InputError
 from prune.checkpoints.safetensors_file import read_bytes
-from prune.errors import PruneError
 
 _REMEDY = "download it again"
 _NUMBERS = {
@@ -74,7 +74,7 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.file.tell():
-            raise PruneError(f"{self.path}: its metadata goes past the end of the file: truncated; {_REMEDY}")
+            raise InputError(f"{self.path}: its metadata goes past the end of the file: truncated; {_REMEDY}")
         return self.file.read(count)
 
     def number(self, code: str) -> Any:
@@ -99,7 +99,7 @@ class _Cursor:
             texts = (self.text() for _ in range(count))
             return list(texts) if keep else sum(1 for _ in texts)
         if item is gguf.GGUFValueType.ARRAY:
-            raise PruneError(f"{self.path}: arrays of arrays in the metadata are not known; convert the model anew")
+            raise InputError(f"{self.path}: arrays of arrays in the metadata are not known; convert the model anew")
         values = self.numbers(_NUMBERS[item], count)
         return list(values) if keep else count
 
@@ -115,47 +115,47 @@ def read_gguf(path: Path, *, long_arrays: bool = False) -> GGUFFile:
         The content; every tensor lies inside the file.
 
     Raises:
-        PruneError: the file is damaged, truncated, a part of a split one, no GGUF file, or quantised in a way that
+        InputError: the file is damaged, truncated, a part of a split one, no GGUF file, or quantised in a way that
             cannot be undone.
     """
     try:
         with path.open("rb") as file:
             return _read(_Cursor(file, path), long_arrays=long_arrays)
     except OSError as error:
-        raise PruneError(
+        raise InputError(
             f"{path}: cannot be read ({error.strerror or error}); check the path and its rights"
         ) from error
-    except PruneError:
+    except InputError:
         raise
     except (ValueError, OverflowError) as error:
-        raise PruneError(f"{path}: its metadata is damaged ({error}); {_REMEDY}") from error
+        raise InputError(f"{path}: its metadata is damaged ({error}); {_REMEDY}") from error
 
 
 def _read(cursor: _Cursor, *, long_arrays: bool) -> GGUFFile:
     path = cursor.path
     if cursor.take(4) != b"GGUF":
-        raise PruneError(f"{path}: no GGUF file (its first bytes are others); {_REMEDY}")
+        raise InputError(f"{path}: no GGUF file (its first bytes are others); {_REMEDY}")
     version, tensor_count, key_count = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
     if version not in {2, 3}:
-        raise PruneError(f"{path}: GGUF version {version} is not known (2 and 3 are); convert the model anew")
+        raise InputError(f"{path}: GGUF version {version} is not known (2 and 3 are); convert the model anew")
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
         key = cursor.text()
         if key in metadata:
-            raise PruneError(f"{path}: {key} is in the metadata twice; {_REMEDY}")
+            raise InputError(f"{path}: {key} is in the metadata twice; {_REMEDY}")
         metadata[key] = cursor.value(long_arrays=long_arrays)
     if metadata.get("split.count", 1) != 1:
-        raise PruneError(f"{path}: one part of a split model; put it together with `llama-gguf-split --merge` first")
+        raise InputError(f"{path}: one part of a split model; put it together with `llama-gguf-split --merge` first")
     entries = {}
     for _ in range(tensor_count):
         name = cursor.text()
         dims = cursor.numbers("Q", cursor.number("I"))
         entries[name] = (dims[::-1], cursor.number("I"), cursor.number("Q"))
     if len(entries) != tensor_count:
-        raise PruneError(f"{path}: a tensor's name is there twice; {_REMEDY}")
+        raise InputError(f"{path}: a tensor's name is there twice; {_REMEDY}")
     alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0:
-        raise PruneError(f"{path}: general.alignment {alignment!r} is not a positive number; {_REMEDY}")
+        raise InputError(f"{path}: general.alignment {alignment!r} is not a positive number; {_REMEDY}")
     start = -(-cursor.file.tell() // alignment) * alignment
     tensors = {
         name: _tensor(f"{path}: {name}", shape, kind, start + offset, cursor.size)
@@ -170,16 +170,16 @@ def _tensor(where: str, shape: tuple[int, ...], number: int, start: int, size: i
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError) as error:
-        raise PruneError(
+        raise InputError(
             f"{where}: quantisation {number} cannot be undone here ({error}); give a file in F16, F32 or Q8_0"
         ) from error
     if not shape or 0 in shape or shape[-1] % block:
-        raise PruneError(
+        raise InputError(
             f"{where}: shape {shape} is not one of {kind.name}, whose rows have blocks of {block}; {_REMEDY}"
         )
     row_bytes = shape[-1] // block * block_bytes
     if start + math.prod(shape[:-1]) * row_bytes > size:
-        raise PruneError(f"{where}: goes past the end of the file: truncated; {_REMEDY}")
+        raise InputError(f"{where}: goes past the end of the file: truncated; {_REMEDY}")
     return GGUFTensor(kind, shape, start, row_bytes)
 
 
@@ -194,7 +194,7 @@ def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
         float32, of the tensor's shape. Besides it, memory holds a few million weights at a time.
 
     Raises:
-        PruneError: the file cannot be read, or has become shorter.
+        InputError: the file cannot be read, or has become shorter.
     """
     tensor = file.tensors[name]
     rows = math.prod(tensor.shape[:-1])

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 
 ROPE_FACTORS = "rope_freqs.weight"
 _NAME = re.compile(r"(?:blk\.(?P<block>0|[1-9]\d*)\.)?(?P<module>\w+)\.(?P<kind>weight|bias)")
@@ -52,11 +52,11 @@ def architecture_of(metadata: Mapping[str, Any], where: str) -> str:
         llama (which is also Mistral and SmolLM), qwen2 or qwen3.
 
     Raises:
-        PruneError: another one.
+        InputError: another one.
     """
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in _BLOCKS:
-        raise PruneError(f"{where}: unknown architecture {architecture!r}; known are {', '.join(_BLOCKS)}")
+        raise InputError(f"{where}: unknown architecture {architecture!r}; known are {', '.join(_BLOCKS)}")
     return architecture
 
 
@@ -72,7 +72,7 @@ def hugging_face_names(architecture: str, names: Iterable[str], where: str) -> d
         Hugging Face name -> name in the file, without the rotary factors.
 
     Raises:
-        PruneError: names that are in no table, all in one error.
+        InputError: names that are in no table, all in one error.
     """
     found, unknown = {}, []
     for name in names:
@@ -87,7 +87,7 @@ def hugging_face_names(architecture: str, names: Iterable[str], where: str) -> d
         found[f"{prefix}{table[match['module']]}.{match['kind']}"] = name
     if unknown:
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        raise PruneError(
+        raise InputError(
             f"{where}: unknown tensors for {architecture}: {', '.join(unknown[:10])}{more}; "
             "give the model as a Hugging Face folder"
         )
@@ -112,20 +112,20 @@ def make_config(
         The config.
 
     Raises:
-        PruneError: a number is missing, or the model has something that the networks here have not.
+        InputError: a number is missing, or the model has something that the networks here have not.
     """
     architecture = architecture_of(metadata, where)
     facts = _Facts(metadata, architecture, where)
     for key in _FOREIGN:
         if facts.get(key, 0) not in (0, 1):
-            raise PruneError(f"{where}: {architecture}.{key} is not supported; give a model without it")
+            raise InputError(f"{where}: {architecture}.{key} is not supported; give a model without it")
     if "model.embed_tokens.weight" not in shapes:
-        raise PruneError(f"{where}: there is no tensor token_embd.weight; download it again")
+        raise InputError(f"{where}: there is no tensor token_embd.weight; download it again")
     heads = facts.number("attention.head_count")
     head_dim = facts.number("attention.key_length", facts.number("embedding_length") // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if facts.number(key, head_dim) != head_dim:
-            raise PruneError(f"{where}: {architecture}.{key} is not the head size {head_dim}: not supported")
+            raise InputError(f"{where}: {architecture}.{key} is not the head size {head_dim}: not supported")
     theta = facts.real("rope.freq_base", 10000.0)
     window = facts.get("attention.sliding_window", None) if architecture == "llama" else None
     model_type = architecture if window is None else "mistral"
@@ -169,7 +169,7 @@ class _Facts:
     def get(self, key: str, *default: Any) -> Any:
         full = f"{self.architecture}.{key}"
         if full not in self.metadata and not default:
-            raise PruneError(f"{self.where}: its metadata has no {full}; convert the model anew")
+            raise InputError(f"{self.where}: its metadata has no {full}; convert the model anew")
         return self.metadata.get(full, *default)
 
     def number(self, key: str, *default: int) -> int:
@@ -178,7 +178,7 @@ class _Facts:
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise PruneError(
+            raise InputError(
                 f"{self.where}: {self.architecture}.{key} is {value!r}, no number > 0 for all blocks; not supported"
             )
         return value
@@ -186,7 +186,7 @@ class _Facts:
     def real(self, key: str, *default: float) -> float:
         value = self.get(key, *default)
         if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise PruneError(
+            raise InputError(
                 f"{self.where}: {self.architecture}.{key} is {value!r}, no number > 0; convert the model anew"
             )
         return value
@@ -201,7 +201,7 @@ def _rope_scaling(facts: _Facts, theta: float, head_dim: int, factors: np.ndarra
     linear = facts.real("rope.scale_linear", 1.0)  # the older key
     kind = facts.get("rope.scaling.type", "none" if linear == 1 else "linear")
     if kind != "none" and (kind != "linear" or factors is not None):
-        raise PruneError(f"{facts.where}: rotary scaling {kind!r} is not supported; none, linear and llama3 are")
+        raise InputError(f"{facts.where}: rotary scaling {kind!r} is not supported; none, linear and llama3 are")
     if factors is not None:
         return _llama3_scaling(factors, theta, head_dim, facts.where)
     if kind == "none":
@@ -214,7 +214,7 @@ def _llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str
     # between: 1 / factor_i = (1 - s) / factor + s with s = (original / wave - low) / (high - low). One blended factor
     # thus gives the original length; all of them must then agree.
     if factors.shape != (head_dim // 2,):
-        raise PruneError(
+        raise InputError(
             f"{where}: {ROPE_FACTORS} has shape {factors.shape}, not ({head_dim // 2},); download it again"
         )
     if np.all(factors == 1):
@@ -234,7 +234,7 @@ def _llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str
                 "high_freq_factor": _HIGH_FACTOR,
                 "original_max_position_embeddings": original,
             }
-    raise PruneError(
+    raise InputError(
         f"{where}: {ROPE_FACTORS} is of no known rotary scaling (llama3 is known); give a Hugging Face folder"
     )
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # token types of the format
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -51,25 +51,25 @@ def make_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
         A `transformers.PreTrainedTokenizerFast`; it can be saved with `save_pretrained`.
 
     Raises:
-        PruneError: of a kind that is not known here, or damaged.
+        InputError: of a kind that is not known here, or damaged.
     """
     makers = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = metadata.get("tokenizer.ggml.model")
     if not isinstance(kind, str) or kind not in makers:
-        raise PruneError(f"{where}: tokenizer.ggml.model {kind!r} is not one of {', '.join(makers)}; {_OTHER}")
+        raise InputError(f"{where}: tokenizer.ggml.model {kind!r} is not one of {', '.join(makers)}; {_OTHER}")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or len(set(tokens)) != len(tokens):
-        raise PruneError(f"{where}: tokenizer.ggml.tokens is missing, or has a token twice; {_OTHER}")
+        raise InputError(f"{where}: tokenizer.ggml.tokens is missing, or has a token twice; {_OTHER}")
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     try:
         tokenizer, add_bos = makers[kind](metadata, tokens, types, where)
         _add_tokens(tokenizer, tokens, types)
         special = {role: tokens[number] for role, number in _special_ids(metadata).items()}
         _add_ends(tokenizer, special, metadata, add_bos=add_bos)
-    except PruneError:
+    except InputError:
         raise
     except Exception as error:  # the tokenizers package raises plain Exception
-        raise PruneError(f"{where}: its tokenizer is damaged ({error}); {_OTHER}") from error
+        raise InputError(f"{where}: its tokenizer is damaged ({error}); {_OTHER}") from error
     return _wrap(tokenizer, special, metadata)
 
 
@@ -79,7 +79,7 @@ def _byte_level(
     del types
     rule = metadata.get("tokenizer.ggml.pre")
     if not isinstance(rule, str) or rule not in _WORDS:
-        raise PruneError(f"{where}: tokenizer.ggml.pre {rule!r} is not one of {', '.join(_WORDS)}; {_OTHER}")
+        raise InputError(f"{where}: tokenizer.ggml.pre {rule!r} is not one of {', '.join(_WORDS)}; {_OTHER}")
     words = _WORDS[rule]
     # Not split(" ") alone: the first half may begin with a space.
     merges = [
@@ -102,7 +102,7 @@ def _sentencepiece(
 ) -> tuple[Tokenizer, bool]:
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise PruneError(f"{where}: tokenizer.ggml.scores is missing or too short; {_OTHER}")
+        raise InputError(f"{where}: tokenizer.ggml.scores is missing or too short; {_OTHER}")
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
     tokenizer = Tokenizer(
         models.BPE(

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from farms_jax.errors import InputError
 from prune.checkpoints.base import WEIGHTS, Checkpoint
 from prune.checkpoints.folder import FolderCheckpoint, how_to_convert, load_tokenizer
 from prune.checkpoints.gguf_checkpoint import GGUFCheckpoint
-from prune.errors import PruneError
 
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "spiece.model")
@@ -25,7 +25,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         The checkpoint; its headers are read and checked, its weights are not.
 
     Raises:
-        PruneError: nothing is there, it cannot be downloaded, or it is damaged.
+        InputError: nothing is there, it cannot be downloaded, or it is damaged.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -35,7 +35,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     if match := _HUB_ID.fullmatch(model):
         patterns = (*_TOKENIZER_PATTERNS, "*.safetensors")
         return FolderCheckpoint(_download("--model", match["id"], match["revision"], patterns), name=model)
-    raise PruneError(f"--model {model}: no such folder or file, and no hub name of the form OWNER/NAME")
+    raise InputError(f"--model {model}: no such folder or file, and no hub name of the form OWNER/NAME")
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -45,9 +45,9 @@ def _open_file(path: Path) -> Checkpoint:
         checkpoint = FolderCheckpoint(path.parent)
         if path not in checkpoint.files:
             known = ", ".join(file.name for file in checkpoint.files)
-            raise PruneError(f"--model {path}: its folder's weights are {known}; name the file {WEIGHTS}, alone there")
+            raise InputError(f"--model {path}: its folder's weights are {known}; name the file {WEIGHTS}, alone there")
         return checkpoint
-    raise PruneError(
+    raise InputError(
         f"--model {path}: neither a .gguf nor a .safetensors file; pickled weights (.bin, .pt, .pth) are never loaded. "
         f"{how_to_convert(path.parent)}"
     )
@@ -63,14 +63,33 @@ def open_tokenizer(source: str) -> Any:
         A tokenizer of `transformers`.
 
     Raises:
-        PruneError: nothing is there, it cannot be downloaded, or it cannot be loaded.
+        InputError: nothing is there, it cannot be downloaded, or it cannot be loaded.
     """
     path = Path(source).expanduser()
     if path.exists():
         return load_tokenizer(path if path.is_dir() else path.parent)
     if match := _HUB_ID.fullmatch(source):
         return load_tokenizer(_download("--tokenizer", match["id"], match["revision"], _TOKENIZER_PATTERNS))
-    raise PruneError(f"--tokenizer {source}: no such folder or file, and no hub name of the form OWNER/NAME")
+    raise InputError(f"--tokenizer {source}: no such folder or file, and no hub name of the form OWNER/NAME")
+
+
+def choose_tokenizer(checkpoint: Checkpoint, given: str | None, *, needed: bool) -> Any:
+    """Load the tokenizer that goes with a model.
+
+    Args:
+        checkpoint: of the model.
+        given: takes the place of the checkpoint's own; see `open_tokenizer`.
+        needed: whether there is text to turn into tokens.
+
+    Returns:
+        A tokenizer of `transformers`; `None` where none is needed and none given.
+
+    Raises:
+        InputError: there is none, or it cannot be loaded.
+    """
+    if given:
+        return open_tokenizer(given)
+    return checkpoint.tokenizer() if needed else None
 
 
 def _download(flag: str, repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -85,4 +104,4 @@ def _download(flag: str, repository: str, revision: str | None, patterns: Sequen
     except Exception as error:  # of several network libraries
         fault, remedy = error, "check the connection, or give a path that is on this machine"
     reason = (str(fault) or type(fault).__name__).splitlines()[0]
-    raise PruneError(f"{flag} {repository}: no folder here, and cannot be downloaded ({reason}); {remedy}") from fault
+    raise InputError(f"{flag} {repository}: no folder here, and cannot be downloaded ({reason}); {remedy}") from fault

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 # Largest alignment last: files are laid out from the end of this table to its start, as the format's own writer does,
@@ -86,23 +86,23 @@ def read_header(path: Path) -> Header:
         belongs to none or to two.
 
     Raises:
-        PruneError: the file is damaged, truncated, no safetensors file, or of a dtype that is not known.
+        InputError: the file is damaged, truncated, no safetensors file, or of a dtype that is not known.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
             if len(start) < 8:
-                raise PruneError(f"{path}: {size} bytes are too few for a safetensors file; {_REMEDY}")
+                raise InputError(f"{path}: {size} bytes are too few for a safetensors file; {_REMEDY}")
             length = int.from_bytes(start, "little")
             if length > MAX_HEADER or 8 + length > size:
-                raise PruneError(
+                raise InputError(
                     f"{path}: its header should have {length} bytes, but the file has {size} (and a header at most "
                     f"{MAX_HEADER}): truncated, or no safetensors file; {_REMEDY}"
                 )
             raw = start + file.read(length)
     except OSError as error:
-        raise PruneError(
+        raise InputError(
             f"{path}: cannot be read ({error.strerror or error}); check the path and its rights"
         ) from error
     return parse_header(raw, size, str(path))
@@ -120,31 +120,31 @@ def parse_header(raw: bytes, size: int, name: str) -> Header:
         The header.
 
     Raises:
-        PruneError: see `read_header`.
+        InputError: see `read_header`.
     """
     try:
         content = json.loads(raw[8:].decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise PruneError(f"{name}: the safetensors header is not valid JSON ({error}); {_REMEDY}") from error
+        raise InputError(f"{name}: the safetensors header is not valid JSON ({error}); {_REMEDY}") from error
     if not isinstance(content, dict):
-        raise PruneError(f"{name}: the safetensors header is not a JSON object; {_REMEDY}")
+        raise InputError(f"{name}: the safetensors header is not a JSON object; {_REMEDY}")
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise PruneError(f"{name}: __metadata__ of the safetensors header is not a table of texts; {_REMEDY}")
+        raise InputError(f"{name}: __metadata__ of the safetensors header is not a table of texts; {_REMEDY}")
     entries = {tensor: _entry(fields, len(raw), f"{name}: {tensor}") for tensor, fields in content.items()}
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
     end = len(raw)
     for tensor, entry in ordered.items():
         if entry.stop > size:
-            raise PruneError(
+            raise InputError(
                 f"{name}: {tensor} should end at byte {entry.stop}, but the file has {size}: truncated; {_REMEDY}"
             )
         if entry.start != end:
             fault = "overlaps another tensor" if entry.start < end else "leaves bytes before it that no tensor owns"
-            raise PruneError(f"{name}: {tensor} {fault} (starts at byte {entry.start}, expected {end}); {_REMEDY}")
+            raise InputError(f"{name}: {tensor} {fault} (starts at byte {entry.start}, expected {end}); {_REMEDY}")
         end = entry.stop
     if end != size:
-        raise PruneError(f"{name}: {size - end} bytes after the last tensor belong to none; {_REMEDY}")
+        raise InputError(f"{name}: {size - end} bytes after the last tensor belong to none; {_REMEDY}")
     return Header(raw, ordered, metadata, size)
 
 
@@ -158,17 +158,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(fields: Any, data_start: int, where: str) -> Entry:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        raise PruneError(f"{where}: its entry needs exactly dtype, shape and data_offsets; {_REMEDY}")
+        raise InputError(f"{where}: its entry needs exactly dtype, shape and data_offsets; {_REMEDY}")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise PruneError(f"{where}: unknown dtype {code!r}; give a checkpoint in float32, float16 or bfloat16")
+        raise InputError(f"{where}: unknown dtype {code!r}; give a checkpoint in float32, float16 or bfloat16")
     if not _are_sizes(shape):
-        raise PruneError(f"{where}: shape {shape!r} is not a list of whole numbers >= 0; {_REMEDY}")
+        raise InputError(f"{where}: shape {shape!r} is not a list of whole numbers >= 0; {_REMEDY}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise PruneError(f"{where}: data_offsets {offsets!r} are not [start, stop]; {_REMEDY}")
+        raise InputError(f"{where}: data_offsets {offsets!r} are not [start, stop]; {_REMEDY}")
     needed, given = math.prod(shape) * DTYPES[code].itemsize, offsets[1] - offsets[0]
     if needed != given:
-        raise PruneError(f"{where}: shape {shape} of {code} needs {needed} bytes, the file gives {given}; {_REMEDY}")
+        raise InputError(f"{where}: shape {shape} of {code} needs {needed} bytes, the file gives {given}; {_REMEDY}")
     return Entry(DTYPES[code], tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
@@ -189,7 +189,7 @@ def read_tensor(path: Path, name: str, entry: Entry) -> np.ndarray:
         Array of the entry's shape and dtype, writable.
 
     Raises:
-        PruneError: the file cannot be read, or has become shorter.
+        InputError: the file cannot be read, or has become shorter.
     """
     array = np.empty(entry.stop - entry.start, np.uint8)
     read_bytes(path, entry.start, array, name)
@@ -206,7 +206,7 @@ def read_bytes(path: Path, start: int, out: np.ndarray, name: str) -> None:
         name: of the tensor, for messages.
 
     Raises:
-        PruneError: the file cannot be read, or ends too early.
+        InputError: the file cannot be read, or ends too early.
     """
     view, done = memoryview(out.data), 0
     try:
@@ -216,9 +216,9 @@ def read_bytes(path: Path, start: int, out: np.ndarray, name: str) -> None:
             while done < len(view) and (count := file.readinto(view[done:])):
                 done += count
     except OSError as error:
-        raise PruneError(f"{path}: {name} cannot be read ({error.strerror or error}); check the disk") from error
+        raise InputError(f"{path}: {name} cannot be read ({error.strerror or error}); check the disk") from error
     if done < len(view):
-        raise PruneError(f"{path}: ends inside {name}: truncated; {_REMEDY}")
+        raise InputError(f"{path}: ends inside {name}: truncated; {_REMEDY}")
 
 
 def make_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -233,12 +233,12 @@ def make_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] |
         `safetensors` package writes: tensors ordered by dtype, the widest first, then by name.
 
     Raises:
-        PruneError: a dtype that the format does not have.
+        InputError: a dtype that the format does not have.
     """
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
     for name, (dtype, _) in tensors.items():
         if dtype not in ranks:
-            raise PruneError(f"{name}: safetensors files hold no {dtype}; convert it to float32")
+            raise InputError(f"{name}: safetensors files hold no {dtype}; convert it to float32")
     content: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-ranks[item[1].dtype], item[0])):

@@ -34,7 +34,7 @@ def make_network(config: Mapping[str, Any], names: Iterable[str] = ()) -> Networ
         The network; no weights are allocated.
 
     Raises:
-        PruneError: for an unknown family, and for fields that are missing, wrong or not supported.
+        InputError: for an unknown family, and for fields that are missing, wrong or not supported.
     """
     fields = Fields(config)
     source = FAMILIES[fields.choice("model_type", FAMILIES)]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 
 Part = int | Literal["embed", "head"]  # number of a block, or one of the two ends
 Kind = Literal["embed", "block", "head"]
@@ -47,14 +47,14 @@ def place(rules: Iterable[Rule], name: str) -> Place | None:
         The place, without parts if the tensor is known but not needed; None for an unknown name.
 
     Raises:
-        PruneError: if more than one rule fits.
+        InputError: if more than one rule fits.
     """
     matches = [(rule, match) for rule in rules if (match := re.fullmatch(rule.pattern, name))]
     if not matches:
         return None
     if len(matches) > 1:
         patterns = " and ".join(rule.pattern for rule, _ in matches)
-        raise PruneError(f"tensor {name}: fits {patterns}; the conversion table must have one rule for it")
+        raise InputError(f"tensor {name}: fits {patterns}; the conversion table must have one rule for it")
     rule, match = matches[0]
     parts: tuple[Part, ...] = tuple(int(match["block"]) if kind == "block" else kind for kind in rule.kinds)
     return Place(parts, match.expand(rule.path), rule.transposed)
@@ -69,7 +69,7 @@ def check(rules: Iterable[Rule], expected: Mapping[str, Shape], found: Mapping[s
         found: shapes of all tensors that are there, by name.
 
     Raises:
-        PruneError: one for all tensors that are unknown, missing or of another shape; it lists them.
+        InputError: one for all tensors that are unknown, missing or of another shape; it lists them.
     """
     rules = list(rules)
     faults = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
@@ -85,7 +85,7 @@ def check(rules: Iterable[Rule], expected: Mapping[str, Shape], found: Mapping[s
             faults.append(f"not in a network of this config.json: {name} {list(shape)}")
     if faults:
         listed = "\n  ".join(faults)
-        raise PruneError(
+        raise InputError(
             f"{len(faults)} tensor(s) do not fit the config.json (use the one that belongs to these weights, "
             f"and the complete set of weight files):\n  {listed}"
         )

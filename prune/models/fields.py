@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 
 
 class Fields:
@@ -63,23 +63,23 @@ class Fields:
             harmless: the value, beside null, that changes nothing.
 
         Raises:
-            PruneError: if the field has another value.
+            InputError: if the field has another value.
         """
         if name in self and self.content[name] != harmless:
-            raise PruneError(f"{self.where}: `{name}` is {self.content[name]!r}: {why}")
+            raise InputError(f"{self.where}: `{name}` is {self.content[name]!r}: {why}")
 
     def is_null(self, name: str) -> bool:
         """Return whether the field is there, as null."""
         return name in self.content and self.content[name] is None
 
-    def error(self, name: str, expected: str, value: Any) -> PruneError:
+    def error(self, name: str, expected: str, value: Any) -> InputError:
         """Return the error for a value that is not what it must be."""
-        return PruneError(f"{self.where}: `{name}` must be {expected}, got {value!r}")
+        return InputError(f"{self.where}: `{name}` must be {expected}, got {value!r}")
 
     def _get(self, name: str, default: Any) -> Any:
         value = self.content.get(name)
         if value is not None:
             return value
         if default is None:
-            raise PruneError(f"{self.where}: `{name}` is missing; take the config.json that belongs to the weights")
+            raise InputError(f"{self.where}: `{name}` is missing; take the config.json that belongs to the weights")
         return default

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 from prune.models.conversion import Rule
 from prune.models.fields import Fields
 from prune.models.layers import ACTIVATIONS, attend
@@ -84,7 +84,7 @@ def read_config(config: Fields, prefix: str) -> LlamaConfig:
         The shape of the network.
 
     Raises:
-        PruneError: for a field that is missing, of a wrong type, or has a value that is not supported.
+        InputError: for a field that is missing, of a wrong type, or has a value that is not supported.
     """
     model_type = config.choice("model_type", DEFAULTS)
     defaults = DEFAULTS[model_type]
@@ -140,7 +140,7 @@ def _windows(config: Fields, model_type: str, num_blocks: int, default: int | No
     if not isinstance(types, list) or len(types) != num_blocks or any(kind not in LAYER_TYPES for kind in types):
         raise config.error("layer_types", f"a list of {num_blocks} of {', '.join(LAYER_TYPES)}", types)
     if window is None and LAYER_TYPES[1] in types:
-        raise PruneError(f"{config.where}: `layer_types` has {LAYER_TYPES[1]}, but `use_sliding_window` is not true")
+        raise InputError(f"{config.where}: `layer_types` has {LAYER_TYPES[1]}, but `use_sliding_window` is not true")
     return tuple(window if kind == LAYER_TYPES[1] else None for kind in types)
 
 
@@ -214,16 +214,8 @@ class LlamaBlock(nnx.Module):
         self.post_attention_layernorm = nnx.RMSNorm(config.hidden_size, epsilon=config.epsilon, rngs=rngs)
         self.mlp = LlamaMLP(config, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (B, T, D) for x (B, T, D)."""
-        return self._apply(x)[0]
-
-    def inputs(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns the input of each group of INPUT_GROUPS for x (B, T, D)."""
-        return self._apply(x)[1]
-
-    def _apply(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        # In a jitted `inputs` the output is dead code, and with it the product with down_proj.
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Returns (B, T, D) for x (B, T, D), and the input of each group of INPUT_GROUPS."""
         attention_input = self.input_layernorm(x)
         heads = self.self_attn(attention_input)
         x = x + self.self_attn.o_proj(heads)

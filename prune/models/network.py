@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 from prune.models import conversion
 from prune.models.conversion import Kind, Part, Rule, Shape
 
@@ -28,7 +28,9 @@ LONG = 256
 class Family:
     """What a family of networks is made of."""
 
-    parts: tuple[Callable[..., nnx.Module], ...]  # (config, rngs) -> module, of the embedding, a block, the head
+    # (config, rngs) -> module, of the embedding, a block, the head. A block's module gives its output, (B, T, D), and
+    # the input of each group of linears; where one of them is all that jitted code asks for, the other is not computed.
+    parts: tuple[Callable[..., nnx.Module], ...]
     input_groups: tuple[tuple[str, ...], ...]  # a block's linears by shared input, in the reference's order
     rules: Callable[[Any], list[Rule]]  # config -> conversion table
 
@@ -44,6 +46,11 @@ class Network:
     def num_blocks(self) -> int:
         """Number of decoder blocks."""
         return self.config.num_blocks
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts, in the order in which tokens go through them."""
+        return ("embed", *range(self.num_blocks), "head")
 
     @property
     def hidden_size(self) -> int:
@@ -89,10 +96,10 @@ class Network:
             found: shapes of all tensors of the checkpoint, by name.
 
         Raises:
-            PruneError: one for all tensors that are unknown, missing or of another shape; it lists them.
+            InputError: one for all tensors that are unknown, missing or of another shape; it lists them.
         """
         expected = {}
-        for part in ("embed", *range(self.num_blocks), "head"):
+        for part in self.parts:
             expected |= self.tensors(part)
         conversion.check(self._rules(), expected, found)
 
@@ -107,7 +114,7 @@ class Network:
             State of float32 arrays, all blocks with the same structure.
 
         Raises:
-            PruneError: for tensors that are unknown, missing or of another shape.
+            InputError: for tensors that are unknown, missing or of another shape.
         """
         conversion.check(self._rules(), self.tensors(part), {name: array.shape for name, array in tensors.items()})
         values = self.config.block_constants(part) if isinstance(part, int) else {}
@@ -129,15 +136,15 @@ class Network:
             Input of the first block, float32 (B, T, D).
 
         Raises:
-            PruneError: if T is more than `max_length`.
+            InputError: if T is more than `max_length`.
         """
         if ids.shape[1] > self.max_length:
-            raise PruneError(f"sequences of {ids.shape[1]} tokens: this model takes {self.max_length} at most")
+            raise InputError(f"sequences of {ids.shape[1]} tokens: this model takes {self.max_length} at most")
         return self._apply("embed", state, ids)
 
     def block(self, state: nnx.State, x: jax.Array) -> jax.Array:
         """Apply a decoder block: (B, T, D) -> (B, T, D)."""
-        return self._apply_block(state, x, "__call__")
+        return self._apply_block(state, x, lambda output, inputs: output)
 
     def inputs(self, state: nnx.State, x: jax.Array) -> dict[str, jax.Array]:
         """Return what each linear of a block is given.
@@ -149,22 +156,22 @@ class Network:
         Returns:
             Name of a linear -> its input, (B, T, in); linears of one input group have the same array.
         """
-        inputs = zip(self.input_groups, self._apply_block(state, x, "inputs"), strict=True)
-        return {name: array for group, array in inputs for name in group}
+        inputs = self._apply_block(state, x, lambda output, inputs: inputs)
+        return {name: array for group, array in zip(self.input_groups, inputs, strict=True) for name in group}
 
     def head(self, state: nnx.State, x: jax.Array) -> jax.Array:
         """Return logits (B, T, V) for the output of the last block (B, T, D)."""
         return self._apply("head", state, x)
 
-    def _apply(self, kind: Kind, state: nnx.State, x: jax.Array, method: str = "__call__") -> Any:
+    def _apply(self, kind: Kind, state: nnx.State, x: jax.Array) -> Any:
         module = nnx.merge(_skeleton(self, kind)[0], state)
         # Accelerators round the factors of float32 products unless they are told not to.
         with jax.default_matmul_precision("highest"):
-            return getattr(module, method)(x)
+            return module(x)
 
-    def _apply_block(self, state: nnx.State, x: jax.Array, method: str) -> Any:
+    def _apply_block(self, state: nnx.State, x: jax.Array, wanted: Callable[[Any, Any], Any]) -> Any:
         def at_once(x: jax.Array) -> Any:
-            return self._apply("block", state, x, method)
+            return wanted(*self._apply("block", state, x))
 
         def one_by_one(x: jax.Array) -> Any:
             return jax.tree.map(lambda y: y[:, 0], lax.map(lambda sequence: at_once(sequence[None]), x))

@@ -58,7 +58,7 @@ def read_config(config: Fields, prefix: str) -> OPTConfig:
         The shape of the network.
 
     Raises:
-        PruneError: for a field that is missing, of a wrong type, or has a value that is not supported.
+        InputError: for a field that is missing, of a wrong type, or has a value that is not supported.
     """
     heads, hidden_size = config.size("num_attention_heads"), config.size("hidden_size")
     if hidden_size % heads:
@@ -136,15 +136,8 @@ class OPTBlock(nnx.Module):
         self.fc2 = nnx.Linear(config.ffn_size, width, use_bias=config.bias, rngs=rngs)
         self.final_layer_norm = _norm(config, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (B, T, D) for x (B, T, D)."""
-        return self._apply(x)[0]
-
-    def inputs(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns the input of each group of INPUT_GROUPS for x (B, T, D)."""
-        return self._apply(x)[1]
-
-    def _apply(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Returns (B, T, D) for x (B, T, D), and the input of each group of INPUT_GROUPS."""
         attention_input = self.self_attn_layer_norm(x) if self.pre_norm else x
         heads = self.self_attn(attention_input)
         x = x + self.self_attn.out_proj(heads)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 from prune.models.fields import Fields
 
 TYPES = ("default", "linear", "llama3")
@@ -59,13 +59,13 @@ def read_rope(config: Fields, max_length: int) -> Rope:
         The frequencies.
 
     Raises:
-        PruneError: for a type that is not one of TYPES, and for fields that are missing or wrong.
+        InputError: for a type that is not one of TYPES, and for fields that are missing or wrong.
     """
     scaling = config.table("rope_scaling") or config.table("rope_parameters") or Fields({})
     for fields in (config, scaling):
         fields.refuse("partial_rotary_factor", "rotation of a part of the features is not supported", harmless=1)
     if any(isinstance(value, Mapping) for value in scaling.content.values()):
-        raise PruneError(f"{scaling.where}: one rotation for each type of layer is not supported; known: one for all")
+        raise InputError(f"{scaling.where}: one rotation for each type of layer is not supported; known: one for all")
     theta = scaling.number("rope_theta", config.number("rope_theta", THETA))
     kind = scaling.choice("rope_type" if "rope_type" in scaling else "type", TYPES, "default")
     if kind == "default":

@@ -10,10 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax import Array, lax
 
-from prune.models.conversion import Part, place
 from prune.models.network import Network
 
 Params = dict[str, dict[str, Array]]  # `ends` by tensor name; `blocks` by the names of block 0, shapes (blocks, ...)
@@ -72,7 +70,7 @@ def initial_params(network: Network, seed: int) -> Params:
         Float32 arrays.
     """
     shapes = {}
-    for part in ("embed", *range(network.num_blocks), "head"):
+    for part in network.parts:
         shapes |= network.tensors(part)
     rng = np.random.default_rng((seed, 0))
     tensors = {}
@@ -127,25 +125,16 @@ def losses(network: Network, params: Params, ids: Array) -> Array:
     """
 
     def block(x: Array, tensors: dict[str, Array]) -> tuple[Array, None]:
-        return network.block(_state(network, 0, tensors), x), None
+        return network.block(network.to_state(0, tensors), x), None
 
-    x = network.embed(_state(network, "embed", params["ends"]), ids[:, :-1])
+    embedding, head = (
+        network.to_state(part, {name: params["ends"][name] for name in network.tensors(part)})
+        for part in ("embed", "head")
+    )
+    x = network.embed(embedding, ids[:, :-1])
     x, _ = lax.scan(block, x, params["blocks"])
-    logits = network.head(_state(network, "head", params["ends"]), x)
+    logits = network.head(head, x)
     return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
-
-
-def _state(network: Network, part: Part, tensors: dict[str, Array]) -> nnx.State:
-    """State of a part from arrays that are being differentiated: `Network.to_state` takes values only."""
-    rules = network.family.rules(network.config)
-    values = {}
-    for name in network.tensors(part):
-        target = place(rules, name)
-        assert target is not None
-        values[target.path] = tensors[name].T if target.transposed else tensors[name]
-    skeleton = network.to_state(part, {name: np.zeros(shape) for name, shape in network.tensors(part).items()})
-    leaves = ((path, leaf, values["/".join(map(str, path))]) for path, leaf in nnx.to_flat_state(skeleton))
-    return nnx.from_flat_state([(path, leaf.replace(value)) for path, leaf, value in leaves])
 
 
 @functools.partial(jax.jit, static_argnums=0)

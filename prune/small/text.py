@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 
 END = "<|endoftext|>"  # stands before every article
 
@@ -63,18 +63,18 @@ def read_corpus(paths: Sequence[Path], heldout: int, validation: int, calibratio
         The texts; each begins with an article, or with a line where there are no articles.
 
     Raises:
-        PruneError: a file is not there, is not UTF-8, or the last one is too short.
+        InputError: a file is not there, is not UTF-8, or the last one is too short.
     """
     texts = []
     for path in paths:
         try:
             texts.append(clean(path.read_text(encoding="utf-8")))
         except FileNotFoundError as error:
-            raise PruneError(f"--text: there is no file {path}") from error
+            raise InputError(f"--text: there is no file {path}") from error
         except UnicodeDecodeError as error:
-            raise PruneError(f"--text: {path} is not UTF-8 text ({error})") from error
+            raise InputError(f"--text: {path} is not UTF-8 text ({error})") from error
     if not texts:
-        raise PruneError("--text: no file given")
+        raise InputError("--text: no file given")
     rest, kept_out = _cut(texts[-1], heldout, paths[-1])
     rest, chosen_by = _cut(rest, validation, paths[-1])
     _, calibrated_on = _cut(rest, calibration, paths[-1])
@@ -87,7 +87,7 @@ def _cut(text: str, size: int, path: Path) -> tuple[str, str]:
         for start in reversed([match.start() for match in boundary.finditer(text)][1:]):
             if len(text[start:].encode()) >= size:
                 return text[:start], text[start:]
-    raise PruneError(
+    raise InputError(
         f"--text: {path} is too short for {size} bytes beside the training text; lower --heldout-bytes etc."
     )
 
@@ -103,10 +103,10 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
         The tokenizer; it adds no special tokens of itself.
 
     Raises:
-        PruneError: the vocabulary cannot even hold the bytes.
+        InputError: the vocabulary cannot even hold the bytes.
     """
     if vocab_size < 257:
-        raise PruneError(f"--vocab-size must be at least 257, the bytes and {END}, got {vocab_size}")
+        raise InputError(f"--vocab-size must be at least 257, the bytes and {END}, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

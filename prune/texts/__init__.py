@@ -6,3 +6,4 @@ from prune.texts.samples import (
     evaluation_blocks as evaluation_blocks,
     tokenizer_fingerprint as tokenizer_fingerprint,
 )
+from prune.texts.sources import are_token_ids as are_token_ids

@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Generator
 from typing import Any
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 
 _SECONDS = 5.0
 
@@ -63,16 +63,16 @@ def load(flag: str, name: str, *arguments: str, **keywords: Any) -> Any:
         What `load_dataset` returns.
 
     Raises:
-        PruneError: the package is missing, or the data set is neither reachable nor cached.
+        InputError: the package is missing, or the data set is neither reachable nor cached.
     """
     remedy = f"give {flag} a file instead (text, .jsonl, .parquet, or tokens in .npy or .npz)"
     try:
         import datasets  # noqa: PLC0415
     except ImportError as error:
-        raise PruneError(f"{flag} {name} needs the package `datasets`: pip install datasets, or {remedy}") from error
+        raise InputError(f"{flag} {name} needs the package `datasets`: pip install datasets, or {remedy}") from error
     try:
         with offline_where_unreachable():
             return datasets.load_dataset(*arguments, **keywords)
     except Exception as error:  # of several network libraries
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise PruneError(f"{flag} {name}: cannot be had from the hub ({reason}); {remedy}") from error
+        raise InputError(f"{flag} {name}: cannot be had from the hub ({reason}); {remedy}") from error

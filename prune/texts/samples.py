@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 from prune.texts.sources import Source, read
 
 _log = logging.getLogger(__name__)
@@ -79,16 +79,16 @@ def calibration_samples(
         Samples of shape (count, length).
 
     Raises:
-        PruneError: the source cannot be read, is too short, or has ids outside the vocabulary.
+        InputError: the source cannot be read, is too short, or has ids outside the vocabulary.
     """
     if count < 1 or length < 1 or seed < 0:
-        raise PruneError(
+        raise InputError(
             f"calibration needs count and length above 0 and a seed not below, got {count=} {length=} {seed=}"
         )
     where, found = f"--calibration {source}", read(source, "--calibration")
     if found.ids is not None and found.ids.ndim == 2 and found.ids.shape[1] == length:
         if len(found.ids) < count:
-            raise PruneError(f"{where}: has {len(found.ids)} sequences, {count} are asked for; ask for fewer")
+            raise InputError(f"{where}: has {len(found.ids)} sequences, {count} are asked for; ask for fewer")
         drawn = _Drawn(found.ids[:count], list(range(count)), found.ids.size)
     else:
         drawn = _draw(
@@ -123,14 +123,14 @@ def evaluation_blocks(
         Samples of shape (blocks, length).
 
     Raises:
-        PruneError: the source cannot be read, is shorter than one block, or has ids outside the vocabulary.
+        InputError: the source cannot be read, is shorter than one block, or has ids outside the vocabulary.
     """
     if length < 2 or (limit is not None and limit < 1):
-        raise PruneError(f"--length must be above 1 and --limit above 0, got {length=} {limit=}")
+        raise InputError(f"--length must be above 1 and --limit above 0, got {length=} {limit=}")
     where, found = f"--text {source}", read(source, "--text")
     ids = _whole(found, _encoder(tokenizer, special_tokens, where))
     if len(ids) < length:
-        raise PruneError(_too_short(where, len(ids), length))
+        raise InputError(_too_short(where, len(ids), length))
     blocks = min(len(ids) // length, limit or len(ids), _C4_BLOCKS if source == "c4" else len(ids))
     drawn = _Drawn(ids[: blocks * length].reshape(blocks, length), [i * length for i in range(blocks)], len(ids))
     facts = {"count": blocks, "length": length, "seed": None, "special_tokens": special_tokens}
@@ -152,7 +152,7 @@ def _samples(
     top = np.iinfo(np.int32).max if vocab_size is None else vocab_size - 1
     if low < 0 or high > top:
         wrong = low if low < 0 else high
-        raise PruneError(f"{where}: token id {wrong} is outside the model's vocabulary (0 to {top}); use its tokenizer")
+        raise InputError(f"{where}: token id {wrong} is outside the model's vocabulary (0 to {top}); use its tokenizer")
     ids = np.ascontiguousarray(drawn.ids, np.int32)
     record = {
         **facts,
@@ -169,7 +169,7 @@ def _samples(
 def _encoder(tokenizer: Any, special_tokens: bool, where: str) -> _Encode:
     def encode(text: str) -> np.ndarray:
         if tokenizer is None:
-            raise PruneError(
+            raise InputError(
                 f"{where}: text needs a tokenizer; give a model that has one, or token ids in .npy or .npz"
             )
         # verbose: it would warn of every text that is longer than the model's positions.
@@ -191,7 +191,7 @@ def _draw(found: Source, encode: _Encode, random: np.random.Generator, count: in
         _log.warning("%s: no document is longer than %d tokens; they are put into one text", where, length)
     ids = _whole(found, encode)
     if len(ids) < length:
-        raise PruneError(_too_short(where, len(ids), length))
+        raise InputError(_too_short(where, len(ids), length))
     starts = random.integers(0, len(ids) - length, size=count, endpoint=True).tolist()
     return _Drawn(np.stack([ids[start : start + length] for start in starts]), starts, len(ids))
 

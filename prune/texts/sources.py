@@ -14,10 +14,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from farms_jax import files
-from prune.errors import PruneError
+from farms_jax.errors import InputError
 from prune.texts import hub
 
 NAMED = ("wikitext2", "c4")
+_IDS = (".npy", ".npz")
 # The reference evaluates on the first documents of C4's validation split.
 _C4_DOCUMENTS = 1100
 
@@ -52,23 +53,28 @@ def read(source: str, flag: Flag) -> Source:
         Its text, documents or token ids.
 
     Raises:
-        PruneError: it cannot be had, is of another format than its name says, or is empty.
+        InputError: it cannot be had, is of another format than its name says, or is empty.
     """
     if source in NAMED:
         return (_wikitext2 if source == "wikitext2" else _c4)(flag)
     path, where = Path(source).expanduser(), f"{flag} {source}"
     if path.is_dir():
-        raise PruneError(f"{where}: is a folder; give one file of it")
+        raise InputError(f"{where}: is a folder; give one file of it")
     if not path.is_file():
-        raise PruneError(f"{where}: no such file; give a file, or one of {', '.join(NAMED)}")
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".npy": _read_tokens, ".npz": _read_tokens}
+        raise InputError(f"{where}: no such file; give a file, or one of {', '.join(NAMED)}")
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet, **dict.fromkeys(_IDS, _read_tokens)}
     try:
         found = readers.get(path.suffix.lower(), _read_text)(path, where)
         if not any(text.strip() for text in found.texts) and found.ids is None:
-            raise PruneError(f"{where}: holds no text; give another file")
+            raise InputError(f"{where}: holds no text; give another file")
         return found._replace(sha256=files.sha256(path))
     except OSError as error:
-        raise PruneError(f"{where}: cannot be read ({error.strerror or error}); check the file") from error
+        raise InputError(f"{where}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def are_token_ids(*sources: str) -> bool:
+    """Return whether all sources are, by their names, files of token ids: no tokenizer is needed to read them."""
+    return all(Path(source).suffix.lower() in _IDS for source in sources)
 
 
 def _wikitext2(flag: Flag) -> Source:
@@ -101,7 +107,7 @@ def _decode(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PruneError(
+        raise InputError(
             f"{where}: not UTF-8 text (byte {content[error.start]:#04x} at {error.start}); convert it to UTF-8, "
             "or give .jsonl, .parquet, or token ids in .npy or .npz"
         ) from error
@@ -123,10 +129,10 @@ def _text_of(line: str, where: str) -> str:
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise PruneError(f"{where} is not JSON ({error}); correct or remove it") from error
+        raise InputError(f"{where} is not JSON ({error}); correct or remove it") from error
     text = document.get("text") if isinstance(document, dict) else None
     if not isinstance(text, str):
-        raise PruneError(f'{where} is not an object with a string "text"; correct or remove it')
+        raise InputError(f'{where} is not an object with a string "text"; correct or remove it')
     return text
 
 
@@ -135,23 +141,23 @@ def _read_parquet(path: Path, where: str) -> Source:
         import pyarrow as pa  # noqa: PLC0415
         from pyarrow import parquet  # noqa: PLC0415
     except ImportError as error:
-        raise PruneError(f"{where} needs the package `pyarrow`: pip install pyarrow, or give a .jsonl file") from error
+        raise InputError(f"{where} needs the package `pyarrow`: pip install pyarrow, or give a .jsonl file") from error
     try:
         with parquet.ParquetFile(path) as file:
             columns = {field.name: str(field.type) for field in file.schema_arrow}
             if columns.get("text") not in {"string", "large_string", "string_view"}:
                 have = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
-                raise PruneError(f'{where}: needs a column "text" of strings, has {have}; rename the text column')
+                raise InputError(f'{where}: needs a column "text" of strings, has {have}; rename the text column')
             texts = file.read(columns=["text"])["text"].to_pylist()
             return Source("documents", [text for text in texts if text is not None])
     except (pa.ArrowException, OSError) as error:
-        raise PruneError(f"{where}: not a readable parquet file ({error}); download it again") from error
+        raise InputError(f"{where}: not a readable parquet file ({error}); download it again") from error
 
 
 def _read_tokens(path: Path, where: str) -> Source:
     ids = _load_ids(path, where)
     if ids.dtype.kind not in "iu" or ids.ndim not in {1, 2} or not ids.size:
-        raise PruneError(
+        raise InputError(
             f"{where}: token ids must be integers of shape (samples, length) or (tokens,), "
             f"got {ids.dtype} {ids.shape}; save them as such"
         )
@@ -162,13 +168,13 @@ def _load_ids(path: Path, where: str) -> np.ndarray:
     try:
         content: Any = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise PruneError(f"{where}: not a readable NumPy file ({error}); save the ids again with numpy.save") from error
+        raise InputError(f"{where}: not a readable NumPy file ({error}); save the ids again with numpy.save") from error
     if isinstance(content, np.ndarray):
         return content
     with content:
         if "ids" not in content:
-            raise PruneError(f'{where}: has no array "ids", only {content.files}; save the token ids under that name')
+            raise InputError(f'{where}: has no array "ids", only {content.files}; save the token ids under that name')
         try:
             return content["ids"]
         except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise PruneError(f"{where}: its ids cannot be read ({error}); save them again with numpy.savez") from error
+            raise InputError(f"{where}: its ids cannot be read ({error}); save them again with numpy.savez") from error

@@ -1,11 +1,11 @@
-"""The one error that users of the pruning programs see, and how they see it."""
+"""The one error that users of the programs see, and how they see it."""
 
 import contextlib
 import sys
 from collections.abc import Generator
 
 
-class PruneError(ValueError):
+class InputError(ValueError):
     """Something given cannot be used; the message names it, says why, and what to do."""
 
 
@@ -13,7 +13,7 @@ class PruneError(ValueError):
 def reported(program: str, when_stopped: str = "") -> Generator[None]:
     """End a program with one line on stderr instead of a traceback, where the mistake is not the program's.
 
-    Exit status 2 for a `PruneError` or a file that cannot be used, 130 when stopped from the keyboard.
+    Exit status 2 for an `InputError` or a file that cannot be used, 130 when stopped from the keyboard.
 
     Args:
         program: its name.
@@ -21,7 +21,7 @@ def reported(program: str, when_stopped: str = "") -> Generator[None]:
     """
     try:
         yield
-    except PruneError as error:
+    except InputError as error:
         sys.stderr.write(f"{program}: {error}\n")
         sys.exit(2)
     except OSError as error:
