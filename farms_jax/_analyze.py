@@ -16,6 +16,7 @@ from farms_jax._names import matching, named_leaves, natural_key
 from farms_jax._report import METRICS, LayerReport
 from farms_jax._tail import PROBES, Tail, fit_tail
 from farms_jax._windows import Grid, Window, make_grid
+from farms_jax.errors import InputError
 
 _BATCH = 2**24  # numbers alive in the fits made at once, for each of the few arrays of a fit
 
@@ -49,9 +50,10 @@ def analyze(
 ) -> LayerReport:
     r"""Measure the heavy tail of every layer's weight spectrum.
 
-    All 2-D weights and 4-D kernels of the tree are layers; every other leaf is listed in the report's
-    `left_out` with its reason. Eigenvalues are squared singular values, computed in float32 (float64 under
-    `jax_enable_x64`) whatever the weights' dtype. Runs eagerly, or traced inside `jit`, `lax.cond`, `lax.scan`.
+    All 2-D weights and 4-D kernels of the tree, real or complex, are layers; every other leaf is listed in the
+    report's `left_out` with its reason. Eigenvalues are squared singular values, computed in float32 (float64 under
+    `jax_enable_x64`) whatever the weights' dtype; a complex weight, computed in complex64 (complex128), has as many
+    as a real one of its shape. Runs eagerly, or traced inside `jit`, `lax.cond`, `lax.scan`.
 
     >>> import farms_jax, jax
     >>> params = {"dense": {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}}
@@ -89,8 +91,8 @@ def analyze(
         The report. Inside a traced function, a layer with NaN or Inf has alpha 0, as has one without a tail.
 
     Raises:
-        ValueError: a weight has NaN or Inf (all such layers are named), a pattern matches nothing, or an
-            argument is out of its range.
+        InputError: a weight has NaN or Inf; all such layers are named.
+        ValueError: a pattern matches nothing, or an argument is out of its range.
 
     References:
         Hu et al., Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias, ICML 2025, section 3.3.
@@ -150,7 +152,7 @@ def _unfit(leaf: Any) -> str | None:
     """Why a leaf is no layer, or `None`."""
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
         return f"not an array but {type(leaf).__name__}"
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return f"dtype {leaf.dtype}, not floating point"
     if len(leaf.shape) not in {2, 4}:
         return f"{len(leaf.shape)} axes: only 2-D weights and 4-D kernels are layers"
@@ -167,7 +169,7 @@ def _check_finite(layers: list[tuple[str, Any]], platform: str) -> None:
         finite = jax.device_get([jnp.isfinite(weight).all() for weight in weights])
     bad = [name for (name, _), good in zip(layers, finite, strict=True) if not good]
     if bad:
-        raise ValueError(
+        raise InputError(
             f"params: NaN or Inf in {', '.join(bad)}; "
             "train from an earlier checkpoint or at a smaller rate, or `exclude` the layer"
         )
@@ -186,7 +188,7 @@ def _measure(weights: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array],
     """Measures of L layers, each (L,), and their eigenvalues where the plan keeps them."""
     tail = plan.tail
     spectra = pooled_eigenvalues(
-        [jnp.asarray(weight, jnp.result_type(float)) for weight in weights],
+        [jnp.asarray(weight, jnp.result_type(complex if jnp.iscomplexobj(weight) else float)) for weight in weights],
         plan.axes,
         plan.grids,
         platform=plan.platform,

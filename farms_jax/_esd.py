@@ -30,7 +30,7 @@ def pooled_eigenvalues(
     """Eigenvalues (squared singular values, no division by a dimension) of all windows of each layer.
 
     Args:
-        weights: L weights, of one float dtype.
+        weights: L weights, all of one precision, real or complex.
         axes: rows and columns of the weights.
         grids: L grids.
         platform: `"cpu"` solves on the host; any other in batches, on the device.
@@ -39,44 +39,50 @@ def pooled_eigenvalues(
         max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
 
     Returns:
-        L arrays (D, E), ascending, not negative.
+        L arrays (D, E), ascending, real, not negative.
 
     Raises:
         ValueError: `"gram64"` on an accelerator without `jax_enable_x64`.
     """
     if not weights:
         return []
+    dtype = np.dtype(weights[0].real.dtype)
     if platform != "cpu":
         svd = solver == "svd" or (solver == "auto" and exact)
-        if solver == "gram64" and weights[0].dtype != jnp.float64:
+        if solver == "gram64" and dtype != np.float64:
             raise ValueError(f"solver 'gram64' on {platform} needs jax_enable_x64; take 'svd' without it")
         stacks = [as_matrices(weight, axes) for weight in weights]
         return batched_spectra(stacks, grids, svd=svd, max_batch_bytes=max_batch_bytes)
 
-    dtype = np.dtype(weights[0].dtype)
+    kinds = [jax.ShapeDtypeStruct(weight.shape, weight.dtype) for weight in weights]
 
     def on_host(*arrays: Any) -> tuple[np.ndarray, ...]:
-        stacks = [as_matrices(_from_bits(np.asarray(array), dtype), axes) for array in arrays]
+        floats = [_from_bits(bits, kind) for bits, kind in zip(arrays, kinds, strict=True)]
+        stacks = [as_matrices(weight, axes) for weight in floats]
         chosen = solver if solver != "auto" else "gram64" if exact else "gram"
         spectra = _host.spectra(stacks, grids, solver=chosen, max_bytes=max_batch_bytes)
         return tuple(np.ascontiguousarray(values).view(np.uint32) for values in spectra)
 
     words = dtype.itemsize // 4
-    positions = [axes.stack_shape(weight.shape)[0] for weight in weights]
+    positions = [axes.stack_shape(kind.shape)[0] for kind in kinds]
     shapes = tuple(
         jax.ShapeDtypeStruct((grid.divisions, grid.num_eigenvalues(count) * words), np.uint32)
         for grid, count in zip(grids, positions, strict=True)
     )
     # Bits, not floats, cross the border: a callback's thread does not know of `with jax.enable_x64(True)`
     # around the call and would round float64 to float32 on the way in and out.
-    bits = [lax.bitcast_convert_type(weight, jnp.uint32) for weight in weights]
-    spectra = jax.pure_callback(on_host, shapes, *bits, vmap_method="sequential")
+    spectra = jax.pure_callback(on_host, shapes, *map(_to_bits, weights), vmap_method="sequential")
     return [_to_floats(values, dtype) for values in spectra]
 
 
-def _from_bits(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    floats = np.ascontiguousarray(bits).view(dtype)
-    return floats[..., 0] if dtype.itemsize == 8 else floats
+def _to_bits(weight: Array) -> Array:
+    if jnp.iscomplexobj(weight):  # XLA has no bits of a complex number
+        weight = jnp.stack([weight.real, weight.imag], axis=-1)
+    return lax.bitcast_convert_type(weight, jnp.uint32)
+
+
+def _from_bits(bits: Any, kind: jax.ShapeDtypeStruct) -> np.ndarray:
+    return np.ascontiguousarray(bits).reshape(-1).view(kind.dtype).reshape(kind.shape)
 
 
 def _to_floats(bits: Array, dtype: np.dtype) -> Array:
@@ -90,13 +96,13 @@ def batched_spectra(stacks: Sequence[Array], grids: Sequence[Grid], *, svd: bool
     Not for CPU, where batched LAPACK inside an XLA program can deadlock (see `_host`).
 
     Args:
-        stacks: L stacks (K, R, C) of one float dtype.
+        stacks: L stacks (K, R, C), all of one precision, real or complex.
         grids: L grids.
         svd: square singular values, instead of the eigenvalues of Gram matrices.
         max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
 
     Returns:
-        L arrays (D, E), ascending; of zeros for a stack with NaN or Inf.
+        L arrays (D, E), ascending, real; of zeros for a stack with NaN or Inf.
     """
     pooled: dict[int, Array] = {}
     for layers in _groups(stacks, grids):
@@ -120,10 +126,10 @@ def _oriented(grid: Grid) -> tuple[int, int]:
 
 
 def _groups(stacks: Sequence[Array], grids: Sequence[Grid]) -> list[list[int]]:
-    """Layers of one window shape, together few enough entries for 32-bit indices."""
-    groups: dict[tuple[int, int], list[list[int]]] = {}
+    """Layers of one window shape, all real or all complex, together few enough entries for 32-bit indices."""
+    groups: dict[tuple[tuple[int, int], np.dtype], list[list[int]]] = {}
     for layer, grid in enumerate(grids):
-        same_shape = groups.setdefault(_oriented(grid), [[]])
+        same_shape = groups.setdefault((_oriented(grid), stacks[layer].dtype), [[]])
         if sum(stacks[i].size for i in [*same_shape[-1], layer]) > np.iinfo(np.int32).max:
             same_shape.append([])
         same_shape[-1].append(layer)
@@ -162,9 +168,9 @@ def _solve_windows(
 
 
 def _gram_eigenvalues(windows: Array) -> Array:
-    gram = jnp.einsum("wrc,wsc->wrs", windows, windows, precision=lax.Precision.HIGHEST)
+    gram = jnp.einsum("wrc,wsc->wrs", windows, windows.conj(), precision=lax.Precision.HIGHEST)
     if gram.shape[-1] == 1:
-        return gram[..., 0]
+        return gram[..., 0].real
     # XLA has no tridiagonal reduction for TPU.
     values = lax.platform_dependent(gram, tpu=jnp.linalg.eigvalsh, default=_by_bisection)
     floor = values[:, -1:] * (values.shape[-1] * jnp.finfo(values.dtype).eps)

@@ -34,7 +34,8 @@ def spectra(stacks: Sequence[np.ndarray], grids: Sequence[Grid], *, solver: str,
     """Pooled eigenvalues of every layer's windows.
 
     Args:
-        stacks: L stacks of matrices (K, R, C), float32 or float64; views are fine. A stack with NaN or Inf gives zeros.
+        stacks: L stacks of matrices (K, R, C), all of one precision, real or complex; views are fine. A stack with
+            NaN or Inf gives zeros.
         grids: L grids.
         solver: `"gram"`: eigenvalues of the Gram matrices in the stacks' precision, and again in float64 for a layer
             whose median is too far below its largest eigenvalue to be exact; `"gram64"`: all in float64; `"svd"`:
@@ -42,13 +43,13 @@ def spectra(stacks: Sequence[np.ndarray], grids: Sequence[Grid], *, solver: str,
         max_bytes: bound on the windows alive at once, over all threads.
 
     Returns:
-        L arrays (D, E), ascending, in the stacks' precision, never negative.
+        L arrays (D, E), ascending, real, in the stacks' precision, never negative.
     """
     if not stacks:
         return []
     if solver == "svd":
         return _run(stacks, grids, _singular_values_squared, max_bytes)
-    dtype = np.dtype(np.float64) if solver == "gram64" else stacks[0].dtype
+    dtype = np.dtype(np.float64) if solver == "gram64" else np.finfo(stacks[0].dtype).dtype
     pooled = _run(stacks, grids, functools.partial(_gram_eigenvalues, dtype=dtype), max_bytes)
     if dtype == np.float64:
         return pooled
@@ -71,7 +72,7 @@ def _run(
     max_bytes: int,
 ) -> list[np.ndarray]:
     flat = [
-        np.zeros((len(stack) * len(grid.starts), min(grid.rows, grid.cols)), stack.dtype)
+        np.zeros((len(stack) * len(grid.starts), min(grid.rows, grid.cols)), np.finfo(stack.dtype).dtype)
         for stack, grid in zip(stacks, grids, strict=True)
     ]
     cores = _cores()
@@ -97,11 +98,12 @@ def _cores() -> int:
 
 
 def _tasks(stacks: Sequence[np.ndarray], grids: Sequence[Grid], cores: int, max_bytes: int) -> Iterator[_Task]:
-    costs = [float(min(g.rows, g.cols)) ** 2 * max(g.rows, g.cols) for g in grids]
+    words = [2 if np.iscomplexobj(stack) else 1 for stack in stacks]
+    costs = [float(min(g.rows, g.cols)) ** 2 * max(g.rows, g.cols) * w**2 for g, w in zip(grids, words, strict=True)]
     counts = [len(stack) * len(grid.starts) for stack, grid in zip(stacks, grids, strict=True)]
     share = sum(cost * count for cost, count in zip(costs, counts, strict=True)) / (cores * _TASKS_PER_CORE)
     for layer, (grid, cost, count) in enumerate(zip(grids, costs, counts, strict=True)):
-        window_bytes = 8 * (grid.rows * grid.cols + min(grid.rows, grid.cols) ** 2)
+        window_bytes = 8 * words[layer] * (grid.rows * grid.cols + min(grid.rows, grid.cols) ** 2)
         size = max(_MIN_TASK, int(share / cost))
         size = max(1, min(size, max_bytes // window_bytes))
         for first in range(0, count, size):
@@ -121,8 +123,8 @@ def _cut(stack: np.ndarray, grid: Grid, task: _Task) -> np.ndarray:
 
 
 def _gram_eigenvalues(windows: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    windows = windows.astype(dtype, copy=False)
-    values = symmetric_eigenvalues(windows @ windows.swapaxes(1, 2))
+    windows = windows.astype(np.result_type(windows.dtype, dtype), copy=False)
+    values = symmetric_eigenvalues(windows @ windows.swapaxes(1, 2).conj())
     # Below this a value is rounding of the largest one: a matrix without full rank gets exact zeros.
     floor = values[:, -1:] * (values.shape[-1] * np.finfo(dtype).eps)
     return np.where(values > floor, values, 0)

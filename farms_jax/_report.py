@@ -38,7 +38,7 @@ class LayerReport:
         stable_rank: norm over largest eigenvalue; 0 for a layer of zeros.
         alpha_hat: alpha times log10 of the largest eigenvalue.
         num_eigenvalues: eigenvalues kept by the filter over all windows, int32.
-        num_params: entries of each weight.
+        num_params: entries of each weight, a complex one counted once.
         left_out: (name, reason) of every leaf that is not in the report.
         eigenvalues: per layer the pooled eigenvalues (D, E), ascending, of its D divisions; `None` unless asked for.
     """

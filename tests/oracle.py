@@ -7,7 +7,8 @@ def eigenvalues(windows):
     """Squared singular values of all windows, ascending; rounding noise of a deficient rank is exactly zero."""
     pooled = []
     for window in windows:
-        values = np.linalg.svd(np.asarray(window, np.float64), compute_uv=False) ** 2
+        window = np.asarray(window, np.result_type(window, np.float64))  # complex ones stay complex
+        values = np.linalg.svd(window, compute_uv=False) ** 2
         floor = values.max() * min(window.shape) * np.finfo(np.float64).eps
         pooled.append(np.where(values > floor, values, 0))
     return np.sort(np.concatenate(pooled))

@@ -28,9 +28,20 @@ PARAMS = {
 }
 
 
+def complex_normal(*shape, seed=0):
+    return (normal(*shape, seed=seed) + 1j * normal(*shape, seed=seed + 100)).astype(np.complex64)
+
+
+MIXED = {
+    "conv_2": {"kernel": complex_normal(3, 3, 8, 16), "bias": complex_normal(16)},
+    "conv_10": {"kernel": complex_normal(1, 2, 12, 5, seed=1)},
+    "dense": {"kernel": normal(40, 24, seed=2), "bias": normal(24)},
+}
+
+
 def oracle_alphas(weight, window, tail, axes=farms_jax.FLAX_AXES, kernel_scale=0.5):
     """Alpha of each division by plain loops."""
-    stack = as_matrices(weight, axes).astype(np.float64) * np.sqrt(kernel_scale if weight.ndim == 4 else 1)
+    stack = as_matrices(weight, axes) * np.sqrt(kernel_scale if weight.ndim == 4 else 1)
     grid = make_grid(window, stack.shape, is_kernel=weight.ndim == 4)
     stack = stack.swapaxes(1, 2) if grid.transposed else stack
     per_division = len(grid.starts) // grid.divisions
@@ -42,15 +53,19 @@ def oracle_alphas(weight, window, tail, axes=farms_jax.FLAX_AXES, kernel_scale=0
     return alphas
 
 
-@pytest.mark.parametrize("rule", ["median", "peak", "ks"])
-@pytest.mark.parametrize("window", [Window(), Window(rows=7, per_axis=3), Window(aspect_ratio=2.0, stride=5), None])
-def test_equals_the_oracle(window, rule):
-    report = analyze(PARAMS, window=window, tail=Tail(rule))
+WINDOWS = [Window(), Window(rows=7, per_axis=3), Window(aspect_ratio=2.0, stride=5), None]
+CASES = [(PARAMS, window, rule) for window in WINDOWS for rule in ("median", "peak", "ks")]
+CASES += [(MIXED, window, rule) for window, rule in zip(WINDOWS, ("median", "ks", "peak", "median"), strict=True)]
+
+
+@pytest.mark.parametrize(("params", "window", "rule"), CASES)
+def test_equals_the_oracle(params, window, rule):
+    report = analyze(params, window=window, tail=Tail(rule))
     assert report.names == ("conv_2/kernel", "conv_10/kernel", "dense/kernel")  # natural order
     for name, alpha in zip(report.names, report.alpha, strict=True):
         module, leaf = name.split("/")
         np.testing.assert_allclose(
-            alpha, np.mean(oracle_alphas(PARAMS[module][leaf], window, Tail(rule))), rtol=1e-3, err_msg=name
+            alpha, np.mean(oracle_alphas(params[module][leaf], window, Tail(rule))), rtol=1e-3, err_msg=name
         )
 
 
@@ -91,7 +106,7 @@ def test_every_leaf_is_in_the_report_or_left_out_with_its_reason():
         "a": {"kernel": normal(20, 10), "bias": normal(10)},
         "b": {"kernel": normal(3, 4, 5)},
         "counts": np.arange(30).reshape(5, 6),
-        "spectral": normal(6, 6) + 1j,
+        "spectral": normal(5, 6, 6) + 1j,
         "tiny": normal(2, 2),
         "empty": np.zeros((0, 7), np.float32),
         "number": 3.0,
@@ -105,7 +120,7 @@ def test_every_leaf_is_in_the_report_or_left_out_with_its_reason():
     assert reasons["a/bias"].startswith("1 axes")
     assert reasons["b/kernel"].startswith("3 axes")
     assert reasons["counts"] == "dtype int64, not floating point"
-    assert reasons["spectral"].startswith("dtype complex")
+    assert reasons["spectral"].startswith("3 axes")
     assert reasons["tiny"] == "too few eigenvalues: 2, fewer than 5"
     assert reasons["empty"] == "empty"
     assert reasons["number"].startswith("not an array")
@@ -252,6 +267,54 @@ def test_float64_under_the_context_manager():
     np.testing.assert_allclose(np.asarray(report.eigenvalues[0][0]), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("window", [Window(rows=20, per_axis=3), None])
+@pytest.mark.parametrize(("x64", "rtol"), [(False, 1e-5), (True, 1e-12)])
+def test_complex_eigenvalues_are_squared_singular_values_each_once(window, x64, rtol):
+    params = {"kernel": complex_normal(1, 3, 24, 6), "matrix": complex_normal(50, 40, seed=1)}
+    with jax.enable_x64(x64):
+        report = analyze(params, eigenvalues=True, window=window)
+        jitted = jax.jit(lambda params: analyze(params, eigenvalues=True, window=window).eigenvalues)(params)
+    matrices = params["kernel"].astype(np.complex128).reshape(3, 24, 6)
+    if window is not None:
+        matrices = matrices.reshape(3, 4, 6, 6).swapaxes(0, 1)  # 24 / 6 divisions
+        starts = [(i, j) for i in (0, 10, 20) for j in (0, 15, 30)]
+        windows = np.stack([params["matrix"].T[i : i + 20, j : j + 20] for i, j in starts])
+    else:
+        matrices, windows = matrices[None], params["matrix"][None]
+    truth = (
+        0.5 * np.sort((np.linalg.svd(matrices, compute_uv=False) ** 2).reshape(len(matrices), -1), axis=-1),
+        np.sort((np.linalg.svd(windows.astype(np.complex128), compute_uv=False) ** 2).reshape(1, -1), axis=-1),
+    )
+    assert report.num_params == (432, 2000)
+    for found, again, expected in zip(report.eigenvalues, jitted, truth, strict=True):
+        assert found.dtype == (np.float64 if x64 else np.float32)
+        np.testing.assert_allclose(np.asarray(found), expected, rtol=rtol)
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(again))
+
+
+def test_a_complex_weight_equals_a_real_one_turned_by_a_phase():
+    matrix = normal(30, 20)
+    turned = {"m": (matrix * np.exp(0.7j)).astype(np.complex64)}
+    for window in (Window(rows=9, per_axis=4), None):
+        np.testing.assert_allclose(
+            analyze(turned, window=window).alpha, analyze({"m": matrix}, window=window).alpha, rtol=1e-4
+        )
+    turned["m"][3, 4] = complex(0, np.inf)
+    with pytest.raises(ValueError, match="NaN or Inf in m;"):
+        analyze(turned)
+
+
+def test_complex_alphas_set_the_rates_of_real_leaves_of_the_same_names():
+    trained = {"a": {"kernel": normal(2, 3, 8, 8)}, "b": {"kernel": normal(30, 20), "bias": normal(20)}}
+    analysed = {"a": {"kernel": complex_normal(1, 3, 8, 8)}, "b": {"kernel": normal(30, 20)}}
+    report = analyze(analysed)
+    scale = farms_jax.lr_scale(report, trained, low=0.5, high=1.5)
+    assert jax.tree.structure(scale) == jax.tree.structure(trained)
+    assert {float(scale["a"]["kernel"]), float(scale["b"]["kernel"])} == {0.5, 1.5}
+    assert (float(scale["a"]["kernel"]) == 1.5) == (float(report.alpha[0]) > float(report.alpha[1]))
+    assert scale["a"]["kernel"].dtype == np.float32
+
+
 def test_transposition_changes_nothing_at_aspect_ratio_one():
     matrix = normal(60, 33)
     np.testing.assert_allclose(analyze({"m": matrix}).alpha, analyze({"m": matrix.T}).alpha, rtol=1e-5)
@@ -273,6 +336,7 @@ def test_report_is_a_pytree_and_drops_layers():
 @pytest.mark.parametrize("rule", ["median", "peak", "ks"])
 def test_strict_promotion_finds_nothing(rule):
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        analyze(MIXED, tail=Tail(rule, min_eigenvalue=1e-5))
         report = analyze(PARAMS, tail=Tail(rule, min_eigenvalue=1e-5))
         for mapping in farms_jax.mappings.NAMED:
             farms_jax.lr_scale(report, PARAMS, mapping=mapping)

@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
-FLOW = ["files", "_names", "_matrices", "_windows", "_tail", "mappings", "_report", "_lapack"]
-FLOW += ["_host", "_esd", "_analyze", "_lr_scale", "_sparsity", "_tempbalance"]
+FLOW = ["errors", "files", "plots", "_names", "_matrices", "_windows", "_tail", "mappings", "_report"]
+FLOW += ["rundir", "_lapack", "_host", "_esd", "_analyze", "_lr_scale", "_sparsity", "_tempbalance"]
 
 
 def test_core_loads_no_framework():
-    others = ["flax", "torch", "tyro", "matplotlib", "train"]
+    others = ["flax", "torch", "tyro", "matplotlib", "orbax", "train", "prune", "sciml"]
     program = f"import sys, farms_jax; print([m for m in {others} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -26,6 +28,16 @@ def test_a_core_file_imports_only_files_above_it():
                 parts = node.module.split(".")
                 imported = [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
                 assert all(FLOW.index(other) < FLOW.index(name) for other in imported), (name, imported)
+
+
+@pytest.mark.parametrize("package", ["train", "prune", "sciml"])
+def test_programs_do_not_import_each_other(package):
+    others = {"train", "prune", "sciml"} - {package}
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not others & {name.split(".")[0] for name in imported}, path
 
 
 def test_public_names_are_documented():

@@ -11,13 +11,18 @@ from farms_jax._windows import Grid, Window, make_grid
 EPS = float(np.finfo(np.float32).eps)
 
 
-def problem(heavy):
-    """Stacks and grids of several shapes, and their float64 eigenvalues."""
+KINDS = ["normal", "heavy", "complex normal", "complex heavy"]
+
+
+def problem(kind):
+    """Stacks and grids of several shapes, and their float64 eigenvalues; of complex ones the last stack is real."""
     rng = np.random.default_rng(0)
-    draw = (lambda *shape: rng.standard_t(1.5, shape)) if heavy else (lambda *shape: rng.standard_normal(shape))
-    stacks = [
-        draw(*shape).astype(np.float32) for shape in [(1, 60, 40), (9, 32, 70), (1, 12, 50), (4, 16, 16), (1, 1, 9)]
-    ]
+
+    def draw(*shape):
+        values = rng.standard_t(1.5, shape) if "heavy" in kind else rng.standard_normal(shape)
+        return values.astype(np.float32)
+
+    stacks = [draw(*shape) for shape in [(1, 60, 40), (9, 32, 70), (1, 12, 50), (4, 16, 16), (1, 1, 9)]]
     grids = [
         make_grid(Window(rows=30, per_axis=3), stacks[0].shape, is_kernel=False),
         make_grid(Window(), stacks[1].shape, is_kernel=True),
@@ -25,13 +30,17 @@ def problem(heavy):
         make_grid(Window(aspect_ratio=2.0), stacks[3].shape, is_kernel=True),
         Grid(1, 1, ((0, 3), (0, 8))),
     ]
+    if "complex" in kind:
+        stacks = [stack + 1j * draw(*stack.shape) for stack in stacks] + [stacks[0]]
+        grids.append(grids[0])
     return stacks, grids, [exact(stack, grid) for stack, grid in zip(stacks, grids, strict=True)]
 
 
 def exact(stack, grid):
+    stack = stack.astype(np.result_type(stack.dtype, np.float64))
     stack = stack.swapaxes(1, 2) if grid.transposed else stack
     values = np.concatenate([
-        np.linalg.svd(matrix[i : i + grid.rows, j : j + grid.cols].astype(np.float64), compute_uv=False)[None] ** 2
+        np.linalg.svd(matrix[i : i + grid.rows, j : j + grid.cols], compute_uv=False)[None] ** 2
         for matrix in stack
         for i, j in grid.starts
     ])
@@ -41,6 +50,7 @@ def exact(stack, grid):
 def check(found, expected, tolerance):
     """Relative error of every eigenvalue within `tolerance(largest / eigenvalue)`."""
     for values, truth in zip(found, expected, strict=True):
+        assert values.dtype == np.float32
         values = np.asarray(values, np.float64)
         assert values.shape == truth.shape
         relative = np.abs(values - truth) / truth
@@ -48,66 +58,68 @@ def check(found, expected, tolerance):
         assert (relative <= tolerance(ratio)).all(), (relative / tolerance(ratio)).max()
 
 
-@pytest.mark.parametrize("heavy", [False, True])
-def test_host_gram_is_exact_to_float32(heavy):
-    stacks, grids, expected = problem(heavy)
+@pytest.mark.parametrize("kind", KINDS)
+def test_host_gram_is_exact_to_float32(kind):
+    stacks, grids, expected = problem(kind)
     found = _host.spectra(stacks, grids, solver="gram64", max_bytes=2**20)
     check(found, expected, lambda ratio: np.where(ratio < 1e9, 2 * EPS, np.inf))
 
 
-@pytest.mark.parametrize("heavy", [False, True])
-def test_host_gram_in_float32_is_exact_in_the_upper_half(heavy):
-    stacks, grids, expected = problem(heavy)
+@pytest.mark.parametrize("kind", KINDS)
+def test_host_gram_in_float32_is_exact_in_the_upper_half(kind):
+    stacks, grids, expected = problem(kind)
     found = _host.spectra(stacks, grids, solver="gram", max_bytes=2**20)
     for values, truth in zip(found, expected, strict=True):
         np.testing.assert_allclose(values[:, truth.shape[1] // 2 :], truth[:, truth.shape[1] // 2 :], rtol=1e-4)
     check(found, expected, lambda ratio: 40 * EPS * ratio)
 
 
-def test_layers_with_a_far_spike_are_solved_again_in_float64(monkeypatch):
+@pytest.mark.parametrize(("coarse", "fine"), [(np.float32, np.float64), (np.complex64, np.complex128)])
+def test_layers_with_a_far_spike_are_solved_again_in_float64(monkeypatch, coarse, fine):
     rng = np.random.default_rng(0)
-    bulk = rng.standard_normal((1, 50, 50)).astype(np.float32)
+    bulk = rng.standard_normal((1, 50, 50)).astype(coarse)
+    bulk += (coarse(1j) if np.iscomplexobj(bulk) else 0) * rng.standard_normal((1, 50, 50)).astype(np.float32)
     spike = 3000 * np.outer(rng.standard_normal(50), rng.standard_normal(50)).astype(np.float32)
     grid = make_grid(None, bulk.shape, is_kernel=False)
     precisions = []
     solve = _host.symmetric_eigenvalues
     monkeypatch.setattr(_host, "symmetric_eigenvalues", lambda m: precisions.append(m.dtype) or solve(m))
     (plain,) = _host.spectra([bulk], [grid], solver="gram", max_bytes=2**20)
-    assert precisions == [np.float32]
+    assert precisions == [coarse]
     (spiked,) = _host.spectra([bulk + spike], [grid], solver="gram", max_bytes=2**20)
-    assert precisions == [np.float32, np.float32, np.float64]
+    assert precisions == [coarse, coarse, fine]
     check(
         [plain[:, 25:], spiked[:, 25:]], [exact(m, grid)[:, 25:] for m in (bulk, bulk + spike)], lambda r: 1e-4 + 0 * r
     )
 
 
-@pytest.mark.parametrize("heavy", [False, True])
-def test_host_singular_values(heavy):
-    stacks, grids, expected = problem(heavy)
+@pytest.mark.parametrize("kind", KINDS)
+def test_host_singular_values(kind):
+    stacks, grids, expected = problem(kind)
     found = _host.spectra(stacks, grids, solver="svd", max_bytes=2**20)
     check(found, expected, lambda ratio: 8 * EPS * np.sqrt(ratio))
 
 
-@pytest.mark.parametrize("heavy", [False, True])
-def test_batched_gram_serves_the_upper_half(heavy):
-    stacks, grids, expected = problem(heavy)
+@pytest.mark.parametrize("kind", KINDS[:3])  # each compiles for ten seconds
+def test_batched_gram_serves_the_upper_half(kind):
+    stacks, grids, expected = problem(kind)
     found = _esd.batched_spectra([jnp.asarray(s) for s in stacks], grids, svd=False, max_batch_bytes=2**30)
     check(found, expected, lambda ratio: 40 * EPS * ratio)  # n EPS is where it rounds to zero
-    if not heavy:
+    if "heavy" not in kind:
         for values, truth in zip(found, expected, strict=True):
             upper = truth.shape[1] // 2
             np.testing.assert_allclose(values[:, upper:], truth[:, upper:], rtol=1e-4)
 
 
-@pytest.mark.parametrize("heavy", [False, True])
-def test_batched_singular_values(heavy):
-    stacks, grids, expected = problem(heavy)
+@pytest.mark.parametrize("kind", KINDS)
+def test_batched_singular_values(kind):
+    stacks, grids, expected = problem(kind)
     found = _esd.batched_spectra([jnp.asarray(s) for s in stacks], grids, svd=True, max_batch_bytes=2**30)
     check(found, expected, lambda ratio: 8 * EPS * np.sqrt(ratio))
 
 
 def test_small_batches_change_nothing():
-    stacks, grids, _ = problem(heavy=False)
+    stacks, grids, _ = problem("normal")
     arrays = [jnp.asarray(stack) for stack in stacks]
     whole = _esd.batched_spectra(arrays, grids, svd=True, max_batch_bytes=2**30)
     small = _esd.batched_spectra(arrays, grids, svd=True, max_batch_bytes=1)
@@ -117,11 +129,13 @@ def test_small_batches_change_nothing():
         np.testing.assert_array_equal(c, d)
 
 
-def test_window_memory_is_bounded():
-    stack = np.zeros((1, 600, 600), np.float32)
+@pytest.mark.parametrize(("dtype", "size"), [(np.float32, 8), (np.complex64, 16)])  # a number may be solved in float64
+def test_window_memory_is_bounded(dtype, size):
+    stack = np.zeros((1, 600, 600), dtype)
     grid = make_grid(Window(rows=100, per_axis=20), stack.shape, is_kernel=False)  # 400 windows: 16 MB in float32
     largest = max(
-        (task.last - task.first) * 8 * 2 * 100 * 100 for task in _host._tasks([stack], [grid], cores=2, max_bytes=10**6)
+        (task.last - task.first) * size * 2 * 100 * 100
+        for task in _host._tasks([stack], [grid], cores=2, max_bytes=10**6)
     )
     assert largest <= 10**6
 
@@ -148,7 +162,7 @@ def test_device_path_is_chosen_by_platform(monkeypatch):
 
 
 def test_nan_gives_zeros_in_its_own_layer_only():
-    stacks, grids, _ = problem(heavy=False)
+    stacks, grids, _ = problem("normal")
     broken = [stacks[0].copy(), *stacks[1:]]
     broken[0][0, 3, 3] = np.nan
     clean = _esd.batched_spectra([jnp.asarray(s) for s in stacks], grids, svd=True, max_batch_bytes=2**30)

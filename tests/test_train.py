@@ -1,6 +1,7 @@
 """The training program: recipes, data on the device, an epoch, the run directory, resuming."""
 
 import csv
+import dataclasses
 import json
 import os
 import random
@@ -18,6 +19,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 import farms_jax
+from farms_jax import plots
+from farms_jax.errors import InputError
+from farms_jax.rundir import RunError, SeedDirectory, read_config, write_config
 from train import cifar
 from train.config import RECIPES, Config, resolve
 from train.experiment import make_refresh, summarise
@@ -31,7 +35,6 @@ from train.loop import (
     make_network,
     make_optimizer,
 )
-from train.rundir import RunError, SeedDirectory, read_config
 
 ROOT = Path(__file__).parent.parent
 SMALL = Config(dataset="digits", model="vgg16", width=0.0625, epochs=3, batch_size=16, limit_train=64)
@@ -210,6 +213,8 @@ def test_summary():
         (["--resume", "nowhere", "--epochs", "3"], "leave out --epochs 3"),
         (["--dataset", "mnist"], "mnist"),
         (["--dataset", "digits", "--low", "2", "--high", "1"], "--low must not be above --high"),
+        (["--dataset", "digits", "--low", "1.95"], "--low must not be above --high, got 1.95 and 1.9"),  # Table 13's
+        (["--dataset", "digits", "--window-rows", "0"], "Window: rows must be a whole number of at least 1"),
         (["--dataset", "digits", "--epochs", "0"], "--epochs must be above 0"),
         (["--dataset", "digits", "--seeds", "1", "1"], "--seeds must be different"),
         (["--dataset", "digits", "--batch-size", "5000"], "--batch-size 5000 is more than the"),
@@ -227,10 +232,126 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys
     assert last.startswith("train.cifar: ")
 
 
-def test_damaged_config_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"config": {"tb": "fa')
-    with pytest.raises(RunError, match=r"config.json is damaged"):
-        read_config(tmp_path)
+def test_nan_ends_a_run_in_one_line(trained):
+    *_, start = trained
+    state = start()
+    state.params["linear"]["kernel"] *= jnp.nan
+    with pytest.raises(InputError, match="NaN or Inf in linear/kernel; train from an earlier checkpoint"):
+        make_refresh(resolve(SMALL, small=False))(state, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a program's settings may hold."""
+
+    name: str = "a"
+    out: Path = Path("runs")
+    rate: float | None = None
+    data: Path | None = None
+    files: tuple[Path, ...] = ()
+    grid: tuple[tuple[str, float], ...] = ()
+    pair: tuple[int, str] | None = None
+    inner: "Settings | None" = None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(),
+        Settings(
+            "b",
+            Path("/x/y"),
+            0.5,
+            Path("d"),
+            (Path("1"), Path("2")),
+            (("u", 0.1), ("v", 2.0)),
+            (3, "w"),
+            Settings(data=Path("e"), pair=(1, "z")),
+        ),
+        dataclasses.replace(RECIPES["resnet18-ls-ours"], data_dir=Path("data")),
+    ],
+)
+def test_settings_are_read_back_as_they_were(settings, tmp_path):
+    write_config(tmp_path / "run", settings, {"fingerprint": "f", "versions": {"jax": "1"}})
+    found, facts = read_config(tmp_path / "run", type(settings))
+    assert found == settings
+    assert facts == {"fingerprint": "f", "versions": {"jax": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"config": {"tb": "fa', "is damaged or of another version"),
+        ("3", "is damaged"),
+        ("{}", "'config'"),
+        ('{"config": {}}', "fields data, files, grid, inner, name, out, pair, rate"),
+        (
+            json.dumps({"config": {**dataclasses.asdict(Settings()), "new": 1}}, default=str),
+            r"\(fields new\); start anew",
+        ),
+        (json.dumps({"config": {**dataclasses.asdict(Settings()), "pair": [1]}}, default=str), "is damaged"),
+        (json.dumps({"config": {**dataclasses.asdict(Settings()), "out": None}}, default=str), "is damaged"),
+    ],
+)
+def test_a_config_of_another_shape_is_named(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(RunError, match=message) as error:
+        read_config(tmp_path, Settings)
+    assert str(error.value).startswith(f"--resume {tmp_path}: {tmp_path / 'config.json'} is damaged")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("metrics.jsonl", '{"epoch": 0}\n{"epo\n'), ("layers.csv", "epoch,layer,alpha\n0,a,x\n")],
+)
+def test_a_damaged_line_is_named(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    with SeedDirectory(tmp_path) as directory, pytest.raises(RunError, match=f"{name} is damaged"):
+        directory.restore({})
+
+
+def test_layer_rows_are_read_back_to_the_last_digit(tmp_path):
+    rows = [
+        {"epoch": 0, "layer": 'ä,"b"', "alpha": 0.1 + 0.2, "lr_scale": 1e-300, "learning_rate": 0.0},
+        {"epoch": 12, "layer": "c", "alpha": float("inf"), "lr_scale": 1.0, "learning_rate": 1 / 3},
+    ]
+    with SeedDirectory(tmp_path) as directory:
+        directory.append_layers(rows[:1])
+        directory.append_layers(rows[1:])
+        assert directory.layers() == rows
+
+
+def test_a_seed_directory_is_closed_after_an_error(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(SeedDirectory, "close", lambda self: closed.append(self))
+    with pytest.raises(KeyError), SeedDirectory(tmp_path) as directory:
+        raise KeyError
+    assert closed == [directory]
+
+
+ROWS = [
+    {"epoch": epoch, "layer": layer, "alpha": alpha + epoch, "lr_scale": 1.0, "learning_rate": alpha / 10}
+    for epoch in range(3)
+    for layer, alpha in (("a", 2.0), ("b", 4.0))
+]
+
+
+def test_the_history_shows_every_layer_once():
+    alpha, rate = plots.layer_history([*ROWS[:-1], {**ROWS[-1], "alpha": 0.0}], "title").axes
+    assert [line.get_label() for line in alpha.lines] == ["a", "b"]
+    np.testing.assert_array_equal(alpha.lines[0].get_xydata(), [[0, 2], [1, 3], [2, 4]])
+    np.testing.assert_array_equal(alpha.lines[1].get_ydata(), [4, 5, np.nan])  # no tail: a gap
+    np.testing.assert_array_equal(rate.lines[1].get_xydata(), [[0, 0.4], [1, 0.4]])  # nothing is trained in the last
+
+
+def test_the_distribution_is_that_of_the_last_epoch(tmp_path):
+    figure = plots.alpha_distribution({"x": ROWS, "y": [*ROWS[:-1], {**ROWS[-1], "alpha": 0.0}]}, "title")
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["x", "y"]
+    np.testing.assert_array_equal(axis.lines[-2].get_xydata(), [[1, 4], [1, 6]])
+    np.testing.assert_array_equal(axis.lines[-1].get_xydata(), [[2, 4]])  # a layer without a tail is left out
+    (file,) = plots.save(tmp_path, {"alphas.png": figure})
+    assert file.read_bytes().startswith(b"\x89PNG")
 
 
 def test_lines_of_unfinished_epochs_are_dropped(tmp_path):

@@ -4,10 +4,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from farms_jax.errors import InputError
+
 SIZE = 32  # height and width in pixels of every image handed to the models
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A data set is missing, damaged or not laid out as documented; the text says what to do."""
 
 

@@ -6,16 +6,16 @@ python -m train.cifar --resume runs/NAME           go on with a run that was sto
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 import tyro
 
+from farms_jax.errors import reported
+from farms_jax.rundir import RunError, read_config, write_config
 from train.config import RECIPES, Config, resolve
-from train.data import DataError, load
+from train.data import load
 from train.experiment import check_same_data, facts, train_run
-from train.rundir import RunError, read_config, write_config
 
 
 def main() -> None:
@@ -24,19 +24,13 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR")
     parser.add_argument("--recipe", metavar="NAME")
     special, settings = parser.parse_known_args()
-    try:
+    with reported("train.cifar", when_stopped="; go on with --resume and the run's directory"):
         if special.recipe == "list":
             print("\n".join(RECIPES))
         elif special.resume is not None:
             resume(special.resume, settings)
         else:
             start(special.recipe, settings)
-    except (DataError, RunError, ValueError) as error:
-        print(f"train.cifar: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ntrain.cifar: stopped; go on with --resume and the run's directory", file=sys.stderr)
-        sys.exit(130)
 
 
 def start(recipe: str | None, settings: list[str]) -> None:
@@ -48,7 +42,7 @@ def start(recipe: str | None, settings: list[str]) -> None:
 
     Raises:
         RunError: there is no such recipe.
-        ValueError: a setting is out of its range.
+        InputError: a setting is out of its range.
     """
     if recipe is not None and recipe not in RECIPES:
         raise RunError(f"--recipe: there is no {recipe!r}; `--recipe list` names all {len(RECIPES)}")
@@ -59,6 +53,8 @@ def start(recipe: str | None, settings: list[str]) -> None:
     config.check()
     images = load(config.dataset, data_dir=config.data_dir, limit_train=config.limit_train)
     config = resolve(config, small=images.name.startswith("digits"))
+    if config.tb != "none":  # a baseline has no factors
+        config.check()  # again: a factor that was given has to fit the other, filled in
     data = "".join(c if c.isalnum() else "-" for c in images.name.split(":")[0].split(" ")[0])
     run = config.out / f"{data}-{config.model}-{config.tb}-{time.strftime('%Y%m%d-%H%M%S')}"
     write_config(run, config, facts(images))
@@ -77,7 +73,7 @@ def resume(run: Path, settings: list[str]) -> None:
     """
     if settings:
         raise RunError(f"--resume goes on with the run's own settings; leave out {' '.join(settings)}")
-    config, before = read_config(run)
+    config, before = read_config(run, Config)
     images = load(before["dataset"], data_dir=config.data_dir, limit_train=config.limit_train)
     check_same_data(images, before)
     print(train_run(run, config, images))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from farms_jax import Tail, Window
+from farms_jax.errors import InputError
 
 TempBalance = Literal["none", "tb", "farms"]
 Model = Literal["resnet18", "resnet34", "resnet50", "vgg16", "vgg19"]
@@ -70,16 +71,19 @@ class Config:
     """Folder for run directories."""
 
     def check(self) -> None:
-        """Raise a ValueError that names the flag where a value is out of its range."""
+        """Raise an InputError that names the flag where a value is out of its range."""
         for field in ("width", "epochs", "batch_size", "learning_rate", "low", "high", "limit_train", "aspect_ratio"):
             value = getattr(self, field)
             if value is not None and not value > 0:
-                raise ValueError(f"--{field.replace('_', '-')} must be above 0, got {value}")
+                raise InputError(f"--{field.replace('_', '-')} must be above 0, got {value}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"--seeds must be different numbers, at least one; got {self.seeds}")
+            raise InputError(f"--seeds must be different numbers, at least one; got {self.seeds}")
         if self.low is not None and self.high is not None and self.low > self.high:
-            raise ValueError(f"--low must not be above --high, got {self.low} and {self.high}")
-        self.window_of_run()  # makes its own checks
+            raise InputError(f"--low must not be above --high, got {self.low} and {self.high}")
+        try:
+            self.window_of_run()  # makes its own checks
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
     def window_of_run(self) -> Window | None:
         """Windows to analyse with: those of FARMS, also to watch a run without TempBalance; `None` for tb."""

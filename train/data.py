@@ -92,13 +92,12 @@ def load(dataset: str, *, data_dir: Path | None = None, limit_train: int | None 
 
     Raises:
         DataError: If the data set cannot be had, is damaged, or has fewer than `limit_train`
-            training images.
-        ValueError: If an argument is not one of the documented values.
+            training images, or an argument is not one of the documented values.
     """
     if dataset not in CHOICES[:-1] and not (dataset.startswith("folder:") and dataset != "folder:"):
-        raise ValueError(f"dataset must be one of {', '.join(CHOICES)}, got {dataset!r}.")
+        raise DataError(f"dataset must be one of {', '.join(CHOICES)}, got {dataset!r}.")
     if limit_train is not None and (type(limit_train) is not int or limit_train < 1):
-        raise ValueError(f"limit_train must be None or an integer >= 1, got {limit_train!r}.")
+        raise DataError(f"limit_train must be None or an integer >= 1, got {limit_train!r}.")
     directory = Path(pooch.os_cache("farms_jax") if data_dir is None else data_dir).expanduser()
     if directory.exists() and not directory.is_dir():
         raise DataError(f"data_dir must be a directory, got the file {directory}.")

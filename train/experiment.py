@@ -1,10 +1,8 @@
 """A run: one network per seed, from a seed or its last checkpoint to the plots."""
 
 import functools
-import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 import farms_jax
+from farms_jax.files import write_json
+from farms_jax.rundir import RunError, SeedDirectory, environment, layer_rows
 from train.config import Config
 from train.data import Images
 from train.loop import (
@@ -27,7 +27,6 @@ from train.loop import (
 )
 from train.models import MODELS
 from train.plots import plot_run
-from train.rundir import RunError, SeedDirectory, write_json
 
 Refresh = Callable[[TrainState, int], tuple[TrainState, list[dict[str, Any]], float]]
 
@@ -38,9 +37,7 @@ def facts(images: Images) -> dict[str, Any]:
         "dataset": _argument(images.name),
         "data": images.name,
         "fingerprint": images.fingerprint,
-        "versions": {name: version(name) for name in ("farms-jax", "jax", "jaxlib", "flax", "optax", "numpy")},
-        "python": platform.python_version(),
-        "devices": [device.device_kind for device in jax.devices()],
+        **environment(),
     }
 
 
@@ -81,12 +78,9 @@ def train_run(run: Path, config: Config, images: Images) -> str:
         tqdm.write(line)
     seeds = {}
     for seed in config.seeds:
-        directory = SeedDirectory(run / f"seed{seed}")
-        try:
+        with SeedDirectory(run / f"seed{seed}") as directory:
             train_seed(directory, seed, config, images)
             seeds[seed] = (directory.metrics(), directory.layers())
-        finally:
-            directory.close()
     plots = plot_run(run, seeds, _title(config, images))
     summary = summarise({seed: metrics for seed, (metrics, _) in seeds.items()})
     write_json(run / "summary.json", {"data": images.name, "model": config.model, "tb": config.tb, **summary})
@@ -182,23 +176,13 @@ def make_refresh(config: Config) -> Refresh:
         opt_state = farms_jax.refresh(state.opt_state, scale)
         jax.block_until_ready(opt_state)
         seconds = time.perf_counter() - start
-        return state._replace(opt_state=opt_state), _rows(report, scale, cosine_rate(config, epoch), epoch), seconds
+        return (
+            state._replace(opt_state=opt_state),
+            layer_rows(report, scale, cosine_rate(config, epoch), epoch),
+            seconds,
+        )
 
     return refresh
-
-
-def _rows(report: farms_jax.LayerReport, scale: Any, rate: float, epoch: int) -> list[dict[str, Any]]:
-    factors = dict(farms_jax.named_leaves(scale))
-    return [
-        {
-            "epoch": epoch,
-            "layer": name,
-            "alpha": float(alpha),
-            "lr_scale": float(factors[name]),
-            "learning_rate": rate * float(factors[name]),
-        }
-        for name, alpha in zip(report.names, np.asarray(report.alpha), strict=True)
-    ]
 
 
 def summarise(metrics: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:

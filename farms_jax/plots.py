@@ -1,0 +1,99 @@
+"""Figures that every program draws: alpha and rate of the layers over epochs, the distribution of alpha.
+
+Rows are those of `layers.csv`, with `epoch`, `layer`, `alpha` and `learning_rate` (see `rundir`).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+SIZE = (10.0, 4.2)  # inches
+_DPI = 130
+
+
+def figure(
+    title: str, columns: int, *, epochs: bool = True, size: tuple[float, float] = SIZE
+) -> tuple[Figure, Sequence[Any]]:
+    """Make an empty figure.
+
+    Args:
+        title: above all columns.
+        columns: plots side by side.
+        epochs: along the horizontal axes, ticked at whole numbers.
+        size: width and height in inches.
+
+    Returns:
+        The figure and its axes, with grids.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        if epochs:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axes
+
+
+def layer_history(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """Draw alpha and learning rate of every layer over epochs (paper, Figure 12).
+
+    Args:
+        rows: of one seed, epoch after epoch; the rates of the last epoch, in which nothing is trained, are left out.
+        title: of the figure.
+
+    Returns:
+        The figure; an alpha of 0, no tail, is a gap.
+    """
+    drawing, (alpha, rate) = figure(title, 2)
+    names = list(dict.fromkeys(row["layer"] for row in rows))
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.95, len(names)))
+    for name, colour in zip(names, colours, strict=True):
+        mine = [row for row in rows if row["layer"] == name]
+        epochs = [row["epoch"] for row in mine]
+        alpha.plot(epochs, [row["alpha"] or np.nan for row in mine], color=colour, lw=1.2, label=name)
+        rate.plot(epochs[:-1], [row["learning_rate"] for row in mine[:-1]], color=colour, lw=1.2)
+    alpha.set(xlabel="epoch", ylabel="alpha (PL_Alpha_Hill)")
+    rate.set(xlabel="epoch", ylabel="learning rate")
+    drawing.legend(*alpha.get_legend_handles_labels(), loc="outside right center", fontsize=5.5)
+    return drawing
+
+
+def alpha_distribution(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> Figure:
+    """Draw the alphas of the layers after the last epoch, one box per run (paper, Figure 5).
+
+    Args:
+        runs: per label its rows, epoch after epoch.
+        title: of the figure.
+
+    Returns:
+        The figure; layers without a tail are left out.
+    """
+    drawing, (axis,) = figure(title, 1, epochs=False)
+    last = {label: [row["alpha"] for row in rows if row["epoch"] == rows[-1]["epoch"]] for label, rows in runs.items()}
+    fitted = {label: [alpha for alpha in alphas if alpha > 0] for label, alphas in last.items()}
+    axis.boxplot(list(fitted.values()), tick_labels=list(fitted), showmeans=True)
+    for position, alphas in enumerate(fitted.values(), start=1):
+        axis.plot(np.full(len(alphas), position), alphas, ".", color="C0", alpha=0.5)
+    axis.set(ylabel="alpha of the layers after the last epoch")
+    return drawing
+
+
+def save(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:
+    """Write figures as images.
+
+    Args:
+        folder: to write to.
+        figures: by file name.
+
+    Returns:
+        The files.
+    """
+    for name, drawing in figures.items():
+        drawing.savefig(folder / name, dpi=_DPI)
+    return [folder / name for name in figures]
