@@ -35,7 +35,12 @@ def network(name: str) -> dict[str, np.ndarray]:
     """Kernels of a network at full width with 100 classes, in Torch's orientation, by name."""
     params = nnx.state(MODELS[name].build(num_classes=100, width=1.0, rngs=nnx.Rngs(0)), nnx.Param)
     kernels = {key: np.asarray(leaf) for key, leaf in farms_jax.named_leaves(params) if leaf.ndim in {2, 4}}
-    return {key: (k.T if k.ndim == 2 else k.transpose(3, 2, 0, 1)).copy() for key, k in kernels.items()}
+    return {key: torch_layout(kernel) for key, kernel in kernels.items()}
+
+
+def torch_layout(kernel: np.ndarray) -> np.ndarray:
+    """A Flax kernel (..., in, out) in Torch's orientation (out, in, ...)."""
+    return (kernel.T if kernel.ndim == 2 else kernel.transpose(3, 2, 0, 1)).copy()
 
 
 def cut(weight: torch.Tensor) -> list[list[torch.Tensor]]:

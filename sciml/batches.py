@@ -1,0 +1,98 @@
+"""Batches of trajectories of one shape, read ahead by a thread while the model computes."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from farms_jax.errors import InputError
+from sciml.fields import Fields
+
+_AHEAD = 2  # batches: one hides the reading, the second a slow spell of the disk
+
+
+class Batch(NamedTuple):
+    """Trajectories of a batch.
+
+    Attributes:
+        fields: float32, shape (B, X, Y, T, C).
+        weights: float32, shape (B,): 1 for a trajectory, 0 for what fills up the last batch.
+    """
+
+    fields: np.ndarray
+    weights: np.ndarray
+
+
+def train_batches(fields: Fields, *, batch_size: int, steps: int, seed: int, epoch: int) -> Iterator[Batch]:
+    """Give every trajectory once, in an order and from a first time step drawn from `seed` and `epoch`.
+
+    Args:
+        fields: training trajectories.
+        batch_size: trajectories per batch B; the last batch is filled up with its first trajectory at weight 0.
+        steps: time steps per trajectory: those put in and those to be predicted.
+        seed: of the whole run, at least 0.
+        epoch: number of the pass over the data, at least 0.
+
+    Returns:
+        Batches with T = steps. The reading thread ends with the iterator, also when that is left early.
+
+    Raises:
+        InputError: the trajectories are shorter than `steps`, or a number is out of range; while iterating, when a
+            trajectory cannot be read.
+    """
+    if not 1 <= steps <= fields.steps:
+        raise InputError(f"{fields.name}: steps must be from 1 to the {fields.steps} stored, got {steps}")
+    generator = np.random.default_rng((seed, epoch))
+    order = generator.permutation(len(fields))
+    starts = generator.integers(0, fields.steps - steps, size=len(fields), endpoint=True)
+    return _batches(fields, order, starts, steps, batch_size)
+
+
+def test_batches(fields: Fields, *, batch_size: int) -> Iterator[Batch]:
+    """Give whole trajectories, in order.
+
+    Args:
+        fields: test trajectories.
+        batch_size: trajectories per batch B; the last batch is filled up with its first trajectory at weight 0.
+
+    Returns:
+        Batches with all stored time steps. The reading thread ends with the iterator, also when that is left early.
+
+    Raises:
+        InputError: `batch_size` is below 1; while iterating, when a trajectory cannot be read.
+    """
+    return _batches(fields, np.arange(len(fields)), np.zeros(len(fields), int), fields.steps, batch_size)
+
+
+def _batches(fields: Fields, order: np.ndarray, starts: np.ndarray, steps: int, batch_size: int) -> Iterator[Batch]:
+    """Cut the trajectories, in this order and each from its start, into batches that are read when called for."""
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+
+    def read(first: int) -> Batch:
+        chosen = slice(first, first + batch_size)
+        batch = np.empty((batch_size, *fields.size, steps, fields.channels), np.float32)
+        for row, (i, start) in enumerate(zip(order[chosen], starts[chosen], strict=True)):
+            batch[row] = fields.read(int(i), int(start), steps)
+        count = len(order[chosen])
+        batch[count:] = batch[0]
+        return Batch(batch, (np.arange(batch_size) < count).astype(np.float32))
+
+    return _read_ahead(read, range(0, len(order), batch_size))
+
+
+def _read_ahead(read: Callable[[int], Batch], firsts: range) -> Iterator[Batch]:
+    """Read in a thread of its own, a few batches before they are asked for; its errors are raised here."""
+    waiting = iter(firsts)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fields") as reader:
+        ahead = deque(reader.submit(read, first) for first in islice(waiting, _AHEAD))
+        try:
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(reader.submit(read, first) for first in islice(waiting, 1))
+                yield batch
+        finally:
+            reader.shutdown(cancel_futures=True)

@@ -1,0 +1,348 @@
+"""DPOT's checkpoints: read without running code, checked tensor by tensor, under Torch's names and layouts on disk."""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from farms_jax import files
+from farms_jax.errors import InputError
+from sciml.conversion import COMPONENTS, component_of, place_of, place_of_path
+from sciml.model import NAMED, ModelConfig, Params, make_network
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Read a state dict.
+
+    Args:
+        path: `.safetensors`; or `.pth`, `.pt`, which need Torch: a state dict, or one under "model" as the published
+            checkpoints have it, with or without "module." before every name.
+
+    Returns:
+        Torch's name -> array, float32, in Torch's layout.
+
+    Raises:
+        InputError: no such file, of another kind, damaged, with code in it, or with values that are not finite.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a .safetensors or .pth checkpoint")
+    if path.suffix == ".safetensors":
+        raw = _read_safetensors(path)[0]
+    elif path.suffix in {".pth", ".pt"}:
+        raw = _read_torch(path)
+    else:
+        raise InputError(f"{path}: not a kind of checkpoint that can be read; give a .safetensors or .pth file")
+    state: dict[str, np.ndarray] = {}
+    for name, value in raw.items():
+        array = np.asarray(value, np.float32)
+        if not np.isfinite(array).all():
+            raise InputError(f"{path}: {name} has values that are NaN or infinite; use a checkpoint from before that")
+        state[name.removeprefix("module.")] = array
+    return state
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: damaged, or no safetensors file ({error}); download or convert it again") from error
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(f'{path}: reading .pth files needs Torch; pip install "farms-jax[torch]"') from error
+    try:
+        # The reference stores its command line beside the weights: a plain record, with no code of its own.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of any kind: it depends on where the file is damaged
+        if type(error).__name__ == "UnpicklingError":
+            raise InputError(
+                f"{path}: holds more than tensors, such as code, which is never run, or is damaged; get a checkpoint "
+                "with the weights alone"
+            ) from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: damaged, or no Torch file ({reason}); download it again") from error
+    state = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f'{path}: holds no state dict, by itself or under "model"; give a checkpoint of DPOT')
+    return {str(name): value.float().numpy() for name, value in state.items()}
+
+
+def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter of a model, by our names."""
+    skeleton = jax.eval_shape(make_network(config).init, jax.random.key(0))
+    return {path: leaf.shape for path, leaf in _flatten(skeleton).items()}
+
+
+def _flatten(params: Params) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _nest(arrays: Mapping[str, Any]) -> Params:
+    params: Params = {}
+    for path, array in arrays.items():
+        *parents, last = path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = array
+    return params
+
+
+class Faults(NamedTuple):
+    """What keeps tensors from being a model's: one line each, and the components they belong to."""
+
+    lines: list[str]
+    components: set[str]
+
+
+def _faults(
+    arrays: Mapping[str, np.ndarray], unknown: Iterable[str], expected: Mapping[str, tuple[int, ...]]
+) -> Faults:
+    lines, components = [f"unknown {name}" for name in unknown], set()
+    depth, depth_expected = _depth(arrays), _depth(expected)
+    if depth != depth_expected and depth:
+        lines.append(f"{depth} blocks, the model has {depth_expected}")
+    for path in sorted({*arrays, *expected}):
+        place = place_of_path(path)
+        name = place.name if place else path
+        if path not in expected:
+            lines.append(f"extra {name}")
+        elif path not in arrays:
+            lines.append(f"missing {name}")
+        elif arrays[path].shape != expected[path]:
+            lines.append(f"{name} is {arrays[path].shape}, the model's {expected[path]} ({path})")
+        else:
+            continue
+        components.add(component_of(path))
+    return Faults(lines, components)
+
+
+def _depth(paths: Iterable[str]) -> int:
+    return len({path.split("/")[1] for path in paths if path.startswith("blocks/")})
+
+
+def _place_all(state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns arrays by our names in our layout, and the names that are in no row of the table."""
+    places = {name: place_of(name) for name in state}
+    arrays = {p.path: np.ascontiguousarray(p.to_ours(state[name]), np.float32) for name, p in places.items() if p}
+    return arrays, [name for name, place in places.items() if place is None]
+
+
+def from_torch(state: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
+    """Convert a state dict to parameters.
+
+    Args:
+        state: Torch's name -> array.
+        config: of the model that they are for.
+
+    Returns:
+        Nested dict of float32 arrays, in our layouts (see `sciml.model`).
+
+    Raises:
+        InputError: tensors that are unknown, missing, or of another shape than the model's; one message for all.
+    """
+    arrays, unknown = _place_all(state)
+    faults = _faults(arrays, unknown, _expected(config))
+    if faults.lines:
+        raise InputError(f"state dict: {'; '.join(faults.lines)}. Use the configuration that it was saved from")
+    return _nest(arrays)
+
+
+def to_torch(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Convert parameters to a state dict, which DPOT's own code loads.
+
+    Args:
+        params: of the model.
+        config: of the model.
+
+    Returns:
+        Torch's name -> array, float32, contiguous.
+
+    Raises:
+        InputError: the parameters are not the model's.
+    """
+    arrays = {path: np.asarray(leaf, np.float32) for path, leaf in _flatten(params).items()}
+    places = {path: place for path in arrays if (place := place_of_path(path))}
+    known = {path: array for path, array in arrays.items() if path in places}
+    faults = _faults(known, (path for path in arrays if path not in places), _expected(config))
+    if faults.lines:
+        raise InputError(f"parameters: {'; '.join(faults.lines)}. Use the configuration that they belong to")
+    return {place.name: np.ascontiguousarray(place.layout.to_torch(arrays[p])) for p, place in places.items()}
+
+
+def save(path: Path, params: Params, config: ModelConfig) -> None:
+    """Write a safetensors file with Torch's names and layouts; the configuration is in its metadata, under `config`.
+
+    Args:
+        path: of the file; it appears whole or not at all.
+        params: of the model.
+        config: of the model.
+
+    Raises:
+        InputError: the parameters are not the model's.
+    """
+    metadata = {"format": "pt", "config": json.dumps(dataclasses.asdict(config))}
+    state = to_torch(params, config)
+    with files.atomic(path) as part:
+        save_file(state, part, metadata)
+
+
+def load(
+    path: Path, config: ModelConfig, params: Params, components: tuple[str, ...] = ("all",)
+) -> tuple[Params, list[str]]:
+    """Replace parameters by those of a checkpoint.
+
+    Args:
+        path: of the checkpoint, see `read`.
+        config: of the model.
+        params: of the model, arrays or their shapes.
+        components: which of COMPONENTS to replace; "all" for every one.
+
+    Returns:
+        The parameters, those replaced as float32 arrays; and notes on what was adapted: a position embedding of another
+        resolution is interpolated bilinearly.
+
+    Raises:
+        InputError: a component is unknown or not in the checkpoint or the model; tensors do not fit.
+    """
+    chosen = _chosen(components)
+    state = read(path)
+    arrays, unknown = _place_all(state)
+    expected = _expected(config)
+    notes = _resize_positions(arrays, expected["pos_embed"]) if "pos" in chosen else []
+    given = {p: array for p, array in arrays.items() if component_of(p) in chosen}
+    wanted = {p: shape for p, shape in expected.items() if component_of(p) in chosen}
+    if "all" not in components:
+        for component in components:
+            for where, paths in ((f"{path}", given), ("the model", wanted)):
+                if component not in {component_of(p) for p in paths}:
+                    raise InputError(f"{path}: component {component}: {where} has none; leave it out of the components")
+    faults = _faults(given, unknown if "all" in components else (), wanted)
+    if faults.lines:
+        raise InputError(f"{path}: {'; '.join(faults.lines)}. {_remedy(faults, chosen, state)}")
+    replaced = {p: jnp.asarray(given[p]) if p in given else leaf for p, leaf in _flatten(params).items()}
+    return _nest(replaced), notes + _differences(path, config)
+
+
+def _chosen(components: tuple[str, ...]) -> set[str]:
+    for component in components:
+        if component != "all" and component not in COMPONENTS:
+            raise InputError(f"component {component!r}: unknown; choose from all, {', '.join(COMPONENTS)}")
+    if not components:
+        raise InputError(f"components: none given; choose from all, {', '.join(COMPONENTS)}")
+    return set(COMPONENTS if "all" in components else components)
+
+
+def _remedy(faults: Faults, chosen: set[str], state: Mapping[str, np.ndarray]) -> str:
+    rest = [component for component in COMPONENTS if component in chosen - faults.components]
+    named = fitting_name(state)
+    remedy = f"It is a checkpoint of the model {named}: use that, or " if named else "Use the model that it is of, or "
+    if not rest or not faults.components:
+        return f"{remedy}another checkpoint"
+    return f"{remedy}leave out {', '.join(sorted(faults.components))}: components {' '.join(rest)}"
+
+
+def _resize_positions(arrays: dict[str, np.ndarray], shape: tuple[int, ...]) -> list[str]:
+    old = arrays.get("pos_embed")
+    if old is None or old.ndim != 3 or old.shape == shape or old.shape[2] != shape[2]:
+        return []
+    # As torch.nn.functional.interpolate, which does not smooth before it makes an array smaller.
+    arrays["pos_embed"] = np.asarray(jax.image.resize(old, shape, "bilinear", antialias=False))
+    return [f"position embedding interpolated from {old.shape[0]} x {old.shape[1]} to {shape[0]} x {shape[1]} patches"]
+
+
+def _differences(path: Path, config: ModelConfig) -> list[str]:
+    """Returns a note for every setting that no shape shows, but our files record, and that is another here."""
+    if path.suffix != ".safetensors":
+        return []
+    with safe_open(path, framework="numpy") as file:
+        text = (file.metadata() or {}).get("config", "{}")
+    try:
+        saved = json.loads(text)
+    except ValueError:
+        return []
+    names = ("modes", "activation")
+    return [
+        f"{name}: the checkpoint was trained with {saved[name]}, the model has {getattr(config, name)}"
+        for name in names
+        if isinstance(saved, dict) and name in saved and saved[name] != getattr(config, name)
+    ]
+
+
+def infer_config(state: Mapping[str, np.ndarray]) -> ModelConfig:
+    """Read a model's configuration off the shapes of a state dict.
+
+    What no shape shows (`modes`, `activation`) has its default.
+
+    Args:
+        state: Torch's name -> array.
+
+    Returns:
+        The configuration; out_steps are 1 where the shapes leave it open.
+
+    Raises:
+        InputError: these are not the tensors of a DPOT model.
+    """
+    arrays, _ = _place_all(state)
+    try:
+        hidden, (side, _, inputs, _) = (
+            arrays["patch_embed/proj/kernel"].shape[2],
+            arrays["patch_embed/patches/kernel"].shape,
+        )
+        latent, _, width = arrays["pos_embed"].shape
+        outputs = (hidden - 3) // side
+        config = ModelConfig(
+            image_size=latent * side,
+            patch_size=side,
+            in_channels=inputs - 3,
+            out_channels=outputs,
+            in_steps=len(arrays["time_agg/w"]),
+            out_steps=len(arrays["out_layer/conv2/bias"]) // outputs,
+            width=width,
+            depth=_depth(arrays),
+            num_blocks=arrays["blocks/0/filter/w1"].shape[1],
+            mlp_ratio=_ratio(arrays["blocks/0/mlp/fc1/bias"].size, width),
+            out_width=len(arrays["out_layer/conv1/bias"]),
+            num_classes=len(arrays["cls_head/fc3/bias"]),
+            normalize="scale_mu/kernel" in arrays,
+            time_aggregation="exp_mlp" if "time_agg/gamma" in arrays else "mlp",
+        )
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise InputError(f"state dict: not of a DPOT model ({error!r}); give a checkpoint of DPOT") from error
+    config.check()
+    return config
+
+
+def _ratio(hidden: int, width: int) -> float:
+    ratio = hidden / width
+    # A quotient that was rounded down would give one channel less when it is multiplied again.
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def fitting_name(state: Mapping[str, np.ndarray]) -> str | None:
+    """Returns which of NAMED has a state dict's shapes; None if none has, or these are no tensors of a DPOT model."""
+    try:
+        config = infer_config(state)
+    except InputError:
+        return None
+    return next((name for name, named in NAMED.items() if named == config), None)
+
+
+def count(state: Mapping[str, np.ndarray]) -> int:
+    """Returns the number of parameters."""
+    return sum(math.prod(array.shape) for array in state.values())

@@ -1,0 +1,53 @@
+"""Convert a DPOT checkpoint of Torch to safetensors: `python -m sciml.convert model_Ti.pth [OUT.safetensors]`.
+
+Only tensors are read: a file with code in it is refused. Torch is needed: `pip install "farms-jax[torch]"`.
+"""
+
+import argparse
+from pathlib import Path
+
+from farms_jax.errors import InputError, reported
+from sciml import checkpoints
+
+
+def convert(source: Path, target: Path) -> str:
+    """Convert one checkpoint, checked tensor by tensor.
+
+    Args:
+        source: `.pth`, `.pt` or `.safetensors`.
+        target: `.safetensors`.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        InputError: the source cannot be used, or the target is no `.safetensors` name or the source itself.
+    """
+    if target.suffix != ".safetensors":
+        raise InputError(f"{target}: the file to write must end in .safetensors")
+    if target.resolve() == source.resolve():
+        raise InputError(f"{target}: is the checkpoint itself; give another name for the file to write")
+    state = checkpoints.read(source)
+    config = checkpoints.infer_config(state)
+    checkpoints.save(target, checkpoints.from_torch(state, config), config)
+    named = checkpoints.fitting_name(state)
+    fits = f"fits the model {named}" if named else f"fits none of the named models: {config}"
+    return f"{target}: {checkpoints.count(state):,} parameters; {fits}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program.
+
+    Args:
+        arguments: of the command line.
+    """
+    parser = argparse.ArgumentParser(prog="sciml.convert", description="Convert a DPOT checkpoint to safetensors.")
+    parser.add_argument("source", type=Path, help="checkpoint: .pth or .pt (needs Torch), or .safetensors")
+    parser.add_argument("target", type=Path, nargs="?", help="file to write; default: the source's name, .safetensors")
+    given = parser.parse_args(arguments)
+    with reported("sciml.convert"):
+        print(convert(given.source, given.target or given.source.with_suffix(".safetensors")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""A run: weights and data, pretraining, fine-tuning with each setting and seed, table and plots."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from tqdm import tqdm
+
+from farms_jax.files import sha256, write_json
+from farms_jax.rundir import RunError, SeedDirectory, environment
+from sciml import checkpoints
+from sciml.config import TB, Config
+from sciml.fields import FieldData, open_fields
+from sciml.generate import FlowConfig, file_name, generate
+from sciml.loop import Evaluate, make_evaluate
+from sciml.model import NAMED, ModelConfig, Network, make_network
+from sciml.plots import plot_run
+from sciml.stage import Functions, Stage, make_functions, run_test, train_stage
+from sciml.summary import Results, summarise, table
+
+# Small enough for two cores: the flow to pretrain on is more viscous and slower than the one to fine-tune on.
+PRETRAIN_FLOW = FlowConfig(mach=0.1, eta=0.1, zeta=0.1, size=32, count=120, seed=1)
+FINETUNE_FLOW = FlowConfig(mach=1.0, eta=0.01, zeta=0.01, size=32, count=80, seed=2)
+
+
+class Experiment(NamedTuple):
+    """All that a run rests on, opened and checked.
+
+    Attributes:
+        config: resolved.
+        model: shapes of the network.
+        network: of those shapes.
+        finetune: trajectories to fine-tune on.
+        pretrain: trajectories to pretrain on, where there are some.
+    """
+
+    config: Config
+    model: ModelConfig
+    network: Network
+    finetune: FieldData
+    pretrain: FieldData | None
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's numbers depend on besides its settings: data, weights, versions, machine."""
+        data = {"finetune": self.finetune, "pretrain": self.pretrain}
+        return {
+            "data": {key: f"{value.name} {value.fingerprint}" for key, value in data.items() if value is not None},
+            "weights": None if self.config.weights is None else sha256(self.config.weights),
+            **environment(),
+        }
+
+    def check_same(self, before: dict[str, Any]) -> None:
+        """Refuse to go on with other data or weights than those in the facts of `before`.
+
+        Raises:
+            RunError: one of them is not what the run began with.
+        """
+        now = self.facts()
+        for what in ("data", "weights"):
+            if now[what] != before.get(what):
+                raise RunError(
+                    f"--resume: the {what} are not those that the run began with (then {before.get(what)}, "
+                    f"now {now[what]}); put those back, or start anew"
+                )
+
+    def title(self) -> str:
+        """One line that says what a run does."""
+        config = self.config
+        size = f"{len(self.finetune.train)} training trajectories"
+        return f"DPOT {config.model} on {self.finetune.name}, {size}, {config.epochs} epochs, tb={config.tb}"
+
+    def initial(self, seed: int) -> Any:
+        """Parameters before any training here: given weights, or drawn ones.
+
+        Args:
+            seed: to draw with.
+
+        Returns:
+            The parameters.
+
+        Raises:
+            InputError: the weights do not fit.
+        """
+        drawn = jax.jit(self.network.init)(jax.random.key(seed))
+        if self.config.weights is None:
+            return drawn
+        params, notes = checkpoints.load(self.config.weights, self.model, drawn, self.config.components)
+        for note in notes:
+            tqdm.write(note)
+        return params
+
+
+def prepare(config: Config) -> Experiment:
+    """Check shapes, then weights, then data; generated data are made where they are not there yet.
+
+    Args:
+        config: resolved.
+
+    Returns:
+        The experiment.
+
+    Raises:
+        InputError: something given cannot be used.
+    """
+    model = _model_config(config)
+    network = make_network(model)
+    if config.weights is not None:  # before the data are made, which takes longer
+        checkpoints.load(config.weights, model, jax.eval_shape(network.init, jax.random.key(0)), config.components)
+    finetune, pretrain = Path(config.data), config.pretrain_data
+    if config.is_generated():
+        folder = config.data_dir / "generated"  # of their own: other flows of these names may lie beside it
+        finetune = generate(folder / file_name(FINETUNE_FLOW), FINETUNE_FLOW)
+        if config.weights is None and pretrain is None and config.pretrain_epochs:
+            pretrain = generate(folder / file_name(PRETRAIN_FLOW), PRETRAIN_FLOW)
+    needed = config.in_steps + max(config.rollout_steps, config.test_steps or 1)
+
+    def opened(path: Path, **limits: Any) -> FieldData:
+        return open_fields(path, resolution=config.resolution, steps_needed=needed, **limits)
+
+    limits = {"limit_test": config.limit_test, "channels": model.in_channels}
+    return Experiment(
+        config,
+        model,
+        network,
+        opened(finetune, test=config.test_data, ratio=config.ratio, limit_train=config.limit_train, **limits),
+        None if pretrain is None else opened(pretrain, **limits),
+    )
+
+
+def _model_config(config: Config) -> ModelConfig:
+    assert config.model is not None and config.resolution is not None and config.patch_size is not None
+    model = dataclasses.replace(
+        NAMED[config.model],
+        image_size=config.resolution,
+        patch_size=config.patch_size,
+        in_steps=config.in_steps,
+        out_steps=config.bundle,
+        normalize=config.normalize,
+    )
+    model.check()
+    return model
+
+
+def run_experiment(run: Path, experiment: Experiment) -> str:
+    """Pretrain where asked, fine-tune with every setting and seed, write summary and plots.
+
+    Args:
+        run: directory, with `config.json` written.
+        experiment: of `prepare`.
+
+    Returns:
+        A table of the results, and where they are.
+    """
+    notes = experiment.finetune.notes + (experiment.pretrain.notes if experiment.pretrain else ())
+    for line in (*notes, f"{experiment.title()} -> {run}"):
+        tqdm.write(line)
+    config, _, network, data, _ = experiment
+    evaluate = make_evaluate(network, config)
+    pretrained = _pretrain(run, experiment, evaluate)
+    starts = {seed: experiment.initial(seed) if pretrained is None else pretrained for seed in config.seeds}
+    results = dict(_finetune(run, experiment, starts, evaluate))
+    before = run_test(starts[config.seeds[0]], data.test, config, evaluate)
+    summary = summarise(results, before)
+    plots = plot_run(run, experiment, results, before)
+    write_json(run / "summary.json", {"run": experiment.title(), **summary})
+    return table(summary, run, plots)
+
+
+def _pretrain(run: Path, experiment: Experiment, evaluate: Evaluate) -> Any:
+    """Parameters after pretraining, or `None` where there is none."""
+    config, model, network, _, data = experiment
+    if data is None or not config.pretrain_epochs:
+        return None
+    pretrain = dataclasses.replace(
+        config,
+        epochs=config.pretrain_epochs,
+        learning_rate=config.pretrain_rate,
+        warmup_epochs=config.pretrain_epochs // 5,
+        schedule="cycle",
+    )
+    seed = config.seeds[0]
+    stage = Stage("pretrain", "none", seed, pretrain, data, experiment.initial(seed))
+    return _train(run / "pretrain", stage, make_functions(network, pretrain, data, evaluate), model).params
+
+
+def _finetune(
+    run: Path, experiment: Experiment, starts: dict[int, Any], evaluate: Evaluate
+) -> Iterator[tuple[tuple[TB, int], Results]]:
+    config, model, network, data, _ = experiment
+    functions = make_functions(network, config, data, evaluate)
+    for tb in config.settings():
+        for seed, params in starts.items():
+            stage = Stage(f"{tb}, seed {seed}", tb, seed, config, data, params)
+            yield (tb, seed), _train(run / tb / f"seed{seed}", stage, functions, model)
+
+
+def _train(folder: Path, stage: Stage, functions: Functions, model: ModelConfig) -> Results:
+    with SeedDirectory(folder) as directory:
+        state = train_stage(directory, stage, functions)
+        results = Results(state.params, directory.metrics(), directory.layers())
+    checkpoints.save(folder / "model.safetensors", state.params, model)
+    return results

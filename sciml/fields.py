@@ -1,0 +1,283 @@
+"""Training and test trajectories: which are used, on what grid, and whether they can be.
+
+Nothing is held in memory: `Fields.read` fetches one window of one trajectory.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from farms_jax.errors import InputError
+from sciml.hdf5 import Source, open_source
+
+SCAN_BYTES = 2 * 2**30  # data up to this size are read whole at opening: seconds, and no run ends in a bad trajectory
+SAMPLED = 8  # trajectories read at opening of larger data
+_BAR_AFTER = 2.0  # seconds
+
+
+class _Axis(NamedTuple):
+    """Linear interpolation along one axis: the two neighbours of each new point, and the weight of the upper one."""
+
+    lower: np.ndarray
+    upper: np.ndarray
+    weight: np.ndarray
+
+
+class Fields:
+    """One split of the data, read from disk when asked for.
+
+    Attributes:
+        name: name of the data, and which split this is.
+        source: where it is stored.
+        indices: indices of its trajectories in `source`.
+        size: (X, Y) of the grid that `read` gives.
+        steps: time steps T of each trajectory.
+        channels: number of channels C.
+    """
+
+    def __init__(self, name: str, source: Source, indices: Sequence[int], resolution: int | None = None):
+        """Take some trajectories of a source, on their own grid or on one of (resolution, resolution)."""
+        x, y, self.steps, self.channels = source.shape
+        self.name, self.source, self.indices = name, source, tuple(indices)
+        self.size = (x, y) if resolution is None else (resolution, resolution)
+        self._axes = [None if old == new else _axis(old, new) for old, new in zip((x, y), self.size, strict=True)]
+
+    def __len__(self) -> int:
+        """Number of trajectories."""
+        return len(self.indices)
+
+    @property
+    def resampled(self) -> bool:
+        """Whether `read` gives another grid than the stored one."""
+        return any(self._axes)
+
+    def read(self, i: int, start: int, length: int) -> np.ndarray:
+        """Read a window of time of one trajectory.
+
+        Args:
+            i: which, in [0, len(self)).
+            start: first time step.
+            length: number of time steps, at least 1.
+
+        Returns:
+            Fields of shape (X, Y, length, C), float32, finite, in the units of the file.
+
+        Raises:
+            IndexError: there is no such trajectory or no such window.
+            InputError: the file cannot be read, or holds NaN or infinite values there.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.name}: no trajectory {i} of {len(self)}")
+        fields = self.source.read(self.indices[i], start, length)
+        for number, axis in enumerate(self._axes):
+            if axis is not None:
+                fields = _resample(fields, axis, number)
+        return fields
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless."""
+        self.source.close()
+
+
+class FieldData(NamedTuple):
+    """Both splits of one data set.
+
+    Attributes:
+        train: training trajectories.
+        test: test trajectories.
+        fingerprint: SHA-256, 64 hexadecimal digits, over layout, shapes, which trajectories each split has, and the
+            content of those read at opening. Neither the place of the files nor the grid they are resampled to enters.
+        name: name of the training file or folder.
+        notes: what the user should know: the split, subsampling, resampling, checks left for later.
+    """
+
+    train: Fields
+    test: Fields
+    fingerprint: str
+    name: str
+    notes: tuple[str, ...]
+
+
+def open_fields(
+    path: Path,
+    *,
+    resolution: int | None,
+    steps_needed: int,
+    test: Path | None = None,
+    ratio: float = 1.0,
+    limit_train: int | None = None,
+    limit_test: int | None = None,
+    channels: int = 4,
+) -> FieldData:
+    """Open training and test trajectories and check them; see `sciml.hdf5` for the layouts.
+
+    Args:
+        path: HDF5 file or folder. A folder with train/ and test/ (or train.hdf5 and test.hdf5) gives both splits.
+            Otherwise, without `test`, the first 9/10 of the trajectories are for training and the rest for testing, as
+            DPOT's preprocessing splits PDEBench's files.
+        resolution: grid points per axis of the fields that are read, by bilinear interpolation where the stored grid is
+            another (as DPOT: half-pixel centres, no antialiasing); the stored grid if None.
+        steps_needed: time steps that every trajectory must have.
+        test: HDF5 file or folder of the test trajectories.
+        ratio: fraction of the training trajectories to use, in (0, 1], spaced evenly: number i is floor(i / ratio), for
+            a ratio of 1/k every k-th, as PDEBench's `reduced_batch`. Table 4 of the FARMS paper has 0.05, 0.1, 0.25,
+            0.5 and 1.
+        limit_train: use only so many of these, the first ones.
+        limit_test: use only so many test trajectories, the first ones.
+        channels: number of channels that the data must have.
+
+    Returns:
+        The data, open; close both splits when done.
+
+    Raises:
+        InputError: an argument is out of its range, or the data are not there, damaged or not as described here. Data
+            of at most 2 GiB are read whole to find that out, of larger data 8 trajectories.
+    """
+    share = _share(ratio)
+    for flag, value in (("resolution", resolution), ("limit_train", limit_train), ("limit_test", limit_test)):
+        if value is not None and value < 1:
+            raise InputError(f"{flag} must be at least 1, got {value}; leave it out to use what is there")
+    train_path, test_path = _paths(Path(path).expanduser(), None if test is None else Path(test).expanduser())
+    with contextlib.ExitStack() as opened:
+        train_source = open_source(train_path)
+        opened.callback(train_source.close)
+        test_source = open_source(test_path or train_path)
+        opened.callback(test_source.close)
+        train_count, test_range, notes = _split(train_source, None if test_path is None else test_source)
+        chosen = range(train_count) if share == 1 else _subsample(train_count, share)
+        name = Path(path).expanduser().resolve().name
+        train = Fields(f"{name} (train)", train_source, chosen[:limit_train], resolution)
+        held_out = Fields(f"{name} (test)", test_source, test_range[:limit_test], resolution)
+        for fields in (train, held_out):
+            _check_shape(fields, steps_needed, channels)
+        if train.size != held_out.size:
+            raise InputError(
+                f"{train_path} has a grid of {train.size}, {test_path} of {held_out.size}; set a resolution for both"
+            )
+        fingerprint, scan_notes = _scan(train, held_out)
+        notes += _use_notes(train, held_out, train_count, share)
+        opened.pop_all()
+    return FieldData(train, held_out, fingerprint, name, (*notes, *scan_notes))
+
+
+def _share(ratio: float) -> Fraction:
+    """Ratio as the fraction that was meant: of 0.1 the binary number is not quite 1/10."""
+    share = Fraction(ratio).limit_denominator(1_000_000) if 0 < ratio <= 1 else Fraction(0)
+    if share == 0:
+        raise InputError(f"ratio must be in (0, 1], got {ratio}; 0.05 uses every twentieth training trajectory")
+    return share
+
+
+def _subsample(count: int, share: Fraction) -> list[int]:
+    """Return floor(i / share) for i = 0, 1, ... below count; the first is always among them."""
+    kept = -(-count * share.numerator // share.denominator)
+    return [i * share.denominator // share.numerator for i in range(kept)]
+
+
+def _paths(path: Path, test: Path | None) -> tuple[Path, Path | None]:
+    """Find the training and, if it is apart, the test data."""
+    train_part, test_part = _part(path, "train"), _part(path, "test")
+    if test is not None:
+        chosen = _part(test, "test") or test
+        if chosen.exists() and (train_part or path).exists() and chosen.samefile(train_part or path):
+            raise InputError(f"{chosen}: given for training and for testing; leave `test` out to split it 9 to 1")
+        return train_part or path, chosen
+    if (train_part is None) != (test_part is None):
+        there, missing = ("train", "test") if train_part else ("test", "train")
+        raise InputError(
+            f"{path}: has {there} but no {missing}; add {missing}/ or {missing}.hdf5, or give files one by one"
+        )
+    return train_part or path, test_part
+
+
+def _part(folder: Path, split: str) -> Path | None:
+    """Where a folder keeps a split, if it does."""
+    return next((part for part in (folder / split, folder / f"{split}.hdf5") if part.exists()), None)
+
+
+def _split(train: Source, test: Source | None) -> tuple[int, range, list[str]]:
+    """Return how many trajectories train, which ones test, and a note if they share a file."""
+    if test is not None:
+        return train.count, range(test.count), []
+    if train.count < 2:
+        raise InputError(
+            f"{train.path}: one trajectory cannot both train and test; give test data, or more trajectories"
+        )
+    cut = train.count * 9 // 10
+    note = f"No test data given: of {train.count} trajectories the first {cut} train and the others test."
+    return cut, range(cut, train.count), [note]
+
+
+def _use_notes(train: Fields, test: Fields, train_count: int, share: Fraction) -> list[str]:
+    """Say what is left out and what is resampled."""
+    notes = []
+    if len(train) < train_count:
+        rule = f", every {float(1 / share):g}-th" if share < 1 else ""
+        notes.append(f"{len(train)} of {train_count} training trajectories are used{rule}.")
+    for fields in (train, test):
+        if fields.resampled:
+            (x, y), (new_x, new_y) = fields.source.shape[:2], fields.size
+            notes.append(f"{fields.name}: fields of {x}x{y} are resampled to {new_x}x{new_y}, bilinearly.")
+    return notes
+
+
+def _check_shape(fields: Fields, steps_needed: int, channels: int) -> None:
+    """Hold a split to the number of channels and of time steps that the model needs."""
+    source = fields.source
+    where = f"{source.path}, dataset {', '.join(source.datasets)}"
+    x, y, steps, stored = source.shape
+    if stored != channels:
+        raise InputError(
+            f"{where}: {stored} channels in trajectories of (x, y, time, channel) = {(x, y, steps, stored)}, but the "
+            f"model takes {channels}; give data or a model with as many"
+        )
+    if steps < steps_needed:
+        raise InputError(
+            f"{where}: {steps} time steps, but {steps_needed} are needed (inputs and targets); give longer "
+            "trajectories or ask for fewer steps"
+        )
+
+
+def _scan(train: Fields, test: Fields) -> tuple[str, list[str]]:
+    """Read all trajectories in use, or a sample of many, for their faults and for the fingerprint."""
+    used = [(fields.source, index) for fields in (train, test) for index in fields.indices]
+    total = sum(source.trajectory_bytes for source, _ in used)
+    sampled = range(len(used)) if total <= SCAN_BYTES else np.linspace(0, len(used) - 1, SAMPLED).round().astype(int)
+    described = [(f.source.layout, f.source.shape, f.source.itemsize, f.indices) for f in (train, test)]
+    digest = hashlib.sha256(json.dumps(described).encode())
+    chosen = set(sampled)
+    bar = tqdm(used, desc="Checking the fields", unit="trajectory", delay=_BAR_AFTER, leave=False, dynamic_ncols=True)
+    for number, (source, index) in enumerate(bar):
+        if number in chosen:
+            digest.update(source.read(index, 0, source.shape[2]).astype("<f4", copy=False).tobytes())
+        else:
+            source.check(index)
+    notes = []
+    if len(chosen) < len(used):
+        notes.append(
+            f"The data take {total / 2**30:.1f} GiB: {len(chosen)} of {len(used)} trajectories were checked for NaN at "
+            "opening, the others are when they are read."
+        )
+    return digest.hexdigest(), notes
+
+
+def _axis(old: int, new: int) -> _Axis:
+    """Find where the centres of `new` cells lie among those of `old` cells; at the ends the edge value holds on."""
+    # As torch.nn.functional.interpolate(mode="bilinear", align_corners=False), which DPOT resamples with.
+    position = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
+    lower = position.astype(np.intp)
+    return _Axis(lower, np.minimum(lower + 1, old - 1), (position - lower).astype(np.float32))
+
+
+def _resample(fields: np.ndarray, axis: _Axis, number: int) -> np.ndarray:
+    """Interpolate along axis `number`."""
+    # Two neighbours per point rather than a matrix product, whose matrix is nearly all zeros.
+    weight = np.expand_dims(axis.weight, tuple(range(1, fields.ndim - number)))
+    return fields.take(axis.lower, number) * (1 - weight) + fields.take(axis.upper, number) * weight

@@ -1,0 +1,116 @@
+"""Autoregressive steps of DPOT: training, rollout, evaluation; pure functions under jit."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from sciml.config import Config
+from sciml.losses import relative_l2, relative_l2_by_step
+from sciml.model import Network
+
+
+class TrainState(NamedTuple):
+    """Arrays only: nested dicts with string keys, and the optimizer's own state."""
+
+    params: dict[str, Any]
+    opt_state: Any
+
+
+Step = Callable[[TrainState, Array, Any, Any], tuple[TrainState, Array]]
+Evaluate = Callable[[Any, Any], tuple[Array, Array]]
+
+
+def make_step(network: Network, optimizer: optax.GradientTransformationExtraArgs, config: Config) -> Step:
+    """Compile a training step.
+
+    The loss is the sum over samples and predictions, as in DPOT's code; predictions are fed back and differentiated
+    through. Noise is relative to the norm of a sample's whole input, drawn anew for each prediction.
+
+    Args:
+        network: of `sciml.model`.
+        optimizer: of `sciml.optimizer`.
+        config: resolved.
+
+    Returns:
+        `step(state, key, fields (B, X, Y, T, C), weights (B,)) -> (state, losses)`; T is `in_steps + rollout_steps`,
+        losses are (2,): L2RE per prediction and over all of them, each summed over the samples.
+    """
+
+    def loss_of(params: Any, key: Array, fields: Array, weights: Array) -> tuple[Array, Array]:
+        seen, future = jnp.split(fields, [config.in_steps], axis=-2)
+        predicted, errors = [], jnp.zeros(())
+        for index, true in enumerate(jnp.split(future, config.rollout_steps // config.bundle, axis=-2)):
+            noisy = add_noise(jax.random.fold_in(key, index), seen, config.noise) if config.noise else seen
+            prediction, _ = network.apply(params, noisy)
+            errors += (weights * relative_l2(prediction, true)).sum()
+            predicted.append(prediction)
+            # What is fed back is the noisy input, as in the original.
+            seen = jnp.concatenate([noisy[..., config.bundle :, :], prediction], axis=-2)
+        whole = relative_l2(jnp.concatenate(predicted, axis=-2), future)
+        return errors, (weights * whole).sum()
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, key: Array, fields: Array, weights: Array) -> tuple[TrainState, Array]:
+        (error, whole), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params, key, fields, weights)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        per_prediction = error * config.bundle / config.rollout_steps
+        return TrainState(params, opt_state), jnp.stack([per_prediction, whole])
+
+    return step
+
+
+def add_noise(key: Array, fields: Array, scale: float) -> Array:
+    """Gaussian noise on fields (B, X, Y, T, C), `scale` times the norm of each sample's channel."""
+    norm = jnp.sqrt((fields**2).sum((1, 2, 3), keepdims=True))
+    return fields + scale * norm * jax.random.normal(key, fields.shape, fields.dtype)
+
+
+def rollout(network: Network, params: Any, seen: Array, steps: int) -> Array:
+    """Predict step after step, each prediction fed back.
+
+    Args:
+        network: of `sciml.model`.
+        params: of the network.
+        seen: (B, X, Y, in_steps, C).
+        steps: time steps to predict; those of a last bundle beyond it are cut off.
+
+    Returns:
+        (B, X, Y, steps, C).
+    """
+    bundle = jax.eval_shape(network.apply, params, seen)[0].shape[-2]
+
+    def one(seen: Array, _: Any) -> tuple[Array, Array]:
+        prediction, _ = network.apply(params, seen)
+        return jnp.concatenate([seen[..., bundle:, :], prediction], axis=-2), prediction
+
+    _, predictions = lax.scan(one, seen, None, length=-(-steps // bundle))  # (N, B, X, Y, bundle, C)
+    ordered = jnp.moveaxis(predictions, 0, -3)
+    return ordered.reshape(*seen.shape[:3], -1, seen.shape[-1])[..., :steps, :]
+
+
+def make_evaluate(network: Network, config: Config) -> Evaluate:
+    """Compile the test of a batch of trajectories.
+
+    Args:
+        network: of `sciml.model`.
+        config: resolved.
+
+    Returns:
+        `evaluate(params, fields (B, X, Y, T, C)) -> (whole (B,), by_step (B, S))`: L2RE over the whole rollout and at
+        each of its S steps.
+    """
+
+    @jax.jit
+    def evaluate(params: Any, fields: Array) -> tuple[Array, Array]:
+        seen, future = jnp.split(fields, [config.in_steps], axis=-2)
+        future = future[..., : config.test_steps, :]
+        predicted = rollout(network, params, seen, future.shape[-2])
+        return relative_l2(predicted, future), relative_l2_by_step(predicted, future)
+
+    return evaluate

@@ -1,0 +1,94 @@
+"""Adam and the schedules of DPOT's fine-tuning, TempBalance last."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+import farms_jax
+from sciml.config import Config
+
+Schedule = Callable[[Array | int], Array]
+BETAS = (0.9, 0.9)  # DPOT's
+CYCLED_BETA = (0.95, 0.85)  # Torch's one-cycle schedule moves Adam's first beta too, from and to these
+DIVISOR = 1e4  # of the peak rate, for the first and the second end of a cycle
+
+
+def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+    """Adam with L2 in the gradient as DPOT has it, on clipped gradients; the layers' factors come last.
+
+    The class head has no part in the loss: it is not decayed, as Torch's Adam skips what has no gradient.
+
+    Args:
+        config: resolved.
+        steps_per_epoch: updates in an epoch.
+
+    Returns:
+        The chain; its `learning_rate`, `b1` and `lr_scale` are visible state.
+    """
+    rate, beta = schedules(config, steps_per_epoch)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.add_decayed_weights(config.weight_decay, mask=_has_gradient),
+        optax.inject_hyperparams(optax.adam)(learning_rate=rate, b1=beta, b2=BETAS[1]),
+        farms_jax.tempbalance(refresh_every=None),
+    )
+
+
+def _has_gradient(params: object) -> object:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key != "cls_head", params)
+
+
+def schedules(config: Config, steps_per_epoch: int) -> tuple[Schedule, Schedule]:
+    """Learning rate and first beta of an update, both by its number, from 0.
+
+    `cycle` is Torch's OneCycleLR as DPOT calls it: both rise and fall along cosines, the beta the other way round.
+    `step` multiplies the rate by `step_gamma` every `step_size` epochs; the beta stays.
+
+    Args:
+        config: resolved.
+        steps_per_epoch: updates in an epoch.
+
+    Returns:
+        Two functions of the update's number.
+    """
+    assert config.learning_rate is not None and config.epochs is not None and config.warmup_epochs is not None
+    peak, gamma = config.learning_rate, config.step_gamma
+    if config.schedule == "step":
+        every = config.step_size * steps_per_epoch
+        return lambda step: peak * gamma ** (jnp.asarray(step) // every), lambda _: jnp.asarray(BETAS[0])
+    steps, rise = config.epochs * steps_per_epoch, config.warmup_epochs * steps_per_epoch
+    return one_cycle(steps, rise, peak / DIVISOR, peak, peak / DIVISOR**2), one_cycle(steps, rise, *_there_and_back())
+
+
+def _there_and_back() -> tuple[float, float, float]:
+    return CYCLED_BETA[0], CYCLED_BETA[1], CYCLED_BETA[0]
+
+
+def one_cycle(steps: int, rise: int, first: float, middle: float, last: float) -> Schedule:
+    """Two half cosines: from `first` to `middle` until update `rise`, then to `last` at the final update.
+
+    Args:
+        steps: updates in all.
+        rise: updates of the first half; 0 starts at the middle.
+        first: value of update 0.
+        middle: value of update `rise - 1`.
+        last: value of update `steps - 1`.
+
+    Returns:
+        The value by the update's number, from 0; later updates keep the last one.
+    """
+
+    def value(step: Array | int) -> Array:
+        step = jnp.minimum(step, steps - 1)
+        up = step / max(rise - 1, 1)
+        down = (step - (rise - 1)) / max(steps - rise, 1)
+        return jnp.where(step <= rise - 1, _anneal(first, middle, up), _anneal(middle, last, down))
+
+    return value
+
+
+def _anneal(start: float, end: float, share: Array) -> Array:
+    return end + (start - end) / 2 * (1 + jnp.cos(jnp.pi * share))

@@ -1,0 +1,54 @@
+"""Shared by the tests of DPOT: the reference's models (`data/dpot_tiny.*`), and a small one of ours."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from sciml.model import ModelConfig
+
+DATA = Path(__file__).parent / "data"
+NAMES = {
+    "img_size": "image_size",
+    "in_timesteps": "in_steps",
+    "out_timesteps": "out_steps",
+    "embed_dim": "width",
+    "n_blocks": "num_blocks",
+    "out_layer_dim": "out_width",
+    "n_cls": "num_classes",
+    "act": "activation",
+    "time_agg": "time_aggregation",
+}
+SETTINGS = {model["name"]: model for model in json.loads((DATA / "dpot_tiny.json").read_text())["models"]}
+SMALL = ModelConfig(image_size=8, patch_size=2, in_steps=3, width=16, depth=2, num_blocks=2, modes=3, out_width=8)
+
+
+def config_of(name):
+    """Our configuration of a reference model."""
+    settings = SETTINGS[name]["config"]
+    return ModelConfig(**{NAMES.get(key, key): value for key, value in settings.items() if key != "mixing_type"})
+
+
+@functools.cache
+def arrays_of(name):
+    """Everything stored of a reference model, without its name in front."""
+    with np.load(DATA / "dpot_tiny.npz") as file:
+        return {key.removeprefix(f"{name}/"): file[key] for key in file if key.startswith(f"{name}/")}
+
+
+def below(prefix, arrays):
+    """The arrays whose names start with a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+
+
+def state_of(name):
+    """State dict of a reference model."""
+    return below("state/", arrays_of(name))
+
+
+def write_state(path, state):
+    """Write a state dict as Torch's users do: without a word on the model."""
+    save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, path)
+    return path

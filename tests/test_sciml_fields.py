@@ -1,0 +1,382 @@
+"""Trajectories: the published layouts, splits, resampling and faults."""
+
+import tracemalloc
+
+import h5py
+import numpy as np
+import pytest
+
+from farms_jax.errors import InputError
+from sciml import fields as fields_module
+from sciml.fields import open_fields
+
+CHANNELS = ("Vx", "Vy", "density", "pressure")  # the order DPOT was trained with
+
+
+def make_flows(count=10, steps=6, x=5, y=4, channels=4, seed=0):
+    """(N, X, Y, T, C) whose every number is different."""
+    return np.random.default_rng(seed).standard_normal((count, x, y, steps, channels), np.float32)
+
+
+def write_pdebench(path, flows):
+    """As PDEBench publishes its flows: (batch, time, x, y) per quantity, and coordinates."""
+    _, x, y, steps, _ = flows.shape
+    with h5py.File(path, "w") as file:
+        for name, channel in {"Vx": 0, "Vy": 1, "density": 2, "pressure": 3}.items():
+            file.create_dataset(name, data=flows[..., channel].transpose(0, 3, 1, 2))
+        for axis, points in {"t": steps + 1, "x": x, "y": y}.items():
+            file.create_dataset(f"{axis}-coordinate", data=np.linspace(0, 1, points))
+    return path
+
+
+def write_stacked(path, flows):
+    path.parent.mkdir(exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file["data"] = flows
+    return path
+
+
+def write_scattered(folder, flows):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, flow in enumerate(flows):
+        with h5py.File(folder / f"data_{number}.hdf5", "w") as file:
+            file["data"] = flow
+    return folder
+
+
+def opened(path, **settings):
+    return open_fields(path, **{"resolution": None, "steps_needed": 2, **settings})
+
+
+def whole(fields):
+    """All that a split reads, (N, X, Y, T, C)."""
+    return np.stack([fields.read(i, 0, fields.steps) for i in range(len(fields))])
+
+
+def bilinear(values, size):
+    """Values (X, ...) at `size` cell centres along the first axis, point by point in float64."""
+    old = len(values)
+    points = []
+    for i in range(size):
+        at = min(max((2 * i + 1) * old / (2 * size) - 0.5, 0), old - 1)
+        distances = np.abs(np.arange(old) - at)
+        points.append(np.einsum("i,i...->...", np.maximum(1 - distances, 0), values.astype(np.float64)))
+    return np.stack(points)
+
+
+# Layouts
+
+
+@pytest.mark.parametrize("write", [write_pdebench, write_stacked], ids=["pdebench", "stacked"])
+def test_a_file_gives_its_first_nine_tenths_for_training(tmp_path, write):
+    flows = make_flows(count=21)
+    data = opened(write(tmp_path / "flows.hdf5", flows))
+    np.testing.assert_array_equal(whole(data.train), flows[:18])
+    np.testing.assert_array_equal(whole(data.test), flows[18:])
+    assert data.name == "flows.hdf5"
+    assert (data.train.size, data.train.steps, data.train.channels) == ((5, 4), 6, 4)
+    assert any("first 18" in note for note in data.notes)
+
+
+def test_a_window_of_time_is_read(tmp_path):
+    flows = make_flows()
+    for path in (
+        write_pdebench(tmp_path / "p.hdf5", flows),
+        write_stacked(tmp_path / "s.hdf5", flows),
+        write_scattered(tmp_path / "f", flows),
+    ):
+        window = opened(path).train.read(3, 2, 3)
+        assert window.dtype == np.float32
+        np.testing.assert_array_equal(window, flows[3, :, :, 2:5])
+
+
+def test_a_folder_of_trajectories_is_read_in_the_order_of_numbers(tmp_path):
+    flows = make_flows(count=12)  # data_10 comes before data_2 in the alphabet
+    data = opened(write_scattered(tmp_path / "flows", flows))
+    np.testing.assert_array_equal(whole(data.train), flows[:10])
+    np.testing.assert_array_equal(whole(data.test), flows[10:])
+
+
+def test_a_folder_with_train_and_test_gives_both(tmp_path):
+    flows = make_flows()
+    write_scattered(tmp_path / "a" / "train", flows[:3])
+    write_scattered(tmp_path / "a" / "test", flows[3:])
+    (tmp_path / "b").mkdir()
+    write_stacked(tmp_path / "b" / "train.hdf5", flows[:3])
+    write_pdebench(tmp_path / "b" / "test.hdf5", flows[3:])
+    for folder in ("a", "b"):
+        data = opened(tmp_path / folder)
+        np.testing.assert_array_equal(whole(data.train), flows[:3])
+        np.testing.assert_array_equal(whole(data.test), flows[3:])
+        assert data.notes == ()
+
+
+def test_test_data_may_lie_elsewhere(tmp_path):
+    flows = make_flows()
+    train = write_pdebench(tmp_path / "train_flows.hdf5", flows[:6])
+    test = write_stacked(tmp_path / "other.hdf5", flows[6:])
+    data = opened(train, test=test)
+    assert (len(data.train), len(data.test)) == (6, 4)
+    np.testing.assert_array_equal(whole(data.test), flows[6:])
+
+
+def test_one_channel_needs_no_axis(tmp_path):
+    flows = make_flows(channels=1)
+    stacked = opened(write_stacked(tmp_path / "s.hdf5", flows[..., 0]), channels=1)
+    scattered = opened(write_scattered(tmp_path / "f", flows[..., 0]), channels=1)
+    np.testing.assert_array_equal(whole(stacked.train), flows[:9])
+    np.testing.assert_array_equal(whole(scattered.train), flows[:9])
+
+
+@pytest.mark.parametrize("stored", [np.float16, np.float64, ">f4"])
+def test_other_floating_point_types_become_float32(tmp_path, stored):
+    flows = make_flows().astype(stored)
+    for path in (write_pdebench(tmp_path / "p.hdf5", flows), write_stacked(tmp_path / "s.hdf5", flows)):
+        read = opened(path).train.read(0, 0, 6)
+        assert read.dtype == np.dtype("=f4")
+        np.testing.assert_array_equal(read, flows[0].astype(np.float32))
+
+
+# Subsampling
+
+
+@pytest.mark.parametrize(
+    ("ratio", "indices"),
+    [
+        (1.0, list(range(36))),
+        (0.5, list(range(0, 36, 2))),
+        (0.25, list(range(0, 36, 4))),
+        (0.1, [0, 10, 20, 30]),
+        (0.05, [0, 20]),
+        (0.4, [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27, 30, 32, 35]),
+        (0.001, [0]),
+    ],
+)
+def test_ratio_spaces_the_training_trajectories_evenly(tmp_path, ratio, indices):
+    flows = make_flows(count=40, steps=2, x=2, y=2)
+    data = opened(write_stacked(tmp_path / "flows.hdf5", flows), ratio=ratio)
+    np.testing.assert_array_equal(whole(data.train), flows[indices])
+    np.testing.assert_array_equal(whole(data.test), flows[36:])
+
+
+def test_limits_take_the_first_of_what_the_ratio_leaves(tmp_path):
+    flows = make_flows(count=20)
+    path = write_stacked(tmp_path / "flows.hdf5", flows)
+    data = opened(path, ratio=0.5, limit_train=3, limit_test=1)
+    np.testing.assert_array_equal(whole(data.train), flows[[0, 2, 4]])
+    np.testing.assert_array_equal(whole(data.test), flows[18:19])
+    assert any("3 of 18" in note for note in data.notes)
+    assert len(opened(path, limit_train=100).train) == 18
+
+
+@pytest.mark.parametrize("setting", [{"ratio": r} for r in (0, -0.1, 1.5, float("nan"), 1e-9)] + [{"limit_train": 0}])
+def test_settings_out_of_range_are_named(tmp_path, setting):
+    path = write_stacked(tmp_path / "flows.hdf5", make_flows())
+    with pytest.raises(InputError, match=next(iter(setting))):
+        opened(path, **setting)
+
+
+# Resampling
+
+
+@pytest.mark.parametrize(("x", "y", "resolution"), [(9, 9, 4), (4, 4, 9), (8, 8, 4), (5, 12, 7), (1, 3, 2), (6, 5, 5)])
+def test_resampling_is_bilinear_between_cell_centres(tmp_path, x, y, resolution):
+    flows = make_flows(x=x, y=y)
+    data = opened(write_pdebench(tmp_path / "flows.hdf5", flows), resolution=resolution)
+    along_x = bilinear(flows[4], resolution)
+    expected = np.swapaxes(bilinear(np.swapaxes(along_x, 0, 1), resolution), 0, 1)
+    read = data.train.read(4, 1, 3)
+    assert read.dtype == np.float32
+    assert data.train.size == (resolution, resolution)
+    np.testing.assert_allclose(read, expected[:, :, 1:4], atol=1e-6)
+    assert any(f"{x}x{y}" in note and f"{resolution}x{resolution}" in note for note in data.notes)
+
+
+def test_the_stored_resolution_is_read_as_it_is(tmp_path):
+    flows = make_flows(x=4, y=4)
+    data = opened(write_stacked(tmp_path / "flows.hdf5", flows), resolution=4)
+    np.testing.assert_array_equal(whole(data.train), flows[:9])
+    assert not any("resampled" in note for note in data.notes)
+
+
+def test_splits_of_two_grids_need_a_resolution(tmp_path):
+    train = write_stacked(tmp_path / "a.hdf5", make_flows(x=4, y=4))
+    test = write_stacked(tmp_path / "b.hdf5", make_flows(x=8, y=8))
+    with pytest.raises(InputError, match=r"a\.hdf5.*b\.hdf5.*resolution"):
+        opened(train, test=test)
+    assert opened(train, test=test, resolution=4).test.read(0, 0, 1).shape == (4, 4, 1, 4)
+
+
+# Faults
+
+
+def bad_file(path, **datasets):
+    with h5py.File(path, "w") as file:
+        for name, data in datasets.items():
+            file[name] = data
+    return path
+
+
+def four(shape, **other):
+    return {name: np.ones(shape, np.float32) for name in CHANNELS} | other
+
+
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        ({"tensor": np.ones((2, 3)), "x": np.ones(3)}, r"no layout.*tensor \(2, 3\), x \(3,\)"),
+        ({}, "no layout.*no datasets"),
+        ({"Vx": np.ones((4, 3, 2, 2)), "Vy": np.ones((4, 3, 2, 2))}, "no layout.*Vx.*Vy"),
+        (four((4, 3, 2, 2), density=np.ones((4, 3, 2, 5))), r"unequal shapes.*density \(4, 3, 2, 5\)"),
+        (four((4, 3, 2, 2, 2)), "Vx.*5 axes, not 4"),
+        (four((4, 3, 2, 2), pressure=np.ones((4, 3, 2, 2), int)), "pressure.*int64.*float"),
+        (four((4, 3, 0, 2)), "Vx.*empty"),
+        (four((0, 3, 2, 2)), "Vx.*empty"),
+        ({"data": np.ones((4, 2, 2))}, "data.*3 axes, not 5 or 4"),
+        ({"data": np.ones((4, 2, 2, 3, 4), complex)}, "data.*complex"),
+        ({"data": np.array([b"text"])}, "data.*floating"),
+        ({"data": h5py.Empty("f4")}, "data.*axes"),
+        ({"data": np.ones((4, 2, 2, 3, 3))}, "data: 3 channels.*takes 4"),
+        ({"data": np.ones((4, 2, 2, 3))}, "data: 1 channels.*takes 4"),
+        ({"data": np.ones((4, 2, 2, 1, 4))}, "data: 1 time steps, but 2"),
+        ({"data": np.ones((1, 2, 2, 3, 4))}, "one trajectory"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named_with_the_fault(tmp_path, datasets, message):
+    with pytest.raises(InputError, match=message) as caught:
+        opened(bad_file(tmp_path / "bad.hdf5", **datasets))
+    assert "bad.hdf5" in str(caught.value)
+    (tmp_path / "bad.hdf5").rename(tmp_path / "closed.hdf5")
+    with h5py.File(tmp_path / "closed.hdf5", "a"):  # not possible while somebody has it open
+        pass
+
+
+def test_files_that_are_not_there_or_not_hdf5(tmp_path):
+    with pytest.raises(InputError, match="none.hdf5: No such file"):
+        opened(tmp_path / "none.hdf5")
+    (tmp_path / "text.hdf5").write_text("not numbers")
+    with pytest.raises(InputError, match="text.hdf5: not an HDF5 file"):
+        opened(tmp_path / "text.hdf5")
+    content = write_stacked(tmp_path / "cut.hdf5", make_flows()).read_bytes()
+    for kept, message in ((len(content) // 2, "cut.hdf5.*truncated"), (0, "cut.hdf5: not an HDF5 file")):
+        (tmp_path / "cut.hdf5").write_bytes(content[:kept])
+        with pytest.raises(InputError, match=message):
+            opened(tmp_path / "cut.hdf5")
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    with pytest.raises(InputError, match="holds nothing"):
+        opened(tmp_path)
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(InputError, match=r"holds notes\.txt"):
+        opened(tmp_path)
+    gap = write_scattered(tmp_path / "gap", make_flows())
+    (gap / "data_3.hdf5").unlink()
+    with pytest.raises(InputError, match=r"data_3\.hdf5 is missing"):
+        opened(gap)
+    write_scattered(tmp_path / "half" / "train", make_flows())
+    with pytest.raises(InputError, match="half: has train but no test"):
+        opened(tmp_path / "half")
+
+
+def test_a_trajectory_of_another_size_in_a_folder_is_named(tmp_path, monkeypatch):
+    folder = write_scattered(tmp_path / "f", make_flows(count=20))
+    write_scattered(tmp_path / "g", make_flows(x=7))
+    (tmp_path / "g" / "data_4.hdf5").replace(folder / "data_12.hdf5")  # not in a sample of 8
+    for limit in (fields_module.SCAN_BYTES, 0):  # also where only a sample is read
+        monkeypatch.setattr(fields_module, "SCAN_BYTES", limit)
+        with pytest.raises(InputError, match=r"data_12\.hdf5.*\(7, 4, 6, 4\)"):
+            opened(folder)
+
+
+def test_the_training_file_is_no_test_file(tmp_path):
+    path = write_stacked(tmp_path / "flows.hdf5", make_flows())
+    with pytest.raises(InputError, match=r"flows\.hdf5.*for training and for testing"):
+        opened(path, test=path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+def test_numbers_that_are_not_finite_are_found_at_opening(tmp_path, value):
+    flows = make_flows().astype(np.float64)
+    flows[9, 1, 2, 4, 2] = value
+    with pytest.raises(InputError, match=r"p\.hdf5, dataset density: trajectory 9 .*time step 4"):
+        opened(write_pdebench(tmp_path / "p.hdf5", flows))
+    with pytest.raises(InputError, match=r"s\.hdf5, dataset data: trajectory 9 .*time step 4"):
+        opened(write_stacked(tmp_path / "s.hdf5", flows))
+    with pytest.raises(InputError, match=r"data_9\.hdf5, dataset data: trajectory 9 .*time step 4"):
+        opened(write_scattered(tmp_path / "f", flows))
+
+
+def test_large_data_are_checked_when_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(fields_module, "SCAN_BYTES", 30 * 5 * 4 * 6 * 4 * 4 - 1)
+    flows = make_flows(count=30)
+    flows[1, 0, 0, 3] = np.nan
+    data = opened(write_stacked(tmp_path / "flows.hdf5", flows))
+    assert any("8 of 30" in note for note in data.notes)
+    assert np.isfinite(data.train.read(1, 0, 3)).all()
+    with pytest.raises(InputError, match="trajectory 1 .*time step 3"):
+        data.train.read(1, 2, 3)
+    flows[0, 0, 0, 5] = np.inf  # the first and the last are in the sample
+    with pytest.raises(InputError, match="trajectory 0 .*time step 5"):
+        opened(write_stacked(tmp_path / "first.hdf5", flows))
+
+
+def test_a_chunk_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(fields_module, "SCAN_BYTES", 0)
+    path, flows = tmp_path / "flows.hdf5", make_flows(count=30)
+    with h5py.File(path, "w") as file:
+        data = file.create_dataset("data", data=flows, chunks=(1, *flows.shape[1:]), compression="gzip")
+        place = data.id.get_chunk_info(1).byte_offset
+    with path.open("r+b") as raw:
+        raw.seek(place)
+        raw.write(b"\xff" * 50)
+    fields = opened(path).train
+    np.testing.assert_array_equal(fields.read(2, 0, 6), flows[2])
+    with pytest.raises(InputError, match=r"flows\.hdf5: trajectory 1 cannot be read"):
+        fields.read(1, 0, 6)
+
+
+def test_windows_outside_the_data_are_refused(tmp_path):
+    fields = opened(write_stacked(tmp_path / "flows.hdf5", make_flows())).train
+    for window in ((9, 0, 1), (-1, 0, 1), (0, 4, 3), (0, -1, 2), (0, 0, 0)):
+        with pytest.raises(IndexError):
+            fields.read(*window)
+
+
+# Fingerprint and memory
+
+
+def test_the_fingerprint_is_of_the_data_in_use(tmp_path):
+    flows = make_flows(count=20)
+    path = write_stacked(tmp_path / "flows.hdf5", flows)
+    other = flows.copy()
+    other[5, 2, 2, 2, 2] += 1e-3
+    fingerprints = [
+        opened(path).fingerprint,
+        opened(path, ratio=0.5).fingerprint,
+        opened(path, limit_test=1).fingerprint,
+        opened(write_stacked(tmp_path / "other.hdf5", other)).fingerprint,
+    ]
+    assert len(set(fingerprints)) == 4
+    assert len(fingerprints[0]) == 64
+    copy = write_stacked(tmp_path / "elsewhere" / "copy.hdf5", flows)
+    assert opened(copy).fingerprint == fingerprints[0]
+    assert opened(copy, resolution=3).fingerprint == fingerprints[0]
+
+
+@pytest.mark.parametrize("write", [write_pdebench, write_stacked, write_scattered])
+def test_one_trajectory_at_a_time_is_in_memory(tmp_path, write):
+    count, one = 40, 32 * 32 * 8 * 4 * 4
+    path = write(tmp_path / "flows.hdf5", make_flows(count=count, x=32, y=32, steps=8))
+    tracemalloc.start()
+    try:
+        fields = opened(path).train
+        opening = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        fields.read(5, 0, 1)
+        reading = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert opening < 8 * one < count * one / 4
+    assert reading < one

@@ -1,0 +1,244 @@
+"""Data sets of flows: the published layout, going on after a kill, and what cannot be made."""
+
+import dataclasses
+import functools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from farms_jax.errors import InputError
+from sciml import generate as module
+from sciml.generate import FlowConfig, file_name, generate
+
+ROOT = Path(__file__).parent.parent
+SMALL = FlowConfig(size=16, steps=3, end=0.1, count=5, seed=7)
+THIN = {"eta": 1e-8, "zeta": 1e-8, "size": 512}
+SOLVER = functools.cache(module._solver)  # one compilation for all tests
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(module, "SHARD", 2)
+    monkeypatch.setattr(module, "_solver", SOLVER)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return generate(tmp_path_factory.mktemp("made") / "deep" / "flows.hdf5", SMALL)
+
+
+def contents(path):
+    with h5py.File(path) as file:
+        return {name: file[name][()] for name in file}, dict(file.attrs)
+
+
+def assert_same(path, other):
+    fields, attributes = contents(path)
+    expected, expected_attributes = contents(other)
+    assert {name: array.tobytes() for name, array in fields.items()} == {n: a.tobytes() for n, a in expected.items()}
+    assert attributes == expected_attributes
+
+
+def test_published_layout(made):
+    fields, attributes = contents(made)
+    shapes = {name: array.shape for name, array in fields.items()}
+    lines = {"t-coordinate": (4,), "x-coordinate": (16,), "y-coordinate": (16,)}
+    assert shapes == dict.fromkeys(("Vx", "Vy", "density", "pressure"), (5, 3, 16, 16)) | lines
+    assert {array.dtype for array in fields.values()} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(fields["t-coordinate"], [0, 0.05, 0.1, 0.15], rtol=1e-6)
+    np.testing.assert_allclose(fields["x-coordinate"], (np.arange(16) + 0.5) / 16)
+    np.testing.assert_array_equal(fields["x-coordinate"], fields["y-coordinate"])
+    assert (attributes["M"], attributes["eta"], attributes["zeta"]) == (0.1, 0.01, 0.01)
+    assert (attributes["seed"], attributes["initial"], attributes["redraws"]) == (7, "rand", 0)
+    assert not made.with_name("flows.hdf5.parts").exists()
+
+
+def test_trajectories_are_flows(made):
+    fields, _ = contents(made)
+    np.testing.assert_allclose(
+        fields["density"].mean((2, 3)), fields["density"][:, :1].mean((2, 3)) * np.ones(3), rtol=1e-5
+    )
+    change = np.abs(np.diff(fields["Vx"], axis=1)).max((1, 2, 3))
+    assert change.min() > 1e-3
+    assert len(np.unique(fields["density"][:, 0, 0, 0])) == 5  # every one from another state
+    sound = np.sqrt(5 / 3 * fields["pressure"][:, 0].mean((1, 2)) / fields["density"][:, 0].mean((1, 2)))
+    mach = np.hypot(fields["Vx"], fields["Vy"])[:, 0].mean((1, 2)) / sound
+    assert np.all((mach > 0.01) & (mach < 0.11))
+
+
+def test_trajectory_depends_on_seed_and_index_alone(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD", 3)
+    fewer, _ = contents(generate(tmp_path / "fewer.hdf5", dataclasses.replace(SMALL, count=4)))
+    for name in ("Vx", "pressure"):
+        np.testing.assert_array_equal(fewer[name], contents(made)[0][name][:4])
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "2D_CFD_Rand_M0.1_Eta0.01_Zeta0.01_periodic_128_Train.hdf5"),
+        ({"mach": 1} | THIN, "2D_CFD_Rand_M1.0_Eta1e-08_Zeta1e-08_periodic_512_Train.hdf5"),
+        ({"initial": "turb"} | THIN, "2D_CFD_Turb_M0.1_Eta1e-08_Zeta1e-08_periodic_512_Train.hdf5"),
+    ],
+)
+def test_names_are_those_of_published_files(settings, name):
+    assert file_name(FlowConfig(**settings)) == name
+
+
+def test_goes_on_from_whole_shards(made, tmp_path, monkeypatch):
+    path, merge = tmp_path / "flows.hdf5", module._merge
+    monkeypatch.setattr(module, "_merge", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        generate(path, SMALL)
+    parts = tmp_path / "flows.hdf5.parts"
+    shards = sorted(parts.glob("*.npz"))
+    assert len(shards) == 3 and not path.exists()
+    shards[1].unlink()
+    (parts / f"{shards[1].name}.part").write_bytes(b"half")  # what a kill leaves of the shard being written
+    kept = shards[0].stat().st_mtime_ns
+    monkeypatch.setattr(module, "_merge", lambda *args: (times.append(shards[0].stat().st_mtime_ns), merge(*args)))
+    times = []
+    assert_same(generate(path, SMALL), made)
+    assert times == [kept] and not parts.exists()
+
+
+def test_goes_on_after_a_kill(tmp_path, monkeypatch):
+    config = FlowConfig(size=32, steps=3, end=0.2, count=128, seed=3)
+    options = ["--size", "32", "--steps", "3", "--end", "0.2", "--count", "128", "--seed", "3", "--out", str(tmp_path)]
+    program = [sys.executable, "-m", "sciml.generate", *options]
+    path = tmp_path / file_name(config)
+    parts = path.with_name(f"{path.name}.parts")
+    running = subprocess.Popen(program, stderr=subprocess.DEVNULL, cwd=ROOT)
+    until = time.monotonic() + 60
+    while not list(parts.glob("*.npz")) and time.monotonic() < until:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL  # it was at work
+    assert not path.exists()
+    whole = list(parts.glob("*.npz"))
+    assert 0 < len(whole) < 8
+    again = subprocess.run(program, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert again.stdout.strip() == str(path)
+    assert f"{16 * len(whole)}/128" in again.stderr  # the bar starts there
+    with h5py.File(path) as file:
+        assert file["Vx"].shape == (128, 3, 32, 32)
+    monkeypatch.setattr(module, "SHARD", 16)
+    straight = generate(tmp_path / "straight" / path.name, config)
+    assert_same(path, straight)
+
+
+def test_a_file_of_the_same_settings_is_kept(made, capsys):
+    before = made.stat().st_mtime_ns
+    made.with_name("flows.hdf5.parts").mkdir()  # left by a kill between the last two acts
+    assert generate(made, SMALL) == made
+    assert made.stat().st_mtime_ns == before
+    assert not made.with_name("flows.hdf5.parts").exists()
+    assert "made earlier with the same settings" in capsys.readouterr().out
+
+
+def test_a_file_of_other_settings_is_an_error(made):
+    with pytest.raises(InputError, match=r"flows.hdf5: made with M 0.1, not 0.2; seed 7, not 8; delete it"):
+        generate(made, dataclasses.replace(SMALL, mach=0.2, seed=8))
+
+
+def test_a_file_of_others_is_an_error(tmp_path):
+    published, text = tmp_path / "published.hdf5", tmp_path / "text.hdf5"
+    with h5py.File(published, "w") as file:
+        file.attrs.update({"M": 0.1, "eta": 0.01, "zeta": 0.01})
+    text.write_text("nothing")
+    for path in (published, text):
+        with pytest.raises(InputError, match="which sciml.generate has not made"):
+            generate(path, SMALL)
+
+
+def test_begun_with_other_settings_is_an_error(tmp_path):
+    parts = tmp_path / "flows.hdf5.parts"
+    parts.mkdir()
+    begun = dataclasses.replace(SMALL, eta=0.5).attributes()
+    (parts / "settings.json").write_text(json.dumps(begun))
+    with pytest.raises(InputError, match=r"flows.hdf5.parts: made with eta 0.5, not 0.01; go on with the settings"):
+        generate(tmp_path / "flows.hdf5", SMALL)
+
+
+def test_a_full_disk_is_an_error_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 100_000))
+    with pytest.raises(InputError, match=r"0.0 GB are free; lower --count or --size"):
+        generate(tmp_path / "new" / "flows.hdf5", SMALL)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mach": 0.0}, "--mach must be a number > 0, got 0.0"),
+        ({"end": float("nan")}, "--end must be a number > 0, got nan"),
+        ({"eta": -0.1, "zeta": float("inf")}, "--eta must be a number >= 0, got -0.1; --zeta must be a number >= 0"),
+        ({"size": 8, "steps": 1}, "--size must be an integer >= 16, got 8; --steps must be an integer >= 2, got 1"),
+        ({"count": 0}, "--count must be an integer >= 1, got 0"),
+        ({"seed": 2**32}, r"--seed must be below 2\*\*32"),
+        ({"initial": "kh"}, "--initial must be one of rand, turb, got 'kh'"),
+    ],
+)
+def test_settings_out_of_range(settings, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        generate(tmp_path / "flows.hdf5", FlowConfig(**settings))
+    assert not list(tmp_path.iterdir())
+
+
+def pretend(monkeypatch, fails):
+    """Replace the flows: state filled with the index, and a negative density where `fails(index, attempt)`."""
+
+    def solve(indices, attempts):
+        fields = np.ones((len(indices), 3, 16, 16, 4), np.float32) * np.reshape(indices + 1, (-1, 1, 1, 1, 1))
+        for lane, (index, attempt) in enumerate(zip(indices, attempts, strict=True)):
+            if fails(int(index), int(attempt)):
+                fields[lane, 2, 3, 4, 2] = -0.1
+        return jnp.asarray(fields)
+
+    monkeypatch.setattr(module, "_solver", lambda config, lanes: solve)
+
+
+def test_failed_flows_are_drawn_again_and_counted(tmp_path, monkeypatch):
+    pretend(monkeypatch, lambda index, attempt: index == 3 and attempt < 2)
+    fields, attributes = contents(generate(tmp_path / "flows.hdf5", SMALL))
+    assert attributes["redraws"] == 2
+    assert fields["density"].min() > 0
+    np.testing.assert_array_equal(fields["Vx"][:, 0, 0, 0], [1, 2, 3, 4, 5])
+
+
+def test_batches_of_an_accelerator(tmp_path, monkeypatch):
+    pretend(monkeypatch, lambda index, attempt: index == 4 and attempt < 1)
+    monkeypatch.setattr(module.jax, "default_backend", lambda: "gpu")
+    fields, attributes = contents(generate(tmp_path / "flows.hdf5", SMALL))
+    assert attributes["redraws"] == 1  # though the last batch is filled up with the flow that failed
+    np.testing.assert_array_equal(fields["Vx"][:, 0, 0, 0], [1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        (lambda index, attempt: index == 1, "flow 1 failed 11 times; lower --mach"),
+        (lambda index, attempt: attempt < 4, "failed; lower --mach, or raise --eta and --zeta"),
+    ],
+)
+def test_settings_under_which_flows_fail(fails, message, tmp_path, monkeypatch):
+    pretend(monkeypatch, fails)
+    with pytest.raises(InputError, match=message):
+        generate(tmp_path / "flows.hdf5", SMALL)
+    assert not (tmp_path / "flows.hdf5").exists()
+
+
+def test_program_reports_a_mistake_in_one_line(tmp_path):
+    program = [sys.executable, "-m", "sciml.generate", "--mach", "-1", "--out", str(tmp_path)]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr == "sciml.generate: --mach must be a number > 0, got -1.0\n"

@@ -1,0 +1,226 @@
+"""The fine-tuning program: a run's files, resuming after a kill, and what it says about mistakes."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from sciml import checkpoints, dpot, experiment
+from sciml.generate import FlowConfig
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--resolution", "8", "--patch-size", "4", "--batch-size", "4", "--epochs", "2", "--model", "mini"]
+
+
+def write_fields(path, count=10, steps=13, size=8, seed=0):
+    """A file in PDEBench's published layout: waves that travel."""
+    rng = np.random.default_rng(seed)
+    x = np.linspace(0, 2 * np.pi, size, endpoint=False)
+    time, phase = np.arange(steps) * 0.3, rng.uniform(0, 6, (count, 4, 1, 1, 1))
+    waves = np.sin(x[:, None] - time[:, None, None] + phase) * np.cos(x[None, :] + phase)  # (N, 4, T, X, Y)
+    with h5py.File(path, "w") as file:
+        for channel, (name, base) in enumerate({"Vx": 0, "Vy": 0, "density": 2, "pressure": 5}.items()):
+            file[name] = (base + waves[:, channel]).astype(np.float32)
+        file["t-coordinate"] = np.arange(steps + 1, dtype=np.float32)
+        for name in ("x-coordinate", "y-coordinate"):
+            file[name] = x.astype(np.float32)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fields")
+    return write_fields(folder / "fine.hdf5"), write_fields(folder / "pre.hdf5", seed=1)
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["sciml.dpot", *map(str, arguments)])
+    dpot.main()
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    """A run of all three settings and two seeds, and what it printed."""
+    out = tmp_path_factory.mktemp("out")
+    arguments = [
+        "--data",
+        files[0],
+        "--pretrain-data",
+        files[1],
+        "--pretrain-epochs",
+        2,
+        "--against",
+        "none",
+        "sigmoid",
+        *SMALL,
+    ]
+    arguments += ["--seeds", 0, 1, "--layers", "all", "--out", out]
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (run,) = out.iterdir()
+    return run, done.stdout
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "sciml.dpot", *map(str, arguments)]
+
+
+def test_a_run_leaves_its_files(finished):
+    run, printed = finished
+    assert str(run) in printed
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(summary["settings"]) == ["none", "sigmoid", "farms"]
+    for tb, row in summary["settings"].items():
+        assert f"{row['last']['mean']:.4e}" in printed
+        lines = [json.loads(line) for line in (run / tb / "seed0" / "metrics.jsonl").open()]
+        assert [line["epoch"] for line in lines] == [0, 1]
+        assert row["seeds"]["0"]["last"] == lines[-1]["test_l2re"]
+        assert len(lines[0]["test_l2re_by_step"]) == 3  # 13 steps, 10 of them given
+        layers = list(csv.DictReader((run / tb / "seed0" / "layers.csv").open()))
+        assert {row["epoch"] for row in layers} == {"0", "1", "2"}
+        assert any("filter/w1" in row["layer"] for row in layers)
+        moved = {float(row["lr_scale"]) for row in layers} != {1.0}
+        assert moved == (tb != "none")
+    pictures = {"rollout", "alphas", "alphas_by_layer"}
+    pictures |= {f"{kind}_{tb}" for kind in ("prediction", "layers") for tb in summary["settings"]}
+    assert {path.stem for path in run.glob("*.png")} == pictures
+
+
+def test_predictions_are_there_as_numbers(finished, files):
+    run, _ = finished
+    shown = np.load(run / "prediction_farms.npz")
+    assert shown["true"].shape == shown["predicted"].shape == (8, 8, 3, 4)
+    np.testing.assert_array_equal(shown["step"], [10, 11, 12])
+    with h5py.File(files[0]) as file:  # the last tenth is the test set: one trajectory
+        np.testing.assert_array_equal(shown["true"][..., 2], file["density"][9, 10:].transpose(1, 2, 0))
+
+
+def test_every_setting_starts_from_the_pretrained_weights(finished):
+    run, _ = finished
+    pretrained = checkpoints.read(run / "pretrain" / "model.safetensors")
+    first = [json.loads((run / tb / "seed0" / "metrics.jsonl").open().readline()) for tb in ("none", "farms")]
+    assert first[0]["test_l2re"] != first[1]["test_l2re"]
+    final = checkpoints.read(run / "farms" / "seed0" / "model.safetensors")
+    assert not np.array_equal(pretrained["pos_embed"], final["pos_embed"])
+    np.testing.assert_array_equal(pretrained["cls_head.0.weight"], final["cls_head.0.weight"])
+
+
+def test_exported_weights_start_another_run(finished, files, tmp_path, monkeypatch, capsys):
+    run, _ = finished
+    weights = run / "farms" / "seed0" / "model.safetensors"
+    call(monkeypatch, "--data", files[0], "--weights", weights, "--tb", "none", *SMALL, "--out", tmp_path)
+    (other,) = tmp_path.iterdir()
+    before = json.loads((other / "summary.json").read_text())["before"]["test_l2re"]
+    last = json.loads((run / "farms" / "seed0" / "metrics.jsonl").read_text().splitlines()[-1])["test_l2re"]
+    assert before == pytest.approx(last, rel=1e-5)
+    weights.touch()
+    settings = json.loads((other / "config.json").read_text())
+    settings["weights"] = "another"
+    (other / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--resume", other)
+    assert "--resume: the weights are not those" in capsys.readouterr().err
+
+
+def test_generated_data_are_made_and_all_settings_compared(tmp_path, monkeypatch, capsys):
+    for name, seed in (("PRETRAIN_FLOW", 1), ("FINETUNE_FLOW", 2)):
+        flow = FlowConfig(mach=0.1, eta=0.1 / seed, zeta=0.1, size=16, count=10, steps=12, end=0.1, seed=seed)
+        monkeypatch.setattr(experiment, name, flow)
+    monkeypatch.chdir(tmp_path)
+    call(monkeypatch, "--tb", "farms", *SMALL, "--pretrain-epochs", "1")
+    printed = capsys.readouterr().out
+    assert all(f" {tb} " in printed for tb in ("before", "none", "sigmoid", "farms"))
+    assert len(list((tmp_path / "data" / "generated").glob("2D_CFD_Rand_*.hdf5"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere.hdf5"], "nowhere.hdf5"),
+        (["--data", "{fine}", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--data", "{fine}", "--in-steps", "13"], "steps"),
+        (["--data", "{fine}", "--patch-size", "3"], "patch"),
+        (["--recipe", "tiny-7-farms"], "there is no 'tiny-7-farms'"),
+        (["--recipe", "tiny-5-farms"], "--data: the recipes"),
+        (["--epochs", "0"], "--epochs must be above 0"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["--resume", "nowhere", "--epochs", "3"], "leave out --epochs 3"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = [argument.format(fine=files[0]) for argument in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, *given, *([] if "--recipe" in given or "--resume" in given else ["--resolution", "8"]))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("sciml.dpot: ")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_data_are_refused(finished, files, tmp_path, monkeypatch, capsys):
+    run, _ = finished
+    facts = json.loads((run / "config.json").read_text())
+    facts["config"]["data"] = str(write_fields(tmp_path / "fine.hdf5", seed=5))
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--resume", other)
+    assert "--resume: the data are not those" in capsys.readouterr().err
+
+
+def test_killed_and_resumed_without_a_difference(files, tmp_path):
+    """SIGKILL in pretraining and in fine-tuning; the run that is resumed ends with the same bits as an unbroken one."""
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    settings = ["--data", files[0], "--pretrain-data", files[1], "--pretrain-epochs", 3, *SMALL, "--epochs", 4]
+    settings += ["--noise", 1e-3, "--tb", "farms", "--rollout-steps", 2]
+    whole_out, killed_out = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(*settings, "--out", whole_out), env=environment, cwd=tmp_path, check=True, timeout=300)
+    (whole,) = whole_out.iterdir()
+    moments = random.Random(0)
+    arguments = [*settings, "--out", killed_out]
+    for where, lines in (("pretrain", 1), ("farms/seed0", 1), ("farms/seed0", 3)):
+        process = subprocess.Popen(command(*arguments), env=environment, cwd=tmp_path)
+        deadline = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline:
+            found = list(killed_out.glob(f"*/{where}/metrics.jsonl"))
+            if found and found[0].read_text().count("\n") >= lines:
+                break
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        (killed,) = killed_out.iterdir()
+        arguments = ["--resume", killed]
+    subprocess.run(command(*arguments), env=environment, cwd=tmp_path, check=True, timeout=300)
+
+    for stage in ("pretrain", "farms/seed0"):
+        for which in ("last", "best"):
+            states = [checkpoint(run / stage, which) for run in (whole, killed)]
+            assert jax.tree.all(jax.tree.map(np.array_equal, *states)), (stage, which)
+        exported = [(run / stage / "model.safetensors").read_bytes() for run in (whole, killed)]
+        assert exported[0] == exported[1]
+        metrics = [[json.loads(line) for line in (run / stage / "metrics.jsonl").open()] for run in (whole, killed)]
+        for a, b in zip(*metrics, strict=True):
+            assert all(a[key] == b[key] for key in a if "seconds" not in key)
+        rows = [list(csv.DictReader((run / stage / "layers.csv").open())) for run in (whole, killed)]
+        assert rows[0] == rows[1]
+
+
+def checkpoint(stage, which):
+    (step,) = (stage / "checkpoints" / which).iterdir()
+    return ocp.StandardCheckpointer().restore(step.resolve() / "default")

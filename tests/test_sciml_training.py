@@ -1,0 +1,266 @@
+"""Losses, schedules, autoregressive steps, and which layers get which rate."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import farms_jax
+from farms_jax.errors import InputError
+from sciml.config import RECIPES, SETTINGS, TABLE_14, Config, resolve
+from sciml.layers import ENDS, measure, spectral_view
+from sciml.loop import TrainState, add_noise, make_evaluate, make_step, rollout
+from sciml.losses import relative_l2, relative_l2_by_step
+from sciml.model import NAMED, ModelConfig, make_network
+from sciml.optimizer import make_optimizer, one_cycle, schedules
+from sciml.stage import make_refresh
+
+MODEL = ModelConfig(
+    image_size=8, patch_size=2, in_steps=3, width=16, depth=2, num_blocks=2, modes=2, out_width=8, num_classes=3
+)
+CONFIG = resolve(
+    Config(tb="farms", epochs=4, batch_size=2, warmup_epochs=1, in_steps=3, rollout_steps=2, learning_rate=1e-3)
+)
+
+# Paper, Table 14.
+RATES = {
+    "tiny": {5: 2.5e-4, 10: 2.5e-4, 25: 2.5e-4, 50: 5e-4, 100: 5e-4},
+    "small": {5: 1e-4, 10: 1e-4, 25: 2.5e-4, 50: 2.5e-4, 100: 2.5e-4},
+}
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def network():
+    network = make_network(MODEL)
+    return network, network.init(jax.random.key(0))
+
+
+def oracle_l2(predicted, true, axes):
+    predicted, true = predicted.astype(np.float64), true.astype(np.float64)
+    return (np.sqrt(((predicted - true) ** 2).sum(axes)) / np.sqrt((true**2).sum(axes))).mean(-1)
+
+
+def test_relative_l2():
+    predicted, true = draw(3, 5, 4, 2, 4), 3 * draw(3, 5, 4, 2, 4, seed=1)
+    np.testing.assert_allclose(relative_l2(predicted, true), oracle_l2(predicted, true, (1, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(relative_l2_by_step(predicted, true), oracle_l2(predicted, true, (1, 2)), rtol=1e-6)
+
+
+def test_an_exact_prediction_has_a_finite_gradient():
+    true = jnp.asarray(draw(1, 2, 2, 1, 1))
+    value, gradient = jax.value_and_grad(lambda x: relative_l2(x, true).sum())(true)
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_one_cycle_rises_falls_and_stays():
+    cycle = one_cycle(steps=20, rise=5, first=1.0, middle=9.0, last=3.0)
+    values = np.array([cycle(step) for step in range(25)])
+    np.testing.assert_allclose(values[[0, 2, 4, 19, 24]], [1, 5, 9, 3, 3], rtol=1e-6)
+    assert (np.diff(values[:5]) > 0).all()
+    assert (np.diff(values[4:20]) < 0).all()
+
+
+def test_step_schedule():
+    config = dataclasses.replace(CONFIG, schedule="step", step_size=2, step_gamma=0.5)
+    rate, beta = schedules(config, steps_per_epoch=3)
+    np.testing.assert_allclose([rate(step) for step in (0, 5, 6, 11, 12)], np.array([1, 1, 0.5, 0.5, 0.25]) * 1e-3)
+    assert float(beta(7)) == pytest.approx(0.9)
+
+
+def test_training_feeds_predictions_back_and_sums_over_samples(network):
+    network, params = network
+    fields, weights = draw(2, 8, 8, 5, 4), np.ones(2, np.float32)
+    step = make_step(network, make_optimizer(CONFIG, 2), CONFIG)
+    state = TrainState(jax.tree.map(jnp.copy, params), make_optimizer(CONFIG, 2).init(params))
+    _, losses = step(state, jax.random.key(0), fields, weights)
+    first = np.asarray(network.apply(params, fields[..., :3, :])[0])
+    second = np.asarray(network.apply(params, np.concatenate([fields[..., 1:3, :], first], axis=-2))[0])
+    errors = [oracle_l2(p, fields[..., t : t + 1, :], (1, 2, 3)).sum() for t, p in ((3, first), (4, second))]
+    whole = oracle_l2(np.concatenate([first, second], axis=-2), fields[..., 3:, :], (1, 2, 3)).sum()
+    np.testing.assert_allclose(losses, [np.mean(errors), whole], rtol=1e-5)
+
+
+def test_padding_has_no_part(network):
+    network, params = network
+    optimizer = make_optimizer(CONFIG, 2)
+    step = make_step(network, optimizer, CONFIG)
+    fields = draw(2, 8, 8, 5, 4)
+    other = fields.copy()
+    other[1] = 7
+
+    def after(fields):
+        state = TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params))
+        return step(state, jax.random.key(0), fields, np.array([1, 0], np.float32))
+
+    (first, losses), (second, other_losses) = after(fields), after(other)
+    np.testing.assert_array_equal(losses, other_losses)
+    assert jax.tree.all(jax.tree.map(np.array_equal, first.params, second.params))
+
+
+def test_the_class_head_is_left_alone_and_all_else_learns(network):
+    network, params = network
+    config = dataclasses.replace(CONFIG, weight_decay=0.1, schedule="step")
+    optimizer = make_optimizer(config, 2)
+    state = TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params))
+    state, _ = make_step(network, optimizer, config)(state, jax.random.key(0), draw(2, 8, 8, 5, 4), np.ones(2, "f4"))
+    for name, leaf in farms_jax.named_leaves(params):
+        same = np.array_equal(leaf, dict(farms_jax.named_leaves(state.params))[name])
+        assert same == name.startswith("cls_head/"), name
+
+
+def test_noise_is_relative_to_the_norm_of_each_channel():
+    fields = jnp.ones((2, 16, 16, 4, 3)) * jnp.array([1.0, 10.0, 0.0])
+    noise = np.asarray(add_noise(jax.random.key(0), fields, 0.01) - fields)
+    expected = 0.01 * np.sqrt(16 * 16 * 4) * np.array([1, 10, 0])
+    np.testing.assert_allclose(noise.std((0, 1, 2, 3)), expected, rtol=0.05)
+
+
+def test_noise_changes_the_step(network):
+    network, params = network
+    fields, weights = draw(2, 8, 8, 5, 4), np.ones(2, np.float32)
+    losses = []
+    for noise, seed in ((0.0, 0), (0.01, 0), (0.01, 1)):
+        config = dataclasses.replace(CONFIG, noise=noise)
+        optimizer = make_optimizer(config, 2)
+        state = TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params))
+        losses.append(float(make_step(network, optimizer, config)(state, jax.random.key(seed), fields, weights)[1][0]))
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize(("bundle", "steps"), [(1, 3), (2, 3)])
+def test_rollout_feeds_back_and_cuts_the_last_bundle(bundle, steps):
+    network = make_network(dataclasses.replace(MODEL, out_steps=bundle))
+    params, seen = network.init(jax.random.key(0)), draw(2, 8, 8, 3, 4)
+    window, expected = seen, []
+    for _ in range(2 if bundle == 2 else 3):
+        predicted = np.asarray(network.apply(params, window)[0])
+        expected.append(predicted)
+        window = np.concatenate([window, predicted], axis=-2)[..., -3:, :]
+    expected = np.concatenate(expected, axis=-2)[..., :steps, :]
+    np.testing.assert_allclose(rollout(network, params, seen, steps), expected, atol=1e-5)
+
+
+def test_evaluation_is_of_the_rollout(network):
+    network, params = network
+    fields = draw(2, 8, 8, 7, 4)
+    config = dataclasses.replace(CONFIG, test_steps=3)
+    whole, by_step = make_evaluate(network, config)(params, fields)
+    predicted = np.asarray(rollout(network, params, fields[..., :3, :], 3))
+    np.testing.assert_allclose(whole, oracle_l2(predicted, fields[..., 3:6, :], (1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(by_step, oracle_l2(predicted, fields[..., 3:6, :], (1, 2)), rtol=1e-5)
+
+
+def layers_of(params, analyse):
+    return measure(params, analyse=analyse, window=None, tail=CONFIG.tail())
+
+
+def test_reference_layers_are_torchs_linears_and_convolutions(network):
+    _, params = network
+    convolutions = {f"blocks/{i}/mlp/fc{j}/kernel" for i in range(2) for j in (1, 2)}
+    convolutions |= {"patch_embed/patches/kernel", "patch_embed/proj/kernel"}
+    convolutions |= {"out_layer/conv1/kernel", "out_layer/conv2/kernel"}
+    linears = {f"cls_head/fc{i}/kernel" for i in (1, 2, 3)}
+    report = layers_of(params, "reference")
+    few = {name for name, reason in report.left_out if reason.startswith("too few")}
+    assert set(report.names) | few == convolutions | linears
+    assert few <= {"cls_head/fc3/kernel", "out_layer/conv2/kernel"}
+
+
+def test_all_layers_add_fourier_weights_and_the_deconvolution(network):
+    _, params = network
+    added = set(layers_of(params, "all").names) - set(layers_of(params, "reference").names)
+    fourier = {f"blocks/{i}/filter/w{j}" for i in range(2) for j in (1, 2)}
+    assert added == fourier | {"out_layer/deconv/kernel"}
+
+
+def test_fourier_weights_have_the_singular_values_of_their_complex_blocks(network):
+    _, params = network
+    weight = np.asarray(params["blocks"]["0"]["filter"]["w1"], np.float64)
+    blocks = weight[0] + 1j * weight[1]
+    expected = np.sort(np.concatenate([np.linalg.svd(block, compute_uv=False) ** 2 for block in blocks]))
+    report = farms_jax.analyze(spectral_view(params), window=None, eigenvalues=True)
+    found = report.eigenvalues[report.names.index("blocks/0/filter/w1")][0]
+    np.testing.assert_allclose(found, 0.5 * expected, rtol=1e-4)  # kernels count half, as in the reference
+
+
+def rates_of(params, tb, **changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    state = TrainState(params, make_optimizer(config, 2).init(params))
+    state, rows, _ = make_refresh(config, tb)(state, 0, 1e-3)
+    return dict(farms_jax.named_leaves(state.opt_state[-1].hyperparams["lr_scale"])), rows
+
+
+@pytest.mark.parametrize("tb", ["sigmoid", "farms"])
+def test_rates_follow_the_sigmoid_of_alpha(network, tb):
+    _, params = network
+    scales, rows = rates_of(params, tb, layer_selection=False)
+    alphas = {row["layer"]: row["alpha"] for row in rows}
+    x = np.array(list(alphas.values())) - np.mean(list(alphas.values()))
+    expected = 10 ** (1 / (1 + np.exp(-10 * x)) - 0.5)  # Table 14's scaling ratio (1, 1), slope 10
+    np.testing.assert_allclose([scales[name] for name in alphas], expected, rtol=1e-4)
+    assert scales["blocks/0/mlp/fc1/bias"] == scales["blocks/0/mlp/fc1/kernel"] != 1
+    assert scales["pos_embed"] == scales["time_agg/w"] == scales["blocks/0/filter/w1"] == 1
+    whole = layers_of(params, "reference").to_dict()
+    name = "patch_embed/proj/kernel"  # far from square, where windows and the whole matrix differ
+    assert np.isclose(alphas[name], whole[name]["alpha"]) == (tb == "sigmoid")
+
+
+def test_layer_selection_leaves_the_ends_alone(network):
+    _, params = network
+    with_ends, _ = rates_of(params, "farms", layer_selection=False)
+    without, rows = rates_of(params, "farms", layer_selection=True)
+    assert with_ends[ENDS[0]] != 1
+    assert without[ENDS[0]] == without["patch_embed/patches/bias"] == 1
+    assert {row["layer"] for row in rows} >= {ENDS[0]}  # measured all the same
+
+
+def test_without_tempbalance_layers_are_measured_and_rates_left_alone(network):
+    _, params = network
+    scales, rows = rates_of(params, "none")
+    assert set(map(float, scales.values())) == {1.0}
+    assert all(row["alpha"] > 0 for row in rows)
+
+
+def test_fourier_biases_follow_their_weights(network):
+    _, params = network
+    scales, _ = rates_of(params, "farms", layers="all")
+    for i in (1, 2):
+        assert scales[f"blocks/0/filter/b{i}"] == scales[f"blocks/0/filter/w{i}"] != 1
+
+
+@pytest.mark.parametrize("model", RATES)
+@pytest.mark.parametrize("percent", RATES["tiny"])
+def test_recipe_is_the_papers_cell(model, percent):
+    for tb in SETTINGS:
+        config = resolve(dataclasses.replace(RECIPES[f"{model}-{percent}-{tb}"], data="file"))
+        assert (config.model, config.ratio, config.tb) == (model, percent / 100, tb)
+        assert config.learning_rate == RATES[model][percent] == TABLE_14[model, percent / 100]
+        assert config.bounds() == pytest.approx((10**-0.5, 10**0.5))
+        assert (config.settings(), config.in_steps, config.layer_selection) == ((tb,), 10, True)
+        assert (config.resolution, NAMED[config.model].width) == (128, {"tiny": 512, "small": 1024}[model])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ratio": 1.5}, "--ratio is a share"),
+        ({"epochs": 0}, "--epochs must be above 0"),
+        ({"noise": -1.0}, "--noise must not be negative"),
+        ({"seeds": (1, 1)}, "--seeds must be different"),
+        ({"rollout_steps": 3, "bundle": 2}, "--rollout-steps 3 must be a multiple of --bundle 2"),
+        ({"weights": "a", "pretrain_data": "b"}, "two ways to start"),
+        ({"epochs": 2, "warmup_epochs": 3}, "--warmup-epochs 3"),
+        ({"scaling": (-1.0, 1.0)}, "--scaling"),
+        ({"data": ""}, "--data: the recipes"),
+    ],
+)
+def test_settings_out_of_range(changes, message):
+    with pytest.raises(InputError, match=message):
+        Config(**changes).check()
