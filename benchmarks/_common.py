@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def interleave(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+def interleave(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Times the functions in turn, A B A B ..., so that whatever else the machine does hits all of them.
 
     Args:

@@ -16,8 +16,8 @@ class Filter(nn.Module):
         super().__init__()
         blocks, size = config.num_blocks, config.width // config.num_blocks
         self.modes, self.activation = config.modes, _ACTIVATIONS[config.activation]()
-        for name, shape in {"w1": (size, size), "b1": (size,), "w2": (size, size), "b2": (size,)}.items():
-            self.register_parameter(name, nn.Parameter(torch.rand(2, blocks, *shape) / size**2))
+        self.w1, self.w2 = (nn.Parameter(torch.rand(2, blocks, size, size) / size**2) for _ in range(2))
+        self.b1, self.b2 = (nn.Parameter(torch.rand(2, blocks, size) / size**2) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (B, C, H, W) for x (B, C, H, W)."""

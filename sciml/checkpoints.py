@@ -196,7 +196,8 @@ def save(path: Path, params: Params, config: ModelConfig) -> None:
     Raises:
         InputError: the parameters are not the model's.
     """
-    metadata = {"format": "pt", "config": json.dumps(dataclasses.asdict(config))}
+    # One entry only: safetensors writes several in an order of chance, and equal weights should be equal files.
+    metadata = {"config": json.dumps(dataclasses.asdict(config))}
     state = to_torch(params, config)
     with files.atomic(path) as part:
         save_file(state, part, metadata)

@@ -6,7 +6,7 @@ Recipes are the cells of Table 4 with the settings of Table 14, `tiny-25-farms` 
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from farms_jax import Tail, Window
 from farms_jax.errors import InputError
@@ -25,7 +25,7 @@ class Config:
     against: tuple[TB, ...] | None = None
     """Other settings to fine-tune with, side by side. Default: on generated data those before `tb`."""
     model: Model | None = None
-    """Size of DPOT. Default: tiny; mini on generated data."""
+    """Size of DPOT. Default: that of the weights; else tiny, mini on generated data."""
     data: str = "generated"
     """File or folder to fine-tune on (PDEBench's 2D CFD, or DPOT's `data` layout), or generated: made here, small."""
     test_data: Path | None = None
@@ -33,9 +33,9 @@ class Config:
     data_dir: Path = Path("data")
     """Where generated data lie."""
     resolution: int | None = None
-    """Points per axis of the model's grid; the data are resampled to it. Default: 128; as generated."""
+    """Points per axis of the model's grid; the data are resampled to it. Default: as the weights; 128; as generated."""
     patch_size: int | None = None
-    """Points per axis of a patch. Default: 8; 4 on generated data."""
+    """Points per axis of a patch. Default: as the weights; 8; 4 on generated data."""
     ratio: float = 1.0
     """Share of the training trajectories that is used (Table 4: 0.05, 0.1, 0.25, 0.5, 1)."""
     limit_train: int | None = None
@@ -49,11 +49,11 @@ class Config:
     pretrain_data: Path | None = None
     """Pretrain on these trajectories first, instead of starting from weights."""
     pretrain_epochs: int | None = None
-    """Epochs of pretraining. Default: 200; 30 on generated data."""
+    """Epochs of pretraining. Default: 200; 12 on generated data."""
     pretrain_rate: float = 1e-3
     """Peak learning rate of pretraining."""
     epochs: int | None = None
-    """Of fine-tuning. Default: 200; 20 on generated data."""
+    """Of fine-tuning. Default: 200; 15 on generated data."""
     batch_size: int | None = None
     """Trajectories in a step. Default: 32; 8 on generated data."""
     learning_rate: float | None = None
@@ -76,8 +76,8 @@ class Config:
     """Noise on the model's input in training, relative to the norm of the input; DPOT pretrains with 5e-4."""
     test_steps: int | None = None
     """Time steps to predict in tests. Default: all that the data have."""
-    normalize: bool = False
-    """Normalise each sample inside the model; the published models do not."""
+    normalize: bool | None = None
+    """Normalise each sample inside the model. Default: as the weights; no, as published; yes on generated data."""
     weight_decay: float = 1e-6
     """L2, added to the gradient."""
     clip: float = 1e4
@@ -166,10 +166,11 @@ GENERATED = {
     "model": "mini",
     "resolution": 32,
     "patch_size": 4,
-    "pretrain_epochs": 30,
-    "epochs": 20,
+    "pretrain_epochs": 12,
+    "epochs": 15,
     "batch_size": 8,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
+    "normalize": True,
 }
 # Epochs, warm-up (a fifth) and batch of DPOT's configs/dpot_finetune.yaml; the FARMS paper names none.
 PUBLISHED = {
@@ -181,6 +182,7 @@ PUBLISHED = {
     "batch_size": 32,
     "limit_test": 200,
     "learning_rate": 2.5e-4,
+    "normalize": False,
 }
 
 
@@ -205,7 +207,9 @@ def resolve(config: Config) -> Config:
 
 
 RECIPES: dict[str, Config] = {
-    f"{model}-{round(100 * ratio)}-{tb}": Config(model=model, ratio=ratio, tb=tb, data="", learning_rate=rate)
+    f"{model}-{round(100 * ratio)}-{tb}": Config(
+        model=cast(Model, model), ratio=ratio, tb=tb, data="", learning_rate=rate
+    )
     for (model, ratio), rate in TABLE_14.items()
     for tb in SETTINGS
 }

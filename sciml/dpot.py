@@ -13,8 +13,8 @@ import tyro
 
 from farms_jax.errors import InputError, reported
 from farms_jax.rundir import read_config, write_config
-from sciml.config import RECIPES, Config, resolve
-from sciml.experiment import prepare, run_experiment
+from sciml.config import RECIPES, Config
+from sciml.experiment import complete, prepare, run_experiment
 
 
 def main() -> None:
@@ -49,9 +49,9 @@ def start(recipe: str | None, settings: list[str]) -> None:
     default = RECIPES[recipe] if recipe else Config()
     config = tyro.cli(Config, default=default, args=settings, prog="sciml.dpot", description=description)
     config.check()
-    config = resolve(config)
+    config = complete(config)
     experiment = prepare(config)
-    source = "".join(c if c.isalnum() or c in "._" else "-" for c in experiment.finetune.name)
+    source = "".join(c if c.isalnum() or c in "._" else "-" for c in experiment.finetune.name.removesuffix(".hdf5"))
     run = config.out / f"{source}-{config.model}-{config.tb}-{time.strftime('%Y%m%d-%H%M%S')}"
     write_config(run, config, experiment.facts())
     print(run_experiment(run, experiment))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from farms_jax.files import sha256, write_json
 from farms_jax.rundir import RunError, SeedDirectory, environment
 from sciml import checkpoints
-from sciml.config import TB, Config
+from sciml.config import TB, Config, resolve
 from sciml.fields import FieldData, open_fields
 from sciml.generate import FlowConfig, file_name, generate
 from sciml.loop import Evaluate, make_evaluate
@@ -21,8 +21,8 @@ from sciml.stage import Functions, Stage, make_functions, run_test, train_stage
 from sciml.summary import Results, summarise, table
 
 # Small enough for two cores: the flow to pretrain on is more viscous and slower than the one to fine-tune on.
-PRETRAIN_FLOW = FlowConfig(mach=0.1, eta=0.1, zeta=0.1, size=32, count=120, seed=1)
-FINETUNE_FLOW = FlowConfig(mach=1.0, eta=0.01, zeta=0.01, size=32, count=80, seed=2)
+PRETRAIN_FLOW = FlowConfig(mach=0.1, eta=0.1, zeta=0.1, size=32, count=400, seed=1)
+FINETUNE_FLOW = FlowConfig(mach=1.0, eta=0.01, zeta=0.01, size=32, count=160, seed=2)
 
 
 class Experiment(NamedTuple):
@@ -92,6 +92,32 @@ class Experiment(NamedTuple):
         return params
 
 
+def complete(config: Config) -> Config:
+    """Fill in what is `None`: the model's shape from the weights where there are some, and then the defaults.
+
+    Args:
+        config: as given.
+
+    Returns:
+        A resolved config.
+
+    Raises:
+        InputError: the weights cannot be read.
+    """
+    if config.weights is None:
+        return resolve(config)
+    found = checkpoints.infer_config(checkpoints.read(config.weights))
+    shape = ("width", "depth", "num_blocks", "mlp_ratio", "out_width")
+    alike = (name for name, model in NAMED.items() if all(getattr(model, f) == getattr(found, f) for f in shape))
+    taken = {
+        "model": next(alike, None),
+        "resolution": found.image_size,
+        "patch_size": found.patch_size,
+        "normalize": found.normalize,
+    }
+    return resolve(dataclasses.replace(config, **{f: v for f, v in taken.items() if getattr(config, f) is None}))
+
+
 def prepare(config: Config) -> Experiment:
     """Check shapes, then weights, then data; generated data are made where they are not there yet.
 
@@ -131,6 +157,7 @@ def prepare(config: Config) -> Experiment:
 
 def _model_config(config: Config) -> ModelConfig:
     assert config.model is not None and config.resolution is not None and config.patch_size is not None
+    assert config.normalize is not None
     model = dataclasses.replace(
         NAMED[config.model],
         image_size=config.resolution,

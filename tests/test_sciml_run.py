@@ -17,10 +17,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from sciml import checkpoints, dpot, experiment
+from sciml.config import Config
 from sciml.generate import FlowConfig
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--resolution", "8", "--patch-size", "4", "--batch-size", "4", "--epochs", "2", "--model", "mini"]
+# One step for all runs here, so that they share what is compiled.
+SMALL = ["--resolution", "8", "--patch-size", "4", "--batch-size", "4", "--epochs", "3", "--model", "mini"]
+SMALL += ["--noise", "1e-3", "--rollout-steps", "2"]
 
 
 def write_fields(path, count=10, steps=13, size=8, seed=0):
@@ -50,23 +53,24 @@ def call(monkeypatch, *arguments):
 
 
 @pytest.fixture(scope="module")
-def finished(files, tmp_path_factory):
-    """A run of all three settings and two seeds, and what it printed."""
+def environment(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def arguments(files):
+    settings = ["--data", files[0], "--pretrain-data", files[1], "--pretrain-epochs", 3, *SMALL]
+    return [*settings, "--tb", "farms", "--against", "none", "sigmoid", "--layers", "all"]
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, environment, tmp_path_factory):
+    """A run of all three settings, and what it printed."""
     out = tmp_path_factory.mktemp("out")
-    arguments = [
-        "--data",
-        files[0],
-        "--pretrain-data",
-        files[1],
-        "--pretrain-epochs",
-        2,
-        "--against",
-        "none",
-        "sigmoid",
-        *SMALL,
-    ]
-    arguments += ["--seeds", 0, 1, "--layers", "all", "--out", out]
-    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(*arguments, "--out", out), env=environment, cwd=out, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     (run,) = out.iterdir()
     return run, done.stdout
@@ -84,11 +88,11 @@ def test_a_run_leaves_its_files(finished):
     for tb, row in summary["settings"].items():
         assert f"{row['last']['mean']:.4e}" in printed
         lines = [json.loads(line) for line in (run / tb / "seed0" / "metrics.jsonl").open()]
-        assert [line["epoch"] for line in lines] == [0, 1]
+        assert [line["epoch"] for line in lines] == [0, 1, 2]
         assert row["seeds"]["0"]["last"] == lines[-1]["test_l2re"]
         assert len(lines[0]["test_l2re_by_step"]) == 3  # 13 steps, 10 of them given
         layers = list(csv.DictReader((run / tb / "seed0" / "layers.csv").open()))
-        assert {row["epoch"] for row in layers} == {"0", "1", "2"}
+        assert {row["epoch"] for row in layers} == {"0", "1", "2", "3"}
         assert any("filter/w1" in row["layer"] for row in layers)
         moved = {float(row["lr_scale"]) for row in layers} != {1.0}
         assert moved == (tb != "none")
@@ -116,32 +120,44 @@ def test_every_setting_starts_from_the_pretrained_weights(finished):
     np.testing.assert_array_equal(pretrained["cls_head.0.weight"], final["cls_head.0.weight"])
 
 
-def test_exported_weights_start_another_run(finished, files, tmp_path, monkeypatch, capsys):
+def test_exported_weights_start_another_run(finished, files, environment, tmp_path):
     run, _ = finished
     weights = run / "farms" / "seed0" / "model.safetensors"
-    call(monkeypatch, "--data", files[0], "--weights", weights, "--tb", "none", *SMALL, "--out", tmp_path)
+    given = ["--data", files[0], "--weights", weights, "--tb", "none", "--batch-size", 4, "--epochs", 1]
+    subprocess.run(command(*given, "--out", tmp_path), env=environment, cwd=tmp_path, check=True, timeout=300)
     (other,) = tmp_path.iterdir()
+    settings = json.loads((other / "config.json").read_text())["config"]
+    assert [settings[key] for key in ("model", "resolution", "patch_size", "normalize")] == ["mini", 8, 4, False]
     before = json.loads((other / "summary.json").read_text())["before"]["test_l2re"]
     last = json.loads((run / "farms" / "seed0" / "metrics.jsonl").read_text().splitlines()[-1])["test_l2re"]
     assert before == pytest.approx(last, rel=1e-5)
-    weights.touch()
-    settings = json.loads((other / "config.json").read_text())
-    settings["weights"] = "another"
-    (other / "config.json").write_text(json.dumps(settings))
+
+
+def test_other_weights_are_refused(finished, tmp_path, monkeypatch, capsys):
+    run, _ = finished
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes((run / "farms" / "seed0" / "model.safetensors").read_bytes())
+    facts = json.loads((run / "config.json").read_text())
+    facts["config"] |= {"weights": str(weights), "pretrain_data": None}
+    facts["data"].pop("pretrain")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(facts))
     with pytest.raises(SystemExit):
-        call(monkeypatch, "--resume", other)
+        call(monkeypatch, "--resume", tmp_path / "run")
     assert "--resume: the weights are not those" in capsys.readouterr().err
 
 
-def test_generated_data_are_made_and_all_settings_compared(tmp_path, monkeypatch, capsys):
+def test_generated_data_are_made_for_all_settings(tmp_path, monkeypatch):
     for name, seed in (("PRETRAIN_FLOW", 1), ("FINETUNE_FLOW", 2)):
         flow = FlowConfig(mach=0.1, eta=0.1 / seed, zeta=0.1, size=16, count=10, steps=12, end=0.1, seed=seed)
         monkeypatch.setattr(experiment, name, flow)
-    monkeypatch.chdir(tmp_path)
-    call(monkeypatch, "--tb", "farms", *SMALL, "--pretrain-epochs", "1")
-    printed = capsys.readouterr().out
-    assert all(f" {tb} " in printed for tb in ("before", "none", "sigmoid", "farms"))
-    assert len(list((tmp_path / "data" / "generated").glob("2D_CFD_Rand_*.hdf5"))) == 2
+    config = experiment.complete(Config(data_dir=tmp_path))
+    prepared = experiment.prepare(config)
+    assert config.settings() == ("none", "sigmoid", "farms")
+    assert "Eta0.05" in prepared.finetune.name
+    assert "Eta0.1_" in prepared.pretrain.name
+    assert (len(prepared.finetune.train), len(prepared.finetune.test)) == (9, 1)
+    assert len(list((tmp_path / "generated").glob("2D_CFD_Rand_*.hdf5"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -183,32 +199,26 @@ def test_other_data_are_refused(finished, files, tmp_path, monkeypatch, capsys):
     assert "--resume: the data are not those" in capsys.readouterr().err
 
 
-def test_killed_and_resumed_without_a_difference(files, tmp_path):
+def test_killed_and_resumed_without_a_difference(finished, arguments, environment, tmp_path):
     """SIGKILL in pretraining and in fine-tuning; the run that is resumed ends with the same bits as an unbroken one."""
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    settings = ["--data", files[0], "--pretrain-data", files[1], "--pretrain-epochs", 3, *SMALL, "--epochs", 4]
-    settings += ["--noise", 1e-3, "--tb", "farms", "--rollout-steps", 2]
-    whole_out, killed_out = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(*settings, "--out", whole_out), env=environment, cwd=tmp_path, check=True, timeout=300)
-    (whole,) = whole_out.iterdir()
-    moments = random.Random(0)
-    arguments = [*settings, "--out", killed_out]
-    for where, lines in (("pretrain", 1), ("farms/seed0", 1), ("farms/seed0", 3)):
-        process = subprocess.Popen(command(*arguments), env=environment, cwd=tmp_path)
+    whole, _ = finished
+    out, moments, given = tmp_path / "out", random.Random(0), [*arguments, "--out", tmp_path / "out"]
+    for where, lines in (("pretrain", 1), ("none/seed0", 2), ("farms/seed0", 2)):
+        process = subprocess.Popen(command(*given), env=environment, cwd=tmp_path)
         deadline = time.monotonic() + 200
         while process.poll() is None and time.monotonic() < deadline:
-            found = list(killed_out.glob(f"*/{where}/metrics.jsonl"))
+            found = list(out.glob(f"*/{where}/metrics.jsonl"))
             if found and found[0].read_text().count("\n") >= lines:
                 break
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-        (killed,) = killed_out.iterdir()
-        arguments = ["--resume", killed]
-    subprocess.run(command(*arguments), env=environment, cwd=tmp_path, check=True, timeout=300)
+        (killed,) = out.iterdir()
+        given = ["--resume", killed]
+    subprocess.run(command(*given), env=environment, cwd=tmp_path, check=True, timeout=300)
 
-    for stage in ("pretrain", "farms/seed0"):
+    for stage in ("pretrain", "none/seed0", "sigmoid/seed0", "farms/seed0"):
         for which in ("last", "best"):
             states = [checkpoint(run / stage, which) for run in (whole, killed)]
             assert jax.tree.all(jax.tree.map(np.array_equal, *states)), (stage, which)
