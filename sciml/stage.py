@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 import farms_jax
+from farms_jax.errors import InputError
 from farms_jax.rundir import SeedDirectory, layer_rows
 from sciml.batches import test_batches, train_batches
 from sciml.config import TB, Config
@@ -62,8 +63,7 @@ def make_functions(network: Network, config: Config, data: FieldData, evaluate: 
     Returns:
         The functions.
     """
-    assert config.batch_size is not None
-    steps = -(-len(data.train) // config.batch_size)
+    steps = -(-len(data.train) // _batch_size(config, data.train))
     optimizer = make_optimizer(config, steps)
     return Functions(make_step(network, optimizer, config), evaluate, optimizer, steps)
 
@@ -78,6 +78,9 @@ def train_stage(directory: SeedDirectory, stage: Stage, functions: Functions) ->
 
     Returns:
         The final state.
+
+    Raises:
+        InputError: the loss is not finite.
     """
     config = stage.config
     assert config.epochs is not None
@@ -94,6 +97,11 @@ def train_stage(directory: SeedDirectory, stage: Stage, functions: Functions) ->
             state, layers, refresh_seconds = refresh(state, epoch, rate)
             directory.append_layers(layers)
             state, trained = run_epoch(state, stage, functions, epoch, bar)
+            if not np.isfinite(trained["train_l2re_step"]):
+                raise InputError(
+                    f"{stage.name}: the loss is {trained['train_l2re_step']} in epoch {epoch}, of which nothing is kept; "
+                    "start anew with a lower --learning-rate (--pretrain-rate in pretraining) or --clip"
+                )
             tested = run_test(state.params, stage.data.test, config, functions.evaluate)
             line = {"epoch": epoch, "learning_rate": rate, **trained, **tested}
             line |= {"seconds": time.perf_counter() - start, "refresh_seconds": refresh_seconds}
@@ -120,11 +128,10 @@ def run_epoch(state: TrainState, stage: Stage, functions: Functions, epoch: int,
     Returns:
         The state, and `train_l2re_step` and `train_l2re`: per prediction and over all of them, means over trajectories.
     """
-    config = stage.config
-    assert config.batch_size is not None
+    config, batch_size = stage.config, _batch_size(stage.config, stage.data.train)
     key = jax.random.fold_in(jax.random.key(stage.seed), epoch)
     steps = config.in_steps + config.rollout_steps
-    drawn = train_batches(stage.data.train, batch_size=config.batch_size, steps=steps, seed=stage.seed, epoch=epoch)
+    drawn = train_batches(stage.data.train, batch_size=batch_size, steps=steps, seed=stage.seed, epoch=epoch)
     sums = []
     for index, batch in enumerate(drawn):
         state, losses = functions.step(state, jax.random.fold_in(key, index), batch.fields, batch.weights)
@@ -147,9 +154,8 @@ def run_test(params: Any, fields: Fields, config: Config, evaluate: Evaluate) ->
         `test_l2re` over whole rollouts, `test_l2re_step` the mean of its steps, and `test_l2re_by_step`, a list; means
         over trajectories.
     """
-    assert config.batch_size is not None
     whole, by_step = [], []
-    for batch in test_batches(fields, batch_size=config.batch_size):
+    for batch in test_batches(fields, batch_size=_batch_size(config, fields)):
         errors, errors_by_step = jax.device_get(evaluate(params, batch.fields))
         counted = batch.weights > 0
         whole.append(errors[counted])
@@ -160,6 +166,12 @@ def run_test(params: Any, fields: Fields, config: Config, evaluate: Evaluate) ->
         "test_l2re_step": float(steps.mean()),
         "test_l2re_by_step": steps.tolist(),
     }
+
+
+def _batch_size(config: Config, fields: Fields) -> int:
+    """Trajectories in a step: no more than there are, as the rest would be padding."""
+    assert config.batch_size is not None
+    return min(config.batch_size, len(fields))
 
 
 def make_refresh(

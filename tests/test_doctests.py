@@ -7,8 +7,13 @@ import pkgutil
 import pytest
 
 import farms_jax
+import sciml
 
-MODULES = [f"farms_jax.{module.name}" for module in pkgutil.iter_modules(farms_jax.__path__)]
+MODULES = [
+    f"{package.__name__}.{module.name}"
+    for package in (farms_jax, sciml)
+    for module in pkgutil.iter_modules(package.__path__)
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -17,5 +22,7 @@ def test_examples(name):
 
 
 def test_there_are_examples():
-    counts = {name: doctest.testmod(importlib.import_module(name)).attempted for name in MODULES}
-    assert all(counts[f"farms_jax.{name}"] > 0 for name in ("_analyze", "_tempbalance", "_names"))
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    found = {name: [t for t in finder.find(importlib.import_module(name)) if t.examples] for name in MODULES}
+    examples = ("farms_jax._analyze", "farms_jax._tempbalance", "farms_jax._names", "sciml.model", "sciml.flow")
+    assert all(found[name] for name in examples)

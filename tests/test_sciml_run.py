@@ -16,9 +16,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from farms_jax.errors import InputError
+from farms_jax.rundir import SeedDirectory
 from sciml import checkpoints, dpot, experiment
-from sciml.config import Config
+from sciml.config import Config, resolve
+from sciml.fields import open_fields
 from sciml.generate import FlowConfig
+from sciml.loop import TrainState
+from sciml.model import ModelConfig, make_network
+from sciml.optimizer import make_optimizer
+from sciml.stage import Functions, Stage, train_stage
 
 ROOT = Path(__file__).parent.parent
 # One step for all runs here, so that they share what is compiled.
@@ -229,6 +236,28 @@ def test_killed_and_resumed_without_a_difference(finished, arguments, environmen
             assert all(a[key] == b[key] for key in a if "seconds" not in key)
         rows = [list(csv.DictReader((run / stage / "layers.csv").open())) for run in (whole, killed)]
         assert rows[0] == rows[1]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_epoch(files, tmp_path):
+    model = ModelConfig(image_size=8, patch_size=4, width=8, depth=1, num_blocks=1, out_width=4)
+    config = resolve(Config(epochs=3, batch_size=4, learning_rate=1e-3))
+    data = open_fields(files[0], resolution=None, steps_needed=11)
+    params, optimizer = jax.jit(make_network(model).init)(jax.random.key(0)), make_optimizer(config, 3)
+    losses = iter([0.5] * 3 + [np.nan] * 3)  # an epoch has 9 trajectories, hence 3 steps
+
+    def step(state, *batch):
+        return state, np.full(2, next(losses))
+
+    def evaluate(params, fields):
+        return np.ones(len(fields)), np.ones((len(fields), 3))
+
+    with SeedDirectory(tmp_path) as directory:
+        with pytest.raises(InputError, match="loss is nan in epoch 1.*lower --learning-rate"):
+            train_stage(
+                directory, Stage("s", "farms", 0, config, data, params), Functions(step, evaluate, optimizer, 3)
+            )
+        assert [line["epoch"] for line in directory.metrics()] == [0]
+        assert directory.restore(TrainState(params, optimizer.init(params)))[1] == 1
 
 
 def checkpoint(stage, which):
