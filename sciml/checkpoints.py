@@ -19,6 +19,8 @@ from farms_jax.errors import InputError
 from sciml.conversion import COMPONENTS, component_of, place_of, place_of_path
 from sciml.model import NAMED, ModelConfig, Params, make_network
 
+_SHOWN = 12  # tensors that an error lists
+
 
 def read(path: Path) -> dict[str, np.ndarray]:
     """Read a state dict.
@@ -109,6 +111,11 @@ class Faults(NamedTuple):
     lines: list[str]
     components: set[str]
 
+    def __str__(self) -> str:
+        """Return the lines as one, the first of them where there are many."""
+        more = f"; and {len(self.lines) - _SHOWN} more" if len(self.lines) > _SHOWN else ""
+        return "; ".join(self.lines[:_SHOWN]) + more
+
 
 def _faults(
     arrays: Mapping[str, np.ndarray], unknown: Iterable[str], expected: Mapping[str, tuple[int, ...]]
@@ -159,7 +166,7 @@ def from_torch(state: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
     arrays, unknown = _place_all(state)
     faults = _faults(arrays, unknown, _expected(config))
     if faults.lines:
-        raise InputError(f"state dict: {'; '.join(faults.lines)}. Use the configuration that it was saved from")
+        raise InputError(f"state dict: {faults}. Use the configuration that it was saved from")
     return _nest(arrays)
 
 
@@ -181,7 +188,7 @@ def to_torch(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     known = {path: array for path, array in arrays.items() if path in places}
     faults = _faults(known, (path for path in arrays if path not in places), _expected(config))
     if faults.lines:
-        raise InputError(f"parameters: {'; '.join(faults.lines)}. Use the configuration that they belong to")
+        raise InputError(f"parameters: {faults}. Use the configuration that they belong to")
     return {place.name: np.ascontiguousarray(place.layout.to_torch(arrays[p])) for p, place in places.items()}
 
 
@@ -235,7 +242,7 @@ def load(
                     raise InputError(f"{path}: component {component}: {where} has none; leave it out of the components")
     faults = _faults(given, unknown if "all" in components else (), wanted)
     if faults.lines:
-        raise InputError(f"{path}: {'; '.join(faults.lines)}. {_remedy(faults, chosen, state)}")
+        raise InputError(f"{path}: {faults}. {_remedy(faults, chosen, state)}")
     replaced = {p: jnp.asarray(given[p]) if p in given else leaf for p, leaf in _flatten(params).items()}
     return _nest(replaced), notes + _differences(path, config)
 
@@ -324,7 +331,8 @@ def infer_config(state: Mapping[str, np.ndarray]) -> ModelConfig:
             time_aggregation="exp_mlp" if "time_agg/gamma" in arrays else "mlp",
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise InputError(f"state dict: not of a DPOT model ({error!r}); give a checkpoint of DPOT") from error
+        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"not of a DPOT model: {reason}; give a whole checkpoint of DPOT") from error
     config.check()
     return config
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
+from farms_jax.errors import InputError
 from farms_jax.files import sha256, write_json
 from farms_jax.rundir import RunError, SeedDirectory, environment
 from sciml import checkpoints
@@ -102,15 +103,24 @@ def complete(config: Config) -> Config:
         A resolved config.
 
     Raises:
-        InputError: the weights cannot be read.
+        InputError: the weights cannot be read, or are of no DPOT model.
     """
     if config.weights is None:
         return resolve(config)
-    found = checkpoints.infer_config(checkpoints.read(config.weights))
+    state = checkpoints.read(config.weights)
+    try:
+        found = checkpoints.infer_config(state)
+    except InputError as error:
+        raise InputError(f"{config.weights}: {error}") from error
     shape = ("width", "depth", "num_blocks", "mlp_ratio", "out_width")
-    alike = (name for name, model in NAMED.items() if all(getattr(model, f) == getattr(found, f) for f in shape))
+    alike = [name for name, model in NAMED.items() if all(getattr(model, f) == getattr(found, f) for f in shape)]
+    if config.model is None and not alike:
+        raise InputError(
+            f"{config.weights}: {found.depth} blocks of width {found.width} are none of the models {', '.join(NAMED)}; "
+            "give --model, and in --components what to take"
+        )
     taken = {
-        "model": next(alike, None),
+        "model": alike[0] if alike else None,
         "resolution": found.image_size,
         "patch_size": found.patch_size,
         "normalize": found.normalize,

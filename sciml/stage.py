@@ -97,10 +97,10 @@ def train_stage(directory: SeedDirectory, stage: Stage, functions: Functions) ->
             state, layers, refresh_seconds = refresh(state, epoch, rate)
             directory.append_layers(layers)
             state, trained = run_epoch(state, stage, functions, epoch, bar)
-            if not np.isfinite(trained["train_l2re_step"]):
+            if not np.isfinite(loss := trained["train_l2re_step"]):
                 raise InputError(
-                    f"{stage.name}: the loss is {trained['train_l2re_step']} in epoch {epoch}, of which nothing is kept; "
-                    "start anew with a lower --learning-rate (--pretrain-rate in pretraining) or --clip"
+                    f"{stage.name}: the loss is {loss} in epoch {epoch}, of which nothing is kept; start anew with a "
+                    "lower --learning-rate (--pretrain-rate in pretraining) or --clip"
                 )
             tested = run_test(state.params, stage.data.test, config, functions.evaluate)
             line = {"epoch": epoch, "learning_rate": rate, **trained, **tested}

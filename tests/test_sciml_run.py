@@ -167,6 +167,16 @@ def test_generated_data_are_made_for_all_settings(tmp_path, monkeypatch):
     assert len(list((tmp_path / "generated").glob("2D_CFD_Rand_*.hdf5"))) == 2
 
 
+def test_weights_of_no_named_model_are_refused(files, tmp_path, monkeypatch, capsys):
+    model = ModelConfig(image_size=8, patch_size=4, width=8, depth=1, num_blocks=1, out_width=4)
+    weights = tmp_path / "odd.safetensors"
+    checkpoints.save(weights, jax.jit(make_network(model).init)(jax.random.key(0)), model)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--data", files[0], "--weights", weights, "--out", tmp_path / "runs")
+    assert "odd.safetensors: 1 blocks of width 8 are none of the models mini, tiny" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -252,7 +262,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_epoch(files, 
         return np.ones(len(fields)), np.ones((len(fields), 3))
 
     with SeedDirectory(tmp_path) as directory:
-        with pytest.raises(InputError, match="loss is nan in epoch 1.*lower --learning-rate"):
+        with pytest.raises(InputError, match="loss is nan in epoch 1.*a lower --learning-rate"):
             train_stage(
                 directory, Stage("s", "farms", 0, config, data, params), Functions(step, evaluate, optimizer, 3)
             )
