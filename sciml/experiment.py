@@ -168,6 +168,8 @@ def prepare(config: Config) -> Experiment:
 def _model_config(config: Config) -> ModelConfig:
     assert config.model is not None and config.resolution is not None and config.patch_size is not None
     assert config.normalize is not None
+    if config.resolution % config.patch_size:
+        raise InputError(f"--resolution {config.resolution} must be a multiple of --patch-size {config.patch_size}")
     model = dataclasses.replace(
         NAMED[config.model],
         image_size=config.resolution,

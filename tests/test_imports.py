@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOW = ["errors", "files", "plots", "_names", "_matrices", "_windows", "_tail", "mappings", "_report"]
+FLOW = ["errors", "program", "files", "plots", "_names", "_matrices", "_windows", "_tail", "mappings", "_report"]
 FLOW += ["rundir", "_lapack", "_host", "_esd", "_analyze", "_lr_scale", "_sparsity", "_tempbalance"]
 
 

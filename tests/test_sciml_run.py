@@ -182,8 +182,8 @@ def test_weights_of_no_named_model_are_refused(files, tmp_path, monkeypatch, cap
     [
         (["--data", "nowhere.hdf5"], "nowhere.hdf5"),
         (["--data", "{fine}", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
-        (["--data", "{fine}", "--in-steps", "13"], "steps"),
-        (["--data", "{fine}", "--patch-size", "3"], "patch"),
+        (["--data", "{fine}", "--in-steps", "13"], "13 time steps"),
+        (["--data", "{fine}", "--patch-size", "3"], "--resolution 8 must be a multiple of --patch-size 3"),
         (["--recipe", "tiny-7-farms"], "there is no 'tiny-7-farms'"),
         (["--recipe", "tiny-5-farms"], "--data: the recipes"),
         (["--epochs", "0"], "--epochs must be above 0"),
