@@ -91,7 +91,7 @@ def our_step(model: ModelConfig, network: Any, params: Any, fields: np.ndarray) 
 def torch_step(model: ModelConfig, params: Any, fields: np.ndarray) -> tuple[Callable[[], None], Any]:
     """Returns the same of PyTorch."""
     network = TorchDPOT(model)
-    network.load_state_dict({key: torch.from_numpy(value) for key, value in to_torch(params, model).items()})
+    network.load_state_dict({key: torch.tensor(value) for key, value in to_torch(params, model).items()})
     # Torch's Adam has the same L2 in the gradient; a fused update is its fastest.
     optimizer = torch.optim.Adam(network.parameters(), 1e-4, betas=BETAS, weight_decay=1e-6, fused=True)
     seen, true = torch.from_numpy(fields).split([model.in_steps, 1], dim=-2)

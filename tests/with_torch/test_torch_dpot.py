@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.dpot_step import time_refresh, time_step
 from benchmarks.torch_dpot import TorchDPOT
 from sciml.checkpoints import to_torch
 from sciml.config import Config, resolve
@@ -25,7 +26,7 @@ def test_the_peer_is_the_same_network(normalize):
     network = make_network(model)
     params = network.init(jax.random.key(0))
     peer = TorchDPOT(model)
-    peer.load_state_dict({key: torch.from_numpy(value) for key, value in to_torch(params, model).items()})
+    peer.load_state_dict({key: torch.tensor(value) for key, value in to_torch(params, model).items()})
     fields = np.random.default_rng(0).standard_normal((2, 8, 8, 3, 4), dtype=np.float32)
     for ours, theirs in zip(network.apply(params, fields), peer(torch.from_numpy(fields)), strict=True):
         np.testing.assert_allclose(ours, theirs.detach(), atol=1e-5)
@@ -68,7 +69,7 @@ def test_steps_are_torchs(schedule):
 def torch_steps(config, state, batches):
     """State after torch's steps, with its scheduler called as DPOT calls it."""
     peer = TorchDPOT(MODEL)
-    peer.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+    peer.load_state_dict({key: torch.tensor(value) for key, value in state.items()})
     optimizer = torch.optim.Adam(peer.parameters(), config.learning_rate, betas=(0.9, 0.9), weight_decay=1e-2)
     if config.schedule == "cycle":
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -87,3 +88,10 @@ def torch_steps(config, state, batches):
         optimizer.step()
         scheduler.step()
     return {name: value.numpy() for name, value in peer.state_dict().items()}
+
+
+def test_the_benchmark_compares_like_with_like():
+    model = dataclasses.replace(MODEL, in_steps=3)
+    losses = time_step(model, batch=2, repeats=1)["loss"]
+    assert losses["ours"] == pytest.approx(losses["torch"], rel=1e-5)
+    assert time_refresh(model, repeats=1)["max_relative_difference_of_alpha"] < 1e-4
