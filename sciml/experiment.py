@@ -232,7 +232,9 @@ def _finetune(
     for tb in config.settings():
         for seed, params in starts.items():
             stage = Stage(f"{tb}, seed {seed}", tb, seed, config, data, params)
-            yield (tb, seed), _train(run / tb / f"seed{seed}", stage, functions, model)
+            results = _train(run / tb / f"seed{seed}", stage, functions, model)
+            # Plots are of the first seed; a large model's parameters times all seeds would fill the memory.
+            yield (tb, seed), results if seed == config.seeds[0] else results._replace(params=None)
 
 
 def _train(folder: Path, stage: Stage, functions: Functions, model: ModelConfig) -> Results:

@@ -144,6 +144,9 @@ def run_epoch(state: TrainState, stage: Stage, functions: Functions, epoch: int,
 def run_test(params: Any, fields: Fields, config: Config, evaluate: Evaluate) -> dict[str, Any]:
     """Roll out every test trajectory.
 
+    Every point of the model's grid counts. DPOT's code leaves out points that it interpolated between stored ones;
+    at the resolution of the data, as in the paper, there are none.
+
     Args:
         params: of the network.
         fields: test trajectories.

@@ -9,7 +9,7 @@ from sciml.config import TB
 
 
 class Results(NamedTuple):
-    """What fine-tuning gave: final parameters, lines of `metrics.jsonl`, rows of `layers.csv`."""
+    """What a stage gave: final parameters where they are needed, lines of `metrics.jsonl`, rows of `layers.csv`."""
 
     params: Any
     metrics: list[dict[str, Any]]
