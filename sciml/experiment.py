@@ -193,6 +193,8 @@ def run_experiment(run: Path, experiment: Experiment) -> str:
         A table of the results, and where they are.
     """
     notes = experiment.finetune.notes + (experiment.pretrain.notes if experiment.pretrain else ())
+    if experiment.config.weights is None and experiment.pretrain is None:
+        notes = (*notes, "No weights given: training starts from random ones; see --weights and --pretrain-data.")
     for line in (*notes, f"{experiment.title()} -> {run}"):
         tqdm.write(line)
     config, _, network, data, _ = experiment
