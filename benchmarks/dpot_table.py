@@ -15,9 +15,9 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks._common import machine, write
-from farms_jax.rundir import read_config, write_config
 from sciml.config import Config
-from sciml.experiment import PRETRAIN_FLOW, complete, prepare, run_experiment
+from sciml.dpot import resume, start
+from sciml.experiment import PRETRAIN_FLOW
 from sciml.generate import FlowConfig, file_name, generate
 
 RATIOS = (0.05, 0.1, 0.25, 0.5, 1.0)
@@ -37,8 +37,7 @@ def main() -> None:
     small = Config(resolution=32, patch_size=4, batch_size=8, model="mini", normalize=True, learning_rate=1e-3)
     data = generate(args.out / file_name(FLOW), FLOW)
     pretrain = generate(args.out / "pretrain" / file_name(PRETRAIN_FLOW), PRETRAIN_FLOW)
-    start = dataclasses.replace(small, tb="none", data=str(pretrain), epochs=12)
-    run_once(args.out / "start", start)
+    run_once(args.out / "start", dataclasses.replace(small, tb="none", data=str(pretrain), epochs=12))
     weights = args.out / "start" / "none" / "seed0" / "model.safetensors"
     rows = {}
     for ratio in args.ratios:
@@ -58,15 +57,7 @@ def run_once(run: Path, config: Config) -> dict[str, Any]:
     """Runs an experiment in a directory of its own, from where it stands, and returns its summary."""
     summary = run / "summary.json"
     if not summary.is_file():
-        if (run / "config.json").is_file():
-            config, before = read_config(run, Config)
-            experiment = prepare(config)
-            experiment.check_same(before)
-        else:
-            config.check()
-            experiment = prepare(complete(config))
-            write_config(run, experiment.config, experiment.facts())
-        tqdm.write(run_experiment(run, experiment))
+        tqdm.write(resume(run) if (run / "config.json").is_file() else start(config, run))
     return json.loads(summary.read_text(encoding="utf-8"))
 
 

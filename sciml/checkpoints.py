@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from farms_jax import files
+from farms_jax import files, named_leaves
 from farms_jax.errors import InputError
 from sciml.conversion import COMPONENTS, component_of, place_of, place_of_path
 from sciml.model import NAMED, ModelConfig, Params, make_network
@@ -38,7 +38,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a .safetensors or .pth checkpoint")
     if path.suffix == ".safetensors":
-        raw = _read_safetensors(path)[0]
+        raw = _read_safetensors(path)
     elif path.suffix in {".pth", ".pt"}:
         raw = _read_torch(path)
     else:
@@ -52,10 +52,10 @@ def read(path: Path) -> dict[str, np.ndarray]:
     return state
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, TypeError, ValueError) as error:
         raise InputError(f"{path}: damaged, or no safetensors file ({error}); download or convert it again") from error
 
@@ -86,12 +86,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
 def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every parameter of a model, by our names."""
     skeleton = jax.eval_shape(make_network(config).init, jax.random.key(0))
-    return {path: leaf.shape for path, leaf in _flatten(skeleton).items()}
-
-
-def _flatten(params: Params) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {path: leaf.shape for path, leaf in named_leaves(skeleton)}
 
 
 def _nest(arrays: Mapping[str, Any]) -> Params:
@@ -183,7 +178,7 @@ def to_torch(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     Raises:
         InputError: the parameters are not the model's.
     """
-    arrays = {path: np.asarray(leaf, np.float32) for path, leaf in _flatten(params).items()}
+    arrays = {path: np.asarray(leaf, np.float32) for path, leaf in named_leaves(params)}
     places = {path: place for path in arrays if (place := place_of_path(path))}
     known = {path: array for path, array in arrays.items() if path in places}
     faults = _faults(known, (path for path in arrays if path not in places), _expected(config))
@@ -243,7 +238,7 @@ def load(
     faults = _faults(given, unknown if "all" in components else (), wanted)
     if faults.lines:
         raise InputError(f"{path}: {faults}. {_remedy(faults, chosen, state)}")
-    replaced = {p: jnp.asarray(given[p]) if p in given else leaf for p, leaf in _flatten(params).items()}
+    replaced = {p: jnp.asarray(given[p]) if p in given else leaf for p, leaf in named_leaves(params)}
     return _nest(replaced), notes + _differences(path, config)
 
 

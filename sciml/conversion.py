@@ -46,11 +46,15 @@ ROW = Layout(2, lambda a: a[0], lambda a: a[None])  # (1, C) <-> (C,)
 
 
 class Row(NamedTuple):
-    """One line of the table; {} stands for the number of a block."""
+    """One line of the table, where {} stands for the number of a block; or the same of one tensor, number and all."""
 
-    name: str  # Torch's
-    path: str  # ours
+    name: str  # in Torch's state dict
+    path: str  # in our parameters
     layout: Layout
+
+    def to_ours(self, array: np.ndarray) -> np.ndarray:
+        """Returns Torch's array in our layout; one of a rank that does not fit stays as it is."""
+        return array if self.layout.rank not in {None, array.ndim} else self.layout.to_ours(array)
 
 
 _WEIGHTS = (
@@ -83,18 +87,6 @@ TABLE = (
 )
 
 
-class Place(NamedTuple):
-    """Where one tensor goes."""
-
-    name: str  # in Torch's state dict
-    path: str  # in our parameters
-    layout: Layout
-
-    def to_ours(self, array: np.ndarray) -> np.ndarray:
-        """Returns Torch's array in our layout; one of a rank that does not fit stays as it is."""
-        return array if self.layout.rank not in {None, array.ndim} else self.layout.to_ours(array)
-
-
 def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(re.escape(template).replace(r"\{\}", r"(0|[1-9]\d*)"))
 
@@ -103,22 +95,22 @@ _BY_NAME = tuple((_pattern(row.name), row) for row in TABLE)
 _BY_PATH = tuple((_pattern(row.path), row) for row in TABLE)
 
 
-def place_of(name: str) -> Place | None:
+def place_of(name: str) -> Row | None:
     """Returns the place of a tensor with this name in Torch's state dict; None for an unknown one."""
     return _find(name, _BY_NAME)
 
 
-def place_of_path(path: str) -> Place | None:
+def place_of_path(path: str) -> Row | None:
     """Returns the place of a parameter of ours; None for an unknown one."""
     return _find(path, _BY_PATH)
 
 
-def _find(text: str, rules: tuple[tuple[re.Pattern[str], Row], ...]) -> Place | None:
+def _find(text: str, rules: tuple[tuple[re.Pattern[str], Row], ...]) -> Row | None:
     found = [(match, row) for pattern, row in rules if (match := pattern.fullmatch(text))]
     if not found:
         return None
     [(match, row)] = found  # no two rows fit the same name
-    return Place(row.name.format(*match.groups()), row.path.format(*match.groups()), row.layout)
+    return Row(row.name.format(*match.groups()), row.path.format(*match.groups()), row.layout)
 
 
 def component_of(path: str) -> str:

@@ -18,11 +18,12 @@ def main() -> None:
     run_program("sciml.dpot", __doc__, default=Config(), recipes=RECIPES, start=start, resume=resume)
 
 
-def start(config: Config) -> str:
+def start(config: Config, run: Path | None = None) -> str:
     """Begin a run.
 
     Args:
         config: its settings.
+        run: its directory; by default one in `config.out`, named after the data, the model and the time.
 
     Returns:
         A table of the results.
@@ -33,7 +34,8 @@ def start(config: Config) -> str:
     config.check()
     experiment = prepare(complete(config))
     config = experiment.config
-    run = config.out / run_name(experiment.finetune.name.removesuffix(".hdf5"), str(config.model), config.tb)
+    name = run_name(experiment.finetune.name.removesuffix(".hdf5"), str(config.model), config.tb)
+    run = run or config.out / name
     write_config(run, config, experiment.facts())
     return run_experiment(run, experiment)
 

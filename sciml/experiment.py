@@ -35,6 +35,7 @@ class Experiment(NamedTuple):
         network: of those shapes.
         finetune: trajectories to fine-tune on.
         pretrain: trajectories to pretrain on, where there are some.
+        notes: what the user should know of weights and data.
     """
 
     config: Config
@@ -42,6 +43,7 @@ class Experiment(NamedTuple):
     network: Network
     finetune: FieldData
     pretrain: FieldData | None
+    notes: tuple[str, ...]
 
     def facts(self) -> dict[str, Any]:
         """What a run's numbers depend on besides its settings: data, weights, versions, machine."""
@@ -84,13 +86,10 @@ class Experiment(NamedTuple):
         Raises:
             InputError: the weights do not fit.
         """
-        drawn = jax.jit(self.network.init)(jax.random.key(seed))
+        drawn = self.network.init(jax.random.key(seed))
         if self.config.weights is None:
             return drawn
-        params, notes = checkpoints.load(self.config.weights, self.model, drawn, self.config.components)
-        for note in notes:
-            tqdm.write(note)
-        return params
+        return checkpoints.load(self.config.weights, self.model, drawn, self.config.components)[0]
 
 
 def complete(config: Config) -> Config:
@@ -142,8 +141,10 @@ def prepare(config: Config) -> Experiment:
     """
     model = _model_config(config)
     network = make_network(model)
+    notes: list[str] = []
     if config.weights is not None:  # before the data are made, which takes longer
-        checkpoints.load(config.weights, model, jax.eval_shape(network.init, jax.random.key(0)), config.components)
+        skeleton = jax.eval_shape(network.init, jax.random.key(0))
+        notes += checkpoints.load(config.weights, model, skeleton, config.components)[1]
     finetune, pretrain = Path(config.data), config.pretrain_data
     if config.is_generated():
         folder = config.data_dir / "generated"  # of their own: other flows of these names may lie beside it
@@ -156,13 +157,12 @@ def prepare(config: Config) -> Experiment:
         return open_fields(path, resolution=config.resolution, steps_needed=needed, **limits)
 
     limits = {"limit_test": config.limit_test, "channels": model.in_channels}
-    return Experiment(
-        config,
-        model,
-        network,
-        opened(finetune, test=config.test_data, ratio=config.ratio, limit_train=config.limit_train, **limits),
-        None if pretrain is None else opened(pretrain, **limits),
-    )
+    to_finetune = opened(finetune, test=config.test_data, ratio=config.ratio, limit_train=config.limit_train, **limits)
+    to_pretrain = None if pretrain is None else opened(pretrain, **limits)
+    notes += to_finetune.notes + (to_pretrain.notes if to_pretrain else ())
+    if config.weights is None and to_pretrain is None:
+        notes.append("No weights given: training starts from random ones; see --weights and --pretrain-data.")
+    return Experiment(config, model, network, to_finetune, to_pretrain, tuple(notes))
 
 
 def _model_config(config: Config) -> ModelConfig:
@@ -192,12 +192,9 @@ def run_experiment(run: Path, experiment: Experiment) -> str:
     Returns:
         A table of the results, and where they are.
     """
-    notes = experiment.finetune.notes + (experiment.pretrain.notes if experiment.pretrain else ())
-    if experiment.config.weights is None and experiment.pretrain is None:
-        notes = (*notes, "No weights given: training starts from random ones; see --weights and --pretrain-data.")
-    for line in (*notes, f"{experiment.title()} -> {run}"):
+    for line in (*experiment.notes, f"{experiment.title()} -> {run}"):
         tqdm.write(line)
-    config, _, network, data, _ = experiment
+    config, network, data = experiment.config, experiment.network, experiment.finetune
     evaluate = make_evaluate(network, config)
     pretrained = _pretrain(run, experiment, evaluate)
     starts = {seed: experiment.initial(seed) if pretrained is None else pretrained for seed in config.seeds}
@@ -211,7 +208,7 @@ def run_experiment(run: Path, experiment: Experiment) -> str:
 
 def _pretrain(run: Path, experiment: Experiment, evaluate: Evaluate) -> Any:
     """Parameters after pretraining, or `None` where there is none."""
-    config, model, network, _, data = experiment
+    config, model, network, data = experiment.config, experiment.model, experiment.network, experiment.pretrain
     if data is None or not config.pretrain_epochs:
         return None
     pretrain = dataclasses.replace(
@@ -229,7 +226,7 @@ def _pretrain(run: Path, experiment: Experiment, evaluate: Evaluate) -> Any:
 def _finetune(
     run: Path, experiment: Experiment, starts: dict[int, Any], evaluate: Evaluate
 ) -> Iterator[tuple[tuple[TB, int], Results]]:
-    config, model, network, data, _ = experiment
+    config, model, network, data = experiment.config, experiment.model, experiment.network, experiment.finetune
     functions = make_functions(network, config, data, evaluate)
     for tb in config.settings():
         for seed, params in starts.items():

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from farms_jax.files import atomic
 from farms_jax.plots import alpha_distribution, figure, layer_history, save
 from sciml.config import TB, Config
+from sciml.hdf5 import CHANNELS
 from sciml.layers import measure
 from sciml.loop import rollout
 from sciml.summary import Results
@@ -19,7 +20,6 @@ from sciml.summary import Results
 if TYPE_CHECKING:
     from sciml.experiment import Experiment
 
-_CHANNELS = ("Vx", "Vy", "density", "pressure")
 _SHOWN = ("Vx", "density")
 _COLUMNS = 4  # times
 
@@ -78,7 +78,7 @@ def _prediction(times: np.ndarray, true: np.ndarray, predicted: np.ndarray, titl
     drawing.suptitle(title, fontsize=9)
     axes = drawing.subplots(3 * len(_SHOWN), len(columns), squeeze=False)
     for place, name in enumerate(_SHOWN):
-        channel = _CHANNELS.index(name)
+        channel = CHANNELS.index(name)
         fields = [field[..., channel][..., columns] for field in (true, predicted)]
         error = np.abs(fields[1] - fields[0])
         limits = fields[0].min(), fields[0].max()

@@ -177,6 +177,12 @@ def _batch_size(config: Config, fields: Fields) -> int:
     return min(config.batch_size, len(fields))
 
 
+@functools.cache  # compiled once for all stages of a run
+def _scale_of(low: float, high: float, slope: float) -> Callable[..., Any]:
+    sigmoid = functools.partial(farms_jax.mappings.sigmoid, slope=slope)
+    return jax.jit(functools.partial(farms_jax.lr_scale, low=low, high=high, mapping=sigmoid, follow=FOLLOW))
+
+
 def make_refresh(
     config: Config, tb: TB
 ) -> Callable[[TrainState, int, float], tuple[TrainState, list[dict[str, Any]], float]]:
@@ -189,9 +195,7 @@ def make_refresh(
     Returns:
         `refresh(state, epoch, rate) -> (state, rows of layers.csv, seconds)`.
     """
-    low, high = config.bounds()
-    sigmoid = functools.partial(farms_jax.mappings.sigmoid, slope=config.slope)
-    scale_of = jax.jit(functools.partial(farms_jax.lr_scale, low=low, high=high, mapping=sigmoid, follow=FOLLOW))
+    scale_of = _scale_of(*config.bounds(), config.slope)
 
     def refresh(state: TrainState, epoch: int, rate: float) -> tuple[TrainState, list[dict[str, Any]], float]:
         start = time.perf_counter()
