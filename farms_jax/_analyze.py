@@ -102,7 +102,7 @@ def analyze(
     if max_batch_bytes < 1:
         raise ValueError(f"analyze: max_batch_bytes must be at least 1, got {max_batch_bytes}")
     leaves = sorted(named_leaves(params), key=lambda pair: natural_key(pair[0]))
-    layers, grids, left_out = _choose(leaves, window, tail, axes, exclude)
+    layers, grids, left_out = choose(leaves, window, tail, axes, exclude)
     weights = tuple(weight for _, weight in layers)
     plan = _Plan(
         grids=tuple(grids),
@@ -127,17 +127,35 @@ def analyze(
     )
 
 
-def _choose(
-    leaves: list[tuple[str, Any]], window: Window | None, tail: Tail, axes: Axes, exclude: str | Iterable[str]
+def choose(
+    leaves: list[tuple[str, Any]],
+    window: Window | None,
+    tail: Tail,
+    axes: Axes = FLAX_AXES,
+    exclude: str | Iterable[str] = (),
 ) -> tuple[list[tuple[str, Any]], list[Grid], list[tuple[str, str]]]:
-    """Layers to analyse, their grids, and the other leaves with the reason why not."""
+    """Choose the layers: what `analyze` measures and what it leaves out.
+
+    Args:
+        leaves: (name, array) pairs; of an array only `shape` and `dtype` are read, so that anything with both will do.
+        window: see `analyze`.
+        tail: see `analyze`.
+        axes: see `analyze`.
+        exclude: see `analyze`.
+
+    Returns:
+        The pairs that are layers, their grids, and (name, reason) of the others; each in the order given.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
     excluded = matching([name for name, _ in leaves], exclude)
     layers, grids, left_out = [], [], []
     for name, leaf in leaves:
         reason = "excluded" if name in excluded else _unfit(leaf)
         if reason is None:
             stack_shape = axes.stack_shape(leaf.shape)
-            grid = make_grid(window, stack_shape, is_kernel=leaf.ndim == 4)
+            grid = make_grid(window, stack_shape, is_kernel=len(leaf.shape) == 4)
             count = grid.divisions * grid.num_eigenvalues(stack_shape[0])
             if count >= tail.min_count:
                 layers.append((name, leaf))
@@ -146,6 +164,11 @@ def _choose(
             reason = f"too few eigenvalues: {count}, fewer than {tail.min_count}"
         left_out.append((name, reason))
     return layers, grids, left_out
+
+
+def needs_small_eigenvalues(tail: Tail) -> bool:
+    """Whether eigenvalues below the median decide a fit; they ask for a more exact solver."""
+    return tail.xmin != "median" or tail.min_eigenvalue is not None or tail.xmin_pos > 2
 
 
 def _unfit(leaf: Any) -> str | None:
@@ -193,7 +216,7 @@ def _measure(weights: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array],
         plan.grids,
         platform=plan.platform,
         solver=plan.solver,
-        exact=plan.keep_eigenvalues or tail.xmin != "median" or tail.min_eigenvalue is not None or tail.xmin_pos > 2,
+        exact=plan.keep_eigenvalues or needs_small_eigenvalues(tail),
         max_batch_bytes=plan.max_batch_bytes,
     )
     spectra = [e * plan.kernel_scale if kernel else e for e, kernel in zip(spectra, plan.is_kernel, strict=True)]

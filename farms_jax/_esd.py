@@ -1,5 +1,6 @@
 """Windows -> pooled eigenvalues: the empirical spectral density (ESD) of every layer, in one traced call."""
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -75,6 +76,45 @@ def pooled_eigenvalues(
     return [_to_floats(values, dtype) for values in spectra]
 
 
+def window_eigenvalues(
+    stacks: Sequence[Any], grids: Sequence[Grid], *, platform: str, solver: Solver, max_batch_bytes: int
+) -> list[np.ndarray]:
+    """Eigenvalues of all windows of each layer, window by window; eager only.
+
+    Args:
+        stacks: L stacks (K, R, C), of numpy or of jax, real or complex.
+        grids: L grids.
+        platform: `"cpu"` solves on the host; any other in batches, on the default device.
+        solver: `"gram"`, `"gram64"` or `"svd"`, see `analyze`; `"gram64"` needs no `jax_enable_x64` here.
+        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
+
+    Returns:
+        L arrays (K * W, n), kernel position after position, each row ascending; real, not negative, in float64 by
+        `"gram64"`, else in the stack's precision.
+    """
+    if platform == "cpu":
+        on_host = [np.asarray(stack) for stack in stacks]
+        return _host.window_spectra(on_host, grids, solver=solver, max_bytes=max_batch_bytes)
+    double = solver == "gram64"
+    with jax.enable_x64(True) if double else contextlib.nullcontext():
+        # One call for each layer: it is compiled for each shape of a layer, not for each selection of layers.
+        values = [
+            _device_windows(
+                jnp.asarray(stack, np.result_type(stack.dtype, np.float64) if double else None),
+                grid,
+                svd=solver == "svd",
+                max_batch_bytes=max_batch_bytes,
+            )
+            for stack, grid in zip(stacks, grids, strict=True)
+        ]
+        return [np.asarray(part) for part in values]
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "svd", "max_batch_bytes"))
+def _device_windows(stack: Array, grid: Grid, *, svd: bool, max_batch_bytes: int) -> Array:
+    return _batched_windows([stack], [grid], svd=svd, max_batch_bytes=max_batch_bytes)[0]
+
+
 def _to_bits(weight: Array) -> Array:
     if jnp.iscomplexobj(weight):  # XLA has no bits of a complex number
         weight = jnp.stack([weight.real, weight.imag], axis=-1)
@@ -104,16 +144,21 @@ def batched_spectra(stacks: Sequence[Array], grids: Sequence[Grid], *, svd: bool
     Returns:
         L arrays (D, E), ascending, real; of zeros for a stack with NaN or Inf.
     """
-    pooled: dict[int, Array] = {}
+    values = _batched_windows(stacks, grids, svd=svd, max_batch_bytes=max_batch_bytes)
+    return [jnp.sort(grid.pool(flat), axis=-1) for flat, grid in zip(values, grids, strict=True)]
+
+
+def _batched_windows(stacks: Sequence[Array], grids: Sequence[Grid], *, svd: bool, max_batch_bytes: int) -> list[Array]:
+    """Eigenvalues (K * W, n) of each layer, window by window; as `batched_spectra`."""
+    by_layer: dict[int, Array] = {}
     for layers in _groups(stacks, grids):
         located = _locate([stacks[i].shape for i in layers], [grids[i] for i in layers])
         flat = jnp.concatenate([_finite_or_zero(stacks[i]).reshape(-1) for i in layers])
         shape = _oriented(grids[layers[0]])
         values = _solve_windows(flat, located, shape, svd=svd, max_batch_bytes=max_batch_bytes)
         ends = np.cumsum([len(stacks[i]) * len(grids[i].starts) for i in layers])
-        for layer, part in zip(layers, jnp.split(values, ends[:-1]), strict=True):
-            pooled[layer] = jnp.sort(grids[layer].pool(part), axis=-1)
-    return [pooled[i] for i in range(len(grids))]
+        by_layer.update(zip(layers, jnp.split(values, ends[:-1]), strict=True))
+    return [by_layer[i] for i in range(len(grids))]
 
 
 def _finite_or_zero(stack: Array) -> Array:

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 from jax.tree_util import GetAttrKey, keystr
 
+from farms_jax.errors import InputError
+
 Follow = Mapping[str, str] | Callable[[str], str | None]
 
 
@@ -71,7 +73,7 @@ def matching(names: Iterable[str], patterns: str | Iterable[str], argument: str 
         The set of matched names.
 
     Raises:
-        ValueError: a pattern matches no name, or is no regular expression.
+        InputError: a pattern matches no name, or is no regular expression.
     """
     names = list(names)
     found: set[str] = set()
@@ -79,10 +81,10 @@ def matching(names: Iterable[str], patterns: str | Iterable[str], argument: str 
         try:
             hits = {name for name in names if re.fullmatch(pattern, name)}
         except re.error as error:
-            raise ValueError(f"{argument}: {pattern!r} is not a regular expression ({error})") from error
+            raise InputError(f"{argument}: {pattern!r} is not a regular expression ({error})") from error
         if not hits:
             some = ", ".join(sorted(names, key=natural_key)[:8]) or "none"
-            raise ValueError(f"{argument}: {pattern!r} matches no name as a whole; names are: {some}, ...")
+            raise InputError(f"{argument}: {pattern!r} matches no name as a whole; names are: {some}, ...")
         found |= hits
     return found
 

@@ -5,15 +5,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from farms_jax._names import matching
+from farms_jax._present import data_frame, html_table, left_out_lines, name_layers, optional, text_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 METRICS = ("alpha", "ks_distance", "xmin", "largest_eigenvalue", "norm", "stable_rank", "alpha_hat", "num_eigenvalues")
+_HEADS = {
+    "alpha": "exponent of the tail; smaller is heavier",
+    "KS": "Kolmogorov-Smirnov distance of the fit, in [0, 1]",
+    "xmin": "eigenvalue where the tail starts",
+    "largest": "largest eigenvalue",
+    "rank": "stable rank: sum of the eigenvalues over the largest",
+    "count": "eigenvalues",
+}
 
 
 @functools.partial(
@@ -90,20 +105,65 @@ class LayerReport:
         columns["num_params"] = list(self.num_params)
         return {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(self.names)}
 
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame of the measures, indexed by layer.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        return data_frame(self.to_dict())
+
+    def plot(self) -> Figure:
+        """Draw the alphas of the layers, in their order; a layer without a tail is a gap.
+
+        Returns:
+            A Matplotlib figure.
+
+        Raises:
+            InputError: Matplotlib is not installed.
+        """
+        optional("matplotlib")
+        from farms_jax.plots import figure  # only here: the core needs no Matplotlib
+
+        drawing, (axis,) = figure("alpha of the layers", 1, epochs=False)
+        alphas = np.asarray(self.alpha, float)
+        axis.plot(np.where(alphas > 0, alphas, np.nan), "o", ms=4)
+        axis.set_ylabel("alpha")
+        name_layers(axis, self.names)
+        return drawing
+
     def __str__(self) -> str:
         """Return the report as a table, and what was left out below it."""
-        width = max([len("layer"), *map(len, self.names)])
-        lines = [f"{'layer':<{width}} {'alpha':>8} {'KS':>6} {'xmin':>10} {'largest':>10} {'rank':>7} {'count':>8}"]
-        for name, row in self.to_dict().items():
-            alpha = f"{row['alpha']:8.3f}" if row["alpha"] > 0 else " no tail"
-            lines.append(
-                f"{name:<{width}} {alpha} {row['ks_distance']:6.3f} {row['xmin']:10.3g} "
-                f"{row['largest_eigenvalue']:10.3g} {row['stable_rank']:7.1f} {row['num_eigenvalues']:8d}"
-            )
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in self.left_out:
-            by_reason.setdefault(reason, []).append(name)
-        for reason, names in by_reason.items():
-            more = f", and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"left out ({reason}): {', '.join(names[:3])}{more}")
-        return "\n".join(lines)
+        table = text_table(["layer", *_HEADS], self._cells(), least=[len("layer"), 7, 5, 9, 9, 6, 7])
+        return "\n".join([table, *left_out_lines(self.left_out)])
+
+    def __repr__(self) -> str:
+        """Return the table; of traced or stacked reports, which have no single numbers, only how many layers."""
+        if not self._shows():
+            return f"LayerReport({len(self)} layers, alpha {getattr(self.alpha, 'shape', type(self.alpha).__name__)})"
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        if not self._shows():
+            return escape(repr(self))
+        return html_table({"layer": "full path of the weight", **_HEADS}, self._cells(), left_out_lines(self.left_out))
+
+    def _shows(self) -> bool:
+        """Whether every measure is an array of one number per layer."""
+        measures = [getattr(self, metric) for metric in METRICS]
+        known = all(isinstance(m, (Array, np.ndarray)) and not isinstance(m, Tracer) for m in measures)
+        return known and all(measure.shape == (len(self),) for measure in measures)
+
+    def _cells(self) -> list[list[str]]:
+        return [
+            [
+                name,
+                f"{row['alpha']:.3f}" if row["alpha"] > 0 else "no tail",
+                f"{row['ks_distance']:.3f}",
+                f"{row['xmin']:.3g}",
+                f"{row['largest_eigenvalue']:.3g}",
+                f"{row['stable_rank']:.1f}",
+                str(row["num_eigenvalues"]),
+            ]
+            for name, row in self.to_dict().items()
+        ]

@@ -1,7 +1,5 @@
 """Alphas of a model's layers, one block in memory at a time, kept by the hash of the weights."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 import farms_jax
-from farms_jax.files import write_json
+from farms_jax.cache import Cache, weights_key
 from prune.models import Network
 from prune.walk import Read, weights_of
 
@@ -34,14 +32,15 @@ def measure(
         `LayerReport.to_dict` of every layer, in network order.
     """
     measures: Measures = {}
+    store = Cache(cache)
     for block in tqdm(range(network.num_blocks), desc=title, unit="block"):
         weights = weights_of(network, block, read(block))
-        path = cache / f"{_key(weights, window, tail)}.json"
-        rows = _read(path, weights)
+        key = weights_key(weights, farms_jax.__version__, window, tail)
+        rows = store.get(key)
         if rows is None:
             report = farms_jax.analyze(weights, window=window, tail=tail, axes=farms_jax.TORCH_AXES)
             rows = {name: report.to_dict()[name] for name in weights if name in report.names}
-            write_json(path, rows)
+            store.put(key, rows)
         measures |= rows
     return measures
 
@@ -52,20 +51,3 @@ def alphas_of(measures: Measures, layers: Mapping[str, int]) -> dict[str, float]
     fitted = [alpha for alpha in found.values() if alpha > 0]
     mean = float(np.mean(fitted)) if fitted else 1.0
     return {layer: alpha if alpha > 0 else mean for layer, alpha in found.items()}
-
-
-def _key(weights: Mapping[str, np.ndarray], window: farms_jax.Window | None, tail: farms_jax.Tail) -> str:
-    digest = hashlib.sha256(repr([farms_jax.__version__, window, tail]).encode())
-    for name, weight in weights.items():
-        digest.update(repr([name, weight.shape, str(weight.dtype)]).encode())
-        digest.update(np.ascontiguousarray(weight).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _read(path: Path, weights: Mapping[str, np.ndarray]) -> Measures | None:
-    """Rows of an earlier analysis; `None` where there is none, or it cannot be read."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return {name: dict(row) for name, row in rows.items()} if set(rows) <= set(weights) else None
-    except (OSError, ValueError, AttributeError, TypeError):
-        return None

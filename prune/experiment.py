@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from farms_jax.errors import InputError
 from farms_jax.files import write_json
+from farms_jax.memory import peak_memory
 from prune.allocation import epsilons, plan_of, shapes_of, sizes_of, sparsities
 from prune.blocks import Plan
 from prune.checkpoints import Checkpoint, open_checkpoint
-from prune.job import Job, epsilon_of, peak_memory
+from prune.job import Job, epsilon_of
 from prune.output import Output
 from prune.passes import analyse, lay_out, rehearse, score, write
 from prune.perplexity import perplexity

@@ -4,9 +4,6 @@ import dataclasses
 import hashlib
 import json
 import platform
-import re
-import resource
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -153,13 +150,3 @@ def _hash(checkpoint: Checkpoint) -> str:
 def epsilon_of(config: Config) -> float | None:
     """Return half the range of sparsities, 0 for uniform; `None` where it is to be searched."""
     return 0.0 if config.allocation not in EPSILON else config.half_range()
-
-
-def peak_memory() -> int:
-    """Return the most bytes that this process has held in memory so far."""
-    status = Path("/proc/self/status")
-    # getrusage would also count what the program that started this one held.
-    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -16,8 +16,8 @@ import numpy as np
 
 from farms_jax.errors import InputError
 from farms_jax.files import reserve
+from farms_jax.weights.safetensors_file import TensorInfo, make_header, parse_header, read_header, read_tensor
 from prune.checkpoints import Checkpoint, Shard
-from prune.checkpoints.safetensors_file import TensorInfo, make_header, parse_header, read_header, read_tensor
 
 MASKS = "masks.safetensors"
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOW = ["errors", "program", "files", "plots", "_names", "_matrices", "_windows", "_tail", "mappings", "_report"]
-FLOW += ["rundir", "_lapack", "_host", "_esd", "_analyze", "_lr_scale", "_sparsity", "_tempbalance"]
+FLOW += ["rundir", "marchenko_pastur", "_lapack", "_host", "_esd", "_analyze", "_lr_scale", "_sparsity", "_tempbalance"]
 
 
 def test_core_loads_no_framework():

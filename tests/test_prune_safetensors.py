@@ -11,7 +11,7 @@ import safetensors.numpy
 from prune_helpers import DATA
 
 from farms_jax.errors import InputError
-from prune.checkpoints.safetensors_file import MAX_HEADER, TensorInfo, make_header, parse_header, read_header
+from farms_jax.weights.safetensors_file import MAX_HEADER, TensorInfo, make_header, parse_header, read_header
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 

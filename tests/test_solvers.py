@@ -135,7 +135,7 @@ def test_window_memory_is_bounded(dtype, size):
     grid = make_grid(Window(rows=100, per_axis=20), stack.shape, is_kernel=False)  # 400 windows: 16 MB in float32
     largest = max(
         (task.last - task.first) * size * 2 * 100 * 100
-        for task in _host._tasks([stack], [grid], cores=2, max_bytes=10**6)
+        for task in _host._tasks([stack], [grid], workers=2, max_bytes=10**6)
     )
     assert largest <= 10**6
 

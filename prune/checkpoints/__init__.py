@@ -7,6 +7,7 @@
 Opening reads headers only, and finds every fault of names, shapes and sizes before long work begins.
 """
 
+from farms_jax.weights.safetensors_file import TensorInfo as TensorInfo
 from prune.checkpoints.base import Checkpoint as Checkpoint, Shard as Shard
 from prune.checkpoints.folder import FolderCheckpoint as FolderCheckpoint
 from prune.checkpoints.gguf_checkpoint import GGUFCheckpoint as GGUFCheckpoint
@@ -15,4 +16,3 @@ from prune.checkpoints.opening import (
     open_checkpoint as open_checkpoint,
     open_tokenizer as open_tokenizer,
 )
-from prune.checkpoints.safetensors_file import TensorInfo as TensorInfo

@@ -12,10 +12,9 @@ from tqdm import tqdm
 
 from farms_jax.errors import InputError
 from farms_jax.files import atomic
-from prune.checkpoints.safetensors_file import TensorInfo
+from farms_jax.weights.safetensors_file import TensorInfo
 from prune.models import Network, make_network
 
-WEIGHTS = "model.safetensors"
 _PIECE = 1 << 24  # bytes read at a time for the hash
 
 

@@ -1,9 +1,7 @@
 """Hugging Face folders: config, safetensors in one file or in shards with an index, tokenizer."""
 
-import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,10 @@ import numpy as np
 
 from farms_jax.errors import InputError
 from farms_jax.files import atomic
-from prune.checkpoints.base import WEIGHTS, Checkpoint, Shard, save_tokenizer
-from prune.checkpoints.safetensors_file import Header, TensorInfo, read_header, read_tensor
+from farms_jax.weights.safetensors_file import TensorInfo, read_tensor
+from farms_jax.weights.shards import INDEX, WEIGHTS, Shards, read_files, read_indexed, read_json
+from prune.checkpoints.base import Checkpoint, Shard, save_tokenizer
 
-INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _TOKENIZER_FILES = (
     *_TOKENIZERS,
@@ -42,22 +40,19 @@ class FolderCheckpoint(Checkpoint):
         """
         self.path, self.name = path, name or path.resolve().name
         self.config = read_json(path / "config.json", "give a Hugging Face model folder")
-        self._index = None if (path / WEIGHTS).is_file() else _read_index(path)
-        filenames = [WEIGHTS] if self._index is None else sorted(set(self._index.values()))
-        self.files = tuple(path / filename for filename in filenames)
-        self._headers = {filename: _read_shard(path / filename) for filename in filenames}
-        self._home = _home_of_each(path, self._headers, self._index)
+        self._shards = read_files(path, [WEIGHTS]) if (path / WEIGHTS).is_file() else _read_shards(path)
+        self.files = tuple(path / filename for filename in self._shards.headers)
         self.tensors = {
             name: TensorInfo(entry.dtype, entry.shape)
-            for header in self._headers.values()
+            for header in self._shards.headers.values()
             for name, entry in header.tensors.items()
         }
 
     def read(self, name: str) -> np.ndarray:  # noqa: D102
-        if name not in self._home:
+        headers, home = self._shards
+        if name not in home:
             raise self._no_tensor(name)
-        filename = self._home[name]
-        return read_tensor(self.path / filename, name, self._headers[filename].tensors[name])
+        return read_tensor(self.path / home[name], name, headers[home[name]].tensors[name])
 
     def shards(self) -> list[Shard]:
         """Return the folder's own layout: headers verbatim, so that an unpruned export has the same bytes."""
@@ -68,7 +63,7 @@ class FolderCheckpoint(Checkpoint):
                 {name: (entry.start, entry.stop) for name, entry in header.tensors.items()},
                 header.size,
             )
-            for filename, header in self._headers.items()
+            for filename, header in self._shards.headers.items()
         ]
 
     def copy_sidecars(self, folder: Path, tokenizer: Any = None) -> None:
@@ -78,7 +73,7 @@ class FolderCheckpoint(Checkpoint):
             folder: made where there is none.
             tokenizer: saved instead of the checkpoint's own.
         """
-        names = ["config.json", "generation_config.json", *([] if self._index is None else [INDEX])]
+        names = ["config.json", "generation_config.json", *([] if (self.path / WEIGHTS).is_file() else [INDEX])]
         for filename in names if tokenizer is not None else [*names, *_TOKENIZER_FILES]:
             if (self.path / filename).is_file():
                 with atomic(folder / filename) as part:
@@ -104,35 +99,7 @@ def how_to_convert(folder: Path) -> str:
     )
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: of the file.
-        remedy: what to do where the file is not there.
-
-    Returns:
-        Its content.
-
-    Raises:
-        InputError: there is no such file, or it holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; {remedy}") from error
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror or error}); check the path and its rights"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object; download it again")
-    return content
-
-
-def _read_index(folder: Path) -> dict[str, str]:
+def _read_shards(folder: Path) -> Shards:
     if not (folder / INDEX).is_file():
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         if pickles:
@@ -141,40 +108,7 @@ def _read_index(folder: Path) -> dict[str, str]:
                 f"loaded. {how_to_convert(folder)}"
             )
         raise InputError(f"{folder}: neither {WEIGHTS} nor {INDEX} is in it; give a folder with safetensors weights")
-    weight_map = read_json(folder / INDEX, "download it again").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{folder / INDEX}: it has no weight_map; download it again")
-    for name, filename in weight_map.items():
-        # A name with a folder in it would make an export write outside its own.
-        if not isinstance(filename, str) or Path(filename).name != filename:
-            raise InputError(f"{folder / INDEX}: {name} is in {filename!r}, no plain file name; download it again")
-    return weight_map
-
-
-def _read_shard(path: Path) -> Header:
-    if not path.is_file():
-        raise InputError(f"{path}: this shard is missing, {INDEX} names it; download it again")
-    return read_header(path)
-
-
-def _home_of_each(folder: Path, headers: Mapping[str, Header], index: Mapping[str, str] | None) -> dict[str, str]:
-    """Map each tensor to its file, after checking that index and files agree."""
-    home: dict[str, str] = {}
-    for filename, header in headers.items():
-        for name in header.tensors:
-            if name in home:
-                raise InputError(f"{folder}: {name} is in two shards, {home[name]} and {filename}; download them again")
-            home[name] = filename
-    if index is None:
-        return home
-    missing = [f"{name} (not in {filename})" for name, filename in index.items() if home.get(name) != filename]
-    unlisted = [f"{name} (in {filename}, not in the index)" for name, filename in home.items() if name not in index]
-    if faults := missing + unlisted:
-        more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise InputError(
-            f"{folder / INDEX}: it disagrees with its shards: {', '.join(faults[:10])}{more}; download all"
-        )
-    return home
+    return read_indexed(folder / INDEX)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 
 from farms_jax.files import write_json
-from prune.checkpoints.base import WEIGHTS, Checkpoint, Shard, save_tokenizer
-from prune.checkpoints.gguf_file import read_gguf, read_tensor
+from farms_jax.weights.gguf_file import read_gguf, read_tensor
+from farms_jax.weights.safetensors_file import TensorInfo, make_header, parse_header
+from farms_jax.weights.shards import WEIGHTS
+from prune.checkpoints.base import Checkpoint, Shard, save_tokenizer
 from prune.checkpoints.gguf_model import ROPE_FACTORS, architecture_of, hugging_face_names, make_config, restore_rows
 from prune.checkpoints.gguf_tokenizer import make_tokenizer
-from prune.checkpoints.safetensors_file import TensorInfo, make_header, parse_header
 
 _FLOAT32 = np.dtype(np.float32)
 

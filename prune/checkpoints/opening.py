@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from farms_jax.errors import InputError
-from prune.checkpoints.base import WEIGHTS, Checkpoint
+from farms_jax.weights.shards import WEIGHTS
+from prune.checkpoints.base import Checkpoint
 from prune.checkpoints.folder import FolderCheckpoint, how_to_convert, load_tokenizer
 from prune.checkpoints.gguf_checkpoint import GGUFCheckpoint
 

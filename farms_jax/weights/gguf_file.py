@@ -7,31 +7,21 @@ with a damaged length.
 """
 
 import math
-import struct
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
-import gguf
-import gguf.quants
 import numpy as np
 
 from farms_jax.errors import InputError
-from prune.checkpoints.safetensors_file import read_bytes
+from farms_jax.weights.cursor import Cursor
+from farms_jax.weights.safetensors_file import read_bytes
 
-_REMEDY = "download it again"
-_NUMBERS = {
-    gguf.GGUFValueType.UINT8: "B",
-    gguf.GGUFValueType.INT8: "b",
-    gguf.GGUFValueType.UINT16: "H",
-    gguf.GGUFValueType.INT16: "h",
-    gguf.GGUFValueType.UINT32: "I",
-    gguf.GGUFValueType.INT32: "i",
-    gguf.GGUFValueType.FLOAT32: "f",
-    gguf.GGUFValueType.BOOL: "?",
-    gguf.GGUFValueType.UINT64: "Q",
-    gguf.GGUFValueType.INT64: "q",
-    gguf.GGUFValueType.FLOAT64: "d",
-}
+_REMEDY = Cursor.remedy
+# The format's own numbers for types of values, in the words of `struct`; text and array stand between them.
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _ARRAY = 8, 9
+_ALIGNMENT = 32  # bytes; the format's default
 _LONG = 1024  # items; a longer array is a vocabulary
 _PIECE = 1 << 22  # weights dequantised at a time
 
@@ -40,13 +30,13 @@ class GGUFTensor(NamedTuple):
     """A tensor in a file.
 
     Attributes:
-        kind: its quantisation.
+        kind: its quantisation, a `gguf.GGMLQuantizationType`.
         shape: as of a numpy array: (out, in).
         start: first byte in the file.
         row_bytes: bytes of one row, that is of the last axis.
     """
 
-    kind: gguf.GGMLQuantizationType
+    kind: Any
     shape: tuple[int, ...]
     start: int
     row_bytes: int
@@ -66,42 +56,42 @@ class GGUFFile(NamedTuple):
     tensors: dict[str, GGUFTensor]
 
 
-class _Cursor:
-    """Reads values one after the other, never past the end."""
-
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        self.file, self.path, self.size = file, path, path.stat().st_size
-
-    def take(self, count: int) -> bytes:
-        if count > self.size - self.file.tell():
-            raise InputError(f"{self.path}: its metadata goes past the end of the file: truncated; {_REMEDY}")
-        return self.file.read(count)
-
-    def number(self, code: str) -> Any:
-        return self.numbers(code, 1)[0]
-
-    def numbers(self, code: str, count: int) -> tuple[Any, ...]:
-        # Sized before the format is made: a damaged count would make it endless.
-        return struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(f"<{code}")))
+class _Cursor(Cursor):
+    """Reads values of the metadata."""
 
     def text(self) -> str:
         return self.take(self.number("Q")).decode()
 
     def value(self, *, long_arrays: bool) -> Any:
-        kind = gguf.GGUFValueType(self.number("I"))
-        if kind is gguf.GGUFValueType.STRING:
+        kind = self.number("I")
+        if kind == _TEXT:
             return self.text()
-        if kind is not gguf.GGUFValueType.ARRAY:
-            return self.number(_NUMBERS[kind])
-        item, count = gguf.GGUFValueType(self.number("I")), self.number("Q")
+        if kind != _ARRAY:
+            return self.number(_code(kind))
+        item, count = self.number("I"), self.number("Q")
         keep = long_arrays or count <= _LONG
-        if item is gguf.GGUFValueType.STRING:
+        if item == _TEXT:
             texts = (self.text() for _ in range(count))
             return list(texts) if keep else sum(1 for _ in texts)
-        if item is gguf.GGUFValueType.ARRAY:
+        if item == _ARRAY:
             raise InputError(f"{self.path}: arrays of arrays in the metadata are not known; convert the model anew")
-        values = self.numbers(_NUMBERS[item], count)
+        values = self.numbers(_code(item), count)
         return list(values) if keep else count
+
+
+def _code(kind: int) -> str:
+    if kind not in _NUMBERS:
+        raise ValueError(f"type {kind} of a value is not known")
+    return _NUMBERS[kind]
+
+
+def _package(where: str) -> ModuleType:
+    try:
+        import gguf
+        import gguf.quants  # noqa: F401 (gguf alone does not bring it)
+    except ImportError as error:
+        raise InputError(f'{where}: GGUF files need the package gguf; pip install "farms-jax[diagnose]"') from error
+    return gguf
 
 
 def read_gguf(path: Path, *, long_arrays: bool = False) -> GGUFFile:
@@ -116,7 +106,7 @@ def read_gguf(path: Path, *, long_arrays: bool = False) -> GGUFFile:
 
     Raises:
         InputError: the file is damaged, truncated, a part of a split one, no GGUF file, or quantised in a way that
-            cannot be undone.
+            cannot be undone; or the package `gguf` is not there.
     """
     try:
         with path.open("rb") as file:
@@ -153,7 +143,7 @@ def _read(cursor: _Cursor, *, long_arrays: bool) -> GGUFFile:
         entries[name] = (dims[::-1], cursor.number("I"), cursor.number("Q"))
     if len(entries) != tensor_count:
         raise InputError(f"{path}: a tensor's name is there twice; {_REMEDY}")
-    alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    alignment = metadata.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0:
         raise InputError(f"{path}: general.alignment {alignment!r} is not a positive number; {_REMEDY}")
     start = -(-cursor.file.tell() // alignment) * alignment
@@ -165,6 +155,7 @@ def _read(cursor: _Cursor, *, long_arrays: bool) -> GGUFFile:
 
 
 def _tensor(where: str, shape: tuple[int, ...], number: int, start: int, size: int) -> GGUFTensor:
+    gguf = _package(where)
     try:
         kind = gguf.GGMLQuantizationType(number)
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -196,7 +187,7 @@ def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
     Raises:
         InputError: the file cannot be read, or has become shorter.
     """
-    tensor = file.tensors[name]
+    tensor, dequantize = file.tensors[name], _package(str(file.path)).quants.dequantize
     rows = math.prod(tensor.shape[:-1])
     out = np.empty((rows, tensor.shape[-1]), np.float32)
     step = max(1, _PIECE // tensor.shape[-1])
@@ -204,5 +195,5 @@ def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
         count = min(step, rows - first)
         stored = np.empty(count * tensor.row_bytes, np.uint8)
         read_bytes(file.path, tensor.start + first * tensor.row_bytes, stored, name)
-        out[first : first + count] = gguf.quants.dequantize(stored.reshape(count, -1), tensor.kind)
+        out[first : first + count] = dequantize(stored.reshape(count, -1), tensor.kind)
     return out.reshape(tensor.shape)

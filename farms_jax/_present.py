@@ -1,0 +1,171 @@
+"""How a table of layers is shown: as text, in a notebook, as a data frame; what all reports share.
+
+>>> print(text_table(["layer", "alpha"], [["dense", "2.1"], ["head", "10.4"]]))
+layer  alpha
+dense    2.1
+head    10.4
+"""
+
+import importlib
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from farms_jax.errors import InputError
+
+_NAMED_TICKS = 60  # layers whose names still fit under a figure
+
+
+def optional(module: str) -> Any:
+    """Import a package that only reports need.
+
+    Args:
+        module: its name.
+
+    Returns:
+        The module.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise InputError(f'{package} is missing: pip install "farms-jax[diagnose]"') from error
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut out the middle of a text that is too long.
+
+    >>> shorten("model.layers.10.self_attn.q_proj.weight", 24)
+    'model.la…n.q_proj.weight'
+
+    Args:
+        text: a layer's name, whose end tells more than its beginning.
+        width: characters that there are, at least 3.
+
+    Returns:
+        The text, of at most that many characters.
+    """
+    if len(text) <= width:
+        return text
+    end = max(1, (width - 1) * 2 // 3)
+    return f"{text[: width - 1 - end]}…{text[-end:]}"
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """Return what all names begin with, up to the last `.` or `/`; empty for fewer than two names.
+
+    >>> common_prefix(["model.layers.0.up", "model.layers.1.up"])
+    'model.layers.'
+    """
+    match = re.match(r".*[./]", os.path.commonprefix(list(names)))
+    return match[0] if match and len(names) > 1 else ""
+
+
+def text_table(
+    heads: Sequence[str], cells: Iterable[Sequence[str]], *, left: Collection[int] = (0,), least: Sequence[int] = ()
+) -> str:
+    """Set a table in plain text.
+
+    Args:
+        heads: of the columns.
+        cells: row by row.
+        left: indices of the columns that are set to the left; numbers are set to the right.
+        least: widths that the columns have at least, in characters.
+
+    Returns:
+        Lines, the heads first; two spaces between columns, none at the ends of lines.
+    """
+    lines = [list(heads), *map(list, cells)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(pair) for pair in zip(widths, least or widths, strict=True)]
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{width}}" if i in left else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def by_reason(left_out: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Group (name, reason) of the arrays that are no layers: `{reason: [name, ...]}`."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_out:
+        reasons.setdefault(reason, []).append(name)
+    return reasons
+
+
+def left_out_lines(left_out: Iterable[tuple[str, str]]) -> list[str]:
+    """Return what was left out, one line per reason with three names at most.
+
+    >>> left_out_lines([("bias", "1 axes"), ("scale", "1 axes")])
+    ['left out (1 axes): bias, scale']
+    """
+    lines = []
+    for reason, names in by_reason(left_out).items():
+        more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"left out ({reason}): {', '.join(names[:3])}{more}")
+    return lines
+
+
+def html_table(heads: Mapping[str, str], cells: Iterable[Sequence[str]], lines: Iterable[str] = ()) -> str:
+    """Set a table for a notebook: readable on light and dark pages, scrolls where it is long.
+
+    Args:
+        heads: of the columns, with what they mean, shown as a tooltip.
+        cells: row by row, as plain text; the first column is set to the left.
+        lines: to stand below it.
+
+    Returns:
+        HTML, whatever the texts hold.
+    """
+    rule = "border-bottom:1px solid rgba(128,128,128,.35);padding:.25em .7em;white-space:nowrap;text-align:"
+
+    def row(tag: str, texts: Iterable[tuple[str, str]]) -> str:
+        return "".join(
+            f'<{tag} style="{rule}{"right" if i else "left"}"{title}>{escape(text)}</{tag}>'
+            for i, (text, title) in enumerate(texts)
+        )
+
+    head = row("th", ((name, f' title="{escape(meaning)}"' if meaning else "") for name, meaning in heads.items()))
+    body = "".join(f"<tr>{row('td', ((cell, '') for cell in line))}</tr>" for line in cells)
+    notes = "".join(f'<div style="opacity:.75">{escape(line)}</div>' for line in lines)
+    return (
+        '<div style="max-height:34em;overflow:auto"><table style="border-collapse:collapse;'
+        f'font-variant-numeric:tabular-nums"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{notes}'
+    )
+
+
+def data_frame(rows: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Make a pandas DataFrame with one line per layer.
+
+    Args:
+        rows: `{layer: {column: value}}`, the same columns in all.
+
+    Returns:
+        The data frame, indexed by `layer`.
+    """
+    pandas = optional("pandas")
+    return pandas.DataFrame(list(rows.values()), index=pandas.Index(list(rows), name="layer"))
+
+
+def name_layers(axis: Any, names: Sequence[str]) -> None:
+    """Write the names of the layers under a figure whose layers stand at 0, 1, 2, ...; numbers where they are many.
+
+    Args:
+        axis: of Matplotlib.
+        names: of the layers.
+    """
+    axis.margins(x=0.02)
+    if len(names) > _NAMED_TICKS:
+        axis.set_xlabel("layer, in network order")
+        return
+    prefix = common_prefix(names)
+    labels = [shorten(name[len(prefix) :], 30) for name in names]
+    axis.set_xticks(range(len(names)), labels, rotation=90, fontsize=7)
+    axis.set_xlabel(f"layer of {prefix[:-1]}" if prefix else "layer")

@@ -1,0 +1,247 @@
+"""farms: how well is each layer of a model trained?
+
+farms analyze MODEL             a table of its layers; --html report.html, --csv, --json write it
+farms compare BEFORE AFTER      what moved between two checkpoints, or under a LoRA adapter
+farms watch RUN_DIR             follow a training run, with alerts
+
+MODEL is a Hugging Face folder, a .safetensors, .gguf, .npz or .msgpack file, an Orbax checkpoint, or a run directory.
+Nothing in it is executed.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from farms_jax._matrices import FLAX_AXES, TORCH_AXES
+from farms_jax._present import text_table
+from farms_jax._tail import Tail
+from farms_jax._windows import Window
+from farms_jax.cache import default_folder
+from farms_jax.diagnosis.columns import COLUMNS, Column
+from farms_jax.diagnosis.compare import compare
+from farms_jax.diagnosis.comparison import Comparison
+from farms_jax.diagnosis.pipeline import diagnose, layers_of
+from farms_jax.diagnosis.settings import Settings
+from farms_jax.diagnosis.watch import Alert, Rules, Seen, watch
+from farms_jax.errors import InputError, reported
+from farms_jax.files import write_text
+from farms_jax.weights import WeightSource, open_weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """How layers are measured."""
+
+    include: tuple[str, ...] = ()
+    """Regular expressions of the layers to measure, matched whole; without any, all."""
+    exclude: tuple[str, ...] = ()
+    """Regular expressions of the layers to leave out, matched whole."""
+    axes: Literal["auto", "torch", "flax"] = "auto"
+    """Layout of the arrays: (out, in, ...) of Torch, or (..., in, out) of Flax; auto goes by the format."""
+    rows: int | None = None
+    """Rows of a window; by default the largest window that fits."""
+    aspect_ratio: float = 1.0
+    """Columns over rows of a window."""
+    per_axis: int | None = None
+    """Window positions on each axis; 10 where no stride is given."""
+    stride: int | None = None
+    """Rows and columns from one window to the next, instead of --per-axis."""
+    tail: Literal["median", "peak", "ks"] = "median"
+    """Rule that finds the start of the tail, for windows and for `whole_alpha`."""
+    whole: bool = True
+    """Measure whole matrices too: WeightWatcher's columns and the aspect-ratio bias."""
+    randomize: bool = True
+    """Shuffle each matrix and measure it again, for the distance from noise."""
+    resamples: int = 200
+    """Resamples of the windows for intervals and rank flips; 0 for none."""
+    level: float = 0.95
+    """Level of the confidence intervals."""
+    tolerance: float | None = None
+    """Adaptive windows: stop adding them when alpha's interval is within +- this."""
+    seed: int = 0
+    """Of shuffles and resamples."""
+    cache: bool = True
+    """Keep results by the hash of the weights, so that only what changed is measured again."""
+    cache_dir: Path | None = None
+    """Where they are kept; by default in the user's cache folder."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of `diagnose`."""
+        settings = self.settings()
+        return {
+            "include": self.include,
+            "exclude": self.exclude,
+            "axes": {"auto": None, "torch": TORCH_AXES, "flax": FLAX_AXES}[self.axes],
+            "cache": (self.cache_dir or default_folder()) if self.cache else None,
+            "progress": True,
+            **{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)},
+        }
+
+    def settings(self) -> Settings:
+        """Return what to measure.
+
+        Raises:
+            InputError: a setting is out of its range.
+        """
+        try:
+            window = Window(self.rows, self.aspect_ratio, self.stride, self.per_axis)
+            same = {field: getattr(self, field) for field in ("whole", "resamples", "level", "tolerance", "seed")}
+            randomize = self.randomize and self.whole
+            return Settings(window=window, tail=Tail(self.tail), randomize=randomize, **same)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+
+_Model = tyro.conf.Positional[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Analyze(Measuring):
+    """Measure every layer of a model: alpha and its interval, aspect-ratio bias, noise, a status with its reason."""
+
+    model: _Model
+    """A Hugging Face folder, a .safetensors, .gguf, .npz or .msgpack file, an Orbax checkpoint, or a run directory."""
+    html: Path | None = None
+    """Write one self-contained report for a browser."""
+    csv: Path | None = None
+    """Write all columns as CSV."""
+    json: Path | None = None
+    """Write everything as JSON; `farms compare` reads it."""
+    sort: str | None = None
+    """Column to sort the table by, largest first; by default network order."""
+    explain: bool = False
+    """List every array of the model, with whether it is a layer and why not, and measure nothing."""
+
+    def run(self) -> None:
+        """Measure, print, write."""
+        outputs = _checked({"--html": self.html, "--csv": self.csv, "--json": self.json})
+        if self.sort is not None:
+            _check_column("--sort", self.sort, COLUMNS)
+        options = self.options()
+        with open_weights(self.model, axes=options["axes"]) as source:
+            if self.explain:
+                _explain(source, *layers_of(source, self.settings(), self.include, self.exclude))
+                return
+            diagnosis = diagnose(source, **options)
+        (diagnosis if self.sort is None else diagnosis.sort(self.sort, descending=True)).show()
+        for flag, path in outputs.items():
+            getattr(diagnosis, f"write_{flag[2:]}")(path)
+        _tell_written(outputs, hint="--html report.html writes the whole report")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare(Measuring):
+    """Set two models side by side: what moved, what moved most first."""
+
+    a: _Model
+    """The model before: see `farms analyze`; or a diagnosis written with --json."""
+    b: _Model
+    """The model after, or the folder of a LoRA adapter of the first."""
+    csv: Path | None = None
+    """Write all columns as CSV."""
+    json: Path | None = None
+    """Write everything as JSON."""
+    sort: str = "farms_alpha_change"
+    """Column to sort by, largest magnitude first."""
+
+    def run(self) -> None:
+        """Measure both, print, write."""
+        outputs = _checked({"--csv": self.csv, "--json": self.json})
+        _check_column("--sort", self.sort, Comparison.possible)
+        comparison = compare(self.a, self.b, **self.options()).sort(self.sort, descending=True, magnitude=True)
+        comparison.show()
+        for flag, path in outputs.items():
+            getattr(comparison, f"write_{flag[2:]}")(path)
+        _tell_written(outputs, hint="--csv changes.csv writes all columns")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watch(Measuring):
+    """Follow a training run's checkpoints; alert when a layer's alpha falls low, it goes constant, or grows spikes."""
+
+    run_dir: _Model
+    """Directory that a training writes its checkpoints to."""
+    every: float = 30.0
+    """Seconds from one look at the directory to the next."""
+    once: bool = False
+    """Look at what is there, and end."""
+    alpha_below: float = Rules.alpha_below
+    """Alert when the whole matrix's alpha falls below this."""
+    spikes: int = Rules.spikes
+    """Alert when so many eigenvalues stand beyond the bulk of noise, where none did before."""
+    out: Path | None = None
+    """Where alerts.jsonl and the diagnoses go; RUN_DIR/farms by default."""
+
+    def run(self) -> None:
+        """Look, print, write, again and again."""
+        out = self.out or Path(self.run_dir) / "farms"
+        rules = Rules(alpha_below=self.alpha_below, spikes=self.spikes)
+        every = None if self.once else self.every
+        alerts: list[Alert] = []
+        for seen in watch(Path(self.run_dir), rules=rules, every=every, **self.options()):
+            alerts += seen.alerts
+            _tell_seen(seen)
+            if seen.diagnosis is not None:
+                seen.diagnosis.write_json(out / f"{_file_name(seen.checkpoint, Path(self.run_dir))}.json")
+            write_text(out / "alerts.jsonl", "".join(json.dumps(alert._asdict()) + "\n" for alert in alerts))
+        sys.stdout.write(f"{len(alerts)} alerts; written to {out}\n")
+
+
+def main() -> None:
+    """Run the program; a mistake is one line on stderr, and exit status 2."""
+    paragraphs = "\n\n".join(filter(None, (__doc__ or "").splitlines()))
+    commands = {"analyze": Analyze, "compare": Compare, "watch": Watch}
+    with reported("farms", when_stopped="; what was measured is kept, the same command goes on"):
+        tyro.extras.subcommand_cli_from_dict(commands, prog="farms", description=paragraphs).run()
+
+
+def _checked(outputs: Mapping[str, Path | None]) -> dict[str, Path]:
+    """Outputs that were asked for, after a look at where they go: before any long work."""
+    wanted = {flag: path for flag, path in outputs.items() if path is not None}
+    for flag, path in wanted.items():
+        if path.is_dir():
+            raise InputError(f"{flag} {path}: a folder; give the name of a file")
+    return wanted
+
+
+def _check_column(flag: str, name: str, columns: Iterable[Column]) -> None:
+    if name not in (names := [column.name for column in columns]):
+        raise InputError(f"{flag}: there is no column {name!r}; columns are {', '.join(names)}")
+
+
+def _explain(source: WeightSource, layers: list[str], left_out: Iterable[tuple[str, str]]) -> None:
+    why = dict.fromkeys(layers, "a layer") | {name: f"left out: {reason}" for name, reason in left_out}
+    cells = [
+        [name, "x".join(map(str, tensor.shape)) or "scalar", str(tensor.dtype), why[name]]
+        for name, tensor in source.tensors.items()
+    ]
+    sys.stdout.write(text_table(["array", "shape", "dtype", "used"], cells, left=(0, 1, 2, 3)) + "\n")
+    sys.stdout.write(f"{source.name}: {len(layers)} layers of {len(cells)} arrays\n")
+
+
+def _tell_seen(seen: Seen) -> None:
+    told = seen.diagnosis.headline() if seen.diagnosis else "cannot be measured"
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {seen.checkpoint}: {told}\n")
+    for alert in seen.alerts:
+        sys.stdout.write(f"  ALERT {alert.rule}: {alert.layer or 'checkpoint'}: {alert.message}\n")
+    sys.stdout.flush()
+
+
+def _tell_written(outputs: Mapping[str, Path], hint: str) -> None:
+    lines = [f"written to {path}" for path in outputs.values()] or [hint]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _file_name(checkpoint: Path, run: Path) -> str:
+    relative = checkpoint.relative_to(run) if checkpoint.is_relative_to(run) else checkpoint
+    return "-".join(relative.with_suffix("").parts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""compare(): what changed from one model to another, layer by layer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from farms_jax.diagnosis.columns import BY_NAME
+from farms_jax.diagnosis.comparison import BEFORE_AND_AFTER, Comparison
+from farms_jax.diagnosis.diagnosis import Diagnosis, Row
+from farms_jax.diagnosis.pipeline import diagnose, opened
+from farms_jax.diagnosis.table import half_width, text
+from farms_jax.errors import InputError
+from farms_jax.weights import WeightSource, is_lora, open_lora
+
+Side = tuple[Diagnosis, WeightSource | None]  # no weights where only a written diagnosis is at hand
+
+
+def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Comparison:
+    """Measure two models and set them side by side, what moved most first.
+
+    >>> import farms_jax, numpy as np
+    >>> before = np.random.default_rng(0).normal(size=(64, 96))
+    >>> after = before + 3 * np.outer(np.ones(64), np.ones(96)) / 8
+    >>> [row["beyond_error"] for row in farms_jax.compare({"dense": before}, {"dense": after}).layers]
+    [False]
+
+    Args:
+        a: the model before: path, open `WeightSource`, pytree, `Diagnosis`, or path of a diagnosis in JSON.
+        b: the model after, likewise, or the folder of a LoRA adapter of `a`, whose change is then added to `a`.
+        progress: show progress bars.
+        **options: of `diagnose`, the same for both.
+
+    Returns:
+        The comparison, of the layers that both have under one name.
+
+    Raises:
+        InputError: a model cannot be read, or they have no layer in common.
+        ValueError: an option is out of its range.
+    """
+    with contextlib.ExitStack() as stack:
+        before = _side(a, stack, progress=progress, **options)
+        if isinstance(b, str | Path) and is_lora(b):
+            if before[1] is None:
+                raise InputError(
+                    f"{b}: a LoRA adapter needs the weights of its base model; give them as the first model"
+                )
+            b = stack.enter_context(open_lora(before[1], Path(b)))
+        after = _side(b, stack, progress=progress, **options)
+        return _compared(before, after, progress=progress)
+
+
+def _side(model: Any, stack: contextlib.ExitStack, **options: Any) -> Side:
+    if isinstance(model, Diagnosis):
+        return model, None
+    if isinstance(model, str | Path) and Path(model).suffix == ".json":
+        return Diagnosis.read_json(Path(model)), None
+    source = stack.enter_context(opened(model, options.get("axes")))
+    return diagnose(source, **options), source
+
+
+def _compared(before: Side, after: Side, *, progress: bool) -> Comparison:
+    (a, source_a), (b, source_b) = before, after
+    rows_a, rows_b = ({row["layer"]: row for row in side.layers} for side in (a, b))
+    common = [name for name in rows_a if name in rows_b]
+    if not common:
+        raise InputError(
+            f"{a.model} and {b.model} have no layer of one name: {next(iter(rows_a))} in the first, "
+            f"{next(iter(rows_b))} in the second; give two checkpoints of one model or family, in one format"
+        )
+    moved = dict(_moved(source_a, source_b, common, progress=progress)) if source_a and source_b else {}
+    rows = [_row(rows_a[name], rows_b[name], moved.get(name)) for name in common]
+    comparison = Comparison(
+        layers=tuple(rows),
+        models=(a.model, b.model),
+        only_a=tuple(name for name in rows_a if name not in rows_b),
+        only_b=tuple(name for name in rows_b if name not in rows_a),
+    )
+    return comparison.sort("farms_alpha_change", descending=True, magnitude=True)
+
+
+def _moved(a: WeightSource, b: WeightSource, names: list[str], *, progress: bool) -> Iterator[tuple[str, float]]:
+    """|B - A| / |A| of the layers that have one shape in both."""
+    for name in tqdm(names, desc="compare", unit="layer", leave=False, disable=not progress):
+        first, second = a.read(name), b.read(name)
+        if first.shape == second.shape:
+            exact = np.result_type(first.dtype, second.dtype, np.float32)
+            first = first.astype(exact, copy=False)
+            size = float(np.linalg.norm(first))
+            change = float(np.linalg.norm(second.astype(exact, copy=False) - first))
+            yield name, change / size if size else float(change > 0)
+
+
+def _row(a: Mapping[str, Any], b: Mapping[str, Any], moved: float | None) -> Row:
+    row: Row = {"layer": a["layer"]}
+    for name in ("status", "shape"):
+        before, after = (text(side, BY_NAME[name]) for side in (a, b))
+        row[name] = before if before == after else f"{before} -> {after}"
+    if moved is not None:
+        row["moved"] = moved
+    alphas = a["farms_alpha"], b["farms_alpha"]
+    row["farms_alpha_change"] = change = None if None in alphas else alphas[1] - alphas[0]
+    widths = [half_width(side) for side in (a, b)]
+    if change is not None and None not in widths:
+        row["error"] = float(np.linalg.norm(widths))
+        row["beyond_error"] = abs(change) > row["error"]
+    for name in BEFORE_AND_AFTER:
+        if name in a and name in b:
+            row |= {f"{name}_a": a[name], f"{name}_b": b[name]}
+    return row

@@ -1,0 +1,135 @@
+"""What every table of layers can do: columns, order, text, notebook, data frame, CSV, JSON."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from farms_jax._present import data_frame, html_table
+from farms_jax.diagnosis.columns import BY_NAME, Column
+from farms_jax.diagnosis.summary import severity
+from farms_jax.diagnosis.table import measured, plain, sheet, text
+from farms_jax.diagnosis.terminal import plain_text, show_table
+from farms_jax.errors import InputError
+from farms_jax.files import write_json, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LayerTable:
+    """Rows of layers under known columns; what `Diagnosis` and `Comparison` are.
+
+    Attributes:
+        layers: one row per layer, `{column: value}`. A column that was not measured is missing; a number that does not
+            exist for a layer is `None`.
+    """
+
+    possible: ClassVar[tuple[Column, ...]]
+
+    layers: tuple[Row, ...]
+
+    def headline(self) -> str:
+        """Return the line above the table."""
+        raise NotImplementedError
+
+    def closing(self) -> list[str]:
+        """Return the lines below the table."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        """Return L, the number of layers."""
+        return len(self.layers)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the layers."""
+        return tuple(row["layer"] for row in self.layers)
+
+    @property
+    def columns(self) -> list[Column]:
+        """The columns that were measured, in their order."""
+        return measured(self.layers, self.possible)
+
+    def column(self, name: str) -> list[Any]:
+        """Return one column, L values; `None` where a layer has none.
+
+        Raises:
+            InputError: there is no such column, or it was not measured.
+        """
+        if name not in (names := [column.name for column in self.possible]):
+            raise InputError(f"there is no column {name!r}; there are {', '.join(names)}")
+        if not any(name in row for row in self.layers):
+            raise InputError(f"column {name!r} was not measured; it needs other settings (whole, randomize, resamples)")
+        return [row.get(name) for row in self.layers]
+
+    def sort(self, name: str, *, descending: bool = False, magnitude: bool = False) -> Self:
+        """Order the layers by a column; equal ones keep their order, layers without a value come last.
+
+        Args:
+            name: of the column; by `status`, those that need attention come first.
+            descending: the largest first.
+            magnitude: whatever the sign.
+
+        Returns:
+            The same table with its layers in that order.
+
+        Raises:
+            InputError: there is no such column, or it was not measured.
+        """
+        keys = [severity(value) if name == "status" else plain(value) for value in self.column(name)]
+        if magnitude:
+            keys = [abs(key) if isinstance(key, (int, float)) else key for key in keys]
+        with_value = [i for i, key in enumerate(keys) if key is not None]
+        order = sorted(with_value, key=lambda i: keys[i], reverse=descending)
+        order += [i for i, key in enumerate(keys) if key is None]
+        return dataclasses.replace(self, layers=tuple(self.layers[i] for i in order))
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Return `{layer: {column: value}}`, of Python values, ready for JSON; every layer has all columns."""
+        names = [column.name for column in self.columns if column.name != "layer"]
+        return {row["layer"]: {name: plain(row.get(name)) for name in names} for row in self.layers}
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame, indexed by layer.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        return data_frame(self.to_dict())
+
+    def write_csv(self, path: str | Path) -> None:
+        """Write one line per layer; numbers with all their digits, nothing where there is none."""
+        lines = io.StringIO(newline="")
+        writer = csv.writer(lines, lineterminator="\n")
+        writer.writerow(column.name for column in self.columns)
+        shape = BY_NAME["shape"]
+        for row in self.layers:
+            values = {name: plain(value) for name, value in row.items()} | {"shape": text(row, shape)}
+            writer.writerow(values.get(column.name) for column in self.columns)
+        write_text(Path(path), lines.getvalue())
+
+    def write_json(self, path: str | Path) -> None:
+        """Write everything."""
+        write_json(Path(path), plain({field.name: getattr(self, field.name) for field in dataclasses.fields(self)}))
+
+    def show(self) -> None:
+        """Print the table: coloured and as wide as the terminal, plain where the output goes to a file."""
+        show_table(self.layers, self.columns, self.headline(), self.closing())
+
+    def __str__(self) -> str:
+        """Return a headline, a table of at most 120 characters, and what there is to add."""
+        return plain_text(self.layers, self.columns, self.headline(), self.closing())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        shown = sheet(self.layers, self.columns, None)
+        heads = {column.short: column.meaning for column in shown.columns}
+        return html_table(heads, shown.cells, [self.headline(), *shown.notes, *self.closing()])

@@ -1,0 +1,272 @@
+"""Weights of a few layers -> every number of their rows: the one place where the measures are put together."""
+
+import itertools
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from farms_jax import marchenko_pastur
+from farms_jax._analyze import needs_small_eigenvalues
+from farms_jax._esd import Solver, window_eigenvalues
+from farms_jax._host import cores
+from farms_jax._matrices import Axes, as_matrices
+from farms_jax._tail import Tail
+from farms_jax._windows import Grid, make_grid
+from farms_jax.diagnosis.diagnosis import Histogram
+from farms_jax.diagnosis.resampling import deviations, interval, interval_grid, separate_windows
+from farms_jax.diagnosis.settings import Settings
+from farms_jax.diagnosis.spectrum import fit_spectra, histogram, resolved, shuffled_measures, spectrum_measures
+
+_RESOLVED = 1e-10  # of the largest eigenvalue: below it Gram matrices in float64 lose a singular value's sixth digit
+_FIRST_WINDOWS = 16  # of an adaptive measure; each round after that doubles them
+
+
+class Measured(NamedTuple):
+    """What was measured of one layer.
+
+    Attributes:
+        row: the columns of `columns.COLUMNS` that are of this layer alone: all but its name, status and place.
+        deviations: of alpha from its mean over resamples, shape (B,); empty without resamples.
+        histogram: its spectra.
+    """
+
+    row: dict[str, Any]
+    deviations: np.ndarray
+    histogram: Histogram
+
+
+class _Layer(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    stack: np.ndarray  # (K, R, C)
+    grid: Grid  # of the estimate
+    intervals: Grid  # of the resamples
+
+    @property
+    def whole(self) -> Grid:
+        return make_grid(None, self.stack.shape, is_kernel=self.is_kernel)
+
+    @property
+    def is_kernel(self) -> bool:
+        return len(self.shape) == 4
+
+    @property
+    def shorter(self) -> int:
+        return min(self.stack.shape[1:])
+
+    def seeds(self, settings: Settings, use: int) -> np.random.Generator:
+        """Draws that depend on the seed, the layer's name and their use alone."""
+        return np.random.default_rng([settings.seed, zlib.crc32(self.name.encode()), use])
+
+
+_Values = dict[tuple[str, Grid], np.ndarray]  # eigenvalues (K * W, n) of a layer's windows
+
+
+def measure(weights: Mapping[str, np.ndarray], axes: Axes, settings: Settings) -> dict[str, Measured]:
+    """Measure layers: their windows, their whole matrices, the same shuffled, and how sure it all is.
+
+    Args:
+        weights: by name; 2-D or 4-D, finite, with enough eigenvalues (`farms_jax._analyze.choose`). They are left as
+            they are.
+        axes: rows and columns of the weights.
+        settings: of the diagnosis.
+
+    Returns:
+        The measures by name, in the same order. Numbers of the windows are those of `farms_jax.analyze`.
+    """
+    layers = [_layer(name, weight, axes, settings) for name, weight in weights.items()]
+    values: _Values = {}
+    if settings.tolerance is not None:
+        layers = [*_adapted(layers, values, settings)]
+    _solve(layers, values, settings)
+    shuffled = _shuffled_spectra(layers, settings) if settings.whole and settings.randomize else {}
+    with ThreadPoolExecutor(cores()) as threads:
+        measured = threads.map(lambda layer: _measured(layer, values, shuffled.get(layer.name), settings), layers)
+        return {layer.name: result for layer, result in zip(layers, measured, strict=True)}
+
+
+def _layer(name: str, weight: np.ndarray, axes: Axes, settings: Settings) -> _Layer:
+    dtype = weight.dtype if weight.dtype.char in "fdFD" else np.dtype(np.float32)  # half precisions
+    stack = as_matrices(np.asarray(weight, dtype), axes)
+    grid = make_grid(settings.window, stack.shape, is_kernel=weight.ndim == 4)
+    intervals = interval_grid(grid, stack.shape) if settings.resamples else grid
+    return _Layer(name, weight.shape, stack, grid, intervals)
+
+
+def _solve(layers: list[_Layer], values: _Values, settings: Settings) -> None:
+    """Add the eigenvalues of all windows that are not there yet; no window of a layer is solved twice."""
+    solver = _window_solver(settings.tail)
+    wanted: dict[tuple[str, Grid], tuple[np.ndarray, Solver]] = {}
+    for layer in layers:
+        if settings.whole:
+            wanted[layer.name, layer.whole] = layer.stack, "gram64"
+        for grid in (layer.grid, layer.intervals):
+            wanted.setdefault((layer.name, grid), (layer.stack, solver))
+    for kind in ("gram", "gram64"):
+        keys = [key for key, (_, its) in wanted.items() if its == kind and key not in values]
+        found = _eigenvalues([wanted[key][0] for key in keys], [grid for _, grid in keys], kind, settings)
+        values.update(zip(keys, found, strict=True))
+    # Ranks and the smallest singular values are beyond a Gram matrix where few directions are missing or nearly so.
+    for layer in layers if settings.whole else ():
+        solved = values[layer.name, layer.whole]
+        if (solved[:, 0] < _RESOLVED * solved.max()).any() and solved.max() > 0:
+            exact = layer.stack.astype(np.result_type(layer.stack.dtype, np.float64), copy=False)
+            (values[layer.name, layer.whole],) = _eigenvalues([exact], [layer.whole], "svd", settings)
+
+
+def _window_solver(tail: Tail) -> Solver:
+    return "gram64" if needs_small_eigenvalues(tail) else "gram"
+
+
+def _eigenvalues(stacks: list[np.ndarray], grids: list[Grid], solver: Solver, settings: Settings) -> list[np.ndarray]:
+    platform = jax.default_backend()
+    return window_eigenvalues(stacks, grids, platform=platform, solver=solver, max_batch_bytes=settings.max_batch_bytes)
+
+
+def _measured(layer: _Layer, values: _Values, shuffled: np.ndarray | None, settings: Settings) -> Measured:
+    scale = settings.kernel_scale if layer.is_kernel else 1.0
+    windows = values[layer.name, layer.grid] * scale
+    whole = np.sort(values[layer.name, layer.whole].ravel()) * scale if settings.whole else None
+    row = _shape_columns(layer) | _window_columns(layer, windows, settings)
+    scatter = np.zeros(0)
+    if settings.resamples:
+        scatter = _scatter(layer, values[layer.name, layer.intervals], settings)
+        row |= _interval_columns(row["farms_alpha"], scatter, settings)
+    if whole is not None:
+        row |= _whole_columns(layer, whole, row["farms_alpha"], scale, settings)
+    if whole is not None and shuffled is not None:
+        row |= shuffled_measures(whole, shuffled * scale)
+    return Measured(row, scatter, histogram(windows.ravel(), whole))
+
+
+def _shape_columns(layer: _Layer) -> dict[str, Any]:
+    shorter, longer = sorted(layer.stack.shape[1:])
+    shape = "x".join(map(str, layer.shape))
+    return {"shape": shape, "num_params": layer.stack.size, "N": longer, "M": shorter, "Q": longer / shorter}
+
+
+def _window_columns(layer: _Layer, windows: np.ndarray, settings: Settings) -> dict[str, Any]:
+    """FARMS's columns: means over the divisions of a kernel, as `analyze` takes them."""
+    pooled = layer.grid.pool(windows)
+    if layer.is_kernel and settings.window.divisions == "pooled":
+        pooled = pooled.reshape(1, -1)
+    pooled = np.sort(pooled.astype(np.float64), axis=-1)
+    fits = fit_spectra(pooled, settings.tail)
+    alphas, distances, starts = (np.asarray(part) for part in fits[:3])
+    tails = alphas > 0
+    return {
+        "farms_alpha": float(alphas[tails].mean()) if tails.any() else None,
+        "noise_alpha": _noise_alpha(layer.grid, settings.tail),
+        "num_windows": windows.shape[0],
+        "farms_D": float(distances.mean()),
+        "farms_xmin": float(starts[tails].mean()) if tails.any() else None,
+        "farms_num_pl_spikes": int((pooled[tails] >= starts[tails, None]).sum()),
+    }
+
+
+def _noise_alpha(grid: Grid, tail: Tail) -> float | None:
+    """Alpha of noise under the median rule; the others find a threshold of their own in every draw of it."""
+    if tail.xmin != "median":
+        return None
+    shorter, longer = sorted((grid.rows, grid.cols))
+    return marchenko_pastur.hill_alpha(shorter / longer, tail.xmin_pos)
+
+
+def _interval_columns(alpha: float | None, scatter: np.ndarray, settings: Settings) -> dict[str, Any]:
+    if alpha is None or not scatter.any():
+        return {"farms_low": None, "farms_high": None}
+    low, high = interval(alpha, scatter, settings.level)
+    return {"farms_low": max(low, 1.0), "farms_high": high}  # no alpha is below 1
+
+
+def _whole_columns(
+    layer: _Layer, whole: np.ndarray, farms_alpha: float | None, scale: float, settings: Settings
+) -> dict[str, Any]:
+    row = spectrum_measures(whole, *layer.stack.shape[1:])
+    if row["mp_sigma"]:
+        row["mp_sigma"] /= scale**0.5  # of the weight's own entries
+    alpha = float(np.asarray(fit_spectra(resolved(whole)[None], settings.tail).alpha)[0]) or None
+    bias = alpha - farms_alpha if alpha and farms_alpha else None
+    return {"whole_alpha": alpha, "aspect_ratio_bias": bias, **row}
+
+
+def _scatter(layer: _Layer, windows: np.ndarray, settings: Settings) -> np.ndarray:
+    """Deviations (B,) of the layer's alpha over resamples of windows (K * W, n)."""
+    grid, own = layer.intervals, layer.grid
+    alphas = np.asarray(fit_spectra(windows.astype(np.float64), settings.tail).alpha)
+    positions = layer.stack.shape[0]
+    worth = positions * separate_windows(grid, grid.starts)
+    drawn = positions * separate_windows(own, own.starts) * own.rows / grid.rows
+    return deviations(alphas, worth, drawn, settings.resamples, layer.seeds(settings, 1))
+
+
+def _shuffled_spectra(layers: list[_Layer], settings: Settings) -> dict[str, np.ndarray]:
+    """Eigenvalues (E,) of each layer's matrices with their entries in random places, ascending."""
+    spectra: dict[str, np.ndarray] = {}
+    with ThreadPoolExecutor(cores()) as threads:
+        for group in _within(layers, settings.max_batch_bytes):
+            stacks = list(threads.map(lambda layer: _shuffle(layer, settings), group))
+            found = _eigenvalues(stacks, [layer.whole for layer in group], "gram", settings)
+            spectra |= {layer.name: np.sort(values.ravel()) for layer, values in zip(group, found, strict=True)}
+    return spectra
+
+
+def _shuffle(layer: _Layer, settings: Settings) -> np.ndarray:
+    rng = layer.seeds(settings, 0)
+    copy = np.array(layer.stack, order="C")
+    for matrix in copy:
+        rng.shuffle(matrix.reshape(-1))
+    return copy
+
+
+def _within(layers: Iterable[_Layer], max_bytes: int) -> Iterator[list[_Layer]]:
+    """Groups of layers in order, each of at most so many bytes or a single layer."""
+    group: list[_Layer] = []
+    for layer in layers:
+        if group and sum(other.stack.nbytes for other in [*group, layer]) > max_bytes:
+            yield group
+            group = []
+        group.append(layer)
+    if group:
+        yield group
+
+
+def _adapted(layers: list[_Layer], values: _Values, settings: Settings) -> Iterator[_Layer]:
+    """Add windows to each layer until its interval is narrow enough; their eigenvalues join `values`.
+
+    Only layers whose windows are at most half as high as the matrix: of larger ones there are too few that differ.
+
+    Yields:
+        The layers in order, with the windows they ended with.
+    """
+    assert settings.tolerance is not None
+    for layer in layers:
+        if layer.is_kernel or layer.grid.rows > layer.shorter // 2:
+            yield layer
+            continue
+        order = layer.seeds(settings, 2).permutation(np.array(layer.grid.starts))
+        solved = np.zeros((0, min(layer.grid.rows, layer.grid.cols)))
+        for count in _doubling(len(order)):
+            more = layer.grid._replace(starts=_starts(order[len(solved) : count]))
+            (part,) = _eigenvalues([layer.stack], [more], _window_solver(settings.tail), settings)
+            solved = np.concatenate([solved, part])
+            grid = layer.grid._replace(starts=_starts(order[:count]))
+            layer = layer._replace(grid=grid, intervals=grid)
+            low, high = interval(0.0, _scatter(layer, solved, settings), settings.level)
+            if 0 < (high - low) / 2 <= settings.tolerance:
+                break
+        values[layer.name, layer.grid] = solved
+        yield layer
+
+
+def _starts(places: np.ndarray) -> tuple[tuple[int, int], ...]:
+    return tuple((row, col) for row, col in places.tolist())
+
+
+def _doubling(total: int) -> Iterator[int]:
+    yield from (count for count in itertools.takewhile(lambda n: n < total, (_FIRST_WINDOWS << i for i in range(64))))
+    yield total

@@ -1,0 +1,255 @@
+"""A diagnosis as one HTML file: styles, script and drawings inside, nothing to fetch, complete without the script."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from farms_jax._present import by_reason
+from farms_jax.diagnosis import charts
+from farms_jax.diagnosis.columns import BY_NAME, Column
+from farms_jax.diagnosis.status import MEANINGS
+from farms_jax.diagnosis.summary import SEVERITY, attention, counts, summary
+from farms_jax.diagnosis.table import MISSING, NO_TAIL, Row, number, text, with_interval
+
+if TYPE_CHECKING:
+    from farms_jax.diagnosis.diagnosis import Diagnosis
+
+_PRINTED = 24  # spectra on paper: of the layers that need attention most
+_NAMED = 200  # left-out arrays that are named, of one reason
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_WITHOUT_SCRIPT = ".d{display:table-row}table:not(.all) tr>*{display:table-cell!important}.tools{display:none}"
+
+
+def page(diagnosis: "Diagnosis") -> str:
+    """Write the page.
+
+    Args:
+        diagnosis: what it shows.
+
+    Returns:
+        HTML. Whatever names and reasons hold is text, never markup.
+    """
+    style, script = _asset("page.css"), _asset("page.js")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<title>{escape(diagnosis.model)}: layer diagnosis</title>
+<style>{style}</style>
+<noscript><style>{_WITHOUT_SCRIPT}</style></noscript>
+</head><body>
+{_header(diagnosis)}
+<main>
+{_cards(diagnosis.layers)}
+{_figures(diagnosis.layers)}
+{_table(diagnosis)}
+{_left_out(diagnosis.left_out)}
+{_glossary(diagnosis.columns)}
+</main>
+<script>{script}</script>
+</body></html>
+"""
+
+
+def _asset(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _header(diagnosis: "Diagnosis") -> str:
+    entries = {**diagnosis.facts, "settings": diagnosis.settings}
+    items = "".join(
+        f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(flat(value))}</dd></div>"
+        for name, value in entries.items()
+        if value is not None
+    )
+    return f"""<header><p class="kind">Layer diagnosis</p><h1>{escape(diagnosis.model)}</h1>
+<p class="lead">{escape(summary("", diagnosis.layers).removeprefix(": "))}.</p><dl>{items}</dl></header>"""
+
+
+def flat(value: Any) -> str:
+    """Write a nested value in one line.
+
+    >>> flat({"window": {"rows": None, "per_axis": 10}, "whole": True, "seconds": 1.234567})
+    'window (per axis 10), whole yes, seconds 1.235'
+
+    Args:
+        value: of what JSON knows.
+
+    Returns:
+        Its text; entries that are `None` are left out.
+    """
+    if isinstance(value, Mapping):
+        parts = []
+        for name, entry in value.items():
+            inner = flat(entry)
+            if entry is not None:
+                parts.append(f"{name.replace('_', ' ')} {f'({inner})' if isinstance(entry, Mapping) else inner}")
+        return ", ".join(parts)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(flat, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _cards(rows: Sequence[Row]) -> str:
+    alphas = sorted(alpha for row in rows if (alpha := number(row, "farms_alpha")) is not None)
+    params = sum(int(number(row, "num_params") or 0) for row in rows)
+    cards = f'<div class="card"><b>{len(rows)}</b><span>layers</span><p>{params:,} parameters</p></div>'
+    if alphas:
+        ends = f"median of the layers; {alphas[0]:.2f} to {alphas[-1]:.2f}"
+        cards += f'<div class="card"><b>{alphas[len(alphas) // 2]:.2f}</b><span>alpha</span><p>{ends}</p></div>'
+    found = counts(rows)
+    for status in SEVERITY if found else ():
+        count = found.get(status, 0)
+        cards += (
+            f'<button type="button" class="card{"" if count else " none"}" data-status="{status}">'
+            f"{_symbol(status)}<b>{count}</b><span>{status}</span><p>{escape(MEANINGS[status])}</p></button>"
+        )
+    return f'<section class="cards" aria-label="Summary">{cards}</section>'
+
+
+def _symbol(status: str) -> str:
+    return f'<svg class="k" viewBox="-7 -7 14 14" aria-hidden="true">{charts.mark(status, 0, 0)}</svg>'
+
+
+def _key(entries: Iterable[tuple[str, str]]) -> str:
+    marks = {
+        "whole": '<path class="whole" d="M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0"/>',
+        "noise": '<path class="noise" d="M-7 0H7"/>',
+        "fill": '<path class="fill" d="M-6 5V-4H6V5"/>',
+        "outline": '<path class="whole" d="M-6 5V-4H6V5"/>',
+        "xmin": '<path class="xmin" d="M0 -7V7"/>',
+        "law": '<path class="law" d="M-6 -6L6 6"/>',
+    }
+    items = "".join(
+        f'<li><svg class="k" viewBox="-7 -7 14 14" aria-hidden="true">{marks[name]}</svg>{escape(label)}</li>'
+        for name, label in entries
+    )
+    return f'<ul class="key">{items}</ul>'
+
+
+def _figures(rows: Sequence[Row]) -> str:
+    whole = any(number(row, "whole_alpha") is not None for row in rows)
+    marks = "".join(f"<li>{_symbol(status)}{status}</li>" for status in reversed(SEVERITY) if status in counts(rows))
+    circles = [("whole", "whole matrix")] if whole else []
+    outline = [("outline", "whole matrix")] if whole else []
+    noise = [("noise", "noise")] if any(number(row, "noise_alpha") for row in rows) else []
+    depth = _key([*circles, *noise]).replace('<ul class="key">', f'<ul class="key">{marks}')
+    far = charts.beyond(rows)
+    note = "the smaller, the heavier the tail" + (f"; {far} far away, on the edge" if far else "")
+    figures = [
+        ("wide", "alpha by depth", note, charts.alphas_by_depth(rows), depth),
+        ("", "alphas", "how many layers", charts.alpha_histogram(rows), _key([("fill", "windows"), *outline, *noise])),
+        ("", "aspect-ratio bias", "what the whole matrix adds to alpha", charts.bias_by_aspect_ratio(rows), ""),
+    ]
+    drawn = "".join(
+        f'<figure class="{kind}"><figcaption><b>{name}</b> <span>{note}</span>{key}</figcaption>{chart}</figure>'
+        for kind, name, note, chart, key in figures
+        if chart
+    )
+    return f'<section class="charts" aria-label="Charts">{drawn}</section>'
+
+
+def _table(diagnosis: "Diagnosis") -> str:
+    columns = [column for column in diagnosis.columns if column.name != "reason"]
+    chosen = [column for column in columns if column.short]
+    others = [column for column in columns if not column.short]
+    ordered = [*chosen, *others]
+    printed = {row["layer"] for row in attention(diagnosis.layers)[:_PRINTED]}
+    bodies = "".join(
+        _layer(i, row, ordered, _details(diagnosis, row), printed=row["layer"] in printed)
+        for i, row in enumerate(diagnosis.layers)
+    )
+    options = "".join(f'<option value="{SEVERITY.index(s)}">{s}</option>' for s in counts(diagnosis.layers))
+    tail = [("xmin", "start of the tail"), ("law", "fitted power law")]
+    key = _key([("fill", "windows"), ("outline", "whole matrix"), *tail])
+    return f"""<section class="layers"><h2>Layers</h2>
+<div class="tools"><label>Find <input type="search" id="find" placeholder="part of a name"></label>
+<label>Status <select id="status"><option value="">all</option>{options}</select></label>
+<label><input type="checkbox" id="all"> all {len(ordered)} columns</label>
+<button type="button" id="open">Open those shown</button><output id="count" aria-live="polite"></output></div>
+<div class="hint"><span>A layer's name opens its spectrum, on logarithmic axes:</span>{key}</div>
+<div class="scroll" tabindex="0" role="region" aria-label="Table of layers">
+<style>table:not(.all) tr>:nth-child(n+{len(chosen) + 1}){{display:none}}</style>
+<table><thead>{_heads(chosen, others)}</thead>{bodies}</table></div></section>"""
+
+
+def _heads(chosen: Sequence[Column], others: Sequence[Column]) -> str:
+    groups, width = "", 0
+    for part, extra in ((chosen, False), (others, True)):
+        for name, members in groupby(part, key=lambda column: column.group):
+            span = len(list(members))
+            groups += f'<th colspan="{span}" scope="colgroup"{" class=x" if extra else ""}>{escape(name)}</th>'
+            width += span
+    heads = "".join(
+        f'<th scope="col" title="{escape(column.meaning)}" aria-sort="none">'
+        f'<button type="button">{_in_two(column.name)}</button></th>'
+        for column in (*chosen, *others)
+    )
+    return f'<tr class="g">{groups}</tr><tr class="h">{heads}</tr>'
+
+
+def _in_two(name: str) -> str:
+    """A column's name that may be broken after the underscore nearest to its middle."""
+    places = [match.end() for match in re.finditer("_", name)]
+    middle = min(places, key=lambda place: abs(place - len(name) / 2), default=0)
+    return f"{name[:middle]}<wbr>{name[middle:]}"
+
+
+def _layer(i: int, row: Row, columns: Sequence[Column], details: str, *, printed: bool) -> str:
+    status = row.get("status")
+    place = SEVERITY.index(status) if status in SEVERITY else ""
+    cells = []
+    for column in columns:
+        if column.name == "layer":
+            name = re.sub(r"([./_])", r"\1<wbr>", escape(row["layer"]))
+            cells.append(f'<th scope="row"><button type="button" aria-expanded="false">{name}</button></th>')
+        elif column.name == "status":
+            cells.append(f'<td class="st s{place}">{escape(text(row, column))}</td>')
+        else:
+            cells.append(f"<td>{escape(with_interval(row, column))}</td>")
+    return (
+        f'<tbody id="l{i}" data-s="{place}"><tr>{"".join(cells)}</tr>'
+        f'<tr class="d{" p" if printed else ""}"><td colspan="{len(columns)}">{details}</td></tr></tbody>\n'
+    )
+
+
+def _details(diagnosis: "Diagnosis", row: Row) -> str:
+    histogram = diagnosis.histograms.get(row["layer"])
+    drawing = charts.spectrum(row, histogram) if histogram else ""
+    reason = f"<p>{escape(str(row['reason']))}</p>" if row.get("reason") else ""
+    said = (
+        ("alpha", "{farms_alpha}, between {farms_low} and {farms_high}"),
+        (
+            "tail",
+            "{farms_num_pl_spikes} eigenvalues from {farms_xmin} on; KS {farms_D}; windows: {num_windows}",
+        ),
+        ("place", "{rank}, between {rank_low} and {rank_high}"),
+        ("whole matrix", "{whole_alpha}; WeightWatcher's rule {alpha} with {num_pl_spikes} eigenvalues"),
+        ("noise", "alpha {noise_alpha}; {mp_spikes} eigenvalues beyond the bulk, which ends at {mp_max}"),
+    )
+    values = {name: text(row, column) for name, column in BY_NAME.items()}
+    facts = "".join(
+        f"<dt>{name}</dt><dd>{escape(sentence.format_map(values))}</dd>"
+        for name, sentence in said
+        if not {MISSING, NO_TAIL} & {values[field] for field in re.findall(r"{(\w+)}", sentence)}
+    )
+    return f'<div class="w">{drawing}<div>{reason}<dl>{facts}</dl></div></div>'
+
+
+def _left_out(left_out: Sequence[tuple[str, str]]) -> str:
+    if not left_out:
+        return ""
+    parts = []
+    for reason, names in by_reason(left_out).items():
+        more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        parts.append(f"<dt>{escape(reason)} ({len(names)})</dt><dd>{escape(', '.join(names[:_NAMED]))}{more}</dd>")
+    return f'<section class="out"><h2>Left out</h2><dl>{"".join(parts)}</dl></section>'
+
+
+def _glossary(columns: Sequence[Column]) -> str:
+    terms = "".join(f"<dt>{escape(column.name)}</dt><dd>{escape(column.meaning)}</dd>" for column in columns)
+    return f'<section class="out"><details><summary>What the columns mean</summary><dl>{terms}</dl></details></section>'

@@ -1,0 +1,249 @@
+"""diagnose(): a model on disk or in memory -> layers, read one chunk at a time -> measures -> Diagnosis."""
+
+import dataclasses
+import hashlib
+import platform
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from farms_jax._analyze import choose
+from farms_jax._matrices import FLAX_AXES, Axes
+from farms_jax._names import matching, named_leaves, natural_key
+from farms_jax.cache import Cache, weights_key
+from farms_jax.diagnosis.diagnosis import Diagnosis, Histogram, Row
+from farms_jax.diagnosis.measure import Measured, measure
+from farms_jax.diagnosis.resampling import rank_flips
+from farms_jax.diagnosis.settings import Settings
+from farms_jax.diagnosis.status import status_of
+from farms_jax.errors import InputError
+from farms_jax.weights import WeightSource, open_weights
+
+_CHUNK = 2**25  # bytes of weights measured at once, where a single layer is not larger: enough for all cores
+_CACHE_FORMAT = 1  # raised when a measure changes its meaning
+
+
+class _Layer(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    key: str  # in the cache
+    cost: float  # of its eigenvalues, relative
+
+
+def diagnose(
+    model: Any,
+    *,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    axes: Axes | None = None,
+    cache: Path | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Diagnosis:
+    r"""Measure every layer of a model: FARMS, the whole matrix, noise, error bars, and a status with its reason.
+
+    Weights are read one tensor at a time, twice: once to check and hash them, once to measure those that the cache
+    does not have. Memory holds one chunk of layers, or one large layer, with its windows.
+
+    >>> import farms_jax, numpy as np
+    >>> weights = {"dense": {"kernel": np.random.default_rng(0).normal(size=(64, 96))}}
+    >>> diagnosis = farms_jax.diagnose(weights)
+    >>> diagnosis.column("status")
+    ['undertrained']
+
+    Args:
+        model: path of a checkpoint (see `farms_jax.open_weights`), an open `WeightSource`, or a pytree of arrays.
+        include: regular expressions of layer names, matched whole; without any, all layers.
+        exclude: regular expressions of layer names to leave out, matched whole.
+        axes: rows and columns of the weights; by default those of the format, and `FLAX_AXES` for a pytree.
+        cache: folder of earlier results, by hash of the weights; `None` keeps nothing.
+        progress: show progress bars.
+        **settings: fields of `farms_jax.diagnosis.settings.Settings`.
+
+    Returns:
+        The diagnosis.
+
+    Raises:
+        InputError: the model cannot be read, has NaN or Inf, or has no layer.
+        ValueError: a setting is out of its range, or a pattern matches nothing.
+    """
+    chosen = Settings(**settings)
+    start = time.time()
+    with opened(model, axes) as source:
+        names, left_out = layers_of(source, chosen, include, exclude)
+        if not names:
+            raise InputError(
+                f"{source.name}: no layer to measure among its {len(source.tensors)} arrays; see --explain"
+            )
+        layers = _hashed(source, names, chosen, progress=progress)
+        store = Cache(cache)
+        found = {layer.name: kept for layer in layers if (kept := _restored(store.get(layer.key))) is not None}
+        cached = len(found)
+        missing = [layer for layer in layers if layer.name not in found]
+        for layer, measured in _measured(source, missing, chosen, progress=progress):
+            store.put(layer.key, _kept(measured))
+            found[layer.name] = measured
+        facts = {
+            "path": str(source.path),
+            "format": source.format,
+            "weights_sha256": hashlib.sha256("".join(layer.key for layer in layers).encode()).hexdigest(),
+            "num_arrays": len(source.tensors),
+            "from_cache": cached,
+            "date": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(start)),
+            "seconds": time.time() - start,
+            "versions": {name: version(name) for name in ("farms-jax", "jax", "numpy")},
+            "machine": platform.machine(),
+        }
+        return Diagnosis(
+            model=source.name,
+            layers=_rows(layers, found, chosen),
+            left_out=left_out,
+            settings=dataclasses.asdict(chosen) | {"axes": dataclasses.asdict(source.axes)},
+            facts=facts,
+            histograms={layer.name: found[layer.name].histogram for layer in layers},
+        )
+
+
+def layers_of(
+    source: WeightSource, settings: Settings, include: str | Iterable[str] = (), exclude: str | Iterable[str] = ()
+) -> tuple[list[str], tuple[tuple[str, str], ...]]:
+    """Choose the layers of a model by its table of arrays; no weights are read.
+
+    Args:
+        source: the model.
+        settings: of the diagnosis.
+        include: regular expressions of the names to measure; without any, all.
+        exclude: regular expressions of the names to leave out.
+
+    Returns:
+        Names of the layers in natural order, and (name, reason) of every other array.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    names = sorted(source.tensors, key=natural_key)
+    included = matching(names, include, "include") if include else set(names)
+    left_out = {name: reason for name, reason in source.skipped.items()}
+    left_out |= {name: "not included" for name in names if name not in included and name not in left_out}
+    candidates = [(name, source.tensors[name]) for name in names]
+    layers, _, others = choose(candidates, settings.window, settings.tail, source.axes, exclude)
+    left_out |= {name: reason for name, reason in others if name not in left_out}
+    chosen = [name for name, _ in layers if name not in left_out]
+    return chosen, tuple((name, left_out[name]) for name in names if name in left_out)
+
+
+class _Tree(WeightSource):
+    """A pytree in memory, read like a file."""
+
+    def __init__(self, tree: Any, axes: Axes) -> None:
+        self._leaves = dict(named_leaves(tree))
+        super().__init__(Path("weights in memory"), "weights in memory", "pytree", axes, self._leaves)
+
+    def _read(self, name: str) -> np.ndarray:
+        return np.asarray(self._leaves[name])
+
+
+def opened(model: Any, axes: Axes | None = None) -> AbstractContextManager[WeightSource]:
+    """Give any model as a source of weights, closed at the end of a `with` block if it was opened here.
+
+    Args:
+        model: path of a checkpoint, an open source, or a pytree of arrays.
+        axes: rows and columns of the weights; by default those of the format, and `FLAX_AXES` for a pytree.
+
+    Returns:
+        The source.
+
+    Raises:
+        InputError: the checkpoint cannot be read.
+    """
+    if isinstance(model, WeightSource):
+        return nullcontext(model)
+    if isinstance(model, str | Path):
+        return open_weights(model, axes=axes)
+    return _Tree(model, axes or FLAX_AXES)
+
+
+def _hashed(source: WeightSource, names: list[str], settings: Settings, *, progress: bool) -> list[_Layer]:
+    """Read the layers once: all with NaN or Inf are named before any long work."""
+    layers, bad = [], []
+    # A bound on memory does not change a result.
+    relevant = repr(dataclasses.replace(settings, max_batch_bytes=1))
+    for name in tqdm(names, desc="read", unit="layer", leave=False, disable=not progress):
+        weight = source.read(name)
+        if not np.isfinite(weight).all():
+            bad.append(name)
+        key = weights_key({name: weight}, _CACHE_FORMAT, version("farms-jax"), relevant, source.axes)
+        _, rows, cols = source.axes.stack_shape(weight.shape)
+        layers.append(_Layer(name, weight.shape, key, float(weight.size) * min(rows, cols)))
+    if bad:
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise InputError(
+            f"{source.name}: NaN or Inf in {', '.join(bad[:10])}{more}; "
+            "take an earlier checkpoint, or leave the layers out with --exclude"
+        )
+    return layers
+
+
+def _measured(
+    source: WeightSource, layers: list[_Layer], settings: Settings, *, progress: bool
+) -> Iterator[tuple[_Layer, Measured]]:
+    # The time left goes by the cost of the layers, not by their number.
+    form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
+    total = sum(layer.cost for layer in layers)
+    with tqdm(total=total, desc=f"measure {len(layers)} layers", bar_format=form, disable=not progress) as bar:
+        for chunk in _chunks(source, layers):
+            measured = measure({layer.name: source.read(layer.name) for layer in chunk}, source.axes, settings)
+            for layer in chunk:
+                yield layer, measured[layer.name]
+                bar.update(layer.cost)
+
+
+def _chunks(source: WeightSource, layers: list[_Layer]) -> Iterator[list[_Layer]]:
+    chunk, size = [], 0
+    for layer in layers:
+        count = 4 * int(np.prod(layer.shape))
+        if chunk and size + count > _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(layer)
+        size += count
+    if chunk:
+        yield chunk
+
+
+def _rows(layers: list[_Layer], found: Mapping[str, Measured], settings: Settings) -> tuple[Row, ...]:
+    rows: list[Row] = [{"layer": layer.name, **found[layer.name].row} for layer in layers]
+    if settings.resamples:
+        alphas = np.array([row["farms_alpha"] for row in rows], float)
+        draws = np.stack([found[layer.name].deviations for layer in layers])
+        ranks = rank_flips(alphas, draws, settings.level)
+        for row, rank, low, high, flips in zip(rows, *ranks, strict=True):
+            row |= {"rank": int(rank), "rank_low": int(low), "rank_high": int(high), "rank_flips": float(flips)}
+    for row in rows:
+        row["status"], row["reason"] = status_of(row)
+    return tuple(rows)
+
+
+def _kept(measured: Measured) -> dict[str, Any]:
+    return {
+        "row": measured.row,
+        "deviations": measured.deviations.tolist(),
+        "histogram": measured.histogram._asdict(),
+    }
+
+
+def _restored(kept: Mapping[str, Any] | None) -> Measured | None:
+    """What `_kept` made; `None` where there is nothing, or something else."""
+    try:
+        if kept is None:
+            return None
+        histogram = Histogram(**{name: tuple(values) for name, values in kept["histogram"].items()})
+        return Measured(dict(kept["row"]), np.asarray(kept["deviations"], float), histogram)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None

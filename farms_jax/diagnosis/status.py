@@ -1,0 +1,64 @@
+"""What a layer's measures say about it, in one word and one sentence."""
+
+from collections.abc import Mapping
+from typing import Any
+
+OVER_CORRELATED = 2.0  # alpha below it: Martin and Mahoney 2021 (JMLR 22), and WeightWatcher's "over-trained"
+UNDERTRAINED = 6.0  # alpha above it: the same, for rules under which noise has no alpha of its own
+NEAR_NOISE = 0.98  # of noise_alpha: matrices of independent entries scatter by less than 2 % about it
+
+MEANINGS: dict[str, str] = {
+    "undertrained": "its spectrum is that of noise: training has hardly touched it, or not yet",
+    "well trained": "its tail is heavier than noise, and no direction rules it",
+    "over-correlated": "a few directions rule it: overfitted, or trained at too large a rate",
+    "degenerate": "it has no tail to measure: zero, constant, or of low rank",
+}
+
+
+def status_of(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Judge one layer.
+
+    Args:
+        row: its columns (see `columns.COLUMNS`); those of the whole matrix may be missing.
+
+    Returns:
+        The status, a key of `MEANINGS`, and the reason in plain words.
+    """
+    if reason := _degenerate(row):
+        return "degenerate", reason
+    alpha, largest = row.get("alpha"), row.get("stable_rank")
+    if alpha is not None and 1 < alpha < OVER_CORRELATED:
+        share = f"; the largest eigenvalue holds {1 / largest:.0%} of the norm" if largest else ""
+        return "over-correlated", f"alpha {alpha:.2f} of the whole matrix is below {OVER_CORRELATED:g}{share}"
+    measured, noise = _measured(row), row.get("noise_alpha")
+    if noise is None:
+        if row["farms_alpha"] > UNDERTRAINED:
+            return "undertrained", f"{measured} is above {UNDERTRAINED:g}{_spikes(row)}"
+        return "well trained", f"{measured} is below {UNDERTRAINED:g}{_spikes(row)}"
+    if (row.get("farms_high") or row["farms_alpha"]) >= NEAR_NOISE * noise:
+        return "undertrained", f"{measured} is that of noise, {noise:.2f}{_spikes(row)}"
+    return "well trained", f"{measured} is below that of noise, {noise:.2f}{_spikes(row)}"
+
+
+def _degenerate(row: Mapping[str, Any]) -> str | None:
+    rank, count = row.get("matrix_rank"), row.get("num_evals")
+    if row.get("spectral_norm") == 0:
+        return "every weight is zero"
+    if rank is not None and count and 2 * rank < count:
+        return f"rank {rank} of {count}: {'constant' if rank <= 1 else 'most directions are missing'}"
+    if row["farms_alpha"] is None:
+        return "its eigenvalues are zero or equal: there is no tail to fit"
+    return None
+
+
+def _measured(row: Mapping[str, Any]) -> str:
+    low, high = row.get("farms_low"), row.get("farms_high")
+    interval = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
+    return f"alpha {row['farms_alpha']:.2f}{interval} of the windows"
+
+
+def _spikes(row: Mapping[str, Any]) -> str:
+    count = row.get("mp_spikes")
+    if not count:
+        return "" if count is None else "; no eigenvalue beyond the bulk of noise"
+    return f"; {count} eigenvalue{'' if count == 1 else 's'} beyond the bulk of noise"

@@ -1,0 +1,15 @@
+"""Weights on disk, of any usual format, read one array at a time.
+
+    with open_weights("SmolLM2-135M") as source:
+        source.format, source.axes             # "safetensors", TORCH_AXES
+        source.tensors                         # {"model.embed_tokens.weight": TensorInfo(dtype, shape), ...}
+        source.read("model.embed_tokens.weight")
+
+Opening reads headers only. Nothing is ever unpickled, and every fault is one `farms_jax.errors.InputError`.
+"""
+
+from farms_jax.weights.lora import LoraSource as LoraSource, is_lora as is_lora, open_lora as open_lora
+from farms_jax.weights.opening import open_weights as open_weights
+from farms_jax.weights.runs import checkpoints as checkpoints
+from farms_jax.weights.safetensors_file import TensorInfo as TensorInfo
+from farms_jax.weights.source import WeightSource as WeightSource

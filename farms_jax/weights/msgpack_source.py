@@ -1,0 +1,83 @@
+"""Flax's msgpack files (`flax.serialization.to_bytes`): the tree is walked by position, arrays are read when asked for.
+
+A file is one map of maps; its leaves are arrays (a shape, the name of a dtype and the bytes, as an extension of the
+format), numbers or text. Arrays above 1 GiB are in pieces: a map with their shape and the pieces. Only arrays are
+weights; numbers and text are passed over.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from farms_jax._matrices import FLAX_AXES
+from farms_jax.errors import InputError
+from farms_jax.weights.msgpack_file import ArrayAt, Tree, read_tree
+from farms_jax.weights.safetensors_file import TensorInfo, read_bytes
+from farms_jax.weights.source import WeightSource
+
+_PIECES = "__msgpack_chunked_array__"
+
+
+class _Place(NamedTuple):
+    """An array in the file: what it is, and its pieces one after the other."""
+
+    info: TensorInfo
+    pieces: tuple[ArrayAt, ...]
+
+
+class MsgpackSource(WeightSource):
+    """Weights in a msgpack file of Flax."""
+
+    def __init__(self, path: Path) -> None:
+        """Walk a file's tree.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            InputError: it is damaged or truncated, or holds what Flax does not write.
+        """
+        self._places = dict(_named(read_tree(path), (), str(path)))
+        super().__init__(path, path.stem, "msgpack", FLAX_AXES, {n: place.info for n, place in self._places.items()})
+
+    def _read(self, name: str) -> np.ndarray:
+        info, pieces = self._places[name]
+        array, done = np.empty(math.prod(info.shape) * info.dtype.itemsize, np.uint8), 0
+        for piece in pieces:
+            read_bytes(self.path, piece.start, array[done : done + piece.size], name)
+            done += piece.size
+        return array.view(info.dtype).reshape(info.shape)
+
+
+def _named(tree: Tree, path: tuple[str, ...], where: str) -> Iterator[tuple[str, _Place]]:
+    for key, value in tree.items():
+        here = (*path, key)
+        if isinstance(value, ArrayAt):
+            yield "/".join(here), _Place(TensorInfo(value.dtype, value.shape), (value,))
+        elif isinstance(value, dict) and _PIECES in value:
+            yield "/".join(here), _joined(value, f"{where}: {'/'.join(here)}")
+        elif isinstance(value, dict):
+            yield from _named(value, here, where)
+
+
+def _joined(node: Mapping[str, Any], where: str) -> _Place:
+    """Put an array that is in pieces together; raises InputError where they do not fit."""
+    shape, pieces = _in_order(node.get("shape")), _in_order(node.get("chunks"))
+    sizes = all(isinstance(size, int) and size >= 0 for size in shape)
+    if not pieces or not sizes or not all(isinstance(piece, ArrayAt) for piece in pieces):
+        raise InputError(f"{where}: an array in pieces needs a shape and its pieces; write it again")
+    dtypes = {piece.dtype for piece in pieces}
+    found = sum(math.prod(piece.shape) for piece in pieces)
+    if len(dtypes) != 1 or found != math.prod(shape):
+        raise InputError(f"{where}: its pieces have {found} entries, its shape {shape} another number; write it again")
+    return _Place(TensorInfo(dtypes.pop(), shape), pieces)
+
+
+def _in_order(node: Any) -> tuple[Any, ...]:
+    """Values of a map with the keys "0", "1", ..., which stands for a tuple; empty where it is no such map."""
+    if not isinstance(node, dict) or set(node) != {str(i) for i in range(len(node))}:
+        return ()
+    return tuple(node[str(i)] for i in range(len(node)))

@@ -1,0 +1,120 @@
+"""Opening weights by their path, whatever they are."""
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from farms_jax._matrices import Axes
+from farms_jax.errors import InputError
+from farms_jax.weights.gguf_source import GGUFSource
+from farms_jax.weights.lora import ADAPTER_CONFIG
+from farms_jax.weights.msgpack_source import MsgpackSource
+from farms_jax.weights.npz_source import NpzSource
+from farms_jax.weights.orbax_source import open_orbax
+from farms_jax.weights.runs import model_of
+from farms_jax.weights.safetensors_source import open_safetensors, open_safetensors_folder
+from farms_jax.weights.source import WeightSource
+
+_FILES: dict[str, Callable[[Path], WeightSource]] = {
+    ".safetensors": open_safetensors,
+    ".gguf": GGUFSource,
+    ".npz": NpzSource,
+    ".msgpack": MsgpackSource,
+}
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+_KNOWN = f"{', '.join(_FILES)}, a Hugging Face folder, an Orbax checkpoint, or a run directory"
+
+
+def open_weights(path: str | Path, *, axes: Axes | None = None) -> WeightSource:
+    """Open the weights of a model; headers are read and checked, arrays are not.
+
+    Args:
+        path: a Hugging Face folder or any other with safetensors; a `.safetensors`, `.gguf`, `.npz` or Flax `.msgpack`
+            file; an Orbax checkpoint, or a folder of numbered ones; a run directory of the programs here, of which the
+            first seed's best checkpoint counts, or the pruned model.
+        axes: which axes of an array are rows and columns, where not those usual in the format: outputs first in
+            safetensors and GGUF, last in all others.
+
+    Returns:
+        The weights, for a `with` block.
+
+    Raises:
+        InputError: nothing is there, it is damaged, not finished, or of a kind that is not read.
+    """
+    path = Path(path).expanduser()
+    try:
+        mode = path.stat().st_mode
+        source = _open_folder(path) if stat.S_ISDIR(mode) else _open_file(path, mode)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{error.filename}: no such file or folder; check the path, and download a model of the hub first: "
+            "hf download OWNER/NAME --local-dir FOLDER"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or path}: cannot be read ({error.strerror or error}); check the path and its rights"
+        ) from error
+    if axes is not None:
+        source.axes = axes
+    return source
+
+
+def _open_file(path: Path, mode: int) -> WeightSource:
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: neither a file nor a folder; give {_KNOWN}")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty; download or save it again")
+    if path.suffix in _FILES:
+        return _FILES[path.suffix](path)
+    with path.open("rb") as file:
+        start = file.read(4)
+    if path.suffix in _PICKLES or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5"):
+        raise InputError(_pickled(path))
+    # Checkpoints of flax.training have no suffix; a map is what a msgpack file starts with.
+    if not path.suffix and (0x80 < start[0] < 0x90 or start[0] in {0xDE, 0xDF}):
+        return MsgpackSource(path)
+    raise InputError(f"{path}: not a kind of weights that can be read; give {_KNOWN}")
+
+
+def _open_folder(path: Path) -> WeightSource:
+    filenames = sorted(child.name for child in path.iterdir())
+    if run := model_of(path):
+        source = _open_folder(run.folder)
+        source.name = run.name
+        return source
+    if source := open_orbax(path):
+        return source
+    if ADAPTER_CONFIG in filenames:
+        raise InputError(f"{path}: a LoRA adapter, which is no model by itself; give the model that it was trained on")
+    if source := open_safetensors_folder(path, filenames):
+        return source
+    files = [name for name in filenames if Path(name).suffix in _FILES and not name.startswith(".")]
+    if len(files) == 1:
+        return open_weights(path / files[0])
+    raise InputError(_nothing_in(path, filenames, files))
+
+
+def _nothing_in(path: Path, filenames: list[str], files: list[str]) -> str:
+    if not filenames:
+        return f"{path}: the folder is empty; give {_KNOWN}"
+    if files:
+        return f"{path}: it has several models ({', '.join(files[:5])}); give one of the files"
+    if pickles := [name for name in filenames if Path(name).suffix in _PICKLES]:
+        return _pickled(path / pickles[0])
+    inside = [
+        name
+        for name in filenames
+        if (path / name).is_dir() and any(child.suffix in _FILES for child in (path / name).iterdir())
+    ]
+    if inside:
+        return f"{path}: there are no weights in it, but in its folders {', '.join(inside[:5])}; give one of them"
+    return f"{path}: there are no weights in it ({', '.join(filenames[:5])}); give {_KNOWN}"
+
+
+def _pickled(path: Path) -> str:
+    return (
+        f"{path}: pickled weights can run any code and are never loaded. Convert them where torch is installed: python "
+        '-c "import sys, torch; from safetensors.torch import save_file; state = torch.load(sys.argv[1], '
+        "map_location='cpu', weights_only=True); save_file({k: v.clone() for k, v in state.get('state_dict', "
+        f'state).items()}}, sys.argv[2])" {path} {path.with_suffix(".safetensors")}'
+    )

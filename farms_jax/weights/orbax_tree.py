@@ -1,0 +1,114 @@
+"""The arrays of an Orbax tree, read one by one.
+
+A tree is a folder: `_METADATA`, a JSON table of its leaves, and their arrays in the zarr format, in a database (OCDBT)
+or in folders of their own. Orbax itself would restore a whole tree, or look through all of it for every array.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from farms_jax.errors import InputError
+from farms_jax.weights.safetensors_file import TensorInfo
+from farms_jax.weights.shards import read_json
+
+TABLE = "_METADATA"
+DATABASE = "manifest.ocdbt"
+_ARRAYS = {"jax.Array", "np.ndarray", "scalar"}  # other leaves are text, or empty
+_REMEDY = "save it again, or give another step"
+
+
+class Array(NamedTuple):
+    """An array of a tree.
+
+    Attributes:
+        info: what it is.
+        store: the open `tensorstore.TensorStore`.
+    """
+
+    info: TensorInfo
+    store: Any
+
+
+def read_tree(folder: Path) -> dict[str, Array]:
+    """Find the arrays of a tree.
+
+    Args:
+        folder: of the tree.
+
+    Returns:
+        Path of a leaf, its parts separated by `/` -> array; no entries are read.
+
+    Raises:
+        InputError: the table is damaged, an array is missing, or the package `orbax-checkpoint` is.
+    """
+    table = read_json(folder / TABLE, _REMEDY)
+    try:
+        leaves = [
+            [str(part["key"]) for part in leaf["key_metadata"]]
+            for leaf in table["tree_metadata"].values()
+            if leaf["value_metadata"]["value_type"] in _ARRAYS
+        ]
+        spec = {
+            "driver": "zarr3" if table.get("use_zarr3") else "zarr",
+            # Where a chunk of nothing but zeros was not written, a missing one says nothing.
+            "fill_missing_data_reads": not table.get("store_array_data_equal_to_fill_value", False),
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / TABLE}: not a table of Orbax ({error!r}); {_REMEDY}") from error
+    return _open_all(folder, spec, leaves)
+
+
+def _open_all(folder: Path, spec: dict[str, Any], leaves: list[list[str]]) -> dict[str, Array]:
+    try:
+        import tensorstore
+    except ImportError as error:
+        raise InputError(
+            f'{folder}: Orbax checkpoints need the package orbax-checkpoint; pip install "farms-jax[diagnose]"'
+        ) from error
+    # Without a cache, every array would read the database's index anew.
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 24}})
+    futures = {}
+    for parts in leaves:
+        store = _place(folder.resolve(), ".".join(parts))
+        futures["/".join(parts)] = tensorstore.open({**spec, "kvstore": store}, read=True, open=True, context=context)
+    arrays: dict[str, Array] = {}
+    for name, future in futures.items():
+        try:
+            store = future.result()
+            arrays[name] = Array(TensorInfo(np.dtype(store.dtype.numpy_dtype), tuple(store.shape)), store)
+        except Exception as error:  # of any kind: it depends on what is damaged
+            raise InputError(f"{folder}: {name} is missing or damaged ({_reason(error)}); {_REMEDY}") from error
+    return arrays
+
+
+def _place(folder: Path, name: str) -> dict[str, Any]:
+    if (folder / DATABASE).is_file():
+        return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{name}/"}
+    return {"driver": "file", "path": f"{folder}/{name}/"}
+
+
+def read_array(folder: Path, name: str, array: Array) -> np.ndarray:
+    """Read an array's entries.
+
+    Args:
+        folder: of its tree, for messages.
+        name: of the array, for messages.
+        array: of `read_tree`.
+
+    Returns:
+        Array of its shape and dtype.
+
+    Raises:
+        InputError: its entries are missing or damaged.
+    """
+    try:
+        return np.asarray(array.store.read().result())
+    except Exception as error:  # of any kind: it depends on what is damaged
+        raise InputError(f"{folder}: {name} cannot be read ({_reason(error)}); {_REMEDY}") from error
+
+
+def _reason(error: Exception) -> str:
+    # What follows the bracket is the specification of the array, which nobody wrote.
+    return (str(error) or type(error).__name__).partition(" [")[0][:300]

@@ -1,0 +1,99 @@
+"""Run directories of the programs here, and where their checkpoints are."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from farms_jax._names import natural_key
+from farms_jax.errors import InputError
+from farms_jax.weights import orbax_source
+from farms_jax.weights.shards import WEIGHTS
+
+FILES = (".safetensors", ".gguf", ".npz", ".msgpack")
+_PLACES = ("seed*/checkpoints", "*/seed*/checkpoints", "*/checkpoints")
+
+
+class Found(NamedTuple):
+    """A run's model: its folder, and what to call it."""
+
+    folder: Path
+    name: str
+
+
+def model_of(run: Path) -> Found | None:
+    """Find the model of a run directory.
+
+    Args:
+        run: a folder.
+
+    Returns:
+        The pruned model of `prune`; of `train` and `sciml` the best checkpoint of the first seed (of the first
+        setting), the last one where there is no best; `None` where the folder is no run directory.
+
+    Raises:
+        InputError: the run has no checkpoint yet.
+    """
+    if (run / "run.json").is_file() and (run / "model").is_dir():
+        return Found(run / "model", f"{run.resolve().name}, pruned model")
+    if (run / "model.part").is_dir():
+        raise InputError(f"{run}: a run of prune whose model is not finished; give its command again, it goes on")
+    places = [run / "checkpoints"]
+    # Without its settings it may be a folder of runs, of which none is meant.
+    for pattern in _PLACES if (run / "config.json").is_file() else ():
+        places += sorted(run.glob(pattern), key=lambda path: natural_key(str(path)))
+    for place in places:
+        for folder in (place / "best", place / "last", place):
+            if folder.is_dir() and (steps := orbax_source.steps(folder)):
+                where = steps[-1].relative_to(run)
+                return Found(steps[-1], f"{run.resolve().name}, {where.as_posix()}")
+    if any((place / "last").is_dir() for place in places):
+        raise InputError(f"{run}: a run without a checkpoint yet; wait for the end of its first epoch")
+    return None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Find the checkpoints inside a run directory, of the programs here or others'.
+
+    Args:
+        run: a folder.
+
+    Returns:
+        Paths for `open_weights`, oldest first: Orbax steps, folders of shards, files. Of a `best` beside a `last` only
+        the latter counts, which has been every one.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if not run.is_dir():
+        raise InputError(f"{run}: no such folder; give the directory of a run")
+    found: list[tuple[int, list[tuple[int, int | str]], Path]] = []
+    for path in _inside(run):
+        try:
+            found.append((path.stat().st_mtime_ns, natural_key(str(path)), path))
+        except FileNotFoundError:  # a run keeps only some of its checkpoints
+            continue
+    return [path for *_, path in sorted(found)]
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    try:
+        children = sorted(child for child in folder.iterdir() if not _is_draft(child))
+        if orbax_source.trees(folder):
+            yield folder
+            return
+    except FileNotFoundError:
+        return
+    names = {child.name for child in children}
+    if any(name.endswith(".safetensors.index.json") for name in names) or "adapter_config.json" in names:
+        yield folder
+    elif WEIGHTS in names:
+        yield folder / WEIGHTS
+    else:
+        yield from (child for child in children if child.suffix in FILES and child.is_file())
+    for child in children:
+        if child.is_dir() and not child.is_symlink() and not (child.name == "best" and "last" in names):
+            yield from _inside(child)
+
+
+def _is_draft(path: Path) -> bool:
+    return path.name.startswith(".") or path.suffix in {".part", ".tmp"} or ".orbax-checkpoint-tmp" in path.name

@@ -1,0 +1,77 @@
+"""What weights on disk are, whatever their format: named arrays, read one at a time."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from farms_jax._matrices import Axes
+from farms_jax._names import natural_key
+from farms_jax.errors import InputError
+from farms_jax.weights.safetensors_file import TensorInfo
+from farms_jax.weights.skipped import not_weights
+
+
+class WeightSource(ABC):
+    """Weights on disk; closed at the end of a `with` block.
+
+    Attributes:
+        name: for people.
+        path: of the file or the folder.
+        format: safetensors, gguf, orbax, msgpack or npz.
+        axes: which axes of an array are rows and columns.
+        tensors: full name -> dtype and shape, in natural order: `layer2` before `layer10`.
+        skipped: name -> why an array is no weight of the model, such as "optimiser state".
+    """
+
+    def __init__(self, path: Path, name: str, format: str, axes: Axes, tensors: Mapping[str, TensorInfo]) -> None:
+        """Describe what was found.
+
+        Args:
+            path: of the file or the folder.
+            name: for people.
+            format: see the class.
+            axes: see the class.
+            tensors: full name -> dtype and shape, in any order.
+
+        Raises:
+            InputError: there are no tensors.
+        """
+        if not tensors:
+            raise InputError(f"{path}: there are no arrays in it; give the checkpoint of a model")
+        self.path, self.name, self.format, self.axes = path, name, format, axes
+        self.tensors = {tensor: tensors[tensor] for tensor in sorted(tensors, key=natural_key)}
+        self.skipped = not_weights(self.tensors)
+
+    def read(self, name: str) -> np.ndarray:
+        """Read one tensor.
+
+        Args:
+            name: a key of `tensors`.
+
+        Returns:
+            Array of its dtype and shape; bfloat16 is that of `ml_dtypes`.
+
+        Raises:
+            InputError: there is no such tensor, or it cannot be read.
+        """
+        if name not in self.tensors:
+            raise InputError(f"{self.path}: there is no tensor {name} among its {len(self.tensors)}; check the name")
+        return self._read(name)
+
+    @abstractmethod
+    def _read(self, name: str) -> np.ndarray:
+        """Read a tensor that is there."""
+
+    def close(self) -> None:  # noqa: B027 (most formats open their files anew for every tensor)
+        """Release open files."""
+
+    def __enter__(self) -> Self:
+        """Return the source itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()

@@ -1,0 +1,98 @@
+"""Two models side by side."""
+
+import json
+
+import numpy as np
+import pytest
+
+from farms_jax.diagnosis import compare, diagnose
+from farms_jax.errors import InputError
+from farms_jax.weights.safetensors_file import TensorInfo, make_header
+
+FAST = {"resamples": 20, "randomize": False}
+
+
+def layers(seed=0):
+    rng = np.random.default_rng(seed)
+    return {f"layer_{i}": rng.normal(size=(40, 56)).astype(np.float32) for i in range(3)}
+
+
+def write_safetensors(path, tensors):
+    header = make_header({name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header + b"".join(tensors[name].tobytes() for name in sorted(tensors)))
+    return path
+
+
+def heavier(weight):
+    """The same matrix with a tail: singular values of a power law."""
+    left, _, right = np.linalg.svd(weight, full_matrices=False)
+    values = np.sort((1 - np.random.default_rng(1).uniform(size=len(left))) ** -1.5)[::-1]
+    return ((left * values) @ right).astype(np.float32)
+
+
+def test_what_moved_most_comes_first():
+    before = layers()
+    after = before | {"layer_1": heavier(before["layer_1"]), "layer_2": before["layer_2"] * 1.5}
+    comparison = compare(before, after, **FAST)
+    assert comparison.layers[0]["layer"] == "layer_1"
+    rows = {row["layer"]: row for row in comparison.layers}
+    assert rows["layer_1"]["farms_alpha_change"] < -0.1
+    assert rows["layer_1"]["beyond_error"]
+    assert (rows["layer_0"]["moved"], rows["layer_0"]["farms_alpha_change"]) == (0, 0)
+    assert not rows["layer_0"]["beyond_error"]
+    assert rows["layer_2"]["moved"] == pytest.approx(0.5)
+    assert rows["layer_2"]["farms_alpha_change"] == pytest.approx(0, abs=1e-4)
+    for row in comparison.layers:
+        assert row["farms_alpha_change"] == pytest.approx(row["farms_alpha_b"] - row["farms_alpha_a"])
+
+
+def test_layers_of_one_model_only_and_of_another_shape():
+    before, after = layers(), layers(1)
+    after["layer_9"] = after.pop("layer_0")
+    after["layer_1"] = np.random.default_rng(2).normal(size=(30, 20))
+    comparison = compare(before, after, **FAST)
+    assert (comparison.only_a, comparison.only_b) == (("layer_0",), ("layer_9",))
+    rows = {row["layer"]: row for row in comparison.layers}
+    assert "moved" not in rows["layer_1"]
+    assert rows["layer_1"]["shape"] == "40x56 -> 30x20"
+    assert rows["layer_2"]["moved"] > 1
+
+
+def test_nothing_in_common_is_an_error():
+    with pytest.raises(InputError, match=r"no layer of one name: layer_0 in the first, other in the second"):
+        compare(layers(), {"other": layers()["layer_0"]}, **FAST)
+
+
+def test_written_diagnoses_can_be_compared(tmp_path):
+    before, after = layers(), layers(1)
+    for name, model in (("a", before), ("b", after)):
+        diagnose(model, **FAST).write_json(tmp_path / f"{name}.json")
+    written, direct = compare(tmp_path / "a.json", tmp_path / "b.json"), compare(before, after, **FAST)
+    changes = {row["layer"]: row["farms_alpha_change"] for row in direct.layers}
+    assert {row["layer"]: row["farms_alpha_change"] for row in written.layers} == pytest.approx(changes)
+    assert "moved" not in written.layers[0]
+
+
+def test_a_lora_adapter_is_its_base_with_the_change_added(tmp_path):
+    rng = np.random.default_rng(3)
+    base = {f"model.layers.{i}.mlp.up_proj.weight": rng.normal(size=(48, 32)).astype(np.float32) for i in range(2)}
+    down, up = rng.normal(size=(4, 32)).astype(np.float32), rng.normal(size=(48, 4)).astype(np.float32)
+    write_safetensors(tmp_path / "base" / "model.safetensors", base)
+    name = "base_model.model.model.layers.1.mlp.up_proj"
+    adapter = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    write_safetensors(tmp_path / "lora" / "adapter_model.safetensors", adapter)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    comparison = compare(tmp_path / "base", tmp_path / "lora", **FAST)
+    merged = base | {"model.layers.1.mlp.up_proj.weight": base["model.layers.1.mlp.up_proj.weight"] + 2 * up @ down}
+    write_safetensors(tmp_path / "merged" / "model.safetensors", merged)
+    expected = compare(tmp_path / "base", tmp_path / "merged", **FAST)
+    assert [row["layer"] for row in comparison.layers] == [row["layer"] for row in expected.layers]
+    for mine, theirs in zip(comparison.layers, expected.layers, strict=True):
+        assert mine["moved"] == pytest.approx(theirs["moved"], rel=1e-5)
+        assert mine["farms_alpha_b"] == pytest.approx(theirs["farms_alpha_b"], rel=1e-5)
+    assert comparison.layers[0]["moved"] > 0.5
+    assert comparison.layers[1]["moved"] == 0
+    with pytest.raises(InputError, match="needs the weights of its base model"):
+        compare(diagnose(tmp_path / "base", **FAST), tmp_path / "lora", **FAST)

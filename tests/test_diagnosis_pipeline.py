@@ -1,0 +1,150 @@
+"""From a model to its diagnosis: which layers, in which order, what is kept, and clear errors."""
+
+import json
+
+import numpy as np
+import pytest
+
+import farms_jax
+from farms_jax.cache import Cache, weights_key
+from farms_jax.diagnosis import diagnose
+from farms_jax.errors import InputError
+
+FAST = {"resamples": 20, "randomize": False}
+
+
+def model(seed=0):
+    rng = np.random.default_rng(seed)
+    heavy = rng.standard_t(2, (48, 64)) + np.outer(rng.normal(size=48), rng.normal(size=64))
+    return {
+        "block_2": {"kernel": rng.normal(size=(32, 40)).astype(np.float32), "bias": np.zeros(40, np.float32)},
+        "block_10": {"kernel": heavy.astype(np.float32)},
+        "conv": {"kernel": rng.normal(size=(3, 3, 16, 24)).astype(np.float32)},
+        "steps": np.array(3),
+    }
+
+
+def write_npz(path, tree):
+    np.savez(path, **{name: np.asarray(leaf) for name, leaf in farms_jax.named_leaves(tree)})
+    return path
+
+
+def rows_equal(one, other):
+    assert [set(row) for row in one.layers] == [set(row) for row in other.layers]
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        for name, value in mine.items():
+            np.testing.assert_array_equal(np.asarray(value), np.asarray(theirs[name]), err_msg=name)
+
+
+def test_layers_are_those_of_analyze_in_network_order():
+    diagnosis, report = diagnose(model(), **FAST), farms_jax.analyze(model())
+    assert diagnosis.names == report.names == ("block_2/kernel", "block_10/kernel", "conv/kernel")
+    np.testing.assert_allclose(diagnosis.column("farms_alpha"), report.alpha, rtol=1e-4)
+    whole = farms_jax.analyze(model(), window=None)
+    np.testing.assert_allclose(diagnosis.column("whole_alpha"), whole.alpha, rtol=1e-4)
+    assert diagnosis.left_out == (
+        ("block_2/bias", "1 axes: only 2-D weights and 4-D kernels are layers"),
+        ("steps", "dtype int64, not floating point"),
+    )
+    assert sorted(diagnosis.column("rank")) == [1, 2, 3]
+    assert all(row["status"] and row["reason"] for row in diagnosis.layers)
+
+
+def test_a_file_gives_what_its_arrays_give(tmp_path):
+    rows_equal(diagnose(write_npz(tmp_path / "model.npz", model()), **FAST), diagnose(model(), **FAST))
+
+
+def test_patterns_choose_layers():
+    diagnosis = diagnose(model(), include=r"block_.*", exclude=(r".*_2/.*",), **FAST)
+    assert diagnosis.names == ("block_10/kernel",)
+    assert dict(diagnosis.left_out) == {
+        "block_2/bias": "excluded",
+        "block_2/kernel": "excluded",
+        "conv/kernel": "not included",
+        "steps": "not included",
+    }
+    with pytest.raises(ValueError, match=r"include: 'blok.*' matches no name"):
+        diagnose(model(), include="blok.*")
+
+
+@pytest.mark.parametrize(
+    ("settings", "absent", "present"),
+    [
+        ({"resamples": 0, "randomize": False}, {"rank", "farms_low"}, {"alpha", "mp_spikes"}),
+        ({"whole": False, "resamples": 20}, {"alpha", "whole_alpha", "rand_distance"}, {"farms_alpha", "rank_flips"}),
+        ({"resamples": 0}, {"rank_flips"}, {"rand_distance", "ww_softrank"}),
+    ],
+)
+def test_columns_follow_the_settings(settings, absent, present):
+    (row,) = diagnose({"layer": model()["block_10"]["kernel"]}, **settings).layers
+    assert not absent & set(row)
+    assert present <= set(row)
+
+
+def test_only_what_changed_is_measured_again(tmp_path):
+    cache, weights = tmp_path / "cache", model()
+    first = diagnose(weights, cache=cache, **FAST)
+    again = diagnose(weights, cache=cache, **FAST)
+    assert (first.facts["from_cache"], again.facts["from_cache"]) == (0, 3)
+    rows_equal(first, again)
+    assert first.histograms == again.histograms
+    weights["block_10"]["kernel"] = weights["block_10"]["kernel"] * 2
+    changed = diagnose(weights, cache=cache, **FAST)
+    assert changed.facts["from_cache"] == 2
+    assert changed.column("norm")[1] == pytest.approx(4 * first.column("norm")[1])
+    assert diagnose(weights, cache=cache, **FAST | {"seed": 1}).facts["from_cache"] == 0
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"row": 1, "deviations": [], "histogram": {}}', "{" * 100_000])
+def test_a_damaged_cache_is_no_cache(tmp_path, content):
+    weights = {"layer": model()["block_10"]["kernel"]}
+    first = diagnose(weights, cache=tmp_path, **FAST)
+    (kept,) = tmp_path.iterdir()
+    kept.write_text(content)
+    again = diagnose(weights, cache=tmp_path, **FAST)
+    assert again.facts["from_cache"] == 0
+    rows_equal(first, again)
+    assert json.loads(kept.read_text())["row"]
+
+
+def test_keys_tell_weights_and_settings_apart():
+    weight = np.arange(6.0).reshape(2, 3)
+    keys = [
+        weights_key({"a": weight}),
+        weights_key({"b": weight}),
+        weights_key({"a": weight.reshape(3, 2)}),
+        weights_key({"a": weight.astype(np.float32)}),
+        weights_key({"a": weight + 1}),
+        weights_key({"a": weight}, 1),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert weights_key({"a": np.asfortranarray(weight)}) == keys[0]
+
+
+def test_without_a_folder_nothing_is_kept():
+    store = Cache(None)
+    store.put("key", {"a": 1})
+    assert store.get("key") is None
+
+
+def test_all_layers_with_nan_are_named(tmp_path):
+    weights = model()
+    weights["conv"]["kernel"][0, 0, 0, 0] = np.nan
+    weights["block_2"]["kernel"][0, 0] = np.inf
+    path = write_npz(tmp_path / "model.npz", weights)
+    with pytest.raises(InputError, match=r"model.*: NaN or Inf in block_2/kernel, conv/kernel; .*--exclude"):
+        diagnose(path, **FAST)
+    assert len(diagnose(path, exclude=("conv/.*", "block_2/.*"), **FAST)) == 1
+
+
+def test_a_model_without_layers_is_an_error():
+    with pytest.raises(InputError, match="no layer to measure among its 1 arrays"):
+        diagnose({"bias": np.zeros(8)})
+
+
+@pytest.mark.parametrize(
+    "settings", [{"resamples": -1}, {"level": 1.0}, {"tolerance": 0.0}, {"tolerance": 0.1, "resamples": 0}]
+)
+def test_settings_out_of_range(settings):
+    with pytest.raises(ValueError, match="Settings: "):
+        diagnose(model(), **settings)

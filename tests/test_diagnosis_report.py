@@ -1,0 +1,278 @@
+"""How a diagnosis is shown: text, terminal, files, one HTML page, figures."""
+
+import csv
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import jax
+import numpy as np
+import pytest
+from diagnosis_samples import HOSTILE, NOISE, diagnosis
+
+import farms_jax
+from farms_jax.diagnosis.charts import spectrum, tail_line
+from farms_jax.diagnosis.diagnosis import Diagnosis, Histogram
+from farms_jax.diagnosis.page import page
+from farms_jax.diagnosis.status import MEANINGS
+from farms_jax.diagnosis.summary import attention, counts
+from farms_jax.diagnosis.terminal import show_table
+from farms_jax.errors import InputError
+
+
+class Page(HTMLParser):
+    """The page as a reader without a script has it: rows of cells by layer, texts by tag, no tag left open."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.rows, self.texts, self.scripts, self.links = [], [], {}, [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in {"meta", "wbr", "input"}:  # those that have no end
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in {"td", "th"}:
+            self.rows[-1].append("")
+        self.links += [value for name, value in attrs if name in {"src", "href", "action", "data"}]
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        tag = self.open[-1] if self.open else ""
+        self.texts[tag] = self.texts.get(tag, "") + data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return diagnosis()
+
+
+def test_text_fits_and_says_what_needs_attention_first(sample):
+    text = str(sample)
+    assert repr(sample) == text
+    assert max(map(len, text.splitlines())) <= 120
+    assert "1 degenerate, 1 over-correlated, 2 undertrained, 12 well trained" in text
+    assert text.index("look first at") < text.index("self_attn.k_proj")
+    assert "1.56 ±0.04" in text
+    assert f"alpha of noise: {NOISE:.3f}" in text
+    assert "all names begin with model.layers." in text
+    assert "left out (excluded): lm_head.weight" in text
+    assert all(f"{status}: {meaning}" in text for status, meaning in MEANINGS.items())
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
+def test_terminal_table_is_as_wide_as_the_terminal(sample, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    show_table(sample.layers, sample.columns, sample.headline(), file=out)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()).splitlines()
+    assert max(map(len, lines)) <= width
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("layer ")) + 1 :]
+    assert [line.split()[1] for line in table[: len(sample)]] == [row["status"].split()[0] for row in sample.layers]
+    assert "\x1b[" in out.getvalue()
+    if width == 200:
+        assert HOSTILE in out.getvalue()
+
+
+def test_plain_and_complete_where_the_output_is_no_terminal(sample):
+    out = io.StringIO()
+    show_table(sample.layers, sample.columns, sample.headline(), file=out)
+    assert "\x1b" not in out.getvalue()
+    assert all(name in out.getvalue() for name in sample.names)
+
+
+def test_attention_goes_by_status_then_by_alpha(sample):
+    found = [row["status"] for row in attention(sample.layers)]
+    assert found == ["degenerate", "over-correlated", "undertrained", "undertrained"]
+    alphas = [row["farms_alpha"] for row in attention(sample.layers) if row["status"] == "undertrained"]
+    assert alphas == sorted(alphas, reverse=True)
+    assert list(counts(sample.layers)) == ["degenerate", "over-correlated", "undertrained", "well trained"]
+
+
+def test_columns_and_order(sample):
+    assert len(sample) == len(sample.names) == 16
+    assert sample.column("farms_alpha") == [row["farms_alpha"] for row in sample.layers]
+    assert sample.sort("status").column("status")[:2] == ["degenerate", "over-correlated"]
+    assert sample.sort("rank").column("rank") == list(range(1, 17))
+    assert sample.sort("sv_min", descending=True).column("sv_min")[-1] is None
+    with pytest.raises(InputError, match="no column 'alfa'"):
+        sample.column("alfa")
+
+
+def test_csv_and_data_frame_have_every_digit(sample, tmp_path):
+    sample.write_csv(tmp_path / "layers.csv")
+    rows = list(csv.DictReader((tmp_path / "layers.csv").open(newline="")))
+    frame = sample.to_pandas()
+    assert frame.index.name == "layer"
+    assert list(rows[0]) == ["layer", *frame.columns]
+    for row, ours in zip(rows, sample.layers, strict=True):
+        assert row["layer"] == ours["layer"]
+        assert row["shape"] == "x".join(map(str, ours["shape"]))
+        assert float(row["farms_alpha"]) == ours["farms_alpha"] == frame.loc[ours["layer"], "farms_alpha"]
+    assert rows[-1]["sv_min"] == rows[-1]["rand_distance"] == ""
+
+
+def test_json_comes_back(sample, tmp_path):
+    sample.write_json(tmp_path / "a.json")
+    json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    again = Diagnosis.read_json(tmp_path / "a.json")
+    assert again.to_dict() == sample.to_dict()
+    assert again.histograms == sample.histograms
+    assert again.left_out == sample.left_out
+    assert page(again) == page(sample)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "no json", '{"format": "farms_jax diagnosis 1"}', "[" * 100_000])
+def test_another_file_is_no_diagnosis(text, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match="a.json: no diagnosis; make one with"):
+        Diagnosis.read_json(tmp_path / "a.json")
+
+
+def test_page_is_complete_without_its_script(sample, tmp_path):
+    sample.write_html(tmp_path / "report.html")
+    found = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    by_name = {row[0]: row for row in found.rows}
+    heads = next(row for row in found.rows if row[0] == "layer" and len(row) > 20)
+    assert {column.name for column in sample.columns} == {*heads, "reason"}
+    for row in sample.layers:
+        shown = dict(zip(heads, by_name[row["layer"]], strict=True))
+        assert shown["status"] == row["status"]
+        if row["farms_alpha"]:
+            assert shown["farms_alpha"] == f"{row['farms_alpha']:.2f} ±0.04"
+            assert shown["whole_alpha"] == f"{row['whole_alpha']:.3f}"
+    details = [row[0] for row in found.rows if len(row) == 1]
+    assert all(row["reason"] in text for row, text in zip(sample.layers, details, strict=True))
+    everything = " ".join(found.texts.values())
+    expected = [*MEANINGS.values(), "lm_head.weight", "/models/smol/model.safetensors", "ab" * 32, "resamples 200"]
+    expected += [column.meaning for column in sample.columns]
+    assert [text for text in expected if text not in everything] == []
+
+
+def test_page_needs_nothing_from_outside(sample):
+    text = page(sample)
+    assert "://" not in text
+    assert "default-src 'none'" in text
+    assert all(link.startswith("#l") for link in Page(text).links)
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttp|innerHTML", text)
+
+
+def test_names_are_text_never_markup(sample):
+    text = page(sample)
+    assert "<b>&" not in text
+    assert HOSTILE in [row[0] for row in Page(text).rows]
+    assert "SmolLM2 <135M>" in Page(text).texts["h1"]
+    hostile = diagnosis(1, model="</title><script>alert(1)</script>")
+    assert page(hostile).count("<script>") == 1
+    assert "<script>" not in hostile._repr_html_()
+
+
+def test_page_of_many_layers_stays_small():
+    assert len(page(diagnosis(250)).encode()) < 1000 * 3500
+
+
+def test_page_without_whole_matrices_statuses_and_spectra(sample):
+    rows = tuple({name: row[name] for name in ("layer", "shape", "farms_alpha")} for row in sample.layers)
+    bare = Diagnosis(model="bare", layers=rows, left_out=(), settings={}, facts={}, histograms={})
+    found = Page(page(bare))
+    assert len([row for row in found.rows if row[0] in bare.names]) == len(bare)
+    assert "whole matrix" not in str(bare)
+    assert "undertrained" not in str(bare)
+    with pytest.raises(InputError, match="bias needs whole matrices"):
+        bare.plot("bias")
+
+
+def test_page_of_no_layers():
+    nothing = Diagnosis(model="none", layers=(), left_out=(("a", "scalar"),), settings={}, facts={}, histograms={})
+    assert "0 layers" in str(nothing)
+    assert Page(page(nothing)).texts["b"] == "0"
+
+
+def test_fitted_line_holds_the_share_of_the_tail():
+    # A pure power law: the line must lie on the densities.
+    alpha, edges = 2.5, np.linspace(0, 6, 301)
+    share = 10 ** ((1 - alpha) * edges)
+    densities = (share[:-1] - share[1:]) / np.diff(edges)
+    histogram = Histogram(tuple(edges.tolist()), tuple(densities.tolist()))
+    start, top, end, bottom = tail_line({"farms_alpha": alpha, "farms_xmin": 10.0}, histogram) or pytest.fail()
+    assert start == 1
+    np.testing.assert_allclose([10**top, 10**bottom], densities[[50, 299]], rtol=0.05)
+    assert math.isclose(end, 6)
+
+
+def test_spectrum_of_a_layer_without_tail_or_eigenvalues():
+    histogram = Histogram((0.0, 1.0, 2.0), (0.5, 0.5))
+    assert 'class="law"' not in spectrum({"layer": "a", "farms_alpha": 0.0, "farms_xmin": 0.0}, histogram)
+    assert not spectrum({"layer": "a"}, histogram._replace(windows=(0.0, 0.0)))
+
+
+@pytest.mark.parametrize("kind", ["alpha", "spectrum", "bias"])
+def test_figures(sample, kind):
+    figure = sample.plot(kind)
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    labels = axis.get_legend_handles_labels()[1]
+    if kind == "spectrum":
+        assert "degenerate" in figure.get_suptitle()
+        assert sample.names[1] in sample.plot("spectrum", sample.names[1]).get_suptitle()
+    else:
+        assert {"well trained", "undertrained", "over-correlated"} <= set(labels)
+
+
+def test_figures_that_cannot_be_drawn(sample):
+    with pytest.raises(InputError, match="no kind 'alphas'"):
+        sample.plot("alphas")
+    with pytest.raises(InputError, match="no layer 'head'"):
+        sample.plot("spectrum", "head")
+    with pytest.raises(InputError, match="leave out `layer`"):
+        sample.plot("alpha", "head")
+
+
+def test_notebooks_get_a_table(sample):
+    html = sample._repr_html_()
+    assert html.count("<tr>") == 17
+    assert "exponent of the tail over windows" in html
+    assert HOSTILE not in html
+
+
+@pytest.fixture(scope="module")
+def report():
+    weights = {f"<{i}>": np.random.default_rng(i).normal(size=(20, 30)).astype(np.float32) for i in range(3)}
+    return farms_jax.analyze(weights | {"bias": np.ones(3, np.float32)})
+
+
+def test_report_is_shown_alike(report):
+    frame = report.to_pandas()
+    assert frame.index.tolist() == list(report.names)
+    np.testing.assert_allclose(frame["alpha"], report.alpha)
+    assert repr(report) == str(report)
+    assert report._repr_html_().count("<tr>") == 4
+    assert "<0>" not in report._repr_html_()
+    assert "left out" in report._repr_html_()
+    (axis,) = report.plot().axes
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), report.alpha)
+
+
+def test_report_without_numbers_has_a_repr(report):
+    seen = []
+    jax.jit(lambda one: seen.append((repr(one), one._repr_html_())))(report)
+    stacked = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), report)
+    assert seen[0][0].startswith("LayerReport(3 layers")
+    assert repr(stacked) == "LayerReport(3 layers, alpha (2, 3))"

@@ -1,0 +1,80 @@
+"""What README and documentation show is what happens: every block of code runs, every command is understood."""
+
+import contextlib
+import io
+import shlex
+import sys
+
+import pytest
+from docs_helpers import PAGES, ROOT, assert_shown, blocks, check, commands, inline_commands
+
+INLINE = sorted({command for page in PAGES for command in inline_commands(page)})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page(page, tmp_path, monkeypatch):
+    """Run a page's blocks in their order, in a folder of its own; a `text` block right after one is what it prints."""
+    monkeypatch.chdir(tmp_path)
+    names, printed = {"__name__": "page"}, ""
+    for block in blocks(page):
+        if block.language == "text":
+            if block.follows:
+                assert_shown(block.text, printed)
+            continue
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            if block.language == "python":
+                exec(compile(block.text, str(page), "exec"), names)
+            else:
+                assert block.language == "bash", f"{page}: {block.language!r} is not checked by any test"
+                for command in commands(block.text, tmp_path / "shell"):
+                    check(command, monkeypatch)
+                    if command[0] == "farms" and page.name != "README.md":
+                        farms(command[1:], monkeypatch)
+        printed = output.getvalue()
+
+
+def farms(arguments, monkeypatch):
+    from farms_jax.__main__ import main
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["farms", *arguments])
+        main()
+
+
+@pytest.mark.parametrize("command", [text for text in INLINE if "benchmarks." not in text])
+def test_inline_command(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check(shlex.split(command), monkeypatch)
+
+
+def test_what_is_shown_is_compared():
+    assert_shown("alpha 2.127\n...\nlayers: 3", "alpha 2.13\n1.5 seconds\nlayers: 3\n")
+    for wrong in ("alpha 2.127", "alpha 2.9\n...\nlayers: 3", "...\nlayers: 4", "layers: 3\n...\nalpha 2.127"):
+        with pytest.raises(AssertionError):
+            assert_shown(wrong, "alpha 2.13\n1.5 seconds\nlayers: 3\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m train.cifar --no-such-option 1",
+        "python -m train.no_such_program",
+        "python -m prune.llama --method magnitud",
+        'pip install "farms-jax[no-such-extra]"',
+        "pytest tests/test_no_such_file.py",
+        "rm -r runs",
+    ],
+)
+def test_a_wrong_command_is_found(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((AssertionError, ImportError)):
+        check(shlex.split(command), monkeypatch)
+
+
+def test_a_program_that_is_not_known_is_found(tmp_path):
+    with pytest.raises(Exception, match="non-zero"):
+        commands("python -m train.cifar && rm -r runs", tmp_path)
+    for_each = 'for tb in none "farms"; do\n  python -m train.cifar \\\n  --tb $tb  # twice\ndone'
+    calls = [["python", "-m", "train.cifar", "--tb", name] for name in ("none", "farms")]
+    assert commands(for_each, tmp_path) == calls

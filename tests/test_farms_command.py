@@ -1,0 +1,122 @@
+"""The command `farms`: what it prints, what it writes, and one line for every mistake."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from farms_jax.__main__ import main
+from farms_jax.diagnosis import Diagnosis
+
+FAST = ["--resamples", "0", "--no-randomize"]
+
+
+@pytest.fixture
+def model(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "model.npz"
+    np.savez(path, **{"dense/kernel": rng.normal(size=(32, 48)), "dense/bias": np.zeros(48), "steps": np.array(3)})
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def farms(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["farms", *map(str, arguments)])
+    main()
+    return capsys.readouterr().out
+
+
+def fails(monkeypatch, capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        farms(monkeypatch, capsys, *arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_as_a_program_it_prints_a_table_and_writes_three_files(model, tmp_path):
+    outputs = {kind: tmp_path / "out" / f"report.{kind}" for kind in ("csv", "json", "html")}
+    flags = [part for kind, path in outputs.items() for part in (f"--{kind}", str(path))]
+    command = [sys.executable, "-m", "farms_jax", "analyze", str(model), "--resamples", "20", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "dense/kernel" in done.stdout
+    assert "1 layer" in done.stdout
+    for path in outputs.values():
+        assert f"written to {path}" in done.stdout
+    diagnosis = Diagnosis.read_json(outputs["json"])
+    assert diagnosis.names == ("dense/kernel",)
+    assert outputs["csv"].read_text().startswith("layer,status,reason,shape")
+    assert "dense/kernel" in outputs["html"].read_text()
+    assert "Traceback" not in done.stderr
+
+
+def test_the_second_run_measures_nothing(monkeypatch, capsys, model, tmp_path):
+    for name in ("first", "second"):
+        farms(monkeypatch, capsys, "analyze", model, *FAST, "--json", tmp_path / f"{name}.json")
+    cached = [Diagnosis.read_json(tmp_path / f"{name}.json").facts["from_cache"] for name in ("first", "second")]
+    assert cached == [0, 1]
+    farms(monkeypatch, capsys, "analyze", model, *FAST, "--no-cache", "--json", tmp_path / "third.json")
+    assert Diagnosis.read_json(tmp_path / "third.json").facts["from_cache"] == 0
+
+
+def test_explain_lists_every_array_and_measures_nothing(monkeypatch, capsys, model, tmp_path):
+    told = farms(monkeypatch, capsys, "analyze", model, "--explain")
+    lines = {line.split()[0]: line for line in told.splitlines()}
+    assert lines["dense/kernel"].endswith("a layer")
+    assert "left out: 1 axes" in lines["dense/bias"]
+    assert "left out: dtype int64" in lines["steps"]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_windows_and_patterns_are_those_asked_for(monkeypatch, capsys, model, tmp_path):
+    flags = ("--rows", 16, "--per-axis", 3, "--include", "dense/.*", "--json", tmp_path / "out.json")
+    farms(monkeypatch, capsys, "analyze", model, *FAST, *flags)
+    diagnosis = Diagnosis.read_json(tmp_path / "out.json")
+    assert diagnosis.column("num_windows") == [9]
+    assert dict(diagnosis.left_out)["steps"] == "not included"
+
+
+def test_compare_prints_and_writes_what_moved(monkeypatch, capsys, model, tmp_path):
+    other = tmp_path / "other.npz"
+    np.savez(other, **{"dense/kernel": np.load(model)["dense/kernel"] * 2})
+    told = farms(monkeypatch, capsys, "compare", model, other, *FAST, "--json", tmp_path / "changes.json")
+    assert "1 layers of one name" in told or "1 layer of one name" in told
+    (row,) = json.loads((tmp_path / "changes.json").read_text())["layers"]
+    assert row["moved"] == pytest.approx(1)
+
+
+def test_watch_writes_alerts(monkeypatch, capsys, tmp_path):
+    weight = np.random.default_rng(0).normal(size=(32, 48))
+    for step, value in ((1, weight), (2, np.ones_like(weight))):
+        (tmp_path / "run" / f"step_{step}").mkdir(parents=True)
+        np.savez(tmp_path / "run" / f"step_{step}" / "model.npz", dense=value)
+    told = farms(monkeypatch, capsys, "watch", tmp_path / "run", "--once", *FAST)
+    assert "ALERT degenerate: dense: rank 1 of 32: constant" in told
+    lines = (tmp_path / "run" / "farms" / "alerts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["rule"] for line in lines] == ["degenerate"]
+    assert len(list((tmp_path / "run" / "farms").glob("*.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["analyze", "missing.npz"], "missing.npz"),
+        (["analyze", "MODEL", "--sort", "alfa"], "--sort: there is no column 'alfa'"),
+        (["analyze", "MODEL", "--html", "."], "--html .: a folder"),
+        (["analyze", "MODEL", "--exclude", "nothing"], "exclude: 'nothing' matches no name"),
+        (["analyze", "MODEL", "--rows", "0"], "rows must be a whole number of at least 1"),
+        (["analyze", "MODEL", "--tolerance", "0.1", "--resamples", "0"], "tolerance needs resamples"),
+        (["compare", "MODEL", "MODEL", "--sort", "alfa"], "--sort: there is no column 'alfa'"),
+        (["watch", "missing"], "missing"),
+    ],
+)
+def test_a_mistake_is_one_line(monkeypatch, capsys, model, arguments, message):
+    told = fails(monkeypatch, capsys, *(model if argument == "MODEL" else argument for argument in arguments))
+    assert message in told
+    assert told.startswith("farms: ")
+    assert told.count("\n") == 1

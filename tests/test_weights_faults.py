@@ -1,0 +1,361 @@
+"""Every fault of weights on disk is one clear error that names the file, and none is found by loading a pickle."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+import zipfile
+
+import gguf
+import msgpack
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import serialization
+from weights_helpers import FORMATS, arrays, write
+
+from farms_jax.errors import InputError
+from farms_jax.weights import open_weights
+
+WEIGHT = np.ones((64, 64), np.float32)
+
+
+class Bomb:
+    """Unpickled, it fails the test."""
+
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was loaded",)
+
+
+def refused(path, message):
+    with pytest.raises(InputError, match=message) as caught, open_weights(path) as source:
+        for name in source.tensors:
+            source.read(name)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "gguf", "npz", "msgpack"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: b"", "empty"),
+        (lambda content: content[:-100], "truncated|damaged"),
+        (lambda content: content[:40], "truncated|damaged"),
+        (lambda content: b"\xffPNG" * 50, "no GGUF file|no msgpack file|no npz archive|no safetensors file"),
+    ],
+    ids=["empty", "end missing", "only a start", "another kind"],
+)
+def test_a_damaged_file(tmp_path, form, damage, message):
+    path = write(form, tmp_path, {"w": WEIGHT})
+    path.write_bytes(damage(path.read_bytes()))
+    refused(path, message)
+
+
+def empty(folder):
+    (folder / "it").mkdir()
+
+
+def images(folder):
+    (folder / "it").mkdir()
+    for i in range(9):
+        (folder / "it" / f"{i}.png").write_bytes(b"\x89PNG")
+
+
+def loop(folder):
+    (folder / "it").symlink_to(folder / "that")
+    (folder / "that").symlink_to(folder / "it")
+
+
+def pickles(folder):
+    (folder / "it").mkdir()
+    (folder / "it" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+
+
+def several(folder):
+    (folder / "it").mkdir()
+    for name in ("a", "b"):
+        np.savez(folder / "it" / f"{name}.npz", w=WEIGHT)
+
+
+def further_down(folder):
+    (folder / "it" / "unet").mkdir(parents=True)
+    write("safetensors", folder / "it" / "unet", {"w": WEIGHT})
+
+
+def adapter(folder):
+    (folder / "it").mkdir()
+    (folder / "it" / "adapter_config.json").write_text("{}")
+
+
+def two_models(folder):
+    (folder / "it").mkdir()
+    for name in ("a", "b"):
+        (folder / "it" / f"{name}.safetensors.index.json").write_text("{}")
+
+
+def no_shard(folder):
+    (folder / "it").mkdir()
+    safetensors.numpy.save_file({"w": WEIGHT}, folder / "it" / "net-00001-of-00003.safetensors")
+
+
+def no_indexed_shard(folder):
+    no_shard(folder)
+    index = {"weight_map": {"w": "net-00001-of-00003.safetensors", "v": "net-00002-of-00003.safetensors"}}
+    (folder / "it" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def twice(folder):
+    (folder / "it").mkdir()
+    for name in ("a", "b"):
+        safetensors.numpy.save_file({"w": WEIGHT}, folder / "it" / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "no such file or folder.*hf download"),
+        (empty, "the folder is empty"),
+        (images, "there are no weights in it .0.png, 1.png.*safetensors"),
+        (loop, "symbolic links"),
+        (pickles, "pytorch_model.bin: pickled weights can run any code.*torch.load"),
+        (several, "several models .a.npz, b.npz"),
+        (further_down, "in its folders unet"),
+        (adapter, "a LoRA adapter"),
+        (two_models, "several models .a.safetensors.index.json"),
+        (no_shard, "net-00002-of-00003.safetensors: this shard is missing, as are 1 more"),
+        (no_indexed_shard, "net-00002-of-00003.safetensors: this shard is missing, model.safetensors.index.json names"),
+        (twice, "w is in two shards, a.safetensors and b.safetensors"),
+        (lambda folder: os.mkfifo(folder / "it"), "neither a file nor a folder"),
+    ],
+)
+def test_a_path_that_is_no_model(tmp_path, make, message):
+    make(tmp_path)
+    refused(tmp_path / "it", message)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_right_to_read(tmp_path, form, monkeypatch):
+    path = write(form, tmp_path, arrays())
+
+    def denied(file, *_, **__):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    # Tests may run as root, for whom there is no lack of rights.
+    for function in ("pathlib.Path.open", "pathlib.Path.iterdir", "pathlib.Path.read_text", "zipfile.io.open"):
+        monkeypatch.setattr(function, denied)
+    refused(path, "Permission denied")
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "orbax-manager"])
+def test_gone_after_it_was_opened(tmp_path, form):
+    path = write(form, tmp_path, arrays() | {"big": np.random.default_rng(0).normal(size=(128, 128)).astype("float32")})
+    with open_weights(path) as source:
+        path.rename(tmp_path / "elsewhere")
+        with pytest.raises(InputError, match="big.*(cannot be read|damaged)") as caught:
+            source.read("big")
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl", ""])
+def test_pickles_are_never_loaded(tmp_path, suffix):
+    (path := tmp_path / f"weights{suffix}").write_bytes(pickle.dumps(Bomb()))
+    refused(path, "never loaded.*save_file")
+
+
+def test_another_kind_of_file(tmp_path):
+    (path := tmp_path / "weights.h5").write_bytes(b"\x89HDF")
+    refused(path, "not a kind of weights that can be read; give .safetensors, .gguf, .npz, .msgpack")
+
+
+def test_one_part_of_a_split_gguf(tmp_path):
+    writer = gguf.GGUFWriter(path := tmp_path / "model-00001-of-00002.gguf", "llama")
+    writer.add_uint16("split.count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    refused(path, "one part of a split model.*merge")
+
+
+# npz
+
+
+def npy(array, *, pickled=False):
+    np.lib.format.write_array(file := io.BytesIO(), array, allow_pickle=pickled)
+    return file.getvalue()
+
+
+HUGE = npy(WEIGHT).replace(b"(64, 64), }      ", b"(64000000, 64), }")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("w.npy", npy(np.array([Bomb()]), pickled=True))], "w.npy holds Python objects"),
+        ([("w.npy", HUGE)], r"w.npy: shape \(64000000, 64\) of float32 needs 16384000000 bytes"),
+        ([("w.npy", npy(WEIGHT)[:-4])], "w.npy: shape"),
+        ([("w.npy", npy(WEIGHT) + b"more")], "w.npy: shape"),
+        ([("w.npy", npy(WEIGHT)), ("README.md", b"about")], "README.md is no array"),
+        ([("w.npy", npy(WEIGHT)), ("w.npy", npy(WEIGHT))], "w is in it twice"),
+        ([("w.npy", b"\x93NUMPY\x03" + npy(WEIGHT)[7:])], r"version \(3, 0\)"),
+        ([("w.npy", b"no array at all, but text")], "damaged, or no npz archive"),
+        ([], "there are no arrays in it"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_faulty_npz(tmp_path, members, message):
+    with zipfile.ZipFile(path := tmp_path / "model.npz", "w") as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    refused(path, message)
+
+
+def test_an_npz_that_claims_more_than_it_can_hold(tmp_path):
+    """A member of 1 TiB in 4 KiB: refused before memory is taken."""
+    header = npy(np.zeros(1, np.uint8))[:128]
+    size = 1 << 40
+    header = header.replace(b"(1,), ", b"(%d,), " % (size - 128))[:127] + b"\n"
+    with zipfile.ZipFile(path := tmp_path / "model.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w.npy", header + bytes(4000))
+    content = path.read_bytes()
+    # The directory's entry, with the size in its extra field, as files above 4 GiB have it.
+    start = content.index(b"PK\1\2")
+    extra = b"\1\0\x08\0" + size.to_bytes(8, "little")
+    entry = bytearray(content[start : start + 46])
+    entry[24:28], entry[30:32] = b"\xff" * 4, len(extra).to_bytes(2, "little")
+    end = bytearray(content[content.index(b"PK\5\6") :])
+    end[12:16] = (len(entry) + 5 + len(extra)).to_bytes(4, "little")
+    path.write_bytes(content[:start] + bytes(entry) + b"w.npy" + extra + bytes(end))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.getinfo("w.npy").file_size == size
+    refused(path, "w.npy: shape .* bytes in the archive cannot hold")
+
+
+# msgpack
+
+
+def extension(code, content):
+    return msgpack.packb({"w": msgpack.ExtType(code, content)})
+
+
+def packed(shape=(2, 2), dtype="float32", data=bytes(16)):
+    return extension(1, msgpack.packb((shape, dtype, data)))
+
+
+def pieces(**changes):
+    whole = {"__msgpack_chunked_array__": True, "shape": {"0": 4}, "chunks": {"0": WEIGHT[0, :2], "1": WEIGHT[0, :2]}}
+    return serialization.msgpack_serialize({"w": {key: value for key, value in (whole | changes).items() if value}})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (extension(42, b"foreign"), "extension 42 of msgpack is none of Flax's"),
+        (b"\x81\xa1w\xd6\xff\0\0\0\0", "extension -1 of msgpack"),  # a time
+        (packed(shape=(2, 3)), r"of shape \(2, 3\) and float32 has 16 bytes"),
+        (packed(shape=(-2, -2)), r"has the shape \[-2, -2\]"),
+        (packed(shape="all"), "has the shape 'all'"),
+        (packed(dtype="object"), "has the dtype 'object'"),
+        (packed(dtype="no kind"), "has the dtype 'no kind'"),
+        (packed(dtype="finfo"), "has the dtype 'finfo'"),
+        (packed(dtype=3), "has the dtype 3"),
+        (packed(data="text"), "has no bytes"),
+        (extension(1, msgpack.packb([1, 2])), r"is not \(shape, dtype, bytes\)"),
+        (extension(3, msgpack.packb(([], "float32", bytes(4))) + b"more"), "has 4 bytes"),
+        (pieces(shape={"0": 5}), "its pieces have 4 entries"),
+        (pieces(chunks={}), "needs a shape and its pieces"),
+        (pieces(chunks={"0": WEIGHT[0, :2], "2": WEIGHT[0, :2]}), "needs a shape and its pieces"),
+        (pieces(chunks={"0": WEIGHT[0, :2], "1": WEIGHT[0, :2].astype(np.float16)}), "its pieces have 4 entries"),
+        (msgpack.packb([1, 2]), "does not start with a map"),
+        (msgpack.packb({1: 2}), "key 1 of a map is no text"),
+        (b"\x82\xa1a\x01\xa1a\x02", "'a' of a map is no text, or there twice"),
+        (msgpack.packb({"a": 1}) + b"\x01", "1 bytes after its tree"),
+        (b"\x81\xa1a\xc1", "byte 0xc1 starts no value"),
+        (b"\x81\xa2\xff\xff\x01", "a text in it is damaged"),
+        (b"\x81\xa1a" * 200 + b"\x01", "more than 100 maps in maps"),
+        (b"\xdf\xff\xff\xff\xff\xa1a\x01", "truncated"),
+        (b"\x81\xa1a\xc6\xff\xff\xff\xff", "truncated"),
+        (msgpack.packb({"a": 1, "b": {}}), "there are no arrays in it"),
+    ],
+)
+def test_a_faulty_msgpack(tmp_path, content, message):
+    (path := tmp_path / "model.msgpack").write_bytes(content)
+    refused(path, message)
+
+
+# Orbax
+
+
+def remove_data(folder):
+    for file in [*folder.glob("ocdbt.process_0/d/*"), *folder.glob("layers.2.kernel/0*")]:
+        file.unlink()
+
+
+def cut_data(folder):
+    for file in [*folder.glob("**/d/*"), *folder.glob("layers.2.kernel/0*")]:
+        file.write_bytes(file.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("form", ["orbax", "orbax-zarr3", "orbax-folders"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "_METADATA").write_text('{"tree_metadata": {'), "_METADATA: not valid JSON"),
+        (lambda folder: (folder / "_METADATA").write_text("{}"), "_METADATA: not a table of Orbax"),
+        (lambda folder: (folder / "_METADATA").write_text('{"tree_metadata": {"w": 3}}'), "not a table of Orbax"),
+        (lambda folder: (folder / "_METADATA").write_text('{"tree_metadata": {}}'), "there are no arrays in it"),
+        (lambda folder: (folder / "_METADATA").unlink(), "without _METADATA"),
+        (remove_data, "(is missing or damaged|cannot be read)"),
+        (cut_data, "(is missing or damaged|cannot be read)"),
+    ],
+)
+def test_a_faulty_orbax_checkpoint(tmp_path, form, damage, message):
+    path = write(form, tmp_path, arrays() | {"big": np.random.default_rng(0).normal(size=(128, 128))})
+    damage(path)
+    refused(path, message)
+
+
+def test_an_orbax_array_without_its_folder(tmp_path):
+    path = write("orbax-folders", tmp_path, arrays())
+    shutil.rmtree(path / "norm.scale")
+    with pytest.raises(InputError, match="norm/scale is missing or damaged.*save it again") as caught:
+        open_weights(path)
+    assert str(path) in str(caught.value)
+
+
+def test_an_orbax_checkpoint_that_is_not_finished(tmp_path):
+    path = write("orbax-manager", tmp_path, arrays())
+    (path / "10").rename(path / "10.orbax-checkpoint-tmp")
+    assert open_weights(path).name == "checkpoint, step 9"
+
+
+# Packages that are not there
+
+
+@pytest.mark.parametrize(("form", "package"), [("gguf", "gguf"), ("orbax", "tensorstore")])
+def test_a_missing_package_says_what_to_install(tmp_path, form, package, monkeypatch):
+    path = write(form, tmp_path, arrays())
+    monkeypatch.setitem(sys.modules, package, None)
+    refused(path, r'pip install "farms-jax\[diagnose\]"')
+
+
+@pytest.mark.parametrize("form", ["npz", "msgpack", "orbax"])
+def test_mutated_files_raise_nothing_else(tmp_path, form):
+    path = write(form, tmp_path, arrays())
+    target = path / "_METADATA" if form == "orbax" else path
+    whole, rng, count = target.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(200):
+        mutant = bytearray(whole)
+        for place in rng.integers(0, len(whole), rng.integers(1, 12)):
+            mutant[place] = rng.integers(256)
+        target.write_bytes(mutant)
+        try:
+            with open_weights(path) as source:
+                for name in source.tensors:
+                    source.read(name)
+        except InputError as error:
+            assert str(path) in str(error)
+            count += 1
+    assert count > 20
