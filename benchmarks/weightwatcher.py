@@ -7,9 +7,9 @@ Per model, in one run on the same cores, interleaved:
 
 - `weightwatcher`: `WeightWatcher(model).analyze()`: whole matrices, power-law fit, norms;
 - `same`: our measures without windows of FARMS and without resamples, which are those columns;
-- `weightwatcher randomize`: `analyze(randomize=True, mp_fit=True)`: the shuffled matrices and the Marchenko-Pastur fit too;
+- `weightwatcher randomize`: `analyze(randomize=True, mp_fit=True)`: shuffled matrices, Marchenko-Pastur fits too;
 - `same randomize`: ours with those;
-- `everything`: `farms_jax.diagnose` with its defaults: FARMS, whole and shuffled matrices, fits, intervals, histograms.
+- `everything`: `diagnose` with its defaults: FARMS, whole and shuffled matrices, fits, intervals, histograms.
 
 Our first call, which compiles, is timed apart. Alphas are compared as well.
 """
@@ -32,6 +32,7 @@ import farms_jax
 from benchmarks._common import interleave, machine, write
 from benchmarks.smollm2 import find_model
 from benchmarks.spectral import network, torch_module
+from farms_jax.diagnosis import diagnose
 from farms_jax.diagnosis.measure import measure
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.weights import open_weights
@@ -78,7 +79,7 @@ def bench(model: str, layers: int | None, repeats: int) -> dict[str, Any]:
             "same": lambda: same_columns(weights, randomize=False),
             "weightwatcher randomize": lambda: theirs(randomize=True, mp_fit=True),
             "same randomize": lambda: same_columns(weights, randomize=True),
-            "everything": lambda: farms_jax.diagnose(weights, axes=farms_jax.TORCH_AXES),
+            "everything": lambda: diagnose(weights, axes=farms_jax.TORCH_AXES),
         },
         repeats,
     )

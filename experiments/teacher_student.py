@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy.linalg import eigh
 from scipy.stats import spearmanr
 from tqdm import tqdm
@@ -37,11 +39,13 @@ class Student(NamedTuple):
     """A trained student at its best checkpoint.
 
     Attributes:
+        start: W before training, (width, inputs).
         weights: W, (width, inputs).
         alignment: with the teacher, in [0, 1].
         step: of the checkpoint.
     """
 
+    start: np.ndarray
     weights: np.ndarray
     alignment: float
     step: int
@@ -92,7 +96,8 @@ def experiment(args: argparse.Namespace) -> Result:
         student = train(args, width, seed)
         rows.append({"width": width, "seed": seed, "step": student.step, "alignment": student.alignment})
         rows[-1] |= measure(student.weights, args.window)
-    measures = ("alignment", "baseline", "farms")
+        rows[-1] |= {f"{method}_at_start": alpha for method, alpha in measure(student.start, args.window).items()}
+    measures = ("alignment", "baseline", "farms", "baseline_at_start", "farms_at_start")
     summary = [
         {
             "width": width,
@@ -119,14 +124,15 @@ def train(args: argparse.Namespace, width: int, seed: int) -> Student:
     teacher /= jnp.linalg.norm(teacher)
     weights = jax.random.normal(weights_key, (width, args.inputs)) / args.inputs**0.5
     second = args.gain * jax.random.normal(second_key, (width,)) / width**0.5
-    best = Student(np.asarray(weights), alignment(weights, teacher), 0)
+    start = np.asarray(weights)
+    best = Student(start, start, alignment(weights, teacher), 0)
     for step in range(0, args.steps, _CHECK):
         count = min(_CHECK, args.steps - step)
         key = jax.random.fold_in(inputs_key, step)
         weights = _descend(weights, second, teacher, key, args.rate / args.gain**2, count, args.batch)
         found = alignment(weights, teacher)
         if found > best.alignment:
-            best = Student(np.asarray(weights), found, step + count)
+            best = Student(start, np.asarray(weights), found, step + count)
     return best
 
 
@@ -177,28 +183,44 @@ def correlations(summary: list[dict[str, Any]], rows: list[dict[str, Any]]) -> d
 
 def draw(summary: list[dict[str, Any]], rows: list[dict[str, Any]], inputs: int) -> Figure:
     """Draw by method alignment and alpha against width."""
-    drawing, axes = figure(9.6, 3.5, 1, 2)
-    widths = [row["width"] for row in summary]
+    drawing, axes = figure(9.6, 3.7, 1, 2)
     found = correlations(summary, rows)
     kinds = (("baseline", "Baseline: whole matrices", BASELINE), ("farms", "FARMS: square windows", FARMS))
     for axis, (method, title, colour) in zip(axes, kinds, strict=True):
-        other = axis.twinx()
-        other.spines["top"].set_visible(False)
-        other.tick_params(labelsize=8.5, labelcolor=_ALIGNMENT)
-        other.set_ylabel("alignment with the teacher", fontsize=9.5, color=_ALIGNMENT)
-        axis.tick_params(axis="y", labelcolor=colour)
-        x = [row["width"] for row in rows]
-        other.plot(x, [row["alignment"] for row in rows], ".", color=_ALIGNMENT, ms=4, alpha=0.3)
-        axis.plot(x, [row[method] for row in rows], ".", color=colour, ms=4, alpha=0.3)
-        other.plot(widths, [row["alignment"] for row in summary], "s--", color=_ALIGNMENT, ms=4, lw=1.3)
-        axis.plot(widths, [row[method] for row in summary], "o-", color=colour, ms=4.5, lw=1.5)
+        _curves(axis, summary, rows, method, colour)
         axis.axvline(inputs, color="k", lw=0.6, alpha=0.4)
-        axis.set_xscale("log")
-        axis.set_xticks(widths, [str(width) for width in widths], rotation=45)
-        axis.minorticks_off()
-        label(axis, f"{title} (rank correlation {found[method]['spearman']:+.2f})", "width of the student", "alpha")
+        correlation = found[method]["spearman"]
+        label(
+            axis, f"{title} (rank correlation {correlation:+.2f})", f"width of the student; {inputs} is square", "alpha"
+        )
         axis.yaxis.label.set_color(colour)
     return drawing
+
+
+def _curves(axis: Axes, summary: list[dict[str, Any]], rows: list[dict[str, Any]], method: str, colour: str) -> None:
+    """Draw alpha and, on an axis of its own, alignment: students as dots, means as lines."""
+    other = axis.twinx()
+    other.spines["top"].set_visible(False)
+    other.tick_params(labelsize=8.5, labelcolor=_ALIGNMENT)
+    other.set_ylabel("alignment with the teacher", fontsize=9.5, color=_ALIGNMENT)
+    axis.tick_params(axis="y", labelcolor=colour)
+    x, widths = ([row["width"] for row in table] for table in (rows, summary))
+    for plot, key, tint, style in ((other, "alignment", _ALIGNMENT, "s--"), (axis, method, colour, "o-")):
+        plot.plot(x, [row[key] for row in rows], ".", color=tint, ms=4, alpha=0.3)
+        plot.plot(widths, [row[key] for row in summary], style, color=tint, ms=4.5, lw=1.4)
+    before = [row[f"{method}_at_start"] for row in summary]
+    axis.plot(widths, before, ":", color=colour, lw=1.2)
+    handles = [
+        Line2D([], [], color=colour, marker="o", ms=4.5, label="alpha"),
+        Line2D([], [], color=colour, ls=":", label="alpha before training"),
+        Line2D([], [], color=_ALIGNMENT, marker="s", ms=4.5, ls="--", label="alignment"),
+    ]
+    axis.legend(
+        handles=handles, frameon=False, fontsize=8, loc="upper center" if method == "baseline" else "lower center"
+    )
+    axis.set_xscale("log")
+    axis.set_xticks(widths, [str(width) for width in widths], rotation=45)
+    axis.minorticks_off()
 
 
 if __name__ == "__main__":

@@ -113,13 +113,22 @@ def left_out_lines(left_out: Iterable[tuple[str, str]]) -> list[str]:
     return lines
 
 
-def html_table(heads: Mapping[str, str], cells: Iterable[Sequence[str]], lines: Iterable[str] = ()) -> str:
+def html_table(
+    heads: Mapping[str, str],
+    cells: Iterable[Sequence[str]],
+    lines: Iterable[str] = (),
+    *,
+    title: str = "",
+    left: Collection[int] = (0,),
+) -> str:
     """Set a table for a notebook: readable on light and dark pages, scrolls where it is long.
 
     Args:
         heads: of the columns, with what they mean, shown as a tooltip.
-        cells: row by row, as plain text; the first column is set to the left.
+        cells: row by row, as plain text.
         lines: to stand below it.
+        title: line above it.
+        left: indices of the columns that are set to the left.
 
     Returns:
         HTML, whatever the texts hold.
@@ -128,15 +137,16 @@ def html_table(heads: Mapping[str, str], cells: Iterable[Sequence[str]], lines: 
 
     def row(tag: str, texts: Iterable[tuple[str, str]]) -> str:
         return "".join(
-            f'<{tag} style="{rule}{"right" if i else "left"}"{title}>{escape(text)}</{tag}>'
+            f'<{tag} style="{rule}{"left" if i in left else "right"}"{title}>{escape(text)}</{tag}>'
             for i, (text, title) in enumerate(texts)
         )
 
     head = row("th", ((name, f' title="{escape(meaning)}"' if meaning else "") for name, meaning in heads.items()))
     body = "".join(f"<tr>{row('td', ((cell, '') for cell in line))}</tr>" for line in cells)
     notes = "".join(f'<div style="opacity:.75">{escape(line)}</div>' for line in lines)
+    above = f"<div><b>{escape(title)}</b></div>" if title else ""
     return (
-        '<div style="max-height:34em;overflow:auto"><table style="border-collapse:collapse;'
+        f'{above}<div style="max-height:34em;overflow:auto"><table style="border-collapse:collapse;'
         f'font-variant-numeric:tabular-nums"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{notes}'
     )
 

@@ -24,7 +24,8 @@ TRAINED = {
         ({}, "well trained", "alpha 1.80 (1.75 to 1.85) of the windows is below that of noise, 2.12; 12 eigenvalues"),
         ({"mp_spikes": 1}, "well trained", "1 eigenvalue beyond"),
         ({"farms_alpha": 2.1, "farms_high": 2.14}, "undertrained", "is that of noise, 2.12"),
-        ({"farms_alpha": 2.0, "farms_high": 2.1}, "undertrained", "is that of noise"),
+        ({"farms_alpha": 2.03, "farms_high": 2.1}, "undertrained", "is that of noise"),
+        ({"farms_alpha": 1.9, "farms_high": 2.1}, "well trained", "noise, 2.12, but too uncertain to exclude it"),
         ({"farms_alpha": 2.0, "farms_low": None, "farms_high": None}, "well trained", "alpha 2.00 of the windows"),
         (
             {"alpha": 1.6, "stable_rank": 4.0},

@@ -8,6 +8,8 @@ import sys
 import pytest
 from docs_helpers import PAGES, ROOT, assert_shown, blocks, check, commands, inline_commands
 
+from farms_jax.diagnosis.columns import COLUMNS
+
 INLINE = sorted({command for page in PAGES for command in inline_commands(page)})
 
 
@@ -15,6 +17,7 @@ INLINE = sorted({command for page in PAGES for command in inline_commands(page)}
 def test_page(page, tmp_path, monkeypatch):
     """Run a page's blocks in their order, in a folder of its own; a `text` block right after one is what it prints."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     names, printed = {"__name__": "page"}, ""
     for block in blocks(page):
         if block.language == "text":
@@ -24,7 +27,7 @@ def test_page(page, tmp_path, monkeypatch):
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             if block.language == "python":
-                exec(compile(block.text, str(page), "exec"), names)
+                exec(compile(block.text, f"<code of {page.name}>", "exec"), names)
             else:
                 assert block.language == "bash", f"{page}: {block.language!r} is not checked by any test"
                 for command in commands(block.text, tmp_path / "shell"):
@@ -46,6 +49,12 @@ def farms(arguments, monkeypatch):
 def test_inline_command(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check(shlex.split(command), monkeypatch)
+
+
+def test_every_column_of_a_diagnosis_is_in_the_reference():
+    text = (ROOT / "docs/api/diagnosis.md").read_text()
+    rows = [f"| `{name}` | {meaning} | {short} | {group} |" for name, meaning, _, short, group in COLUMNS]
+    assert "\n".join(rows) in text
 
 
 def test_what_is_shown_is_compared():

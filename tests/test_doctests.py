@@ -10,9 +10,9 @@ import farms_jax
 import sciml
 
 MODULES = [
-    f"{package.__name__}.{module.name}"
+    module.name
     for package in (farms_jax, sciml)
-    for module in pkgutil.iter_modules(package.__path__)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
 ]
 
 

@@ -1,6 +1,7 @@
 """The core stands alone, and imports run one way."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,26 +9,70 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOW = ["errors", "program", "files", "plots", "_names", "_matrices", "_windows", "_tail", "mappings", "_report"]
-FLOW += ["rundir", "marchenko_pastur", "_lapack", "_host", "_esd", "_analyze", "_lr_scale", "_sparsity", "_tempbalance"]
+FLOW = [
+    "errors",
+    "program",
+    "files",
+    "cache",
+    "memory",
+    "plots",
+    "_present",
+    "_names",
+    "_matrices",
+    "_windows",
+    "_tail",
+]
+FLOW += ["mappings", "_report", "rundir", "marchenko_pastur", "_lapack", "_host", "_esd", "_analyze", "_lr_scale"]
+FLOW += ["_sparsity", "_tempbalance", "weights", "diagnosis", "__main__"]
 
 
 def test_core_loads_no_framework():
-    others = ["flax", "torch", "tyro", "matplotlib", "orbax", "train", "prune", "sciml"]
+    others = ["flax", "torch", "tyro", "matplotlib", "orbax", "tensorstore", "gguf", "pandas", "rich"]
+    others += ["scipy.stats", "train", "prune", "sciml", "experiments"]
     program = f"import sys, farms_jax; print([m for m in {others} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
+def modules():
+    """The files of the core by module name, `diagnosis.page` for those of a package; without the packages' own."""
+    files = {path.relative_to(ROOT / "farms_jax"): path for path in (ROOT / "farms_jax").rglob("*.py")}
+    return {".".join(name.with_suffix("").parts): path for name, path in files.items() if path.stem != "__init__"}
+
+
+def imports_of(path):
+    """Modules of the core that a file imports, anywhere in it but for type checking."""
+    tree = ast.parse(path.read_text())
+    only_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and (node.module or "").split(".")[0] == "farms_jax"
+            and node not in only_types
+        ):
+            parts = node.module.split(".")[1:]
+            if parts and ".".join(parts) in modules():
+                yield ".".join(parts)
+            else:
+                yield from (".".join([*parts, alias.name]) for alias in node.names)
+
+
 def test_a_core_file_imports_only_files_above_it():
-    files = {path.stem: path for path in (ROOT / "farms_jax").glob("*.py") if path.stem != "__init__"}
-    assert set(files) == set(FLOW)
-    for name, path in files.items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("farms_jax"):
-                parts = node.module.split(".")
-                imported = [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
-                assert all(FLOW.index(other) < FLOW.index(name) for other in imported), (name, imported)
+    assert {name.split(".")[0] for name in modules()} == set(FLOW)
+    for name, path in modules().items():
+        for other in imports_of(path):
+            above, below = (FLOW.index(module.split(".")[0]) for module in (other, name))
+            assert above < below or (above == below and "." in name), (name, other)
+
+
+def test_packages_of_the_core_have_no_cycles():
+    graph = {name: set(imports_of(path)) & set(modules()) for name, path in modules().items()}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(graph)  # or CycleError
 
 
 @pytest.mark.parametrize("package", ["train", "prune", "sciml"])

@@ -132,4 +132,5 @@ class LayerTable:
     def _repr_html_(self) -> str:
         shown = sheet(self.layers, self.columns, None)
         heads = {column.short: column.meaning for column in shown.columns}
-        return html_table(heads, shown.cells, [self.headline(), *shown.notes, *self.closing()])
+        lines = [*shown.notes, *self.closing()]
+        return html_table(heads, shown.cells, lines, title=self.headline(), left=shown.left)

@@ -5,12 +5,13 @@ from typing import Any
 
 OVER_CORRELATED = 2.0  # alpha below it: Martin and Mahoney 2021 (JMLR 22), and WeightWatcher's "over-trained"
 UNDERTRAINED = 6.0  # alpha above it: the same, for rules under which noise has no alpha of its own
-NEAR_NOISE = 0.98  # of noise_alpha: matrices of independent entries scatter by less than 2 % about it
+AT_NOISE = 0.98  # of noise_alpha: matrices of independent entries scatter by less than 2 % about it
+NEAR_NOISE = 0.95  # a layer further below is not called undertrained, however wide its interval
 
 MEANINGS: dict[str, str] = {
     "undertrained": "its spectrum is that of noise: training has hardly touched it, or not yet",
-    "well trained": "its tail is heavier than noise, and no direction rules it",
-    "over-correlated": "a few directions rule it: overfitted, or trained at too large a rate",
+    "well trained": "its tail is heavier than that of noise, and not too heavy",
+    "over-correlated": "its tail is very heavy (alpha below 2): it may be overfitted, or trained at too large a rate",
     "degenerate": "it has no tail to measure: zero, constant, or of low rank",
 }
 
@@ -35,9 +36,11 @@ def status_of(row: Mapping[str, Any]) -> tuple[str, str]:
         if row["farms_alpha"] > UNDERTRAINED:
             return "undertrained", f"{measured} is above {UNDERTRAINED:g}{_spikes(row)}"
         return "well trained", f"{measured} is below {UNDERTRAINED:g}{_spikes(row)}"
-    if (row.get("farms_high") or row["farms_alpha"]) >= NEAR_NOISE * noise:
+    reaches = (row.get("farms_high") or row["farms_alpha"]) >= AT_NOISE * noise
+    if reaches and row["farms_alpha"] >= NEAR_NOISE * noise:
         return "undertrained", f"{measured} is that of noise, {noise:.2f}{_spikes(row)}"
-    return "well trained", f"{measured} is below that of noise, {noise:.2f}{_spikes(row)}"
+    unsure = ", but too uncertain to exclude it" if reaches else ""
+    return "well trained", f"{measured} is below that of noise, {noise:.2f}{unsure}{_spikes(row)}"
 
 
 def _degenerate(row: Mapping[str, Any]) -> str | None:

@@ -1,11 +1,14 @@
-"""GGUF files as weights: dequantised to float32, under the names of the file."""
+"""GGUF files as weights: dequantised to float32, under Hugging Face names where the architecture is known."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 
 from farms_jax._matrices import TORCH_AXES
+from farms_jax.errors import InputError
 from farms_jax.weights.gguf_file import read_gguf, read_tensor
+from farms_jax.weights.gguf_names import ROPE_FACTORS, architecture_of, heads_of, hugging_face_names, restore_rows
 from farms_jax.weights.safetensors_file import TensorInfo
 from farms_jax.weights.source import WeightSource
 
@@ -25,8 +28,17 @@ class GGUFSource(WeightSource):
             InputError: see `read_gguf`.
         """
         self._file = read_gguf(path)
-        tensors = {name: TensorInfo(_FLOAT32, tensor.shape) for name, tensor in self._file.tensors.items()}
+        found = self._file.tensors
+        self._names, self._heads = {name: name for name in found}, dict[str, int]()
+        with contextlib.suppress(InputError):  # another architecture: the file's own names serve
+            architecture = architecture_of(self._file.metadata, str(path))
+            rotary = {ROPE_FACTORS: ROPE_FACTORS} if ROPE_FACTORS in found else {}
+            self._names = hugging_face_names(architecture, found, str(path)) | rotary
+            self._heads = heads_of(architecture, self._file.metadata)
+        tensors = {name: TensorInfo(_FLOAT32, found[source].shape) for name, source in self._names.items()}
         super().__init__(path, path.stem, "gguf", TORCH_AXES, tensors)
 
     def _read(self, name: str) -> np.ndarray:
-        return read_tensor(self._file, name)
+        array = read_tensor(self._file, self._names[name])
+        heads = self._heads.get(name.split(".")[-2]) if "." in name else None
+        return array if heads is None else restore_rows(array, heads)

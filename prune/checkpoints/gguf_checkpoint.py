@@ -7,10 +7,17 @@ import numpy as np
 
 from farms_jax.files import write_json
 from farms_jax.weights.gguf_file import read_gguf, read_tensor
+from farms_jax.weights.gguf_names import (
+    ROPE_FACTORS,
+    architecture_of,
+    heads_of,
+    hugging_face_names,
+    restore_rows,
+)
 from farms_jax.weights.safetensors_file import TensorInfo, make_header, parse_header
 from farms_jax.weights.shards import WEIGHTS
 from prune.checkpoints.base import Checkpoint, Shard, save_tokenizer
-from prune.checkpoints.gguf_model import ROPE_FACTORS, architecture_of, hugging_face_names, make_config, restore_rows
+from prune.checkpoints.gguf_model import make_config
 from prune.checkpoints.gguf_tokenizer import make_tokenizer
 
 _FLOAT32 = np.dtype(np.float32)
@@ -37,11 +44,7 @@ class GGUFCheckpoint(Checkpoint):
         factors = read_tensor(self._file, ROPE_FACTORS) if ROPE_FACTORS in found else None
         shapes = {name: info.shape for name, info in self.tensors.items()}
         self.config = make_config(self._file.metadata, shapes, factors, where)
-        # The converter interleaves the rows of query and key for this architecture only.
-        self._heads: dict[str, int] = {}
-        if architecture == "llama":
-            self._heads["q_proj"] = self.config["num_attention_heads"]
-            self._heads["k_proj"] = self.config["num_key_value_heads"]
+        self._heads = heads_of(architecture, self._file.metadata)
 
     def read(self, name: str) -> np.ndarray:
         """Read and dequantise one tensor, its rows in Hugging Face's order.

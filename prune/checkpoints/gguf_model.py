@@ -1,34 +1,14 @@
-"""From GGUF to Hugging Face: names of tensors, the config, the order of rows.
-
->>> hugging_face_names("llama", ["blk.3.attn_q.weight", "output.weight"], "model.gguf")
-{'model.layers.3.self_attn.q_proj.weight': 'blk.3.attn_q.weight', 'lm_head.weight': 'output.weight'}
-"""
+"""From GGUF to Hugging Face: the config."""
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from farms_jax.errors import InputError
+from farms_jax.weights.gguf_names import ROPE_FACTORS, architecture_of
 
-ROPE_FACTORS = "rope_freqs.weight"
-_NAME = re.compile(r"(?:blk\.(?P<block>0|[1-9]\d*)\.)?(?P<module>\w+)\.(?P<kind>weight|bias)")
-_ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_BLOCKS = {"llama": _BLOCK, "qwen2": _BLOCK, "qwen3": _BLOCK | _HEAD_NORMS}
 _CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -39,59 +19,6 @@ _CLASSES = {
 _FOREIGN = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale", "expert_count")
 # Of LLaMA 3.1, the only ones published: the file has the factors made from them, not the numbers.
 _LOW_FACTOR, _HIGH_FACTOR = 1.0, 4.0
-
-
-def architecture_of(metadata: Mapping[str, Any], where: str) -> str:
-    """Return a file's architecture.
-
-    Args:
-        metadata: of the file.
-        where: the file's name, for messages.
-
-    Returns:
-        llama (which is also Mistral and SmolLM), qwen2 or qwen3.
-
-    Raises:
-        InputError: another one.
-    """
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in _BLOCKS:
-        raise InputError(f"{where}: unknown architecture {architecture!r}; known are {', '.join(_BLOCKS)}")
-    return architecture
-
-
-def hugging_face_names(architecture: str, names: Iterable[str], where: str) -> dict[str, str]:
-    """Translate names of tensors.
-
-    Args:
-        architecture: of the file.
-        names: of its tensors.
-        where: the file's name, for messages.
-
-    Returns:
-        Hugging Face name -> name in the file, without the rotary factors.
-
-    Raises:
-        InputError: names that are in no table, all in one error.
-    """
-    found, unknown = {}, []
-    for name in names:
-        if name == ROPE_FACTORS:
-            continue
-        match = _NAME.fullmatch(name)
-        table = {} if match is None else _ENDS if match["block"] is None else _BLOCKS[architecture]
-        if match is None or match["module"] not in table:
-            unknown.append(name)
-            continue
-        prefix = "" if match["block"] is None else f"model.layers.{match['block']}."
-        found[f"{prefix}{table[match['module']]}.{match['kind']}"] = name
-    if unknown:
-        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        raise InputError(
-            f"{where}: unknown tensors for {architecture}: {', '.join(unknown[:10])}{more}; "
-            "give the model as a Hugging Face folder"
-        )
-    return found
 
 
 def make_config(
@@ -237,19 +164,3 @@ def _llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str
     raise InputError(
         f"{where}: {ROPE_FACTORS} is of no known rotary scaling (llama3 is known); give a Hugging Face folder"
     )
-
-
-def restore_rows(array: np.ndarray, heads: int) -> np.ndarray:
-    """Give the rows of a query or key projection their order in Hugging Face's files.
-
-    GGUF files of the llama architecture have the two halves of a head interleaved: rows (half, i) -> (i, half).
-
-    Args:
-        array: weight (heads * head_dim, in) or bias (heads * head_dim,).
-        heads: query or key heads.
-
-    Returns:
-        The same rows, in each head first those of the first half.
-    """
-    split = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
-    return split.swapaxes(1, 2).reshape(array.shape)

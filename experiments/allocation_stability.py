@@ -1,0 +1,113 @@
+"""How much the sparsity of each block hangs on the windows (paper, appendix C.8 and Figure 13).
+
+    python -m experiments.allocation_stability --model FILE.gguf
+
+Sparsities of all blocks under every window of Table 6, beside AlphaPruning, which looks at whole matrices. Nothing is
+pruned. If `experiments.window_grid` has been run into the same folder on the same settings, its best and worst windows
+are marked.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from tqdm import tqdm
+
+from experiments import _grid
+from experiments._common import BASELINE, NOISE, Result, figure, label, run
+from experiments._grid import Setting
+from prune.job import prepare
+
+
+def main() -> None:
+    """Run the experiment."""
+    run("allocation_stability", __doc__, _grid.options, experiment)
+
+
+def experiment(args: argparse.Namespace) -> Result:
+    """Allocate sparsity to the blocks under all settings.
+
+    Args:
+        args: the options.
+
+    Returns:
+        Rows: sparsity by setting and block. Summary: by setting the extremes, the mean distance to the mean of all
+        windows, and to AlphaPruning. Facts: the `model`, and `deviation`, the standard deviation over windows, averaged
+        over blocks, with that over blocks beside it: windows matter little where the first is far below the second.
+    """
+    job = prepare(_grid.config_of(args))
+    settings = _grid.grid(args, job)
+    found = {
+        setting: _grid.by_block(_grid.allocate(_grid.under(job, setting)))
+        for setting in tqdm(settings, desc="allocation_stability", unit="setting")
+    }
+    windows = np.array([values for setting, values in found.items() if setting.allocation == "farms"])
+    alphapruning, mean = found[Setting("alphapruning")], windows.mean(0)
+    summary = [
+        {
+            "setting": str(setting),
+            "lowest": float(values.min()),
+            "highest": float(values.max()),
+            "from_mean_window": float(np.abs(values - mean).mean()),
+            "from_alphapruning": float(np.abs(values - alphapruning).mean()),
+        }
+        for setting, values in found.items()
+    ]
+    rows = [
+        {"setting": str(setting), "block": block, "sparsity": float(value)}
+        for setting, values in found.items()
+        for block, value in enumerate(values)
+    ]
+    deviation = {"over_windows": float(windows.std(0).mean()), "over_blocks": float(mean.std())}
+    drawing = draw(found, perplexities(args.out / "window_grid.json", job.weights, args), job.checkpoint.name)
+    return Result(rows, summary, {"model": job.checkpoint.name, "deviation": deviation}, drawing)
+
+
+def perplexities(path: Path, weights: str, args: argparse.Namespace) -> dict[str, float]:
+    """Read perplexities by setting of `experiments.window_grid`; none where it ran on something else, or not at all."""
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    same = all(found["settings"].get(key) == getattr(args, key) for key in ("sparsity", "epsilon", "xmin"))
+    if not same or found.get("weights") != weights:
+        return {}
+    return {row["setting"]: row["perplexity"] for row in found["summary"]}
+
+
+def draw(found: dict[Setting, np.ndarray], perplexity: dict[str, float], model: str) -> Figure:
+    """Draw sparsity against block: windows thin and coloured by their size, the marked ones thick."""
+    drawing, (axis,) = figure(9.6, 4.0)
+    sizes = sorted({setting.rows for setting in found if setting.rows})
+    colours = dict(zip(sizes, mpl.colormaps["viridis"](np.linspace(0.05, 0.85, len(sizes))), strict=True))
+    windows = {setting: perplexity[str(setting)] for setting in found if setting.rows and str(setting) in perplexity}
+    marks = (
+        {min(windows, key=windows.__getitem__): "best", max(windows, key=windows.__getitem__): "worst"}
+        if windows
+        else {}
+    )
+    named = set()
+    for setting, values in found.items():
+        style: dict[str, Any] = {"color": NOISE, "ls": ":", "lw": 1.2, "label": setting.allocation}
+        if setting.allocation == "alphapruning":
+            style = {"color": BASELINE, "ls": "--", "lw": 2, "label": "AlphaPruning: whole matrices"}
+        elif setting.rows:
+            first = setting.rows not in named
+            style = {"color": colours[setting.rows], "lw": 1, "alpha": 0.8}
+            style["label"] = f"windows of {setting.rows} rows" if first else None
+            named.add(setting.rows)
+        if setting in marks:
+            style |= {"lw": 2.6, "alpha": 1, "label": f"{marks[setting]} perplexity: {setting}"}
+        axis.plot(range(len(values)), values, **style)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    label(axis, f"{model}: sparsity of each block, a line per setting", "block", "fraction of weights removed")
+    return drawing
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The final layer of trained networks, with the tail that is fitted to its spectrum (paper, appendix A.2 and Figure 7).
+
+    python -m experiments.fitted_tails                                  train two small networks first, minutes
+    python -m experiments.fitted_tails --weights runs/NAME              any weights, here of a run of train.cifar
+    python -m experiments.fitted_tails --weights FILE.gguf --layer 'blk.0.attn_k.weight'
+
+A final layer has many more inputs than outputs. The baseline fits the spectrum of the whole matrix and takes the layer
+for a badly trained one; FARMS fits the spectrum of square windows. Without `--weights`, a ResNet-34 and a VGG-16 of half
+the paper's width are trained on pairs of digits (100 classes), not on CIFAR-100; they are kept, and the same command goes
+on with what a stopped one has begun.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import farms_jax
+from experiments._common import BASELINE, FARMS, Result, figure, label, positive, run
+from experiments.digit_pairs import digit_pairs
+from farms_jax.errors import InputError
+from farms_jax.rundir import read_config, write_config
+from farms_jax.weights import open_weights
+from train.config import Config, resolve
+from train.experiment import check_same_data, facts, train_run
+
+WINDOWS = {"baseline": None, "FARMS": farms_jax.Window(per_axis=9)}  # nine for the final layer: paper, Table 15
+_COLOURS = {"baseline": BASELINE, "FARMS": FARMS}
+_FINAL = r".*linear/kernel"  # of the networks in `train`
+_BINS = 40
+
+
+class Spectrum(NamedTuple):
+    """What a method sees of a layer.
+
+    Attributes:
+        row: of the results.
+        eigenvalues: ascending, of the whole matrix or of all windows.
+    """
+
+    row: dict[str, Any]
+    eigenvalues: np.ndarray
+
+
+def main() -> None:
+    """Run the experiment."""
+    run("fitted_tails", __doc__, options, experiment)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this experiment."""
+    parser.add_argument("--weights", nargs="+", type=Path, default=[], help="checkpoints, or run directories")
+    parser.add_argument("--layer", default=_FINAL, help="regular expression of the layer's name, matched whole")
+    parser.add_argument("--models", nargs="+", default=["resnet34", "vgg16"], choices=["resnet18", "resnet34", "vgg16"])
+    parser.add_argument("--width", type=float, default=0.5, help="of the networks that are trained")
+    parser.add_argument("--epochs", type=positive, default=6)
+    parser.add_argument("--images", type=positive, default=3000, help="to train on, at least 100")
+
+
+def experiment(args: argparse.Namespace) -> Result:
+    """Measure one layer of each of the networks.
+
+    Args:
+        args: the options.
+
+    Returns:
+        Rows: by network and method alpha and the like of the layer, and `others`, the median alpha of all other layers.
+        The summary is the same. Facts: `trained_on`, what the networks have learned.
+
+    Raises:
+        InputError: weights cannot be used, or the layer is not in them.
+    """
+    if args.images < 100:
+        raise InputError(f"--images must be at least 100, one for each class, got {args.images}")
+    runs = args.weights or [train(args, model) for model in args.models]
+    spectra = [spectrum for path in runs for spectrum in measure(path, args.layer)]
+    rows = [spectrum.row for spectrum in spectra]
+    trained_on = "as given" if args.weights else f"{args.images} digit pairs, {args.epochs} epochs"
+    return Result(rows, rows, {"trained_on": trained_on}, draw(spectra))
+
+
+def train(args: argparse.Namespace, model: str) -> Path:
+    """Train a network on pairs of digits, go on with it, or find it trained.
+
+    Args:
+        args: the options.
+        model: name in `train.models`.
+
+    Returns:
+        Its run directory, named by what it depends on.
+    """
+    path = args.out / "networks" / f"{model}-x{args.width:g}-{args.images}-images-{args.epochs}-epochs"
+    if (path / "summary.json").is_file():
+        return path
+    images = digit_pairs(args.images, test=500, seed=0)
+    if (path / "config.json").is_file():
+        config, before = read_config(path, Config)
+        check_same_data(images, before)
+    else:
+        short: Any = {"width": args.width, "epochs": args.epochs, "batch_size": 50, "augment": False, "tb": "none"}
+        config = resolve(Config(model=model, dataset="digit pairs", **short), small=False)
+        write_config(path, config, facts(images))
+    train_run(path, config, images)
+    return path
+
+
+def measure(path: Path, pattern: str) -> list[Spectrum]:
+    """Measure one layer of a network whole and in windows, and the others for comparison.
+
+    Args:
+        path: of its weights.
+        pattern: of the layer's name.
+
+    Returns:
+        By method what it sees.
+
+    Raises:
+        InputError: the pattern is none, or matches no weight or several.
+    """
+    with open_weights(path) as source:
+        names = [name for name in source.tensors if name not in source.skipped]
+        layer = _only(names, pattern, path)
+        weights = {name: source.read(name).astype(np.float32) for name in names}
+        axes, title = source.axes, source.name
+    spectra = []
+    for method, window in WINDOWS.items():
+        report = farms_jax.analyze(weights, window=window, axes=axes, exclude=re.escape(layer))
+        others = jax.device_get(report.alpha)
+        report = farms_jax.analyze({layer: weights[layer]}, window=window, axes=axes, eigenvalues=True)
+        if not report.names or report.eigenvalues is None:
+            raise InputError(
+                f"{path}: {layer} is no layer that can be measured: {report.left_out[0][1]}; choose another"
+            )
+        _, rows, cols = axes.stack_shape(weights[layer].shape)
+        row = {"network": title, "layer": layer, "shape": f"{rows} x {cols}", "method": method}
+        row |= {key: float(getattr(report, key)[0]) for key in ("alpha", "xmin", "ks_distance")}
+        row |= {"num_eigenvalues": int(report.num_eigenvalues[0]), "others": float(np.median(others[others > 0]))}
+        spectra.append(Spectrum(row, np.sort(np.asarray(report.eigenvalues[0], float).ravel())))
+    return spectra
+
+
+def _only(names: list[str], pattern: str, path: Path) -> str:
+    try:
+        found = [name for name in names if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise InputError(f"--layer {pattern!r} is no regular expression ({error}); a plain name will do") from error
+    if len(found) != 1:
+        raise InputError(
+            f"--layer {pattern!r} matches {len(found)} weights of {path}, and has to match one; its last are "
+            f"{', '.join(names[-4:])}"
+        )
+    return found[0]
+
+
+def draw(spectra: list[Spectrum]) -> Figure:
+    """Draw a row of plots per network: the baseline's spectrum and fit, and FARMS's."""
+    drawing, axes = figure(9.6, 1.5 * len(spectra), len(spectra) // 2, 2)
+    for axis, spectrum in zip(axes, spectra, strict=True):
+        _fit(axis, spectrum)
+    return drawing
+
+
+def _fit(axis: Axes, spectrum: Spectrum) -> None:
+    """Draw a histogram on two logarithmic axes, the threshold, and the power law from there on."""
+    row, values = spectrum
+    colour, alpha, xmin = _COLOURS[row["method"]], row["alpha"], row["xmin"]
+    positive_values = values[values > values[-1] * 1e-6]
+    bins = np.geomspace(positive_values[0], values[-1], _BINS)
+    axis.hist(positive_values, bins=bins.tolist(), density=True, color=colour, alpha=0.35)
+    axis.set(xscale="log", yscale="log")
+    low, high = axis.get_ylim()
+    if alpha > 0:
+        x = np.geomspace(xmin, values[-1], 100)
+        share = (positive_values >= xmin).mean()
+        axis.plot(x, share * (alpha - 1) / xmin * (x / xmin) ** -alpha, color="k", lw=1.4, label=f"alpha = {alpha:.2f}")
+        axis.axvline(xmin, color="k", lw=0.9, ls=":", label="start of the tail")
+        axis.set_ylim(low, high)
+        axis.legend(frameon=False, fontsize=8.5, loc="lower left")
+    name = row["network"].split(",")[0].split("-x")[0]
+    seen = "whole matrix" if row["method"] == "baseline" else "square windows"
+    label(axis, f"{name}, {row['shape']}: {row['method']}, {seen}", "eigenvalue", "density")
+
+
+if __name__ == "__main__":
+    main()
