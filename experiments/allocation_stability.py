@@ -9,6 +9,7 @@ are marked.
 
 import argparse
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,33 +81,36 @@ def perplexities(path: Path, weights: str, args: argparse.Namespace) -> dict[str
 
 
 def draw(found: dict[Setting, np.ndarray], perplexity: dict[str, float], model: str) -> Figure:
-    """Draw sparsity against block: windows thin and coloured by their size, the marked ones thick."""
+    """Draw sparsity against block: windows thin and coloured by their size, the best and the worst thick."""
     drawing, (axis,) = figure(9.6, 4.0)
-    sizes = sorted({setting.rows for setting in found if setting.rows})
-    colours = dict(zip(sizes, mpl.colormaps["viridis"](np.linspace(0.05, 0.85, len(sizes))), strict=True))
-    windows = {setting: perplexity[str(setting)] for setting in found if setting.rows and str(setting) in perplexity}
-    marks = (
-        {min(windows, key=windows.__getitem__): "best", max(windows, key=windows.__getitem__): "worst"}
-        if windows
-        else {}
-    )
-    named = set()
-    for setting, values in found.items():
-        style: dict[str, Any] = {"color": NOISE, "ls": ":", "lw": 1.2, "label": setting.allocation}
-        if setting.allocation == "alphapruning":
-            style = {"color": BASELINE, "ls": "--", "lw": 2, "label": "AlphaPruning: whole matrices"}
-        elif setting.rows:
-            first = setting.rows not in named
-            style = {"color": colours[setting.rows], "lw": 1, "alpha": 0.8}
-            style["label"] = f"windows of {setting.rows} rows" if first else None
-            named.add(setting.rows)
-        if setting in marks:
-            style |= {"lw": 2.6, "alpha": 1, "label": f"{marks[setting]} perplexity: {setting}"}
-        axis.plot(range(len(values)), values, **style)
+    for setting, style in _styles(found, perplexity).items():
+        axis.plot(range(len(found[setting])), found[setting], **style)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
     label(axis, f"{model}: sparsity of each block, a line per setting", "block", "fraction of weights removed")
     return drawing
+
+
+def _styles(found: Collection[Setting], perplexity: Mapping[str, float]) -> dict[Setting, dict[str, Any]]:
+    """Return how to draw every setting, in the order of the legend: one entry per window size, and the marked ones."""
+    windows = [setting for setting in found if setting.rows]
+    sizes = sorted({setting.rows or 0 for setting in windows})
+    colours = dict(zip(sizes, mpl.colormaps["viridis"](np.linspace(0.05, 0.85, len(sizes))), strict=True))
+    styles: dict[Setting, dict[str, Any]] = {
+        Setting("uniform"): {"color": NOISE, "ls": ":", "lw": 1.2, "label": "uniform"},
+        Setting("alphapruning"): {"color": BASELINE, "ls": "--", "lw": 2, "label": "AlphaPruning: whole matrices"},
+    }
+    ranked = sorted((setting for setting in windows if str(setting) in perplexity), key=lambda s: perplexity[str(s)])
+    marked = {ranked[0]: "best", ranked[-1]: "worst"} if len(ranked) > 1 else {}
+    for size in sizes:
+        thin = [setting for setting in windows if setting.rows == size and setting not in marked]
+        for setting in thin:
+            styles[setting] = {"color": colours[size], "lw": 1, "alpha": 0.8}
+        if thin:
+            styles[thin[0]]["label"] = f"windows of {size} rows"
+    for setting, place in marked.items():
+        styles[setting] = {"color": colours[setting.rows or 0], "lw": 2.8, "label": f"{place} perplexity: {setting}"}
+    return styles
 
 
 if __name__ == "__main__":

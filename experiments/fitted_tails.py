@@ -5,9 +5,9 @@
     python -m experiments.fitted_tails --weights FILE.gguf --layer 'blk.0.attn_k.weight'
 
 A final layer has many more inputs than outputs. The baseline fits the spectrum of the whole matrix and takes the layer
-for a badly trained one; FARMS fits the spectrum of square windows. Without `--weights`, a ResNet-34 and a VGG-16 of half
-the paper's width are trained on pairs of digits (100 classes), not on CIFAR-100; they are kept, and the same command goes
-on with what a stopped one has begun.
+for a badly trained one; FARMS fits the spectrum of square windows. Without `--weights`, a ResNet-18 and a VGG-16 of
+half the paper's width are trained on pairs of digits (100 classes), not on CIFAR-100; they are kept, and the same
+command goes on with what a stopped one has begun. The paper's networks are `--models resnet34 vgg16 --width 1`.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 import farms_jax
 from experiments._common import BASELINE, FARMS, Result, figure, label, positive, run
@@ -28,11 +29,14 @@ from farms_jax.rundir import read_config, write_config
 from farms_jax.weights import open_weights
 from train.config import Config, resolve
 from train.experiment import check_same_data, facts, train_run
+from train.models import MODELS
 
 WINDOWS = {"baseline": None, "FARMS": farms_jax.Window(per_axis=9)}  # nine for the final layer: paper, Table 15
 _COLOURS = {"baseline": BASELINE, "FARMS": FARMS}
 _FINAL = r".*linear/kernel"  # of the networks in `train`
-_BINS = 40
+_BINS = 36
+_DECADES = 50  # axes that span less are ticked at 1, 2 and 5, others at powers of ten
+_SHOWN = 1e-3  # of the largest eigenvalue: the histograms begin there
 
 
 class Spectrum(NamedTuple):
@@ -56,10 +60,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this experiment."""
     parser.add_argument("--weights", nargs="+", type=Path, default=[], help="checkpoints, or run directories")
     parser.add_argument("--layer", default=_FINAL, help="regular expression of the layer's name, matched whole")
-    parser.add_argument("--models", nargs="+", default=["resnet34", "vgg16"], choices=["resnet18", "resnet34", "vgg16"])
+    parser.add_argument("--models", nargs="+", default=["resnet18", "vgg16"], choices=list(MODELS))
     parser.add_argument("--width", type=float, default=0.5, help="of the networks that are trained")
-    parser.add_argument("--epochs", type=positive, default=6)
-    parser.add_argument("--images", type=positive, default=3000, help="to train on, at least 100")
+    parser.add_argument("--epochs", type=positive, default=5)
+    parser.add_argument("--images", type=positive, default=2000, help="to train on, at least 100")
 
 
 def experiment(args: argparse.Namespace) -> Result:
@@ -102,8 +106,8 @@ def train(args: argparse.Namespace, model: str) -> Path:
         config, before = read_config(path, Config)
         check_same_data(images, before)
     else:
-        short: Any = {"width": args.width, "epochs": args.epochs, "batch_size": 50, "augment": False, "tb": "none"}
-        config = resolve(Config(model=model, dataset="digit pairs", **short), small=False)
+        short: Any = {"model": model, "width": args.width, "epochs": args.epochs, "tb": "none", "augment": False}
+        config = resolve(Config(dataset="digit pairs", batch_size=25, learning_rate=0.02, **short), small=False)
         write_config(path, config, facts(images))
     train_run(path, config, images)
     return path
@@ -168,22 +172,26 @@ def draw(spectra: list[Spectrum]) -> Figure:
 def _fit(axis: Axes, spectrum: Spectrum) -> None:
     """Draw a histogram on two logarithmic axes, the threshold, and the power law from there on."""
     row, values = spectrum
-    colour, alpha, xmin = _COLOURS[row["method"]], row["alpha"], row["xmin"]
-    positive_values = values[values > values[-1] * 1e-6]
-    bins = np.geomspace(positive_values[0], values[-1], _BINS)
-    axis.hist(positive_values, bins=bins.tolist(), density=True, color=colour, alpha=0.35)
+    alpha, xmin = row["alpha"], row["xmin"]
+    low, high = max(values[values > 0].min(initial=values[-1]), values[-1] * _SHOWN), values[-1]
+    counts, edges = np.histogram(values, np.geomspace(low, high, _BINS))
+    density = counts / np.diff(edges) / values.size
+    axis.stairs(density, edges, fill=True, color=_COLOURS[row["method"]], alpha=0.4)
     axis.set(xscale="log", yscale="log")
-    low, high = axis.get_ylim()
     if alpha > 0:
-        x = np.geomspace(xmin, values[-1], 100)
-        share = (positive_values >= xmin).mean()
-        axis.plot(x, share * (alpha - 1) / xmin * (x / xmin) ** -alpha, color="k", lw=1.4, label=f"alpha = {alpha:.2f}")
+        x = np.geomspace(xmin, high, 100)
+        law = (values >= xmin).mean() * (alpha - 1) / xmin * (x / xmin) ** -alpha
+        axis.plot(x, law, color="k", lw=1.5, label=f"power law, alpha = {alpha:.2f}")
         axis.axvline(xmin, color="k", lw=0.9, ls=":", label="start of the tail")
-        axis.set_ylim(low, high)
         axis.legend(frameon=False, fontsize=8.5, loc="lower left")
-    name = row["network"].split(",")[0].split("-x")[0]
+    for direction in (axis.xaxis, axis.yaxis):
+        first, last = direction.get_view_interval()
+        direction.set_major_locator(LogLocator(subs=(1, 2, 5) if last < _DECADES * first else (1,)))
+        direction.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        direction.set_minor_formatter(NullFormatter())
+    name = row["network"].partition(",")[0]
     seen = "whole matrix" if row["method"] == "baseline" else "square windows"
-    label(axis, f"{name}, {row['shape']}: {row['method']}, {seen}", "eigenvalue", "density")
+    label(axis, f"{name[:24]}, {row['shape']}: {row['method']}, {seen}", "eigenvalue", "density")
 
 
 if __name__ == "__main__":

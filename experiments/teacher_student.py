@@ -91,12 +91,17 @@ def experiment(args: argparse.Namespace) -> Result:
     if not (args.gain > 0 and args.rate > 0):
         raise InputError(f"--gain and --rate must be above 0, got {args.gain} and {args.rate}")
     cases = [(width, seed) for width in sorted(set(args.widths)) for seed in range(args.seeds)]
-    rows = []
-    for width, seed in tqdm(cases, desc="teacher_student", unit="student", leave=False):
-        student = train(args, width, seed)
-        rows.append({"width": width, "seed": seed, "step": student.step, "alignment": student.alignment})
-        rows[-1] |= measure(student.weights, args.window)
-        rows[-1] |= {f"{method}_at_start": alpha for method, alpha in measure(student.start, args.window).items()}
+    bar = tqdm(cases, desc="teacher_student", unit="student", leave=False)
+    students = [train(args, width, seed) for width, seed in bar]
+    rows = [
+        {"width": width, "seed": seed, "step": student.step, "alignment": student.alignment}
+        for (width, seed), student in zip(cases, students, strict=True)
+    ]
+    for suffix, part in (("", "weights"), ("_at_start", "start")):
+        alphas = measure([getattr(student, part) for student in students], args.window)
+        for method, values in alphas.items():
+            for row, value in zip(rows, values, strict=True):
+                row[method + suffix] = value
     measures = ("alignment", "baseline", "farms", "baseline_at_start", "farms_at_start")
     summary = [
         {
@@ -159,14 +164,12 @@ def alignment(weights: Array, teacher: Array) -> float:
     return float(abs(vector[:, 0] @ np.asarray(teacher)))
 
 
-def measure(weights: np.ndarray, window: int) -> dict[str, float]:
-    """Return alpha of the whole matrix, `baseline`, and of square windows of so many rows, `farms`."""
+def measure(weights: list[np.ndarray], window: int) -> dict[str, list[float]]:
+    """Return the alphas of whole matrices, `baseline`, and of square windows of so many rows, `farms`."""
     windows = {"baseline": None, "farms": farms_jax.Window(rows=window)}
-    layer = {"first": weights}
-    return {
-        method: float(farms_jax.analyze(layer, window=shape, axes=farms_jax.TORCH_AXES).alpha[0])
-        for method, shape in windows.items()
-    }
+    layers = dict(enumerate(weights))
+    reports = {m: farms_jax.analyze(layers, window=w, axes=farms_jax.TORCH_AXES) for m, w in windows.items()}
+    return {method: jax.device_get(report.alpha).tolist() for method, report in reports.items()}
 
 
 def correlations(summary: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -194,6 +197,12 @@ def draw(summary: list[dict[str, Any]], rows: list[dict[str, Any]], inputs: int)
             axis, f"{title} (rank correlation {correlation:+.2f})", f"width of the student; {inputs} is square", "alpha"
         )
         axis.yaxis.label.set_color(colour)
+    lines = [
+        Line2D([], [], color="k", marker="o", ms=4.5, lw=1.4, label="alpha"),
+        Line2D([], [], color="k", ls=":", lw=1.2, label="alpha before training"),
+        Line2D([], [], color=_ALIGNMENT, marker="s", ms=4.5, ls="--", lw=1.4, label="alignment"),
+    ]
+    drawing.legend(handles=lines, frameon=False, fontsize=9, loc="outside lower center", ncols=3)
     return drawing
 
 
@@ -208,16 +217,7 @@ def _curves(axis: Axes, summary: list[dict[str, Any]], rows: list[dict[str, Any]
     for plot, key, tint, style in ((other, "alignment", _ALIGNMENT, "s--"), (axis, method, colour, "o-")):
         plot.plot(x, [row[key] for row in rows], ".", color=tint, ms=4, alpha=0.3)
         plot.plot(widths, [row[key] for row in summary], style, color=tint, ms=4.5, lw=1.4)
-    before = [row[f"{method}_at_start"] for row in summary]
-    axis.plot(widths, before, ":", color=colour, lw=1.2)
-    handles = [
-        Line2D([], [], color=colour, marker="o", ms=4.5, label="alpha"),
-        Line2D([], [], color=colour, ls=":", label="alpha before training"),
-        Line2D([], [], color=_ALIGNMENT, marker="s", ms=4.5, ls="--", label="alignment"),
-    ]
-    axis.legend(
-        handles=handles, frameon=False, fontsize=8, loc="upper center" if method == "baseline" else "lower center"
-    )
+    axis.plot(widths, [row[f"{method}_at_start"] for row in summary], ":", color=colour, lw=1.2)
     axis.set_xscale("log")
     axis.set_xticks(widths, [str(width) for width in widths], rotation=45)
     axis.minorticks_off()

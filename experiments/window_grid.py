@@ -134,7 +134,8 @@ def draw(settings: list[Setting], summary: list[dict[str, Any]], what: str, dens
     """Draw the table, coloured by how much better or worse a window is than AlphaPruning."""
     found = {setting: row["perplexity"] for setting, row in zip(settings, summary, strict=True)}
     windows = [setting for setting in settings if setting.rows and setting.per_axis]
-    rows, counts = (list(dict.fromkeys(setting[index] for setting in windows)) for index in (1, 2))
+    rows = list(dict.fromkeys(setting.rows for setting in windows))
+    counts = list(dict.fromkeys(setting.per_axis for setting in windows))
     values = np.array([[found[Setting("farms", size, count)] for count in counts] for size in rows])
     baseline = found[Setting("alphapruning")]
     change = 100 * (values / baseline - 1)

@@ -1,6 +1,7 @@
 """The one error that users of the programs see, and how they see it."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Generator
 
@@ -13,7 +14,8 @@ class InputError(ValueError):
 def reported(program: str, when_stopped: str = "") -> Generator[None]:
     """End a program with one line on stderr instead of a traceback, where the mistake is not the program's.
 
-    Exit status 2 for an `InputError` or a file that cannot be used, 130 when stopped from the keyboard.
+    Exit status 2 for an `InputError` or a file that cannot be used, 130 when stopped from the keyboard, 141 where the
+    program that reads the output has ended.
 
     Args:
         program: its name.
@@ -21,9 +23,13 @@ def reported(program: str, when_stopped: str = "") -> Generator[None]:
     """
     try:
         yield
+        sys.stdout.flush()
     except InputError as error:
         sys.stderr.write(f"{program}: {error}\n")
         sys.exit(2)
+    except BrokenPipeError:  # of `... | head`: nobody reads on, and nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         sys.stderr.write(f"{program}: {error.filename or 'a file'}: {error.strerror or error}\n")
         sys.exit(2)

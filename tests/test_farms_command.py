@@ -81,6 +81,22 @@ def test_windows_and_patterns_are_those_asked_for(monkeypatch, capsys, model, tm
     assert dict(diagnosis.left_out)["steps"] == "not included"
 
 
+@pytest.mark.parametrize(
+    ("flags", "order"),
+    [
+        ((), "abc"),
+        (("--sort", "norm"), "cab"),
+        (("--sort", "norm", "--ascending"), "bac"),
+        (("--sort", "layer"), "abc"),
+    ],
+)
+def test_the_table_can_be_sorted(monkeypatch, capsys, tmp_path, flags, order):
+    weight = np.random.default_rng(0).normal(size=(16, 24))
+    np.savez(tmp_path / "model.npz", a=weight * 2, b=weight, c=weight * 3)
+    told = farms(monkeypatch, capsys, "analyze", tmp_path / "model.npz", *FAST, *flags)
+    assert "".join(line[0] for line in told.splitlines() if line[1:2] == " ") == order
+
+
 def test_compare_prints_and_writes_what_moved(monkeypatch, capsys, model, tmp_path):
     other = tmp_path / "other.npz"
     np.savez(other, **{"dense/kernel": np.load(model)["dense/kernel"] * 2})
@@ -100,6 +116,15 @@ def test_watch_writes_alerts(monkeypatch, capsys, tmp_path):
     lines = (tmp_path / "run" / "farms" / "alerts.jsonl").read_text().splitlines()
     assert [json.loads(line)["rule"] for line in lines] == ["degenerate"]
     assert len(list((tmp_path / "run" / "farms").glob("*.json"))) == 2
+
+
+def test_a_reader_that_stops_reading_is_no_mistake(model):
+    command = [sys.executable, "-m", "farms_jax", "analyze", str(model), "--explain"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        told = process.stderr.read()
+    assert (process.returncode, told) == (141, "")
 
 
 @pytest.mark.parametrize(

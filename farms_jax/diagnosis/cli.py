@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -23,7 +23,7 @@ from farms_jax._present import text_table
 from farms_jax._tail import Tail
 from farms_jax._windows import Window
 from farms_jax.cache import default_folder
-from farms_jax.diagnosis.columns import COLUMNS, Column
+from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column
 from farms_jax.diagnosis.compare import compare
 from farms_jax.diagnosis.comparison import Comparison
 from farms_jax.diagnosis.pipeline import diagnose, layers_of
@@ -98,7 +98,9 @@ class Measuring:
             raise InputError(str(error)) from error
 
 
-_Model = tyro.conf.Positional[str]
+_Model = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+_Folder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_DIR")]
+_Flag = tyro.conf.FlagCreatePairsOff[bool]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,8 +116,10 @@ class Analyze(Measuring):
     json: Path | None = None
     """Write everything as JSON; `farms compare` reads it."""
     sort: str | None = None
-    """Column to sort the table by, largest first; by default network order."""
-    explain: bool = False
+    """Column to sort the table by, largest first, names and statuses in their order; by default network order."""
+    ascending: _Flag = False
+    """Sort the smallest first."""
+    explain: _Flag = False
     """List every array of the model, with whether it is a layer and why not, and measure nothing."""
 
     def run(self) -> None:
@@ -129,7 +133,9 @@ class Analyze(Measuring):
                 _explain(source, *layers_of(source, self.settings(), self.include, self.exclude))
                 return
             diagnosis = diagnose(source, **options)
-        (diagnosis if self.sort is None else diagnosis.sort(self.sort, descending=True)).show()
+        if self.sort is not None:
+            diagnosis = diagnosis.sort(self.sort, descending=bool(BY_NAME[self.sort].format) and not self.ascending)
+        diagnosis.show()
         for flag, path in outputs.items():
             getattr(diagnosis, f"write_{flag[2:]}")(path)
         _tell_written(outputs, hint="--html report.html writes the whole report")
@@ -165,11 +171,11 @@ class Compare(Measuring):
 class Watch(Measuring):
     """Follow a training run's checkpoints; alert when a layer's alpha falls low, it goes constant, or grows spikes."""
 
-    run_dir: _Model
+    run_dir: _Folder
     """Directory that a training writes its checkpoints to."""
     every: float = 30.0
     """Seconds from one look at the directory to the next."""
-    once: bool = False
+    once: _Flag = False
     """Look at what is there, and end."""
     alpha_below: float = Rules.alpha_below
     """Alert when the whole matrix's alpha falls below this."""

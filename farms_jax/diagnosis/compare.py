@@ -105,8 +105,8 @@ def _row(a: Mapping[str, Any], b: Mapping[str, Any], moved: float | None) -> Row
         row["moved"] = moved
     alphas = a["farms_alpha"], b["farms_alpha"]
     row["farms_alpha_change"] = change = None if None in alphas else alphas[1] - alphas[0]
-    widths = [half_width(side) for side in (a, b)]
-    if change is not None and None not in widths:
+    widths = [width for side in (a, b) if (width := half_width(side)) is not None]
+    if change is not None and len(widths) == 2:
         row["error"] = float(np.linalg.norm(widths))
         row["beyond_error"] = abs(change) > row["error"]
     for name in BEFORE_AND_AFTER:
