@@ -9,7 +9,7 @@ above 1 is careful.
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -53,12 +53,18 @@ CASES: list[tuple[str, tuple[int, ...], Window]] = [
     ("128 x 192, windows of 32", (128, 192), Window(rows=32)),
     ("kernel 3 x 3 x 64 x 64", (3, 3, 64, 64), Window()),
     ("kernel 3 x 3 x 64 x 128", (3, 3, 64, 128), Window()),
+    ("kernel 7 x 7 x 3 x 64", (7, 7, 3, 64), Window()),
     ("kernel 1 x 1 x 64 x 256", (1, 1, 64, 256), Window()),
 ]
 
 
 def coverage(
-    kind: str, shape: tuple[int, ...], window: Window, draws: int, tail: Tail = Tail(), seed: int = 0
+    kind: str,
+    shape: tuple[int, ...],
+    window: Window,
+    draws: int,
+    rule: Literal["median", "peak", "ks"] = "median",
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Diagnose draws of one kind of layer.
 
@@ -67,14 +73,14 @@ def coverage(
         shape: of the weight, Flax's axes.
         window: windows of FARMS.
         draws: layers.
-        tail: rule of the tail.
+        rule: of the tail's threshold.
         seed: of the layers.
 
     Returns:
         Mean and deviation of alpha, share of intervals that hold the mean, and their width against the deviation.
     """
     rng = np.random.default_rng(seed)
-    settings = Settings(window=window, tail=tail, whole=False, randomize=False)
+    settings = Settings(window=window, tail=Tail(rule), whole=False, randomize=False)
     weights = {str(i): KINDS[kind](rng, shape).astype(np.float32) for i in range(draws)}
     rows = [found.row for found in measure(weights, FLAX_AXES, settings).values()]
     alpha, low, high = (np.array([row[name] for row in rows]) for name in ("farms_alpha", "farms_low", "farms_high"))
@@ -97,10 +103,11 @@ def main() -> None:
     results = []
     print(f"{'kind':22} {'layer':26} {'alpha':>6} {'deviation':>9} {'coverage':>8} {'width':>6}")
     for kind, (label, shape, window) in tqdm([(k, c) for k in KINDS for c in CASES], unit="case", leave=False):
-        row = coverage(kind, shape, window, args.draws, Tail(args.tail))
+        row = coverage(kind, shape, window, args.draws, args.tail)
         results.append({"kind": kind, "layer": label, **row})
         tqdm.write(
-            f"{kind:22} {label:26} {row['alpha']:6.3f} {row['deviation']:9.4f} {row['coverage']:8.1%} {row['width']:6.2f}"
+            f"{kind:22} {label:26} {row['alpha']:6.3f} {row['deviation']:9.4f} "
+            f"{row['coverage']:8.1%} {row['width']:6.2f}"
         )
     inside = np.mean([0.9 <= row["coverage"] <= 0.99 for row in results])
     least, mean = min(row["coverage"] for row in results), np.mean([row["coverage"] for row in results])

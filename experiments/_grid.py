@@ -2,13 +2,15 @@
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments._common import positive
 from farms_jax import block_of, natural_key
+from farms_jax.errors import InputError
 from prune.allocation import shapes_of, sizes_of, sparsities
 from prune.config import BUNDLED, Config
 from prune.job import Job
@@ -86,6 +88,24 @@ def allocate(job: Job) -> dict[str, float]:
     epsilon = job.config.half_range()
     assert epsilon is not None
     return sparsities(job.config, score(job), sizes_of(job.network), epsilon)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what an earlier command left.
+
+    Args:
+        path: of its JSON file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); remove the file, and its experiment starts anew") from error
 
 
 def by_block(sparsity: dict[str, float]) -> np.ndarray:

@@ -8,7 +8,6 @@ are marked.
 """
 
 import argparse
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def perplexities(path: Path, weights: str, args: argparse.Namespace) -> dict[str
     """Read perplexities by setting of `experiments.window_grid`; none where it ran on something else, or not at all."""
     if not path.is_file():
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = _grid.read_json(path)
     same = all(found["settings"].get(key) == getattr(args, key) for key in ("sparsity", "epsilon", "xmin"))
     if not same or found.get("weights") != weights:
         return {}

@@ -11,7 +11,6 @@ and the budget is small: enough to see that nothing breaks, too little to rank n
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -100,7 +99,7 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the cells that are done, of the same settings."""
     if not path.is_file():
         return {"settings": settings, "cells": {}}
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = _grid.read_json(path)
     changed = [key for key, value in settings.items() if kept["settings"].get(key) != value]
     if changed:
         raise InputError(

@@ -1,7 +1,8 @@
 """Heavy-tailed weight spectra without aspect-ratio bias (FARMS), and the decisions they steer.
 
-`analyze` measures every layer of a network, `diagnose` says how each is and how sure that is. `lr_scale` turns the measure into learning-rate factors, which
-`tempbalance` applies as an optax transform; `allocate_sparsity` turns it into the sparsity of each layer.
+`analyze` measures every layer of a network; `diagnose` says how each is, and how sure that is. `lr_scale` turns the
+measure into learning-rate factors, which `tempbalance` applies as an optax transform; `allocate_sparsity` turns it into
+the sparsity of each layer.
 """
 
 from farms_jax import files as files, mappings as mappings
@@ -24,7 +25,12 @@ from farms_jax._tempbalance import (
     tempbalance as tempbalance,
 )
 from farms_jax._windows import Window as Window
-from farms_jax.diagnosis import Comparison as Comparison, Diagnosis as Diagnosis, compare as compare, diagnose as diagnose
+from farms_jax.diagnosis import (
+    Comparison as Comparison,
+    Diagnosis as Diagnosis,
+    compare as compare,
+    diagnose as diagnose,
+)
 from farms_jax.weights import WeightSource as WeightSource, open_weights as open_weights
 
 __version__ = "0.1.0"

@@ -115,7 +115,7 @@ def understood(module: str, arguments: list[str], monkeypatch) -> None:
 
 
 def assert_shown(shown: str, found: str) -> None:
-    """Compare what a page shows with what was printed: words exactly, numbers to 1 %; `...` stands for anything."""
+    """Compare what is shown with what was printed: words exactly, numbers to 1 % or 0.01; `...` stands for anything."""
     position, words = 0, found.split()
     for part in re.split(r"^\.\.\.$", shown, flags=re.MULTILINE):
         expected = part.split()
@@ -128,7 +128,7 @@ def assert_shown(shown: str, found: str) -> None:
 
 def _alike(expected: str, word: str) -> bool:
     try:
-        a, b = float(expected.strip("(),%")), float(word.strip("(),%"))
+        a, b = float(expected.strip("(),%±")), float(word.strip("(),%±"))
     except ValueError:
         return expected == word
-    return abs(a - b) <= 0.01 * max(abs(a), abs(b)) + 1e-9
+    return abs(a - b) <= 0.01 * max(abs(a), abs(b), 1) + 1e-9

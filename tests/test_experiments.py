@@ -5,6 +5,7 @@ import csv
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from experiments import (
     _common,
     allocation_stability,
-    digit_pairs,
+    coloured_digits,
     fitted_tails,
     marchenko_pastur,
     random_init,
@@ -29,13 +30,13 @@ NAMES = ["random_init", "marchenko_pastur", "teacher_student", "fitted_tails", "
 def arguments(module, *given):
     """Options of an experiment as its command line would read them."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=str)
+    parser.add_argument("--out", type=Path)
     (module.options if hasattr(module, "options") else importlib.import_module("experiments._grid").options)(parser)
     return parser.parse_args([str(word) for word in given])
 
 
 def test_at_random_init_width_moves_the_baseline_and_not_farms():
-    args = arguments(random_init, "--models", "vgg16", "--widths", 0.25, 0.5, 1, "--seeds", 2)
+    args = arguments(random_init, "--models", "vgg16", "--widths", 0.25, 1, "--seeds", 2)
     result = random_init.experiment(args)
     spread = result.facts["spread"]["vgg16"]
     assert spread["baseline"] > 0.1
@@ -64,15 +65,15 @@ def test_noise_follows_the_law_and_only_the_baseline_sees_its_shape():
 
 
 def test_alpha_of_farms_falls_where_the_student_is_aligned():
-    small = ["--inputs", 100, "--widths", 25, 50, 100, 200, 400, "--window", 20, "--seeds", 4, "--batch", 400]
+    small = ["--inputs", 100, "--widths", 25, 50, 100, 400, "--window", 20, "--seeds", 2, "--batch", 400]
     result = teacher_student.experiment(arguments(teacher_student, *small))
     found = result.facts["correlation"]
     assert found["farms"]["pearson"] < -0.5
-    assert found["farms"]["spearman"] < -0.5
-    assert found["farms"]["pearson"] < found["baseline"]["pearson"] - 0.2
+    assert found["farms"]["spearman"] < -0.8
+    assert found["farms"]["spearman"] < found["baseline"]["spearman"]
     assert all(row["alignment"] > 0.5 for row in result.summary)  # chance is 0.1
     shape = [row["baseline_at_start"] for row in result.summary]
-    assert shape[0] > shape[1] > shape[2] < shape[3] < shape[4]
+    assert shape[0] > shape[1] > shape[2] < shape[3]
 
 
 def test_alignment_is_that_of_the_first_right_singular_vector():
@@ -97,35 +98,38 @@ def test_a_final_layer_of_noise_misleads_the_baseline_only(tmp_path):
         fitted_tails.measure(tmp_path / "net.npz", "conv/bias")
 
 
-def test_digit_pairs_are_of_their_labels_and_splits():
-    images, digits = digit_pairs.digit_pairs(200, 100, seed=1), load("digits")
+def test_coloured_digits_are_of_their_labels_and_splits():
+    images, digits = coloured_digits.coloured_digits(200, 100, seed=1), load("digits")
     assert images.train_images.shape == (200, 32, 32, 3)
     assert np.bincount(images.train_labels).tolist() == [2] * 100
-    squeezed = {image[:, ::2].tobytes(): label for image, label in zip(*digits_of(digits, "train"), strict=True)}
+    # The brightest channel of every colour is full: it is the digit itself.
+    drawn = {
+        image[..., 0].tobytes(): label for image, label in zip(digits.train_images, digits.train_labels, strict=True)
+    }
     for image, label in zip(images.train_images, images.train_labels, strict=True):
-        assert [squeezed[half.tobytes()] for half in (image[:, :16], image[:, 16:])] == [label // 10, label % 10]
-    assert not any(image[:, :16].tobytes() in squeezed for image in images.test_images)
-
-
-def digits_of(images, split):
-    """Images and labels of a split."""
-    return getattr(images, f"{split}_images"), getattr(images, f"{split}_labels")
+        assert drawn[image.max(-1).tobytes()] == label // 10
+        pixel = image.reshape(-1, 3)[image.max(-1).argmax()] / image.max()
+        assert np.abs(coloured_digits.COLOURS - pixel).sum(1).argmin() == label % 10
+    assert not any(image.max(-1).tobytes() in drawn for image in images.test_images)
 
 
 def test_the_grid_is_filled_once_and_its_ends_are_marked(tmp_path, monkeypatch):
     grid = ["--rows", 16, "--per-axis", 2, 3, "--xmin", "median", "--cache", tmp_path, "--out", tmp_path]
     tiny = [*grid, "--samples", 1, "--length", 16, "--limit", 2]
-    result = window_grid.experiment(arguments(window_grid, *tiny))._replace(figure=_common.figure(1, 1)[0])
-    # write() gets folders as paths
-    _common.write(tmp_path, "window_grid", result, vars(arguments(window_grid, *tiny)), 1.0)
+    args = arguments(window_grid, *tiny)
+    result = window_grid.experiment(args)
+    _common.write(tmp_path, "window_grid", result, vars(args), 1.0)
     assert [row["setting"] for row in result.summary][:3] == ["uniform", "alphapruning", "16 rows, 2 per axis"]
     assert all(row["sparsity"] == pytest.approx(0.6, abs=2e-3) for row in result.rows)
-    assert all(row["perplexity"] > result.facts["dense"] for row in result.summary[:1])
+    assert all(row["perplexity"] != result.facts["dense"] for row in result.summary)
     monkeypatch.setattr(window_grid, "rehearse", None)  # a cell that is computed again would fail
-    again = window_grid.experiment(arguments(window_grid, *tiny))
-    assert again.summary == result.summary
+    assert window_grid.experiment(args).summary == result.summary
     with pytest.raises(InputError, match="another sparsity; name another --out"):
         window_grid.experiment(arguments(window_grid, *tiny, "--sparsity", 0.5))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "window_grid.json").write_text('{"settings": ')
+    with pytest.raises(InputError, match="window_grid.json: damaged"):
+        allocation_stability.experiment(arguments(allocation_stability, *grid, "--out", tmp_path / "broken"))
     check_marks(allocation_stability.experiment(arguments(allocation_stability, *grid)), result.summary[2:])
 
 

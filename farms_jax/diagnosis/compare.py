@@ -33,7 +33,7 @@ def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Compar
     Args:
         a: the model before: path, open `WeightSource`, pytree, `Diagnosis`, or path of a diagnosis in JSON.
         b: the model after, likewise, or the folder of a LoRA adapter of `a`, whose change is then added to `a`.
-        progress: show progress bars.
+        progress: show progress bars, where the standard error is a terminal.
         **options: of `diagnose`, the same for both.
 
     Returns:
@@ -86,7 +86,7 @@ def _compared(before: Side, after: Side, *, progress: bool) -> Comparison:
 
 def _moved(a: WeightSource, b: WeightSource, names: list[str], *, progress: bool) -> Iterator[tuple[str, float]]:
     """|B - A| / |A| of the layers that have one shape in both."""
-    for name in tqdm(names, desc="compare", unit="layer", leave=False, disable=not progress):
+    for name in tqdm(names, desc="compare", unit="layer", leave=False, disable=None if progress else True):
         first, second = a.read(name), b.read(name)
         if first.shape == second.shape:
             exact = np.result_type(first.dtype, second.dtype, np.float32)

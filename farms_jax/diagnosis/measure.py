@@ -17,7 +17,7 @@ from farms_jax._matrices import Axes, as_matrices
 from farms_jax._tail import Tail
 from farms_jax._windows import Grid, make_grid
 from farms_jax.diagnosis.diagnosis import Histogram
-from farms_jax.diagnosis.resampling import deviations, interval, interval_grid, separate_windows
+from farms_jax.diagnosis.resampling import deviations, interval, interval_grid
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import fit_spectra, histogram, resolved, shuffled_measures, spectrum_measures
 
@@ -152,7 +152,7 @@ def _shape_columns(layer: _Layer) -> dict[str, Any]:
 def _window_columns(layer: _Layer, windows: np.ndarray, settings: Settings) -> dict[str, Any]:
     """FARMS's columns: means over the divisions of a kernel, as `analyze` takes them."""
     pooled = layer.grid.pool(windows)
-    if layer.is_kernel and settings.window.divisions == "pooled":
+    if layer.grid.divisions > 1 and settings.window.divisions == "pooled":
         pooled = pooled.reshape(1, -1)
     pooled = np.sort(pooled.astype(np.float64), axis=-1)
     fits = fit_spectra(pooled, settings.tail)
@@ -196,12 +196,8 @@ def _whole_columns(
 
 def _scatter(layer: _Layer, windows: np.ndarray, settings: Settings) -> np.ndarray:
     """Deviations (B,) of the layer's alpha over resamples of windows (K * W, n)."""
-    grid, own = layer.intervals, layer.grid
-    alphas = np.asarray(fit_spectra(windows.astype(np.float64), settings.tail).alpha)
-    positions = layer.stack.shape[0]
-    worth = positions * separate_windows(grid, grid.starts)
-    drawn = positions * separate_windows(own, own.starts) * own.rows / grid.rows
-    return deviations(alphas, worth, drawn, settings.resamples, layer.seeds(settings, 1))
+    grids, positions, rng = (layer.intervals, layer.grid), layer.stack.shape[0], layer.seeds(settings, 1)
+    return deviations(windows, settings.tail, grids, positions, settings.resamples, rng)
 
 
 def _shuffled_spectra(layers: list[_Layer], settings: Settings) -> dict[str, np.ndarray]:

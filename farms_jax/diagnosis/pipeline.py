@@ -63,7 +63,7 @@ def diagnose(
         exclude: regular expressions of layer names to leave out, matched whole.
         axes: rows and columns of the weights; by default those of the format, and `FLAX_AXES` for a pytree.
         cache: folder of earlier results, by hash of the weights; `None` keeps nothing.
-        progress: show progress bars.
+        progress: show progress bars, where the standard error is a terminal.
         **settings: fields of `farms_jax.diagnosis.settings.Settings`.
 
     Returns:
@@ -174,7 +174,7 @@ def _hashed(source: WeightSource, names: list[str], settings: Settings, *, progr
     layers, bad = [], []
     # A bound on memory does not change a result.
     relevant = repr(dataclasses.replace(settings, max_batch_bytes=1))
-    for name in tqdm(names, desc="read", unit="layer", leave=False, disable=not progress):
+    for name in tqdm(names, desc="read", unit="layer", leave=False, disable=None if progress else True):
         weight = source.read(name)
         if not np.isfinite(weight).all():
             bad.append(name)
@@ -195,8 +195,8 @@ def _measured(
 ) -> Iterator[tuple[_Layer, Measured]]:
     # The time left goes by the cost of the layers, not by their number.
     form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
-    total = sum(layer.cost for layer in layers)
-    with tqdm(total=total, desc=f"measure {len(layers)} layers", bar_format=form, disable=not progress) as bar:
+    total, title = sum(layer.cost for layer in layers), f"measure {len(layers)} layers"
+    with tqdm(total=total, desc=title, bar_format=form, disable=None if progress else True) as bar:
         for chunk in _chunks(source, layers):
             measured = measure({layer.name: source.read(layer.name) for layer in chunk}, source.axes, settings)
             for layer in chunk:

@@ -5,19 +5,21 @@ same kind. Two things keep this honest. Overlapping windows say less than as man
 large as the number of separate windows they are worth. And a window as large as the matrix has no neighbours, so where
 the estimate's own windows are worth fewer than 8 separate ones, windows of half their height serve instead. A window of
 twice the height scatters 1/2 as much where entries are independent and light-tailed (linear statistics of eigenvalues
-are rigid: Bai and Silverstein 2004), and 1/sqrt(2) as much where few large entries or directions rule; the second, the
-careful one, is used.
+are rigid: Bai and Silverstein 2004), 1/sqrt(2) as much where few large entries or directions rule; 2^(-3/4) is taken.
 `benchmarks/interval_coverage.py` measures what comes out.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
-from scipy import stats
+from scipy.special import ndtri, stdtrit
 
+from farms_jax._tail import Tail
 from farms_jax._windows import Grid
+from farms_jax.diagnosis.spectrum import fit_spectra
 
 _ENOUGH = 8  # separate windows; the scatter of fewer is itself too uncertain
+_FIT = 32  # eigenvalues at least, of one alpha of the resamples
+_RATE = 0.75  # alpha of a window scatters as its height to minus this
+_MOST_STEPS = 16
 _PAIRS = 512  # windows whose overlaps are looked at, of more
 
 
@@ -30,12 +32,12 @@ def interval_grid(grid: Grid, stack_shape: tuple[int, int, int]) -> Grid:
 
     Returns:
         `grid` itself where its windows are worth enough separate ones; else windows of half their rows and columns, at
-        most half of the shorter axis, one after the other by half a window, over the whole matrix.
+        most half of the shorter axis, half a window or more from one to the next, over the whole matrix.
     """
     positions, rows, cols = stack_shape
     if grid.transposed:
         rows, cols = cols, rows
-    if positions * separate_windows(grid, grid.starts) >= _ENOUGH or min(grid.rows, grid.cols) < 4:
+    if positions * separate_windows(grid) >= _ENOUGH or min(grid.rows, grid.cols) < 4:
         return grid
     height, width = grid.rows // 2, grid.cols // 2
     starts = tuple((i, j) for i in _half_steps(rows, height) for j in _half_steps(cols, width))
@@ -43,43 +45,39 @@ def interval_grid(grid: Grid, stack_shape: tuple[int, int, int]) -> Grid:
 
 
 def _half_steps(length: int, size: int) -> list[int]:
-    """Starts from one end of an axis to the other, about half a window apart."""
-    count = 1 + max(1, round(2 * (length - size) / size)) if length > size else 1
+    """Starts from one end of an axis to the other, about half a window apart, or further where those are many."""
+    count = 1 + min(max(1, round(2 * (length - size) / size)), _MOST_STEPS) if length > size else 1
     return np.linspace(0, length - size, count).round().astype(int).tolist()
 
 
-def separate_windows(grid: Grid, starts: Iterable[tuple[int, int]]) -> float:
+def separate_windows(grid: Grid, power: int = 1) -> float:
     """How many windows without overlap as many with overlap are worth: W^2 / sum of correlations.
 
-    The correlation of two windows is taken as the square of the share of their area that they have in common: between
-    that of heavy-tailed entries (the share) and of light-tailed ones (far below its square).
-
     Args:
-        grid: gives the windows' shape.
-        starts: where the windows lie.
+        grid: the windows, all of one shape.
+        power: the correlation of two windows is the share of their area that they have in common, to this power: 1
+            where few large entries rule, 2 and above for light tails.
 
     Returns:
-        The number, from 1 to that of the windows.
+        The number for one kernel position, from 1 to that of the windows.
     """
-    places = np.array(list(starts))
-    count = len(places)
-    if count == 1:
-        return 1.0
-    seen = places[np.linspace(0, count - 1, min(count, _PAIRS)).astype(int)]
-    distance = np.abs(seen[:, None] - seen[None])
-    common = np.maximum(1 - distance / [grid.rows, grid.cols], 0).prod(-1)
-    np.fill_diagonal(common, 0)
-    mean = (common**2).sum() / (len(seen) * (len(seen) - 1))
-    return count / (1 + (count - 1) * mean)
+    count = len(grid.starts)
+    seen = np.array(grid.starts)[np.linspace(0, count - 1, min(count, _PAIRS)).astype(int)]
+    common = np.maximum(1 - np.abs(seen[:, None] - seen[None]) / [grid.rows, grid.cols], 0).prod(-1) ** power
+    pairs = max(len(seen) * (len(seen) - 1), 1)
+    return count / (1 + (count - 1) * (common.sum() - len(seen)) / pairs)
 
 
-def deviations(alphas: np.ndarray, worth: float, drawn: float, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Resample windows: how the mean alpha of as many as an estimate rests on scatters.
+def deviations(
+    windows: np.ndarray, tail: Tail, grids: tuple[Grid, Grid], positions: int, resamples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Resample windows: how a layer's alpha scatters.
 
     Args:
-        alphas: of the single windows, shape (W,); zeros, windows without a tail, are left out.
-        worth: number of separate windows that these are worth.
-        drawn: number of separate windows of this size that the estimate rests on.
+        windows: eigenvalues of each window, shape (W, n), rows ascending.
+        tail: the rule.
+        grids: those windows, for one kernel position, and the windows of the estimate.
+        positions: K, kernel positions, each with all the windows.
         resamples: B.
         rng: of the draws.
 
@@ -87,14 +85,30 @@ def deviations(alphas: np.ndarray, worth: float, drawn: float, resamples: int, r
         Deviations from the mean, shape (B,), widened as a t-distribution is against a normal one; zeros where fewer
         than two windows have a tail.
     """
+    grid, own = grids
+    count, length = windows.shape
+    # Windows of one kernel position may share directions: where there are positions enough, each is one draw.
+    unit = count // positions if positions >= _ENOUGH else 1
+    # Alpha of a few eigenvalues has no variance: windows of so few are put together.
+    together = max(1, min(unit * -(-_FIT // (length * unit)), count // _ENOUGH))
+    order = (np.arange(count) if unit > 1 else rng.permutation(count))[: count // together * together]
+    pooled = np.sort(windows[order].reshape(-1, together * length).astype(np.float64), axis=-1)
+    alphas = np.asarray(fit_spectra(pooled, tail).alpha)
     alphas = alphas[alphas > 0]
     if len(alphas) < 2:
         return np.zeros(resamples)
-    size = max(2, round(drawn))
+    drawn = positions * separate_windows(own) * (own.rows / grid.rows) ** (2 * _RATE) / together
+    # Windows that share a corner vary almost freely, whatever their sum does: the mildest correlation counts here.
+    worth = positions * separate_windows(grid, power=2) / together
+    return _resampled(alphas, drawn, min(worth, len(alphas)), resamples, rng)
+
+
+def _resampled(alphas: np.ndarray, drawn: float, worth: float, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Deviations (B,) of the mean of `drawn` alphas of which those given are worth so many independent ones."""
+    size, freedom = max(2, round(drawn)), max(worth - 1, 1)
     means = rng.choice(alphas, (resamples, size)).mean(1)
-    freedom = max(min(worth, len(alphas)) - 1, 1)
-    small_sample = ((freedom + 1) / freedom) ** 0.5 * stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
-    return (means - alphas.mean()) * (size / drawn) ** 0.5 * small_sample
+    widened = ((freedom + 1) / freedom) ** 0.5 * float(stdtrit(freedom, 0.975) / ndtri(0.975))
+    return (means - alphas.mean()) * (size / drawn) ** 0.5 * widened
 
 
 def interval(alpha: float, scatter: np.ndarray, level: float) -> tuple[float, float]:

@@ -11,7 +11,7 @@ class Settings:
     """Settings of a diagnosis.
 
     Attributes:
-        window: windows of FARMS.
+        window: windows of FARMS; `None` takes whole matrices in their place.
         tail: where the power-law tail starts, for `farms_alpha` and `whole_alpha`; `alpha` is WeightWatcher's, whatever
             this says.
         kernel_scale: factor on the eigenvalues of 4-D kernels; 0.5 as in the reference and in WeightWatcher.
@@ -27,7 +27,7 @@ class Settings:
         ValueError: a value out of its range.
     """
 
-    window: Window = Window()
+    window: Window | None = Window()
     tail: Tail = Tail()
     kernel_scale: float = 0.5
     whole: bool = True
@@ -38,7 +38,8 @@ class Settings:
     seed: int = 0
     max_batch_bytes: int = 2**28
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Check the ranges."""
         if self.resamples < 0:
             raise ValueError(f"Settings: resamples must be at least 0, got {self.resamples}")
         if not 0 < self.level < 1:

@@ -1,0 +1,202 @@
+"""Measures of layers: equal to `analyze`, to known spectra, and to themselves whatever they are measured with."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import farms_jax
+from farms_jax import FLAX_AXES, TORCH_AXES, Tail, Window, _esd, _host
+from farms_jax._windows import make_grid
+from farms_jax.diagnosis import measure as module
+from farms_jax.diagnosis.columns import BY_NAME
+from farms_jax.diagnosis.measure import measure
+from farms_jax.diagnosis.settings import Settings
+from farms_jax.diagnosis.spectrum import spectrum_measures
+
+RNG = np.random.default_rng(0)
+WEIGHTS = {
+    "wide": RNG.standard_normal((48, 100)).astype(np.float32),
+    "square": RNG.standard_normal((60, 60)),
+    "kernel": 0.1 * RNG.standard_normal((40, 16, 3, 3)).astype(np.float32),
+    "heavy": RNG.standard_t(2, (50, 30)).astype(np.float16),
+    "low rank": (RNG.standard_normal((40, 6)) @ RNG.standard_normal((6, 70))).astype(np.float32),
+}
+QUICK = Settings(resamples=0, randomize=False)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        QUICK,
+        dataclasses.replace(QUICK, tail=Tail("ks")),
+        dataclasses.replace(QUICK, window=Window(rows=16, per_axis=3), tail=Tail(xmin_pos=4.0), kernel_scale=1.0),
+        dataclasses.replace(QUICK, window=Window(aspect_ratio=0.5, divisions="pooled")),
+    ],
+    ids=["default", "ks", "grid", "pooled"],
+)
+def test_alphas_are_those_of_analyze(settings):
+    found = measure(WEIGHTS, TORCH_AXES, settings)
+    options = {"axes": TORCH_AXES, "tail": settings.tail, "kernel_scale": settings.kernel_scale}
+    windows = farms_jax.analyze(WEIGHTS, window=settings.window, **options)
+    whole = farms_jax.analyze(WEIGHTS, window=None, **options)
+    assert list(found) == list(WEIGHTS)
+    for i, name in enumerate(windows.names):
+        row = found[name].row
+        measured = [row["farms_alpha"], row["farms_D"], row["farms_xmin"], row["whole_alpha"]]
+        expected = [windows.alpha[i], windows.ks_distance[i], windows.xmin[i], whole.alpha[i]]
+        np.testing.assert_allclose(measured, expected, rtol=2e-5, err_msg=name)
+        assert abs(row["aspect_ratio_bias"] - (row["whole_alpha"] - row["farms_alpha"])) < 1e-12
+
+
+def test_every_column_is_there_and_ready_for_json():
+    results = measure(WEIGHTS, TORCH_AXES, Settings(resamples=20))
+    of_the_network = {"layer", "status", "reason", "rank", "rank_low", "rank_high", "rank_flips"}
+    for name, found in results.items():
+        assert set(found.row) == set(BY_NAME) - of_the_network, name
+        assert all(type(value) in {int, float, str, type(None)} for value in found.row.values()), name
+        assert found.deviations.shape == (20,)
+        low, high = found.row["farms_low"], found.row["farms_high"]
+        assert 1 <= low <= found.row["farms_alpha"] <= high
+    kernel = results["kernel"].row
+    assert (kernel["shape"], kernel["M"], kernel["N"], kernel["num_windows"]) == ("40x16x3x3", 16, 40, 18)
+    assert (kernel["num_evals"], kernel["num_params"]) == (144, 40 * 16 * 9)
+
+
+def test_without_whole_matrices_their_columns_are_missing():
+    (found,) = measure({"a": WEIGHTS["wide"]}, TORCH_AXES, dataclasses.replace(QUICK, whole=False)).values()
+    assert "farms_alpha" in found.row
+    assert not {"alpha", "whole_alpha", "norm", "mp_sigma", "ww_softrank", "farms_low"} & set(found.row)
+    assert found.histogram.whole == ()
+
+
+def test_measures_of_a_known_spectrum():
+    rng = np.random.default_rng(3)
+    left, _ = np.linalg.qr(rng.standard_normal((30, 30)))
+    right, _ = np.linalg.qr(rng.standard_normal((50, 30)))
+    singular = np.concatenate([np.linspace(4, 1, 24), [1e-4, 1e-6, 1e-9, 1e-12, 0, 0]])
+    weight = left * singular @ right.T
+    (found,) = measure({"a": weight}, TORCH_AXES, QUICK).values()
+    row, norm = found.row, (singular**2).sum()
+    assert (row["matrix_rank"], row["rank_loss"], row["weak_rank_loss"]) == (28, 2, 6)
+    np.testing.assert_allclose([row["norm"], row["spectral_norm"], row["sv_max"]], [norm, 16, 4], rtol=1e-12)
+    np.testing.assert_allclose(row["stable_rank"], norm / 16, rtol=1e-12)
+    shares = singular[:28] / singular.sum()
+    np.testing.assert_allclose(row["effective_rank"], np.exp(-(shares * np.log(shares)).sum()), rtol=1e-9)
+    powers = (singular[singular > 0] ** (2 * row["alpha"])).sum()
+    np.testing.assert_allclose(row["log_alpha_norm"], np.log10(powers), rtol=1e-9)
+    assert row["sv_min"] < 1e-13
+
+
+def test_small_singular_values_are_exact():
+    weight = WEIGHTS["square"].astype(np.float32)
+    weight[0] = 1e-5 * weight[0]
+    row = measure({"a": weight}, TORCH_AXES, QUICK)["a"].row
+    smallest = np.linalg.svd(weight.astype(np.float64), compute_uv=False)[-1]
+    np.testing.assert_allclose(row["sv_min"], smallest, rtol=1e-5)
+
+
+def test_a_layer_of_zeros_has_no_numbers_but_counts():
+    found = measure({"zero": np.zeros((20, 30), np.float32)}, TORCH_AXES, Settings(resamples=5))["zero"]
+    missing = {name for name, value in found.row.items() if value is None}
+    assert {"farms_alpha", "farms_low", "whole_alpha", "alpha", "log_norm", "stable_rank", "ww_softrank"} <= missing
+    assert (found.row["norm"], found.row["matrix_rank"], found.row["weak_rank_loss"]) == (0, 0, 20)
+    assert not found.deviations.any()
+
+
+def test_a_layer_does_not_depend_on_the_others_and_weights_stay():
+    before = {name: weight.copy() for name, weight in WEIGHTS.items()}
+    together = measure(WEIGHTS, TORCH_AXES, Settings(resamples=10))
+    alone = measure({"heavy": WEIGHTS["heavy"]}, TORCH_AXES, Settings(resamples=10, max_batch_bytes=1))["heavy"]
+    for name, weight in WEIGHTS.items():
+        np.testing.assert_array_equal(weight, before[name])
+    rows = [{key: value for key, value in found.row.items() if key != "shape"} for found in (alone, together["heavy"])]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4)
+    np.testing.assert_allclose(alone.deviations, together["heavy"].deviations, rtol=1e-3, atol=1e-6)
+    other = measure({"heavy": WEIGHTS["heavy"]}, TORCH_AXES, Settings(resamples=10, seed=1))["heavy"]
+    assert not np.array_equal(other.deviations, alone.deviations)
+    assert other.row["max_rand_eval"] != alone.row["max_rand_eval"]
+
+
+def test_transposed_axes_give_the_same_layer():
+    flax = {name: np.moveaxis(weight, (0, 1), (-1, -2)) for name, weight in WEIGHTS.items()}
+    ours, theirs = measure(flax, FLAX_AXES, QUICK), measure(WEIGHTS, TORCH_AXES, QUICK)
+    for name in WEIGHTS:
+        assert ours[name].row["alpha"] == theirs[name].row["alpha"]
+        assert ours[name].row["farms_alpha"] == theirs[name].row["farms_alpha"]
+
+
+def test_shuffling_tells_structure_from_noise():
+    rng = np.random.default_rng(5)
+    noise = rng.standard_normal((80, 120)).astype(np.float32)
+    spiked = noise + np.outer(rng.standard_normal(80), rng.standard_normal(120)).astype(np.float32)
+    rows = {name: found.row for name, found in measure({"n": noise, "s": spiked}, TORCH_AXES, Settings()).items()}
+    assert rows["n"]["rand_distance"] < 0.03
+    assert abs(rows["n"]["ww_softrank"] - 1) < 0.1
+    assert (rows["n"]["mp_spikes"], rows["s"]["mp_spikes"]) == (0, 1)
+    assert rows["s"]["rand_distance"] > 0.1
+    assert rows["s"]["ww_softrank"] < 0.4
+    np.testing.assert_allclose([row["mp_sigma"] for row in rows.values()], 1, atol=0.05)
+
+
+def test_histograms_hold_the_whole_spectrum():
+    for name, found in measure(WEIGHTS, TORCH_AXES, QUICK).items():
+        edges = np.array(found.histogram.edges)
+        width = edges[1] - edges[0]
+        for density in (found.histogram.windows, found.histogram.whole):
+            assert len(density) == len(edges) - 1
+            assert abs(sum(density) * width - 1) < 1e-9, name
+        assert abs(10 ** edges[-1] / found.row["spectral_norm"] - 1) < 1e-5
+
+
+def test_no_windows_are_solved_twice(monkeypatch):
+    solved = []
+
+    def count(stacks, grids, **options):
+        solved.extend(zip(map(id, stacks), grids, strict=True))
+        return _esd.window_eigenvalues(stacks, grids, **options)
+
+    monkeypatch.setattr(module, "window_eigenvalues", count)
+    measure({"a": WEIGHTS["square"], "b": WEIGHTS["kernel"]}, TORCH_AXES, Settings(randomize=False))
+    assert len(solved) == len(set(solved)) == 4  # a: whole, halves; b: whole, windows, which serve the interval too
+
+
+@pytest.mark.parametrize("solver", ["gram", "gram64", "svd"])
+def test_window_by_window_on_host_and_device(solver, monkeypatch):
+    monkeypatch.setattr(_host, "_BLOCK_ENTRIES", 1)
+    monkeypatch.setattr(_host, "_MIN_BLOCK", 7)  # a Gram matrix is the sum over several blocks of columns
+    stacks = [RNG.standard_normal((2, 20, 31)).astype(np.float32), RNG.standard_normal((1, 12, 12)).astype(np.float32)]
+    grids = [
+        make_grid(Window(rows=8, per_axis=2), stacks[0].shape, is_kernel=False),
+        make_grid(None, stacks[1].shape, is_kernel=False),
+    ]
+    options = {"solver": solver, "max_batch_bytes": 3000}
+    host = _esd.window_eigenvalues(stacks, grids, platform="cpu", **options)
+    device = _esd.window_eigenvalues(stacks, grids, platform="gpu", **options)
+    for stack, grid, ours, theirs in zip(stacks, grids, host, device, strict=True):
+        windows = [
+            matrix[i : i + grid.rows, j : j + grid.cols].astype(np.float64) for matrix in stack for i, j in grid.starts
+        ]
+        expected = np.array([np.linalg.svd(window, compute_uv=False)[::-1] ** 2 for window in windows])
+        scale = expected[:, -1:] * (1e-13 if solver == "gram64" else 2e-6)
+        assert ours.dtype == theirs.dtype == (np.float64 if solver == "gram64" else np.float32)
+        assert (np.abs(ours - expected) < scale).all()
+        assert (np.abs(theirs - expected) < scale).all()
+
+
+def test_a_bound_on_memory_leaves_one_worker(monkeypatch):
+    workers = []
+    pool = _host.ThreadPoolExecutor
+    monkeypatch.setattr(_host, "cores", lambda: 4)
+    monkeypatch.setattr(_host, "ThreadPoolExecutor", lambda count: workers.append(count) or pool(count))
+    stack, bytes_of_one = np.ones((1, 50, 50), np.float32), 2 * 8 * 50 * 50
+    for bound in (1, 2 * bytes_of_one, 100 * bytes_of_one):
+        _host.window_spectra([stack], [make_grid(None, stack.shape, is_kernel=False)], solver="gram64", max_bytes=bound)
+    assert workers == [1, 2, 4]
+
+
+def test_few_eigenvalues_are_measured_without_error():
+    for count in (1, 2, 5):
+        row = spectrum_measures(np.arange(1.0, count + 1), count, 7)
+        assert row["num_evals"] == count
+        assert (row["alpha"] is None) == (count == 1)

@@ -1,0 +1,88 @@
+"""Our whole-matrix columns equal those of the installed WeightWatcher, layer by layer."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+import weightwatcher
+
+from farms_jax import TORCH_AXES
+from farms_jax.diagnosis.measure import measure
+from farms_jax.diagnosis.settings import Settings
+
+COLUMNS = [
+    *("N", "M", "Q", "alpha", "D", "xmin", "xmax", "sigma", "num_pl_spikes", "alpha_weighted", "log_alpha_norm"),
+    *("num_evals", "norm", "log_norm", "spectral_norm", "log_spectral_norm", "stable_rank", "entropy"),
+    *("matrix_rank", "weak_rank_loss", "sv_max"),
+]
+
+
+def linear(rows, cols):
+    return torch.nn.Linear(cols, rows, bias=False)
+
+
+def conv(rows, cols, size):
+    return torch.nn.Conv2d(cols, rows, size, bias=False)
+
+
+def low_rank():
+    layer = linear(60, 90)
+    rng = np.random.default_rng(2)
+    layer.weight.data = torch.tensor(rng.standard_normal((60, 30)) @ rng.standard_normal((30, 90))).float()
+    return layer
+
+
+def heavy():
+    layer = linear(100, 140)
+    layer.weight.data = torch.tensor(np.random.default_rng(3).standard_t(2, (100, 140))).float()
+    return layer
+
+
+LAYERS = {
+    "wide": lambda: linear(40, 100),
+    "tall": lambda: linear(120, 50),
+    "square": lambda: linear(64, 64),
+    "low_rank": low_rank,
+    "heavy": heavy,
+    "kernel": lambda: conv(48, 24, 3),
+    "wide_kernel": lambda: conv(16, 40, 3),
+    "pointwise": lambda: conv(60, 30, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Rows of ours and WeightWatcher's, by layer."""
+    torch.manual_seed(0)
+    modules = {name: make() for name, make in LAYERS.items()}
+    watcher = weightwatcher.WeightWatcher(model=torch.nn.Sequential(*modules.values()), log_level=logging.ERROR)
+    theirs = watcher.analyze(randomize=True).to_dict("records")
+    weights = {name: module.weight.detach().numpy() for name, module in modules.items()}
+    ours = measure(weights, TORCH_AXES, Settings(resamples=0))
+    return {name: (ours[name].row, row) for name, row in zip(modules, theirs, strict=True)}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_columns_are_equal(both, name):
+    ours, theirs = both[name]
+    for column in COLUMNS:
+        expected = max(theirs["N"], theirs["M"]) if column == "N" else theirs[column]
+        expected = min(theirs["N"], theirs["M"]) if column == "M" else expected
+        expected = ours["N"] / ours["M"] if column == "Q" else expected
+        np.testing.assert_allclose(ours[column], expected, rtol=1e-5, err_msg=column)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if "kernel" not in name])
+def test_ranks_of_single_matrices_are_equal(both, name):
+    ours, theirs = both[name]
+    assert ours["rank_loss"] == theirs["rank_loss"]
+    np.testing.assert_allclose(ours["sv_min"], theirs["sv_min"], rtol=1e-4, atol=1e-12 * ours["sv_max"])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_shuffled_columns_agree_but_for_the_draw(both, name):
+    ours, theirs = both[name]
+    np.testing.assert_allclose(ours["max_rand_eval"], theirs["max_rand_eval"], rtol=0.25)
+    np.testing.assert_allclose(ours["ww_softrank"], theirs["ww_softrank"], rtol=0.25)
+    np.testing.assert_allclose(ours["rand_distance"], theirs["rand_distance"], rtol=0.3, atol=0.02)
