@@ -8,6 +8,7 @@ above 1 is careful.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -30,10 +31,14 @@ def spiked(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def power_law(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Noise whose covariance has eigenvalues 1/k in random directions."""
-    cols = shape[-1]
-    directions, _ = np.linalg.qr(rng.standard_normal((cols, cols)))
-    return rng.standard_normal(shape) @ (directions * np.arange(1, cols + 1) ** -0.5) @ directions.T
+    """Noise whose covariance has eigenvalues 1/k, in the same random directions for all matrices of one width."""
+    return rng.standard_normal(shape) @ _mixing(shape[-1])
+
+
+@functools.cache
+def _mixing(cols: int) -> np.ndarray:
+    directions, _ = np.linalg.qr(np.random.default_rng(cols).standard_normal((cols, cols)))
+    return (directions * np.arange(1, cols + 1) ** -0.5) @ directions.T
 
 
 KINDS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {

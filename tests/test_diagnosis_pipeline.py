@@ -54,6 +54,13 @@ def test_a_file_gives_what_its_arrays_give(tmp_path):
     rows_equal(diagnose(write_npz(tmp_path / "model.npz", model()), **FAST), diagnose(model(), **FAST))
 
 
+def test_weights_in_memory_stay_as_they_are():
+    weights, before = model(), model()
+    diagnose(weights, resamples=0)
+    for (name, after), (_, then) in zip(farms_jax.named_leaves(weights), farms_jax.named_leaves(before), strict=True):
+        np.testing.assert_array_equal(after, then, err_msg=name)
+
+
 def test_patterns_choose_layers():
     diagnosis = diagnose(model(), include=r"block_.*", exclude=(r".*_2/.*",), **FAST)
     assert diagnosis.names == ("block_10/kernel",)

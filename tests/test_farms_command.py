@@ -145,3 +145,64 @@ def test_a_mistake_is_one_line(monkeypatch, capsys, model, arguments, message):
     assert message in told
     assert told.startswith("farms: ")
     assert told.count("\n") == 1
+
+
+def truncated(folder):
+    np.savez(folder / "whole.npz", dense=np.ones((32, 48)))
+    (folder / "cut.npz").write_bytes((folder / "whole.npz").read_bytes()[:-100])
+    return folder / "cut.npz"
+
+
+def wrong_magic(folder):
+    (folder / "model.gguf").write_bytes(b"GGML" + bytes(100))
+    return folder / "model.gguf"
+
+
+def empty(folder):
+    (folder / "model.safetensors").touch()
+    return folder / "model.safetensors"
+
+
+def scalars_only(folder):
+    np.savez(folder / "model.npz", loss=np.array(0.5), step=np.array(3))
+    return folder / "model.npz"
+
+
+def with_nan(folder):
+    np.savez(folder / "model.npz", dense=np.full((32, 48), np.nan))
+    return folder / "model.npz"
+
+
+def images(folder):
+    (folder / "images").mkdir()
+    (folder / "images" / "cat.png").write_bytes(b"\x89PNG\r\n")
+    return folder / "images"
+
+
+def symlink_loop(folder):
+    (folder / "loop").symlink_to(folder / "loop")
+    return folder / "loop"
+
+
+def pickled(folder):
+    (folder / "model.bin").write_bytes(b"\x80\x02K\x01.")
+    return folder / "model.bin"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (truncated, "cut.npz"),
+        (wrong_magic, "no GGUF file"),
+        (empty, "is empty"),
+        (scalars_only, "no layer to measure among its 2 arrays"),
+        (with_nan, "NaN or Inf in dense"),
+        (images, "no weights in it (cat.png)"),
+        (symlink_loop, "loop: cannot be read"),
+        (pickled, "never loaded"),
+    ],
+)
+def test_a_bad_file_is_one_line(monkeypatch, capsys, tmp_path, make, message):
+    told = fails(monkeypatch, capsys, "analyze", make(tmp_path), *FAST)
+    assert message in told
+    assert told.count("\n") == 1

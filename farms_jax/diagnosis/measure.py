@@ -66,14 +66,16 @@ class _Layer(NamedTuple):
 _Values = dict[tuple[str, Grid], np.ndarray]  # eigenvalues (K * W, n) of a layer's windows
 
 
-def measure(weights: Mapping[str, np.ndarray], axes: Axes, settings: Settings) -> dict[str, Measured]:
+def measure(
+    weights: Mapping[str, np.ndarray], axes: Axes, settings: Settings, *, overwrite: bool = False
+) -> dict[str, Measured]:
     """Measure layers: their windows, their whole matrices, the same shuffled, and how sure it all is.
 
     Args:
-        weights: by name; 2-D or 4-D, finite, with enough eigenvalues (`farms_jax._analyze.choose`). They are left as
-            they are.
+        weights: by name; 2-D or 4-D, finite, with enough eigenvalues (`farms_jax._analyze.choose`).
         axes: rows and columns of the weights.
         settings: of the diagnosis.
+        overwrite: the weights may be shuffled where they are, which saves the memory of a copy.
 
     Returns:
         The measures by name, in the same order. Numbers of the windows are those of `farms_jax.analyze`.
@@ -83,7 +85,7 @@ def measure(weights: Mapping[str, np.ndarray], axes: Axes, settings: Settings) -
     if settings.tolerance is not None:
         layers = [*_adapted(layers, values, settings)]
     _solve(layers, values, settings)
-    shuffled = _shuffled_spectra(layers, settings) if settings.whole and settings.randomize else {}
+    shuffled = _shuffled_spectra(layers, settings, overwrite) if settings.whole and settings.randomize else {}
     with ThreadPoolExecutor(cores()) as threads:
         measured = threads.map(lambda layer: _measured(layer, values, shuffled.get(layer.name), settings), layers)
         return {layer.name: result for layer, result in zip(layers, measured, strict=True)}
@@ -200,23 +202,24 @@ def _scatter(layer: _Layer, windows: np.ndarray, settings: Settings) -> np.ndarr
     return deviations(windows, settings.tail, grids, positions, settings.resamples, rng)
 
 
-def _shuffled_spectra(layers: list[_Layer], settings: Settings) -> dict[str, np.ndarray]:
+def _shuffled_spectra(layers: list[_Layer], settings: Settings, overwrite: bool) -> dict[str, np.ndarray]:
     """Eigenvalues (E,) of each layer's matrices with their entries in random places, ascending."""
     spectra: dict[str, np.ndarray] = {}
     with ThreadPoolExecutor(cores()) as threads:
         for group in _within(layers, settings.max_batch_bytes):
-            stacks = list(threads.map(lambda layer: _shuffle(layer, settings), group))
+            stacks = list(threads.map(lambda layer: _shuffle(layer, settings, overwrite), group))
             found = _eigenvalues(stacks, [layer.whole for layer in group], "gram", settings)
             spectra |= {layer.name: np.sort(values.ravel()) for layer, values in zip(group, found, strict=True)}
     return spectra
 
 
-def _shuffle(layer: _Layer, settings: Settings) -> np.ndarray:
-    rng = layer.seeds(settings, 0)
-    copy = np.array(layer.stack, order="C")
-    for matrix in copy:
+def _shuffle(layer: _Layer, settings: Settings, overwrite: bool) -> np.ndarray:
+    rng, stack = layer.seeds(settings, 0), layer.stack
+    if not (overwrite and stack.flags.c_contiguous and stack.flags.writeable):
+        stack = np.array(stack, order="C")
+    for matrix in stack:
         rng.shuffle(matrix.reshape(-1))
-    return copy
+    return stack
 
 
 def _within(layers: Iterable[_Layer], max_bytes: int) -> Iterator[list[_Layer]]:

@@ -146,7 +146,7 @@ class _Tree(WeightSource):
         super().__init__(Path("weights in memory"), "weights in memory", "pytree", axes, self._leaves)
 
     def _read(self, name: str) -> np.ndarray:
-        return np.asarray(self._leaves[name])
+        return np.array(self._leaves[name])
 
 
 def opened(model: Any, axes: Axes | None = None) -> AbstractContextManager[WeightSource]:
@@ -198,7 +198,9 @@ def _measured(
     total, title = sum(layer.cost for layer in layers), f"measure {len(layers)} layers"
     with tqdm(total=total, desc=title, bar_format=form, disable=None if progress else True) as bar:
         for chunk in _chunks(source, layers):
-            measured = measure({layer.name: source.read(layer.name) for layer in chunk}, source.axes, settings)
+            weights = {layer.name: source.read(layer.name) for layer in chunk}
+            measured = measure(weights, source.axes, settings, overwrite=True)
+            del weights  # before the next chunk is read
             for layer in chunk:
                 yield layer, measured[layer.name]
                 bar.update(layer.cost)

@@ -52,7 +52,7 @@ class WeightSource(ABC):
             name: a key of `tensors`.
 
         Returns:
-            Array of its dtype and shape; bfloat16 is that of `ml_dtypes`.
+            A new array of its dtype and shape, the caller's own; bfloat16 is that of `ml_dtypes`.
 
         Raises:
             InputError: there is no such tensor, or it cannot be read.
