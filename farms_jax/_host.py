@@ -71,7 +71,7 @@ def window_spectra(
         precision.
     """
     if solver == "svd":
-        return _run(stacks, grids, _singular_values_squared, max_bytes)
+        return _run(stacks, grids, _singular_values_squared, max_bytes, copies=True)
     if solver == "gram64":
         return _run(stacks, grids, functools.partial(_gram_eigenvalues, precision=np.float64), max_bytes, np.float64)
     flat = _run(stacks, grids, _gram_eigenvalues, max_bytes)
@@ -99,12 +99,16 @@ def _run(
     solve_windows: Callable[[np.ndarray], np.ndarray],
     max_bytes: int,
     precision: type[np.floating] | None = None,
+    *,
+    copies: bool = False,
 ) -> list[np.ndarray]:
     flat = [
         np.zeros((len(stack) * len(grid.starts), min(grid.rows, grid.cols)), precision or _real(stack.dtype))
         for stack, grid in zip(stacks, grids, strict=True)
     ]
-    largest = max((_window_bytes(grid, _words(stack)) for stack, grid in zip(stacks, grids, strict=True)), default=1)
+    # A Gram matrix of one large window needs no copy of it, only a few columns in another precision.
+    most = None if copies else _BLOCK_ENTRIES
+    largest = max((_bytes(grid, _words(stack), most) for stack, grid in zip(stacks, grids, strict=True)), default=1)
     workers = max(1, min(cores(), max_bytes // largest))
     tasks = sorted(_tasks(stacks, grids, workers, max_bytes // workers), key=lambda task: -task.cost)
     finite = [bool(np.isfinite(stack).all()) for stack in stacks]
@@ -133,8 +137,10 @@ def _words(stack: np.ndarray) -> int:
     return 2 if np.iscomplexobj(stack) else 1
 
 
-def _window_bytes(grid: Grid, words: int) -> int:
-    return 8 * words * (grid.rows * grid.cols + min(grid.rows, grid.cols) ** 2)
+def _bytes(grid: Grid, words: int, most_entries: int | None = None) -> int:
+    """Bytes of a window, or of so many of its entries, and of its Gram matrix."""
+    entries = grid.rows * grid.cols
+    return 8 * words * (min(entries, most_entries or entries) + min(grid.rows, grid.cols) ** 2)
 
 
 def _tasks(stacks: Sequence[np.ndarray], grids: Sequence[Grid], workers: int, max_bytes: int) -> Iterator[_Task]:
@@ -144,7 +150,7 @@ def _tasks(stacks: Sequence[np.ndarray], grids: Sequence[Grid], workers: int, ma
     share = sum(cost * count for cost, count in zip(costs, counts, strict=True)) / (workers * _TASKS_PER_CORE)
     for layer, (grid, cost, count) in enumerate(zip(grids, costs, counts, strict=True)):
         size = max(_MIN_TASK, int(share / cost))
-        size = max(1, min(size, max_bytes // _window_bytes(grid, words[layer])))
+        size = max(1, min(size, max_bytes // _bytes(grid, words[layer])))
         for first in range(0, count, size):
             last = min(first + size, count)
             yield _Task(layer, first, last, cost * (last - first))

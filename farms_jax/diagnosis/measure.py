@@ -86,9 +86,7 @@ def measure(
         layers = [*_adapted(layers, values, settings)]
     _solve(layers, values, settings)
     shuffled = _shuffled_spectra(layers, settings, overwrite) if settings.whole and settings.randomize else {}
-    with ThreadPoolExecutor(cores()) as threads:
-        measured = threads.map(lambda layer: _measured(layer, values, shuffled.get(layer.name), settings), layers)
-        return {layer.name: result for layer, result in zip(layers, measured, strict=True)}
+    return {layer.name: _measured(layer, values, shuffled.get(layer.name), settings) for layer in layers}
 
 
 def _layer(name: str, weight: np.ndarray, axes: Axes, settings: Settings) -> _Layer:
