@@ -37,7 +37,8 @@ def fit_spectra(spectra: np.ndarray, tail: Tail) -> TailFit:
         The fits, numpy arrays (S,).
     """
     count, length = spectra.shape
-    padded = np.zeros((_padded(count, 1, 16), _padded(length, 64, 4)))
+    # From 80 on: 4 x 80 and so on hold what widths of 2^n give, over 9 kernel positions too, with little to spare.
+    padded = np.zeros((_padded(count, 1, 16), _padded(length, 80, 4)))
     padded[:count, padded.shape[1] - length :] = spectra
     with jax.enable_x64(True):
         return TailFit(*(part[:count] for part in jax.device_get(_fit(padded, length, tail))))
