@@ -54,7 +54,7 @@ def weights_of(model: str, layers: int | None) -> dict[str, np.ndarray]:
 
 def same_columns(weights: dict[str, np.ndarray], *, randomize: bool) -> dict[str, Any]:
     """What WeightWatcher measures, by us: whole matrices take the place of FARMS's windows."""
-    settings = Settings(window=None, randomize=randomize, resamples=0)  # pyright: ignore[reportArgumentType]
+    settings = Settings(window=None, randomize=randomize, resamples=0)
     return {name: found.row for name, found in measure(weights, farms_jax.TORCH_AXES, settings).items()}
 
 

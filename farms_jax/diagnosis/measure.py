@@ -152,7 +152,7 @@ def _shape_columns(layer: _Layer) -> dict[str, Any]:
 def _window_columns(layer: _Layer, windows: np.ndarray, settings: Settings) -> dict[str, Any]:
     """FARMS's columns: means over the divisions of a kernel, as `analyze` takes them."""
     pooled = layer.grid.pool(windows)
-    if layer.grid.divisions > 1 and settings.window.divisions == "pooled":
+    if settings.window is not None and settings.window.divisions == "pooled":
         pooled = pooled.reshape(1, -1)
     pooled = np.sort(pooled.astype(np.float64), axis=-1)
     fits = fit_spectra(pooled, settings.tail)
