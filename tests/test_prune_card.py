@@ -22,9 +22,10 @@ from prune_helpers import (
 )
 from safetensors.numpy import load_file
 
+from farms_jax.memory import peak_memory
 from prune.config import Config
 from prune.experiment import run
-from prune.job import peak_memory, prepare
+from prune.job import prepare
 from prune.output import read_masks
 
 MIB = 2**20

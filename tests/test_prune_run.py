@@ -274,7 +274,7 @@ def test_memory_is_that_of_a_block_not_of_the_model(tmp_path):
 
 def test_peak_memory_is_of_this_process_alone():
     """What a program is started from counts for nothing, what it held before does."""
-    child = "from prune.job import peak_memory; import numpy; numpy.ones(10**7); print(peak_memory())"
+    child = "from farms_jax.memory import peak_memory; import numpy; numpy.ones(10**7); print(peak_memory())"
     parent = f"""
 import subprocess, sys, numpy
 numpy.ones(10**8)
