@@ -1,6 +1,10 @@
 """Settings of all tests."""
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Before JAX starts, and for the programs that tests start: compiling takes most of their time, running next to none.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
