@@ -3,8 +3,8 @@
     python -m benchmarks.diagnose_memory [--gigabytes 2] [--out benchmarks/results/diagnose_memory.json]
 
 Writes a LLaMA-shaped model of random float32 weights (2048 wide, 5632 in the MLP, 32,000 tokens) as a sharded Hugging
-Face folder, analyses it with the default settings in a process of its own, and reads that process's peak resident
-memory. Linux only.
+Face folder, runs `farms analyze --html` on it in a process of its own, and reads that process's peak resident memory.
+Linux only.
 """
 
 import argparse
@@ -28,13 +28,13 @@ BLOCK = {
     "mlp.down_proj": (WIDTH, MLP),
 }
 CHILD = """
-import json, sys, time
-from farms_jax.diagnosis import diagnose
+import json, time
+from farms_jax.diagnosis.cli import main
 from farms_jax.memory import peak_memory
 before, start = peak_memory(), time.perf_counter()
-diagnosis = diagnose(sys.argv[1], progress=True)
-result = {"layers": len(diagnosis), "seconds": time.perf_counter() - start}
-print(json.dumps(result | {"mib_after_imports": before / 2**20, "peak_mib": peak_memory() / 2**20}))
+main()
+result = {"seconds": time.perf_counter() - start, "mib_after_imports": before / 2**20}
+print(json.dumps(result | {"peak_mib": peak_memory() / 2**20}))
 """
 
 
@@ -72,8 +72,9 @@ def main() -> None:
     settings = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         size = make_model(Path(folder), settings.gigabytes)
-        done = subprocess.run([sys.executable, "-c", CHILD, folder], stdout=subprocess.PIPE, text=True, check=True)
-    result = {"model_mib": size / 2**20, **json.loads(done.stdout)}
+        command = [sys.executable, "-c", CHILD, "analyze", folder, "--no-cache", "--html", f"{folder}/report.html"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result = {"model_mib": size / 2**20, **json.loads(done.stdout.splitlines()[-1])}
     facts = machine()
     print(f"{facts['cpu']}, {facts['cores']} cores")
     print(", ".join(f"{key} {value:.0f}" for key, value in result.items()))

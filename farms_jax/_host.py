@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -49,8 +49,7 @@ def spectra(stacks: Sequence[np.ndarray], grids: Sequence[Grid], *, solver: str,
         return np.sort(grid.pool(values.astype(_real(stack.dtype), copy=False)), axis=-1)
 
     values = window_spectra(stacks, grids, solver=solver, max_bytes=max_bytes)
-    with ThreadPoolExecutor(cores()) as threads:
-        return list(threads.map(pool, values, stacks, grids))
+    return _in_threads(cores(), pool, values, stacks, grids)
 
 
 def window_spectra(
@@ -118,9 +117,18 @@ def _run(
             flat[task.layer][task.first : task.last] = solve_windows(_cut(stacks[task.layer], grids[task.layer], task))
 
     # Cores that memory leaves without a worker go to BLAS.
-    with _blas().limit(limits=cores() // workers, user_api="blas"), ThreadPoolExecutor(workers) as threads:
-        list(threads.map(solve, tasks))
+    with _blas().limit(limits=cores() // workers, user_api="blas"):
+        _in_threads(workers, solve, tasks)
     return flat
+
+
+def _in_threads(workers: int, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
+    try:
+        with ThreadPoolExecutor(workers) as threads:
+            return list(threads.map(function, *arguments))
+    except RuntimeError:
+        # The interpreter is on its way out and starts no thread: a result that nobody waited for, which JAX waits for.
+        return list(map(function, *arguments))
 
 
 @functools.cache

@@ -60,3 +60,10 @@ def test_blas_threads_are_put_back():
         farms_jax.analyze({"m": np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)})
         assert threads() == before
         assert before
+
+
+def test_a_program_may_end_before_its_analysis():
+    """Results that nobody reads are computed all the same, while the interpreter shuts down and starts no threads."""
+    program = "import farms_jax, numpy; farms_jax.analyze({'m': numpy.random.default_rng(0).random((1024, 1024), 'f')})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -31,6 +31,7 @@ from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.watch import Alert, Rules, Seen, watch
 from farms_jax.errors import InputError, reported
 from farms_jax.files import write_text
+from farms_jax.memory import hold_less_memory
 from farms_jax.weights import WeightSource, open_weights
 
 
@@ -203,6 +204,7 @@ def main() -> None:
     """Run the program; a mistake is one line on stderr, and exit status 2."""
     paragraphs = "\n\n".join(filter(None, (__doc__ or "").splitlines()))
     commands = {"analyze": Analyze, "compare": Compare, "watch": Watch}
+    hold_less_memory()
     with reported("farms", when_stopped="; what was measured is kept, the same command goes on"):
         tyro.extras.subcommand_cli_from_dict(commands, prog="farms", description=paragraphs).run()
 
