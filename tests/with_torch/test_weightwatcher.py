@@ -10,6 +10,7 @@ import weightwatcher
 from farms_jax import TORCH_AXES
 from farms_jax.diagnosis.measure import measure
 from farms_jax.diagnosis.settings import Settings
+from farms_jax.diagnosis.spectrum import shuffled_measures
 
 COLUMNS = [
     *("N", "M", "Q", "alpha", "D", "xmin", "xmax", "sigma", "num_pl_spikes", "alpha_weighted", "log_alpha_norm"),
@@ -52,16 +53,31 @@ LAYERS = {
 
 
 @pytest.fixture(scope="module")
-def both():
-    """Rows of ours and WeightWatcher's, by layer."""
+def analysed():
+    """Weights, WeightWatcher's rows, and the eigenvalues of its last shuffle, by layer."""
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 - where WeightWatcher's shuffles come from
     modules = {name: make() for name, make in LAYERS.items()}
     watcher = weightwatcher.WeightWatcher(model=torch.nn.Sequential(*modules.values()), log_level=logging.ERROR)
-    theirs = watcher.analyze(randomize=True).to_dict("records")
+    solve, shuffled = watcher.random_eigenvalues, []
+
+    def recorded(*args):
+        shuffled.append(solve(*args))
+        return shuffled[-1]
+
+    watcher.random_eigenvalues = recorded
+    rows = watcher.analyze(randomize=True).to_dict("records")
     weights = {name: module.weight.detach().numpy() for name, module in modules.items()}
+    last = [np.sort(values) for values in shuffled[1::2]]  # of two of each layer
+    return weights, dict(zip(modules, rows, strict=True)), dict(zip(modules, last, strict=True))
+
+
+@pytest.fixture(scope="module")
+def both(analysed):
+    """Rows of ours and WeightWatcher's, by layer."""
+    weights, theirs, _ = analysed
     ours = measure(weights, TORCH_AXES, Settings(resamples=0))
-    return {name: (ours[name].row, row) for name, row in zip(modules, theirs, strict=True)}
+    return {name: (ours[name].row, theirs[name]) for name in weights}
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -82,6 +98,16 @@ def test_ranks_of_single_matrices_are_equal(both, name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_a_shuffle_of_theirs_gives_their_columns(analysed, name):
+    weights, theirs, shuffled = analysed
+    singular = np.linalg.svd(np.moveaxis(weights[name].astype(float), (0, 1), (-2, -1)), compute_uv=False)
+    eigenvalues = np.sort(singular.ravel() ** 2) * (0.5 if weights[name].ndim == 4 else 1)
+    ours = shuffled_measures(eigenvalues, shuffled[name])
+    for column in ("rand_distance", "ww_softrank"):
+        np.testing.assert_allclose(ours[column], theirs[name][column], rtol=1e-4, err_msg=column)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "heavy"])  # where a few entries decide
 def test_shuffled_columns_agree_but_for_the_draw(both, name):
     ours, theirs = both[name]
     np.testing.assert_allclose(ours["max_rand_eval"], theirs["max_rand_eval"], rtol=0.25)
