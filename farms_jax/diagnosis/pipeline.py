@@ -79,7 +79,7 @@ def diagnose(
         names, left_out = layers_of(source, chosen, include, exclude)
         if not names:
             raise InputError(
-                f"{source.name}: no layer to measure among its {len(source.tensors)} arrays; see --explain"
+                f"{source.path}: no layer to measure among its {len(source.tensors)} arrays; see --explain"
             )
         layers = _hashed(source, names, chosen, progress=progress)
         store = Cache(cache)
@@ -184,7 +184,7 @@ def _hashed(source: WeightSource, names: list[str], settings: Settings, *, progr
     if bad:
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise InputError(
-            f"{source.name}: NaN or Inf in {', '.join(bad[:10])}{more}; "
+            f"{source.path}: NaN or Inf in {', '.join(bad[:10])}{more}; "
             "take an earlier checkpoint, or leave the layers out with --exclude"
         )
     return layers
