@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from farms_jax.files import write_json
 
+T = TypeVar("T")
 SETTLE = 0.3  # seconds before each timed call: threads of the one before, OpenMP's above all, spin on for a while
 
 
@@ -24,6 +25,20 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("jax", "jaxlib", "flax", "numpy", "torch")},
     }
+
+
+def timed(function: Callable[[], T]) -> tuple[T, float]:
+    """Times one call, such as the first, which compiles.
+
+    Args:
+        function: must wait for its own results.
+
+    Returns:
+        What it gives, and its seconds.
+    """
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
 
 
 def interleave(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -42,9 +57,7 @@ def interleave(functions: Mapping[str, Callable[[], object]], repeats: int) -> d
     for _ in range(repeats):
         for name, function in functions.items():
             time.sleep(SETTLE)
-            start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timed(function)[1])
     return seconds
 
 

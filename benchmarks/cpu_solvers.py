@@ -15,7 +15,6 @@ BLAS is held to one thread in all of them. Batched LAPACK calls are left out: th
 import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,7 @@ import numpy as np
 from jax import Array, lax
 from threadpoolctl import threadpool_limits
 
-from benchmarks._common import interleave, machine, write
+from benchmarks._common import interleave, machine, timed, write
 from benchmarks.spectral import WINDOW, network
 from farms_jax import TORCH_AXES, _esd, _host
 from farms_jax._matrices import as_matrices
@@ -70,9 +69,8 @@ def main() -> None:
         ("maps side by side", _esd._gram_eigenvalues, facts["cores"]),
         ("map svd", _esd._singular_values_squared, 1),
     ):
-        start = time.perf_counter()
-        compiled = jax.jit(functools.partial(mapped, solve=solve, parts=parts)).lower(windows).compile()
-        first[name] = time.perf_counter() - start
+        program = jax.jit(functools.partial(mapped, solve=solve, parts=parts))
+        compiled, first[name] = timed(lambda program=program: program.lower(windows).compile())
         programs[name] = functools.partial(lambda compiled: jax.block_until_ready(compiled(windows)), compiled)
     with threadpool_limits(1, user_api="blas"):
         seconds = {key: statistics.median(times) for key, times in interleave(programs, settings.repeats).items()}

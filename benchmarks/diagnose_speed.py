@@ -22,7 +22,6 @@ import contextlib
 import io
 import logging
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ import torch
 import weightwatcher
 
 import farms_jax
-from benchmarks._common import interleave, machine, write
+from benchmarks._common import interleave, machine, timed, write
 from benchmarks.smollm2 import find_model
 from benchmarks.spectral import network, torch_module
 from farms_jax.diagnosis import diagnose
@@ -92,13 +91,6 @@ def bench(model: str, layers: int | None, repeats: int, *, randomize: bool) -> d
         result["ratio_randomize"] = seconds["weightwatcher randomize"] / seconds["same randomize"]
     result["max_relative_difference_of_alpha"] = float(np.abs(found / expected - 1).max())
     return {"layers": len(weights), "first": first, "seconds": seconds, **result}
-
-
-def timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call gives, and its seconds."""
-    start = time.perf_counter()
-    result = run()
-    return result, time.perf_counter() - start
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ loop takes one `torch.linalg.svdvals` per window.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 import farms_jax
-from benchmarks._common import interleave, machine, write
+from benchmarks._common import interleave, machine, timed, write
 from benchmarks.spectral import torch_layout, torch_loop
 from benchmarks.torch_dpot import TorchDPOT
 from sciml.checkpoints import to_torch
@@ -121,9 +120,7 @@ def time_refresh(model: ModelConfig, repeats: int) -> dict[str, float]:
         jax.block_until_ready(farms_jax.refresh(opt_state, scale_of(report, params)))
         return report
 
-    start = time.perf_counter()
-    report = ours()
-    first = time.perf_counter() - start
+    report, first = timed(ours)
     leaves = {name: np.asarray(leaf) for name, leaf in farms_jax.named_leaves(params) if name in report.names}
     layers = {name: torch.from_numpy(torch_layout(leaves[name])) for name in report.names}
     seconds = interleave({"ours": ours, "loop": lambda: torch_loop(layers, "median")}, repeats)

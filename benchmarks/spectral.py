@@ -15,7 +15,6 @@ into another bin of its histogram, by rounding).
 
 import argparse
 import statistics
-import time
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import farms_jax
-from benchmarks._common import interleave, machine, write
+from benchmarks._common import interleave, machine, timed, write
 from train.models import MODELS
 
 WINDOW = farms_jax.Window(per_axis=9)
@@ -114,9 +113,8 @@ def measure(name: str, repeats: int, *, peers: bool) -> dict[str, Any]:
         return np.asarray(report.alpha)
 
     for rule in ("median", "peak"):
-        start = time.perf_counter()
-        alphas = dict(zip(sorted(weights, key=farms_jax.natural_key), analyze(WINDOW, rule), strict=True))
-        first = time.perf_counter() - start
+        found, first = timed(lambda rule=rule: analyze(WINDOW, rule))
+        alphas = dict(zip(sorted(weights, key=farms_jax.natural_key), found, strict=True))
         runs: dict[str, Any] = {
             "ours": lambda rule=rule: analyze(WINDOW, rule),
             "whole": lambda rule=rule: analyze(None, rule),
@@ -124,9 +122,7 @@ def measure(name: str, repeats: int, *, peers: bool) -> dict[str, Any]:
         if rule == "median":
             runs["loop"] = lambda: torch_loop(theirs, "median")
         seconds = interleave(runs, repeats)
-        start = time.perf_counter()
-        torch_loop(theirs, rule)
-        once = time.perf_counter() - start
+        _, once = timed(lambda rule=rule: torch_loop(theirs, rule))
         reference = torch_loop({key: weight.double() for key, weight in theirs.items()}, rule)
         median = {key: statistics.median(values) for key, values in seconds.items()}
         median.setdefault("loop", once)
@@ -144,9 +140,7 @@ def time_weightwatcher(weights: dict[str, np.ndarray]) -> float:
     import weightwatcher
 
     module = torch_module(weights)
-    start = time.perf_counter()
-    weightwatcher.WeightWatcher(model=module).analyze()
-    return time.perf_counter() - start
+    return timed(lambda: weightwatcher.WeightWatcher(model=module).analyze())[1]
 
 
 def main() -> None:

@@ -8,13 +8,12 @@ The spectrum is that of Gaussian windows of 450 rows, pooled as often as it take
 import argparse
 import functools
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._common import interleave, machine, write
+from benchmarks._common import interleave, machine, timed, write
 from farms_jax import Tail, fit_tail
 
 
@@ -35,9 +34,8 @@ def main() -> None:
     settings = parser.parse_args()
     values, first, programs = jnp.asarray(spectrum(settings.count)), {}, {}
     for rule in ("ks", "peak"):
-        start = time.perf_counter()
-        compiled = jax.jit(functools.partial(fit_tail, tail=Tail(rule))).lower(values).compile()
-        first[rule] = time.perf_counter() - start
+        fit = jax.jit(functools.partial(fit_tail, tail=Tail(rule)))
+        compiled, first[rule] = timed(lambda fit=fit: fit.lower(values).compile())
         programs[rule] = lambda compiled=compiled: jax.block_until_ready(compiled(values))
     seconds = {rule: statistics.median(times) for rule, times in interleave(programs, settings.repeats).items()}
     facts = machine()
