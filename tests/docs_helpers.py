@@ -115,7 +115,10 @@ def understood(module: str, arguments: list[str], monkeypatch) -> None:
 
 
 def assert_shown(shown: str, found: str) -> None:
-    """Compare what is shown with what was printed: words exactly, numbers to 1 % or 0.01; `...` stands for anything."""
+    """Compare what is shown with what was printed.
+
+    Words are equal, numbers to 1 % or the last digit shown; `...` stands for anything.
+    """
     position, words = 0, found.split()
     for part in re.split(r"^\.\.\.$", shown, flags=re.MULTILINE):
         expected = part.split()
@@ -131,4 +134,5 @@ def _alike(expected: str, word: str) -> bool:
         a, b = float(expected.strip("(),%±")), float(word.strip("(),%±"))
     except ValueError:
         return expected == word
-    return abs(a - b) <= 0.01 * max(abs(a), abs(b), 1) + 1e-9
+    last_decimal = 10.0 ** -len(expected.strip("(),%±").partition(".")[2]) if "." in expected else 0.0
+    return abs(a - b) <= max(0.01 * abs(a), 0.01 * abs(b), last_decimal) + 1e-9
