@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Generator
 
+from farms_jax.stopping import Stopped, stop_signals_raise
+
 
 class InputError(ValueError):
     """Something given cannot be used; the message names it, says why, and what to do."""
@@ -14,16 +16,17 @@ class InputError(ValueError):
 def reported(program: str, when_stopped: str = "") -> Generator[None]:
     """End a program with one line on stderr instead of a traceback, where the mistake is not the program's.
 
-    Exit status 2 for an `InputError` or a file that cannot be used, 130 when stopped from the keyboard, 141 where the
-    program that reads the output has ended.
+    Exit status 2 for an `InputError` or a file that cannot be used, 130 after Ctrl-C and 143 after SIGTERM, 141 where
+    the program that reads the output has ended.
 
     Args:
         program: its name.
-        when_stopped: what to do after a stop from the keyboard.
+        when_stopped: what to do after a stop by Ctrl-C or SIGTERM.
     """
     try:
-        yield
-        sys.stdout.flush()
+        with stop_signals_raise():
+            yield
+            sys.stdout.flush()
     except InputError as error:
         sys.stderr.write(f"{program}: {error}\n")
         sys.exit(2)
@@ -33,6 +36,6 @@ def reported(program: str, when_stopped: str = "") -> Generator[None]:
     except OSError as error:
         sys.stderr.write(f"{program}: {error.filename or 'a file'}: {error.strerror or error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write(f"\n{program}: stopped{when_stopped}\n")
-        sys.exit(130)
+    except Stopped as stopped:
+        sys.stderr.write(f"\n{program}: stopped by {stopped}{when_stopped}\n")
+        sys.exit(stopped.status)

@@ -8,6 +8,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+CHECKSUMS = "SHA256SUMS"
+
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Generator[Path, None, None]:
@@ -66,3 +68,31 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Write `SHA256SUMS` of all files in a folder and below; `sha256sum -c` reads it too."""
+    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder)]
+    write_text(folder / CHECKSUMS, "".join(lines))
+
+
+def damaged_files(folder: Path) -> list[Path]:
+    """Find what is not as `write_checksums` saw it.
+
+    Args:
+        folder: with a file `SHA256SUMS`.
+
+    Returns:
+        Files that are missing, cut off or changed; `SHA256SUMS` itself where it is missing or unreadable.
+    """
+    sums = folder / CHECKSUMS
+    try:
+        expected = {name: digest for digest, name in (line.split("  ", 1) for line in sums.read_text().splitlines())}
+    except (OSError, ValueError):
+        return [sums]
+    paths = {folder / name: digest for name, digest in expected.items()}
+    return [path for path, digest in paths.items() if not path.is_file() or sha256(path) != digest]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)

@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOW = [
+    "stopping",
     "errors",
+    "locking",
     "program",
     "files",
     "cache",

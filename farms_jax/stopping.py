@@ -1,0 +1,95 @@
+"""Ctrl-C and SIGTERM: as an error that ends a program, or held back until a step is done and its checkpoint written."""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator
+from types import FrameType
+
+_ENDED = 128  # a shell's exit status of a program that a signal ended, less the signal
+
+
+class Stopped(KeyboardInterrupt):
+    """The program was asked to stop by a signal.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        """Keep the signal's number."""
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+    @property
+    def status(self) -> int:
+        """Exit status: 130 after Ctrl-C, 143 after SIGTERM."""
+        return _ENDED + self.signal
+
+
+class StopRequest:
+    """Whether a stop was asked for while it was held back."""
+
+    def __init__(self) -> None:
+        """Nothing was asked for yet."""
+        self._number: int | None = None
+
+    def __bool__(self) -> bool:
+        """Return whether to stop at the next step."""
+        return self._number is not None
+
+    def obey(self) -> None:
+        """Raise `Stopped` if a stop was asked for."""
+        if self._number is not None:
+            raise Stopped(self._number)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self._number is not None:  # twice: whoever asks will not wait
+            raise Stopped(number)
+        self._number = number
+        sys.stderr.write(f"\n{signal.Signals(number).name}: stopping after this step; once more stops at once\n")
+
+
+@contextlib.contextmanager
+def stop_signals_raise() -> Generator[None]:
+    """Have SIGTERM end what runs inside as Ctrl-C does: with an error, so that whatever is open is closed."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        raise Stopped(number)
+
+    with _handling(stop):
+        yield
+
+
+@contextlib.contextmanager
+def hold_stops() -> Generator[StopRequest]:
+    """Hold Ctrl-C and SIGTERM back until the work inside looks for them; the second one stops it at once.
+
+    >>> with hold_stops() as stop:
+    ...     for step in range(3):
+    ...         if stop:
+    ...             break  # after writing a checkpoint
+
+    Yields:
+        The request. A stop that was asked for is raised as `Stopped` at the end at the latest.
+    """
+    request = StopRequest()
+    with _handling(request._ask):
+        yield request
+    request.obey()
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Generator[None]:
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals there alone
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous if previous is not None else signal.SIG_DFL)

@@ -1,0 +1,140 @@
+"""Ctrl-C and SIGTERM, locks, checksums: what the programs' ends rest on."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from farms_jax.errors import InputError, reported
+from farms_jax.files import CHECKSUMS, damaged_files, write_checksums
+from farms_jax.locking import locked
+from farms_jax.stopping import Stopped, hold_stops, stop_signals_raise
+
+SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+
+
+@SIGNALS
+def test_a_program_that_is_stopped_says_so_and_how_to_go_on(number, status, capsys):
+    with pytest.raises(SystemExit) as ended, reported("prog", "; go on with --resume"):
+        os.kill(os.getpid(), number)
+    assert ended.value.code == status
+    assert capsys.readouterr().err == f"\nprog: stopped by {signal.Signals(number).name}; go on with --resume\n"
+
+
+@SIGNALS
+def test_a_stop_is_held_back_until_it_is_looked_for(number, status, capsys):
+    steps = []
+    with pytest.raises(Stopped) as stopped, hold_stops() as stop:
+        for step in range(5):
+            assert not stop
+            if step == 2:
+                os.kill(os.getpid(), number)
+            steps.append(step)
+            stop.obey()
+    assert (steps, stopped.value.status) == ([0, 1, 2], status)
+    assert "stopping after this step" in capsys.readouterr().err
+
+
+def test_a_stop_that_nobody_looked_for_is_raised_at_the_end():
+    with pytest.raises(Stopped), hold_stops():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_second_signal_stops_at_once():
+    reached = []
+    with pytest.raises(Stopped), hold_stops():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append(2)
+    assert reached == [1]
+
+
+def test_handlers_are_put_back():
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before = handlers()
+    with hold_stops(), stop_signals_raise():
+        assert handlers() != before
+    assert handlers() == before
+
+
+def test_a_thread_other_than_the_main_one_leaves_signals_alone():
+    failures = []
+
+    def work():
+        try:
+            with hold_stops() as stop:
+                stop.obey()
+        except BaseException as error:  # noqa: BLE001
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failures
+
+
+def test_a_folder_is_of_one_process(tmp_path):
+    program = (
+        f"from farms_jax.locking import locked; import pathlib\nwith locked(pathlib.Path({str(tmp_path)!r})): pass"
+    )
+    with locked(tmp_path / "deep"), locked(tmp_path):
+        refused = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert "another process is at work there" in refused.stderr
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    hold = f"""
+from farms_jax.locking import locked; import pathlib, time
+with locked(pathlib.Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another process"), locked(tmp_path):
+            pytest.fail("held twice")
+        process.kill()
+    with locked(tmp_path):
+        pass
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.bin").write_bytes(bytes(1000))
+    (tmp_path / "deep" / "b.bin").write_bytes(b"b")
+    write_checksums(tmp_path)
+    return tmp_path
+
+
+def test_checksums_are_those_of_sha256sum(folder):
+    assert damaged_files(folder) == []
+    assert subprocess.run(["sha256sum", "-c", "--quiet", CHECKSUMS], cwd=folder, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "grow"])
+def test_every_damage_is_found(folder, damage):
+    path = folder / "a.bin"
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[500] ^= 1
+    path.write_bytes({"cut": content[:-1], "grow": content + b"x"}.get(damage, content))
+    if damage == "remove":
+        path.unlink()
+    assert damaged_files(folder) == [path]
+
+
+@pytest.mark.parametrize("content", [None, "no checksums\n", b"\xff\xfe"])
+def test_unreadable_checksums_are_damage_themselves(folder, content):
+    sums = folder / CHECKSUMS
+    sums.unlink()
+    if content is not None:
+        sums.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert damaged_files(folder) == [sums]
