@@ -14,22 +14,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from farms_jax._lapack import symmetric_eigenvalues
+from farms_jax import _gram
 from farms_jax._windows import Grid
 
 _TASKS_PER_CORE = 4
-_BLOCK_ENTRIES = 2**22  # of a copy in another precision
-_MIN_BLOCK = 256  # columns: narrower ones make slow products
-_MIN_TASK = 4  # windows; numpy keeps the interpreter locked for shorter batches, and threads would take turns
+_MIN_TASK = 4  # windows; with fewer, threads take turns at the interpreter's lock more than they compute
 
 
 class _Task(NamedTuple):
-    """A run of windows of one layer: `[first, last)` of its K * W windows, kernel position after position."""
+    """Windows of one layer: `[first, last)` of its K * W windows, or those of a run at one kernel position.
+
+    Kernel position after position, windows are numbered on.
+    """
 
     layer: int
     first: int
     last: int
     cost: float
+    run: _gram.Run | None = None
 
 
 def spectra(stacks: Sequence[np.ndarray], grids: Sequence[Grid], *, solver: str, max_bytes: int) -> list[np.ndarray]:
@@ -70,10 +72,10 @@ def window_spectra(
         precision.
     """
     if solver == "svd":
-        return _run(stacks, grids, _singular_values_squared, max_bytes, copies=True)
+        return _run(stacks, grids, max_bytes)
     if solver == "gram64":
-        return _run(stacks, grids, functools.partial(_gram_eigenvalues, precision=np.float64), max_bytes, np.float64)
-    flat = _run(stacks, grids, _gram_eigenvalues, max_bytes)
+        return _run(stacks, grids, max_bytes, gram=True, precision=np.float64)
+    flat = _run(stacks, grids, max_bytes, gram=True)
     coarse = [i for i, grid in enumerate(grids) if flat[i].dtype != np.float64 and _is_coarse(grid.pool(flat[i]))]
     if coarse:
         fine = [stacks[i] for i in coarse], [grids[i] for i in coarse]
@@ -95,31 +97,51 @@ def _real(dtype: np.dtype) -> np.dtype:
 def _run(
     stacks: Sequence[np.ndarray],
     grids: Sequence[Grid],
-    solve_windows: Callable[[np.ndarray], np.ndarray],
     max_bytes: int,
-    precision: type[np.floating] | None = None,
     *,
-    copies: bool = False,
+    gram: bool = False,
+    precision: type[np.floating] | None = None,
 ) -> list[np.ndarray]:
     flat = [
         np.zeros((len(stack) * len(grid.starts), min(grid.rows, grid.cols)), precision or _real(stack.dtype))
         for stack, grid in zip(stacks, grids, strict=True)
     ]
+    runs = [_runs(grid, _words(stack), max_bytes) if gram else [] for stack, grid in zip(stacks, grids, strict=True)]
     # A Gram matrix of one large window needs no copy of it, only a few columns in another precision.
-    most = None if copies else _BLOCK_ENTRIES
-    largest = max((_bytes(grid, _words(stack), most) for stack, grid in zip(stacks, grids, strict=True)), default=1)
-    workers = max(1, min(cores(), max_bytes // largest))
-    tasks = sorted(_tasks(stacks, grids, workers, max_bytes // workers), key=lambda task: -task.cost)
+    most = _gram.BLOCK_ENTRIES if gram else None
+    sizes = [_bytes(grid, _words(stack), most) for stack, grid in zip(stacks, grids, strict=True)]
+    sizes += [
+        _gram.bytes_of_run(run, grid, 8 * _words(stack))
+        for stack, grid, of_layer in zip(stacks, grids, runs, strict=True)
+        for run in of_layer
+    ]
+    workers = max(1, min(cores(), max_bytes // max(sizes, default=1)))
+    tasks = sorted(_tasks(stacks, grids, runs, workers, max_bytes // workers), key=lambda task: -task.cost)
     finite = [bool(np.isfinite(stack).all()) for stack in stacks]
 
     def solve(task: _Task) -> None:
-        if finite[task.layer]:
-            flat[task.layer][task.first : task.last] = solve_windows(_cut(stacks[task.layer], grids[task.layer], task))
+        layer, run = task.layer, task.run
+        if not finite[layer]:
+            return
+        stack, grid = stacks[layer], grids[layer]
+        if run is not None:
+            matrix = stack[task.first // len(grid.starts)]
+            flat[layer][task.first + np.array(run.windows)] = _gram.run_eigenvalues(matrix, run, grid, precision)
+            return
+        windows = _cut(stack, grid, task)
+        values = _gram.gram_eigenvalues(windows, precision) if gram else _singular_values_squared(windows)
+        flat[layer][task.first : task.last] = values
 
     # Cores that memory leaves without a worker go to BLAS.
     with _blas().limit(limits=cores() // workers, user_api="blas"):
         _in_threads(workers, solve, tasks)
     return flat
+
+
+def _runs(grid: Grid, words: int, max_bytes: int) -> list[_gram.Run]:
+    """Runs of windows that share a product; none where that would be larger than the bound."""
+    runs = _gram.shared_runs(grid)
+    return runs if all(_gram.bytes_of_run(run, grid, 8 * words) <= max_bytes for run in runs) else []
 
 
 def _in_threads(workers: int, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
@@ -151,12 +173,23 @@ def _bytes(grid: Grid, words: int, most_entries: int | None = None) -> int:
     return 8 * words * (min(entries, most_entries or entries) + min(grid.rows, grid.cols) ** 2)
 
 
-def _tasks(stacks: Sequence[np.ndarray], grids: Sequence[Grid], workers: int, max_bytes: int) -> Iterator[_Task]:
+def _tasks(
+    stacks: Sequence[np.ndarray],
+    grids: Sequence[Grid],
+    runs: Sequence[list[_gram.Run]],
+    workers: int,
+    max_bytes: int,
+) -> Iterator[_Task]:
     words = [_words(stack) for stack in stacks]
     costs = [float(min(g.rows, g.cols)) ** 2 * max(g.rows, g.cols) * w**2 for g, w in zip(grids, words, strict=True)]
     counts = [len(stack) * len(grid.starts) for stack, grid in zip(stacks, grids, strict=True)]
     share = sum(cost * count for cost, count in zip(costs, counts, strict=True)) / (workers * _TASKS_PER_CORE)
     for layer, (grid, cost, count) in enumerate(zip(grids, costs, counts, strict=True)):
+        if runs[layer]:
+            for first in range(0, count, len(grid.starts)):
+                for run in runs[layer]:
+                    yield _Task(layer, first, first + len(grid.starts), cost * len(run.windows), run)
+            continue
         size = max(_MIN_TASK, int(share / cost))
         size = max(1, min(size, max_bytes // _bytes(grid, words[layer])))
         for first in range(0, count, size):
@@ -176,27 +209,6 @@ def _cut(stack: np.ndarray, grid: Grid, task: _Task) -> np.ndarray:
         views = np.lib.stride_tricks.sliding_window_view(stack, (grid.rows, grid.cols), axis=(1, 2))
         windows = views[position, rows, cols]
     return windows if grid.rows <= grid.cols else windows.swapaxes(1, 2)
-
-
-def _gram_eigenvalues(windows: np.ndarray, precision: type[np.floating] | None = None) -> np.ndarray:
-    dtype = np.result_type(windows.dtype, precision) if precision else windows.dtype
-    values = symmetric_eigenvalues(_gram(windows, dtype))
-    # Below this a value is rounding of the largest one: a matrix without full rank gets exact zeros.
-    floor = values[:, -1:] * (values.shape[-1] * np.finfo(values.dtype).eps)
-    return np.where(values > floor, values, 0)
-
-
-def _gram(windows: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Gram matrices (W, r, r) of windows (W, r, c), copied to another precision a few columns at a time."""
-    if windows.dtype == dtype:
-        return windows @ windows.swapaxes(1, 2).conj()
-    count, rows, cols = windows.shape
-    width = max(_MIN_BLOCK, _BLOCK_ENTRIES // (count * rows))
-    gram = np.zeros((count, rows, rows), dtype)
-    for first in range(0, cols, width):
-        block = windows[:, :, first : first + width].astype(dtype)
-        gram += block @ block.swapaxes(1, 2).conj()
-    return gram
 
 
 def _singular_values_squared(windows: np.ndarray) -> np.ndarray:

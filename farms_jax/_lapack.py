@@ -1,17 +1,18 @@
-"""Eigenvalues of single symmetric or Hermitian matrices by LAPACK, called without the interpreter's lock.
+"""Products and eigenvalues of single matrices by BLAS and LAPACK, called without the interpreter's lock.
 
 `numpy.linalg.eigvalsh` took twice as long for float32 matrices of 128 to 512 rows, and SciPy's Python wrappers hold the
 interpreter's lock, so that threads take turns. The routines themselves, blocked reduction to tridiagonal form (`sytrd`,
-`hetrd`) and then its eigenvalues (`sterf`), are reached where SciPy offers them to other compiled code:
-`scipy.linalg.cython_lapack`.
+`hetrd`) and then its eigenvalues (`sterf`), and the product of a matrix with itself (`syrk`, `herk`), are reached where
+SciPy offers them to other compiled code: `scipy.linalg.cython_lapack` and `cython_blas`.
 """
 
 import ctypes
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from scipy.linalg import cython_lapack  # pyright: ignore[reportAttributeAccessIssue]
+from scipy.linalg import cython_blas, cython_lapack  # pyright: ignore[reportAttributeAccessIssue]
 
 _BLOCK = 64  # columns reduced at once, as LAPACK's own choice for large matrices
 _NAMES = {  # a Hermitian matrix too has a real tridiagonal form
@@ -20,13 +21,15 @@ _NAMES = {  # a Hermitian matrix too has a real tridiagonal form
     "F": ("chetrd", "ssterf"),
     "D": ("zhetrd", "dsterf"),
 }
+_PRODUCTS = {"f": ("ssyrk", b"T"), "d": ("dsyrk", b"T"), "F": ("cherk", b"C"), "D": ("zherk", b"C")}
 
 
 def symmetric_eigenvalues(matrices: np.ndarray) -> np.ndarray:
     """Eigenvalues of symmetric or Hermitian matrices, one matrix after the other.
 
     Args:
-        matrices: shape (W, n, n), float32, float64, complex64 or complex128, contiguous; overwritten.
+        matrices: shape (W, n, n), float32, float64, complex64 or complex128, contiguous; only the upper triangle is
+            read; overwritten.
 
     Returns:
         Shape (W, n), ascending, real, of the same precision.
@@ -53,17 +56,44 @@ def symmetric_eigenvalues(matrices: np.ndarray) -> np.ndarray:
     return values
 
 
-@functools.cache
+def add_products(grams: np.ndarray, matrices: np.ndarray) -> None:
+    """Add to each Gram matrix the product of a matrix and its conjugate transpose.
+
+    Args:
+        grams: shape (W, r, r), contiguous; only the upper triangles are written.
+        matrices: shape (W, r, c), of the same dtype, float32, float64, complex64 or complex128; views with one
+            contiguous axis, of complex ones the last, are not copied.
+    """
+    name, conjugated = _PRODUCTS[matrices.dtype.char]
+    product, integer = _routine(cython_blas, name, 10)
+    step = matrices.itemsize
+    by_rows = matrices.strides[2] == step
+    if not by_rows and (matrices.strides[1] != step or np.iscomplexobj(matrices)):
+        matrices, by_rows = np.ascontiguousarray(matrices), True
+    count, rows, cols = matrices.shape
+    # Of a single row or column the stride can be anything.
+    leading = max(matrices.strides[1 if by_rows else 2] // step, cols if by_rows else rows)
+    sizes, one = np.array([rows, cols, leading], integer), np.ones(1, np.finfo(matrices.dtype).dtype)
+    n, k, lda = (sizes[i:].ctypes.data for i in range(3))
+    factor, trans = one.ctypes.data, conjugated if by_rows else b"N"  # Fortran sees the transpose of rows
+    matrix, gram = matrices.ctypes.data, grams.ctypes.data
+    for _ in range(count):
+        product(b"L", trans, n, k, factor, matrix, lda, factor, gram, n)
+        matrix += matrices.strides[0]
+        gram += grams.strides[0]
+
+
 def _routines(precision: str) -> tuple[Callable[..., None], Callable[..., None], type[np.integer]]:
     """Reduction, solver, and the integers they take, for "f", "d", "F" or "D"."""
     reduction, solver = _NAMES[precision]
-    reduce, integer = _routine(reduction, 10)
-    solve, _ = _routine(solver, 4)
+    reduce, integer = _routine(cython_lapack, reduction, 10)
+    solve, _ = _routine(cython_lapack, solver, 4)
     return reduce, solve, integer
 
 
-def _routine(name: str, arguments: int) -> tuple[Callable[..., None], type[np.integer]]:
-    capsule = cython_lapack.__pyx_capi__[name]
+@functools.cache
+def _routine(library: Any, name: str, arguments: int) -> tuple[Callable[..., None], type[np.integer]]:
+    capsule = library.__pyx_capi__[name]
     get_name, get_pointer = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
     get_name.restype, get_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
     get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import farms_jax
-from farms_jax import FLAX_AXES, TORCH_AXES, Tail, Window, _esd, _host
+from farms_jax import FLAX_AXES, TORCH_AXES, Tail, Window, _esd, _gram, _host
 from farms_jax._windows import make_grid
 from farms_jax.diagnosis import measure as module
 from farms_jax.diagnosis.columns import BY_NAME
@@ -163,8 +163,8 @@ def test_no_windows_are_solved_twice(monkeypatch):
 
 @pytest.mark.parametrize("solver", ["gram", "gram64", "svd"])
 def test_window_by_window_on_host_and_device(solver, monkeypatch):
-    monkeypatch.setattr(_host, "_BLOCK_ENTRIES", 1)
-    monkeypatch.setattr(_host, "_MIN_BLOCK", 7)  # a Gram matrix is the sum over several blocks of columns
+    monkeypatch.setattr(_gram, "BLOCK_ENTRIES", 1)
+    monkeypatch.setattr(_gram, "_MIN_BLOCK", 7)  # a Gram matrix is the sum over several blocks of columns
     stacks = [RNG.standard_normal((2, 20, 31)).astype(np.float32), RNG.standard_normal((1, 12, 12)).astype(np.float32)]
     grids = [
         make_grid(Window(rows=8, per_axis=2), stacks[0].shape, is_kernel=False),

@@ -1,0 +1,188 @@
+"""Ways to measure large matrices that were tried: what each costs and how far off its alpha is.
+
+    python -m benchmarks.large_matrices [--rows 2000] [--whole 4096] [--repeats 3] [--weights PATH] [--out results.json]
+
+- windows: the 64 windows of a matrix whose neighbours lie 149 apart, as in the paper's analysis of LLaMA-7B: singular
+  values; a Gram matrix for each; Gram matrices shared between windows that start in one column; those brought from one
+  column to the next by adding new columns and taking away old ones. In float32 and float64, BLAS on one thread, one
+  core.
+- fewer windows: alpha of so many of a layer's 225 windows, drawn at random, against that of all; median rule. Of random
+  matrices, or of a checkpoint's.
+- stochastic Lanczos: the spectrum of a whole matrix from Krylov spaces of random vectors (matfree), which needs only
+  products with the matrix, against all its eigenvalues; median rule.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matfree import decomp
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+import farms_jax
+from benchmarks._common import interleave, machine, timed, write
+from farms_jax import _gram, _host
+from farms_jax._windows import Grid, make_grid
+
+STEP = 149  # (4096 - 2000) // 14
+PER_AXIS = 8
+DRAWS = 200
+
+
+def gaussian(rows: int, cols: int, seed: int = 0) -> np.ndarray:
+    """A matrix of variance 1 / columns, float32."""
+    return np.random.default_rng(seed).standard_normal((rows, cols), np.float32) / np.float32(cols**0.5)
+
+
+def hill(values: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Alpha of an ascending spectrum by the median rule, of equal or weighted eigenvalues."""
+    weights = np.full(len(values), 1.0) if weights is None else weights
+    tail = np.cumsum(weights) > weights.sum() / 2
+    logs = np.log(values[tail].astype(float))
+    return float(1 + weights[tail].sum() / (weights[tail] * (logs - logs[0])).sum())
+
+
+def running(matrix: np.ndarray, grid: Grid) -> np.ndarray:
+    """Eigenvalues (W, n): a product of all rows, brought from column to column by what comes and what goes."""
+    gram, end, values = np.zeros((len(matrix), len(matrix)), matrix.dtype), 0, []
+    for start in sorted({col for _, col in grid.starts}):
+        gone = matrix[:, start - STEP : start] if start else matrix[:, :0]
+        come, end = matrix[:, end : start + grid.cols], start + grid.cols
+        gram += come @ come.T
+        gram -= gone @ gone.T
+        for row in sorted({row for row, _ in grid.starts}):
+            block = np.array(gram[row : row + grid.rows, row : row + grid.rows], order="C")
+            values.append(_gram.symmetric_eigenvalues(block[None])[0])
+    return np.stack(values)
+
+
+def windows(rows: int, repeats: int) -> dict[str, Any]:
+    """Seconds of each way for all windows, and its largest error over the upper half, relative to the eigenvalue."""
+    size = rows + (PER_AXIS - 1) * STEP
+    matrix = gaussian(size, size)
+    grid = make_grid(farms_jax.Window(rows=rows, stride=STEP), (1, size, size), is_kernel=False)
+    runs = _gram.shared_runs(grid)
+
+    def one_by_one(precision: Any) -> np.ndarray:
+        cut = [matrix[row : row + rows, col : col + rows] for row, col in grid.starts]
+        return np.concatenate([_gram.gram_eigenvalues(window[None], precision) for window in cut])
+
+    def shared(precision: Any) -> np.ndarray:
+        values = np.zeros((len(grid.starts), rows), precision)
+        for run in runs:
+            values[list(run.windows)] = _gram.run_eigenvalues(matrix, run, grid, precision)
+        return values
+
+    ways: dict[str, Callable[[], np.ndarray]] = {}
+    for precision in (np.float32, np.float64):
+        name = np.dtype(precision).name
+        ways[f"a Gram matrix each, {name}"] = lambda precision=precision: one_by_one(precision)
+        ways[f"shared, {name}"] = lambda precision=precision: shared(precision)
+        ways[f"brought along, {name}"] = lambda precision=precision: running(matrix.astype(precision), grid)
+    first = matrix[:rows, :rows]
+    with threadpool_limits(1, user_api="blas"):
+        pooled = {name: np.sort(way(), axis=None) for name, way in ways.items()}
+        seconds = interleave(ways, repeats)
+        one_svd = timed(lambda: np.linalg.svd(first, compute_uv=False))[1]
+    exact = pooled["a Gram matrix each, float64"]
+    upper = slice(len(exact) // 2, None)
+    table = {
+        name: {
+            "seconds": statistics.median(times),
+            "error": float((np.abs(pooled[name] - exact)[upper] / exact[upper]).max()),
+        }
+        for name, times in seconds.items()
+    }
+    table["singular values, float32 (from one window)"] = {"seconds": one_svd * len(grid.starts), "error": None}
+    return {"windows": len(grid.starts), "ways": table}
+
+
+def fewer(layers: dict[str, np.ndarray], rows: int) -> dict[str, dict[int, float]]:
+    """Root mean square of alpha's relative error, over draws of so many windows, by layer."""
+    rng, found = np.random.default_rng(0), {}
+    for name, matrix in tqdm(layers.items(), desc="fewer windows", unit="layer"):
+        grid = make_grid(farms_jax.Window(rows=rows, per_axis=15), (1, *matrix.shape), is_kernel=False)
+        (values,) = _host.window_spectra([matrix[None]], [grid], solver="gram64", max_bytes=2**30)
+        whole = hill(np.sort(values, axis=None))
+        found[name] = {}
+        for count in (100, 49, 25, 9, 4):
+            draws = [rng.choice(len(values), count, replace=False) for _ in range(DRAWS)]
+            errors = [hill(np.sort(values[draw], axis=None)) / whole - 1 for draw in draws]
+            found[name][count] = float(np.sqrt(np.mean(np.square(errors))))
+    return found
+
+
+def lanczos(rows: int) -> list[dict[str, float]]:
+    """Alpha by stochastic Lanczos, and by all eigenvalues."""
+    matrix = gaussian(rows, rows)
+    spectrum = farms_jax.analyze({"m": matrix}, window=None)  # compiles
+    spectrum, exact_seconds = timed(lambda: jax.device_get(farms_jax.analyze({"m": matrix + 0}, window=None)))
+    exact, table = float(spectrum.alpha[0]), []
+    product = jnp.asarray(matrix)
+    for depth, probes in ((30, 10), (60, 10), (120, 10), (120, 40)):
+        reduce = jax.jit(decomp.tridiag_sym(depth, reortho="full"), static_argnums=0)
+
+        def matvec(vector: jax.Array, operand: jax.Array) -> jax.Array:
+            return operand @ (vector @ operand)
+
+        def estimate(reduce: Any = reduce, probes: int = probes) -> float:
+            nodes, masses = [], []
+            for probe in range(probes):
+                vector = jax.random.rademacher(jax.random.key(probe), (rows,), jnp.float32)
+                small = np.asarray(reduce(matvec, vector, product).J_small, np.float64)
+                values, vectors = np.linalg.eigh(small)
+                nodes.append(values)
+                masses.append(vectors[0] ** 2)
+            order = np.argsort(np.concatenate(nodes))
+            values = np.maximum(np.concatenate(nodes)[order], 1e-30)
+            return hill(values, np.concatenate(masses)[order])
+
+        estimate(probes=1)
+        alpha, seconds = timed(estimate)
+        row = {"depth": depth, "probes": probes, "seconds": seconds, "alpha": alpha, "error": alpha / exact - 1}
+        table.append(row | {"exact_seconds": exact_seconds})
+    return table
+
+
+def main() -> None:
+    """Print tables, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--whole", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--weights", help="a checkpoint, of which `fewer windows` takes every tenth layer")
+    parser.add_argument("--out", default="benchmarks/results/large_matrices.json")
+    settings = parser.parse_args()
+    facts = machine()
+    print(f"{facts['cpu']}, {facts['cores']} cores")
+    of_windows = windows(settings.rows, settings.repeats)
+    print(f"{of_windows['windows']} windows of {settings.rows} rows, one core")
+    for name, row in of_windows["ways"].items():
+        print(f"  {name:45} {row['seconds']:7.2f} s   error {row['error'] or float('nan'):.0e}")
+    layers = {"gaussian": gaussian(1536, 576)}
+    if settings.weights:
+        source = farms_jax.open_weights(settings.weights)
+        named = [name for name, info in source.tensors.items() if len(info.shape) == 2 and min(info.shape) >= 400]
+        layers |= {name: source.read(name).astype(np.float32) for name in named[1::10]}
+    of_fewer = fewer(layers, 200)
+    for count in next(iter(of_fewer.values())):
+        errors = [row[count] for row in of_fewer.values()]
+        print(f"  {count:3} of 225 windows: alpha off by {statistics.median(errors):.1e}, at worst {max(errors):.1e}")
+    of_lanczos = lanczos(settings.whole)
+    print(f"whole matrix of {settings.whole} rows: all eigenvalues in {of_lanczos[0]['exact_seconds']:.2f} s")
+    for row in of_lanczos:
+        print(
+            f"  {row['depth']} steps, {row['probes']} vectors: {row['seconds']:.2f} s, alpha off by {row['error']:+.1e}"
+        )
+    results = {"machine": facts, "windows": of_windows, "fewer": of_fewer, "lanczos": of_lanczos}
+    write(settings.out, results)
+    print(f"written to {settings.out}")
+
+
+if __name__ == "__main__":
+    main()
