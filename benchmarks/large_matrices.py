@@ -2,7 +2,7 @@
 
     python -m benchmarks.large_matrices [--rows 2000] [--whole 4096] [--repeats 3] [--weights PATH] [--out results.json]
 
-- windows: the 64 windows of a matrix whose neighbours lie 149 apart, as in the paper's analysis of LLaMA-7B: singular
+- windows: the 64 windows of a matrix whose neighbours lie 149 of 2000 rows apart, as in the paper's LLaMA-7B: singular
   values; a Gram matrix for each; Gram matrices shared between windows that start in one column; those brought from one
   column to the next by adding new columns and taking away old ones. In float32 and float64, BLAS on one thread, one
   core.
@@ -29,7 +29,7 @@ from benchmarks._common import interleave, machine, timed, write
 from farms_jax import _gram, _host
 from farms_jax._windows import Grid, make_grid
 
-STEP = 149  # (4096 - 2000) // 14
+STEP = 149 / 2000  # of a window: (4096 - 2000) // 14 rows
 PER_AXIS = 8
 DRAWS = 200
 
@@ -49,9 +49,10 @@ def hill(values: np.ndarray, weights: np.ndarray | None = None) -> float:
 
 def running(matrix: np.ndarray, grid: Grid) -> np.ndarray:
     """Eigenvalues (W, n): a product of all rows, brought from column to column by what comes and what goes."""
+    step = round(grid.rows * STEP)
     gram, end, values = np.zeros((len(matrix), len(matrix)), matrix.dtype), 0, []
     for start in sorted({col for _, col in grid.starts}):
-        gone = matrix[:, start - STEP : start] if start else matrix[:, :0]
+        gone = matrix[:, start - step : start] if start else matrix[:, :0]
         come, end = matrix[:, end : start + grid.cols], start + grid.cols
         gram += come @ come.T
         gram -= gone @ gone.T
@@ -63,9 +64,10 @@ def running(matrix: np.ndarray, grid: Grid) -> np.ndarray:
 
 def windows(rows: int, repeats: int) -> dict[str, Any]:
     """Seconds of each way for all windows, and its largest error over the upper half, relative to the eigenvalue."""
-    size = rows + (PER_AXIS - 1) * STEP
+    step = round(rows * STEP)
+    size = rows + (PER_AXIS - 1) * step
     matrix = gaussian(size, size)
-    grid = make_grid(farms_jax.Window(rows=rows, stride=STEP), (1, size, size), is_kernel=False)
+    grid = make_grid(farms_jax.Window(rows=rows, stride=step), (1, size, size), is_kernel=False)
     runs = _gram.shared_runs(grid)
 
     def one_by_one(precision: Any) -> np.ndarray:
@@ -91,7 +93,7 @@ def windows(rows: int, repeats: int) -> dict[str, Any]:
         one_svd = timed(lambda: np.linalg.svd(first, compute_uv=False))[1]
     exact = pooled["a Gram matrix each, float64"]
     upper = slice(len(exact) // 2, None)
-    table = {
+    table: dict[str, dict[str, float | None]] = {
         name: {
             "seconds": statistics.median(times),
             "error": float((np.abs(pooled[name] - exact)[upper] / exact[upper]).max()),

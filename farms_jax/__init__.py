@@ -5,7 +5,7 @@ measure into learning-rate factors, which `tempbalance` applies as an optax tran
 the sparsity of each layer.
 """
 
-from farms_jax import files as files, mappings as mappings
+from farms_jax import files as files, mappings as mappings, multihost as multihost
 from farms_jax._analyze import analyze as analyze
 from farms_jax._lr_scale import lr_scale as lr_scale
 from farms_jax._matrices import FLAX_AXES as FLAX_AXES, TORCH_AXES as TORCH_AXES, Axes as Axes

@@ -1,7 +1,7 @@
 """analyze(): weights -> matrices -> windows -> eigenvalues -> alpha, for a whole network in one compiled call."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
+from jax.sharding import Mesh, PartitionSpec
 
+from farms_jax import _sharded
 from farms_jax._esd import Solver, pooled_eigenvalues
+from farms_jax._exchange import share_rows
 from farms_jax._matrices import FLAX_AXES, Axes
 from farms_jax._names import matching, named_leaves, natural_key
 from farms_jax._report import METRICS, LayerReport
-from farms_jax._tail import PROBES, Tail, fit_tail
+from farms_jax._tail import Tail, TailFit, fit_tail
 from farms_jax._windows import Grid, Window, make_grid
 from farms_jax.errors import InputError
 
@@ -34,6 +37,7 @@ class _Plan(NamedTuple):
     max_batch_bytes: int
     keep_eigenvalues: bool
     platform: str
+    mesh: Mesh | None
 
 
 def analyze(
@@ -47,6 +51,7 @@ def analyze(
     solver: Solver = "auto",
     max_batch_bytes: int = 2**30,
     eigenvalues: bool = False,
+    mesh: Mesh | None = None,
 ) -> LayerReport:
     r"""Measure the heavy tail of every layer's weight spectrum.
 
@@ -75,6 +80,14 @@ def analyze(
     Eigenvalues below a solver's resolution are exactly 0. On CPU single matrices are solved in threads, one per
     core, and BLAS is held to one thread meanwhile; nothing has to be set from outside.
 
+    On several devices the windows of every layer are spread over those of a mesh. A weight that arrives sharded is
+    never gathered: each device gets whole windows from the others' shards. Where a window is the whole matrix, that
+    matrix comes whole to the device that solves it. The result is that of one device, on all of them. In several
+    processes all must make the same call, and host arrays must be the same in each; `farms_jax.multihost.analyze`
+    spreads layers instead, of arrays that every process has or can read. While tracing, a weight's layout is known
+    along explicit mesh axes only; along the others it is brought to as many shards as its shape allows, on its longest
+    axis where that will do, which XLA does without a gather.
+
     Args:
         params: any pytree of arrays: Linen dict, NNX state or module, Equinox model filtered to arrays, plain dict.
         window: windows of fixed aspect ratio (FARMS); `None` takes whole matrices, the baseline: one spectrum
@@ -84,15 +97,18 @@ def analyze(
         exclude: regular expressions of layer names to leave out, matched whole, such as `r"head/.*"`.
         kernel_scale: factor on the eigenvalues of 4-D kernels; 0.5 as in the reference (its `conv_norm`).
         solver: see above.
-        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
+        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once, of each accelerator or of a
+            process's CPU devices together.
         eigenvalues: keep the pooled eigenvalues in the report.
+        mesh: devices to spread the windows over, each with its share. `None`: those on which the weights lie by a
+            `NamedSharding`, if any; traced weights bring none, so give it inside `jit`.
 
     Returns:
         The report. Inside a traced function, a layer with NaN or Inf has alpha 0, as has one without a tail.
 
     Raises:
         InputError: a weight has NaN or Inf; all such layers are named.
-        ValueError: a pattern matches nothing, or an argument is out of its range.
+        ValueError: a pattern matches nothing, an argument is out of its range, or weights lie on different devices.
 
     References:
         Hu et al., Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias, ICML 2025, section 3.3.
@@ -104,6 +120,7 @@ def analyze(
     leaves = sorted(named_leaves(params), key=lambda pair: natural_key(pair[0]))
     layers, grids, left_out = choose(leaves, window, tail, axes, exclude)
     weights = tuple(weight for _, weight in layers)
+    mesh = _sharded.common_mesh(weights, mesh)
     plan = _Plan(
         grids=tuple(grids),
         is_kernel=tuple(weight.ndim == 4 for weight in weights),
@@ -114,10 +131,11 @@ def analyze(
         solver=solver,
         max_batch_bytes=max_batch_bytes,
         keep_eigenvalues=eigenvalues,
-        platform=_platform(weights),
+        platform=_platform(weights, mesh),
+        mesh=mesh,
     )
-    _check_finite(layers, plan.platform)
-    measures, spectra = _measure(weights, plan)
+    refuse(not_finite(layers))
+    measures, spectra = (_measure if mesh is None else _measure_on_mesh)(weights, plan)
     return LayerReport(
         names=tuple(name for name, _ in layers),
         num_params=tuple(int(np.prod(weight.shape)) for weight in weights),
@@ -182,24 +200,48 @@ def _unfit(leaf: Any) -> str | None:
     return "empty" if 0 in leaf.shape else None
 
 
-def _check_finite(layers: list[tuple[str, Any]], platform: str) -> None:
-    weights = [weight for _, weight in layers]
-    if any(isinstance(weight, Tracer) for weight in weights):
-        return
-    if platform == "cpu":  # no copy, and nothing to compile
-        finite = [np.isfinite(np.asarray(weight)).all() for weight in weights]
-    else:
-        finite = jax.device_get([jnp.isfinite(weight).all() for weight in weights])
-    bad = [name for (name, _), good in zip(layers, finite, strict=True) if not good]
-    if bad:
+def not_finite(layers: Sequence[tuple[str, Any]]) -> list[str]:
+    """Names of the layers with NaN or Inf, of (name, array) pairs; none where arrays are traced."""
+    if any(isinstance(weight, Tracer) for _, weight in layers):
+        return []
+    finite = jax.device_get([_is_finite(weight) for _, weight in layers])
+    return [name for (name, _), good in zip(layers, finite, strict=True) if not good]
+
+
+def refuse(names: Sequence[str]) -> None:
+    """Refuse layers with NaN or Inf.
+
+    Raises:
+        InputError: there are any.
+    """
+    if names:
         raise InputError(
-            f"params: NaN or Inf in {', '.join(bad)}; "
+            f"params: NaN or Inf in {', '.join(names)}; "
             "train from an earlier checkpoint or at a smaller rate, or `exclude` the layer"
         )
 
 
-def _platform(weights: Iterable[Any]) -> str:
-    """Platform the weights lie on; of traced ones and of numpy arrays, the default."""
+def _is_finite(weight: Any) -> Any:
+    if not isinstance(weight, jax.Array):
+        return np.isfinite(np.asarray(weight)).all()
+    if next(iter(weight.devices())).platform != "cpu":
+        return _all_finite(weight)
+    if not weight.is_fully_addressable:
+        return bool(_all_finite(weight))  # one program at a time: many under way at once would wait for each other
+    # No copy, and nothing to compile.
+    shards = (shard.data for shard in weight.addressable_shards if shard.replica_id == 0)
+    return all(np.isfinite(np.asarray(shard)).all() for shard in shards)
+
+
+@jax.jit
+def _all_finite(weight: Array) -> Array:
+    return jnp.isfinite(weight).all()
+
+
+def _platform(weights: Iterable[Any], mesh: Mesh | None) -> str:
+    """Platform of the mesh or of the weights; of traced ones and of numpy arrays, the default."""
+    if mesh is not None:
+        return mesh.devices.flat[0].platform
     for weight in weights:
         if isinstance(weight, jax.Array) and not isinstance(weight, Tracer):
             return next(iter(weight.devices())).platform
@@ -209,26 +251,58 @@ def _platform(weights: Iterable[Any]) -> str:
 @functools.partial(jax.jit, static_argnames="plan")
 def _measure(weights: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
     """Measures of L layers, each (L,), and their eigenvalues where the plan keeps them."""
-    tail = plan.tail
     spectra = pooled_eigenvalues(
         [jnp.asarray(weight, jnp.result_type(complex if jnp.iscomplexobj(weight) else float)) for weight in weights],
         plan.axes,
         plan.grids,
         platform=plan.platform,
         solver=plan.solver,
-        exact=plan.keep_eigenvalues or needs_small_eigenvalues(tail),
+        exact=_exact(plan),
         max_batch_bytes=plan.max_batch_bytes,
     )
-    spectra = [e * plan.kernel_scale if kernel else e for e, kernel in zip(spectra, plan.is_kernel, strict=True)]
+    return _fitted(tuple(spectra), plan)
+
+
+def _measure_on_mesh(weights: tuple[Any, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
+    """As `_measure`; the arrays are the same on every device of the mesh."""
+    assert plan.mesh is not None
+    spectra = _sharded.pooled_eigenvalues(
+        weights,
+        plan.axes,
+        plan.grids,
+        mesh=plan.mesh,
+        platform=plan.platform,
+        solver=plan.solver,
+        exact=_exact(plan),
+        max_batch_bytes=plan.max_batch_bytes,
+    )
+    return _fit_on_mesh(tuple(spectra), plan)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _fit_on_mesh(spectra: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
+    assert plan.mesh is not None
+    every = PartitionSpec()
+    fit = functools.partial(_fitted, plan=plan)
+    return jax.shard_map(fit, mesh=plan.mesh, in_specs=every, out_specs=every, check_vma=False)(spectra)
+
+
+def _exact(plan: _Plan) -> bool:
+    return plan.keep_eigenvalues or needs_small_eigenvalues(plan.tail)
+
+
+def _fitted(spectra: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
+    scaled = [e * plan.kernel_scale if kernel else e for e, kernel in zip(spectra, plan.is_kernel, strict=True)]
     if plan.pooled:
-        spectra = [jnp.sort(e.reshape(1, -1), axis=-1) for e in spectra]
-    return _measure_spectra(spectra, tail), tuple(spectra) if plan.keep_eigenvalues else ()
+        scaled = [jnp.sort(e.reshape(1, -1), axis=-1) for e in scaled]
+    return _measure_spectra(scaled, plan), tuple(scaled) if plan.keep_eigenvalues else ()
 
 
-def _measure_spectra(spectra: list[Array], tail: Tail) -> dict[str, Array]:
+def _measure_spectra(spectra: list[Array], plan: _Plan) -> dict[str, Array]:
     """Measures of L layers from their spectra (D, E): one vmapped fit of all divisions, then means by layer.
 
-    Spectra are padded in front to one length, so that one fit is compiled, not one per length.
+    Spectra are padded in front to one length, so that one fit is compiled, not one per length. On a mesh every device
+    fits its share of the divisions.
 
     Returns:
         The measures by name, each (L,).
@@ -239,9 +313,8 @@ def _measure_spectra(spectra: list[Array], tail: Tail) -> dict[str, Array]:
     padded = jnp.concatenate([jnp.pad(e, ((0, 0), (longest - e.shape[1], 0))) for e in spectra])
     sizes = np.concatenate([[e.shape[1]] * e.shape[0] for e in spectra])
     layer_of = np.concatenate([[layer] * e.shape[0] for layer, e in enumerate(spectra)])
-    fit = functools.partial(fit_tail, tail=tail)
-    at_once = max(1, _BATCH // longest // (1 if tail.xmin == "median" else PROBES))
-    fits = lax.map(lambda row: fit(row[0], size=row[1]), (padded, sizes), batch_size=at_once)
+    fit = functools.partial(_fit_rows, tail=plan.tail)
+    fits = fit(padded, sizes) if plan.mesh is None else share_rows(fit, plan.mesh, padded, jnp.asarray(sizes))
     largest, norm = padded[:, -1], padded.sum(-1)
     positive = jnp.where(largest > 0, largest, 1)
     alpha_hat = fits.alpha * jnp.log10(positive)
@@ -261,3 +334,9 @@ def _measure_spectra(spectra: list[Array], tail: Tail) -> dict[str, Array]:
         "alpha_hat": total(alpha_hat) / fitted,
         "num_eigenvalues": total(fits.num_eigenvalues),
     }
+
+
+def _fit_rows(padded: Array, sizes: Any, tail: Tail) -> TailFit:
+    """Fits of spectra (N, E), each field (N,), as many at once as memory allows."""
+    at_once = max(1, _BATCH // padded.shape[1])
+    return lax.map(lambda row: fit_tail(row[0], tail, size=row[1]), (padded, sizes), batch_size=at_once)

@@ -48,19 +48,16 @@ def pooled_eigenvalues(
     if not weights:
         return []
     dtype = np.dtype(weights[0].real.dtype)
+    chosen = chosen_solver(solver, platform=platform, exact=exact)
     if platform != "cpu":
-        svd = solver == "svd" or (solver == "auto" and exact)
-        if solver == "gram64" and dtype != np.float64:
-            raise ValueError(f"solver 'gram64' on {platform} needs jax_enable_x64; take 'svd' without it")
         stacks = [as_matrices(weight, axes) for weight in weights]
-        return batched_spectra(stacks, grids, svd=svd, max_batch_bytes=max_batch_bytes)
+        return batched_spectra(stacks, grids, svd=chosen == "svd", max_batch_bytes=max_batch_bytes)
 
     kinds = [jax.ShapeDtypeStruct(weight.shape, weight.dtype) for weight in weights]
 
     def on_host(*arrays: Any) -> tuple[np.ndarray, ...]:
         floats = [_from_bits(bits, kind) for bits, kind in zip(arrays, kinds, strict=True)]
         stacks = [as_matrices(weight, axes) for weight in floats]
-        chosen = solver if solver != "auto" else "gram64" if exact else "gram"
         spectra = _host.spectra(stacks, grids, solver=chosen, max_bytes=max_batch_bytes)
         return tuple(np.ascontiguousarray(values).view(np.uint32) for values in spectra)
 
@@ -74,6 +71,27 @@ def pooled_eigenvalues(
     # around the call and would round float64 to float32 on the way in and out.
     spectra = jax.pure_callback(on_host, shapes, *map(_to_bits, weights), vmap_method="sequential")
     return [_to_floats(values, dtype) for values in spectra]
+
+
+def chosen_solver(solver: Solver, *, platform: str, exact: bool) -> Literal["gram", "gram64", "svd"]:
+    """Choose the solver that `"auto"` stands for, and see that the platform has it.
+
+    Args:
+        solver: see `analyze`.
+        platform: see `pooled_eigenvalues`.
+        exact: see `pooled_eigenvalues`.
+
+    Returns:
+        The solver.
+
+    Raises:
+        ValueError: `"gram64"` on an accelerator without `jax_enable_x64`.
+    """
+    if solver == "auto":
+        return "gram" if not exact else "gram64" if platform == "cpu" else "svd"
+    if solver == "gram64" and platform != "cpu" and jnp.result_type(float) != np.float64:
+        raise ValueError(f"solver 'gram64' on {platform} needs jax_enable_x64; take 'svd' without it")
+    return solver
 
 
 def window_eigenvalues(
@@ -201,15 +219,19 @@ def _solve_windows(
     rows, cols = shape
     count = located[0].size
     batch = max(1, min(count, max_batch_bytes // (flat.itemsize * (rows * cols + 2 * rows * rows))))
-    solve = _singular_values_squared if svd else _gram_eigenvalues
 
     def one_batch(windows: tuple[Array, Array, Array]) -> Array:
         start, down, across = (part[:, None, None] for part in windows)
         index = start + down * jnp.arange(rows)[None, :, None] + across * jnp.arange(cols)[None, None, :]
-        return solve(flat[index])
+        return batch_eigenvalues(flat[index], svd=svd)
 
     parts = [jnp.pad(part, (0, -count % batch), mode="edge").reshape(-1, batch) for part in located]
     return lax.map(one_batch, tuple(parts)).reshape(-1, rows)[:count]
+
+
+def batch_eigenvalues(windows: Array, *, svd: bool) -> Array:
+    """Eigenvalues (W, r) of windows (W, r, c) with r <= c, each row ascending, on an accelerator."""
+    return _singular_values_squared(windows) if svd else _gram_eigenvalues(windows)
 
 
 def _gram_eigenvalues(windows: Array) -> Array:

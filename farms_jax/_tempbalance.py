@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from farms_jax import mappings
 from farms_jax._analyze import analyze
@@ -47,6 +48,7 @@ class Settings(TypedDict, total=False):
     kernel_scale: float
     solver: Solver
     max_batch_bytes: int
+    mesh: Mesh | None
     low: float
     high: float
     mapping: MappingName | mappings.Mapping
@@ -81,7 +83,8 @@ def tempbalance(
     doors to them. With `refresh_every=N` the factors are measured inside `update`, at updates 0, N, 2N, ...; with
     `refresh_every=None` they stay as they are until `refresh(opt_state, scale)` is called, between epochs, say, with
     the report at hand. Both train alike. Under `vmap` over seeds take `None`: there `lax.cond` computes both
-    branches, a spectral analysis at every step.
+    branches, a spectral analysis at every step. In a training step on several devices give their `mesh`: each then
+    measures its share of the windows, and sharded parameters are not gathered.
 
     >>> import farms_jax, jax.numpy as jnp, optax
     >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), farms_jax.tempbalance(refresh_every=390, low=0.6, high=1.4))
@@ -92,8 +95,8 @@ def tempbalance(
     Args:
         scale_fn: params -> tree like params of scalar factors; takes the place of all settings.
         refresh_every: updates from one measurement to the next, or `None`.
-        **settings: `window`, `tail`, `axes`, `exclude`, `kernel_scale`, `solver`, `max_batch_bytes` of `analyze`;
-            `low`, `high`, `mapping`, `metric`, `follow` of `lr_scale`.
+        **settings: `window`, `tail`, `axes`, `exclude`, `kernel_scale`, `solver`, `max_batch_bytes`, `mesh` of
+            `analyze`; `low`, `high`, `mapping`, `metric`, `follow` of `lr_scale`.
 
     Returns:
         The transform; its `update` needs `params` where `refresh_every` is a number.

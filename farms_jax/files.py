@@ -76,19 +76,24 @@ def write_checksums(folder: Path) -> None:
     write_text(folder / CHECKSUMS, "".join(lines))
 
 
-def damaged_files(folder: Path) -> list[Path]:
+def damaged_files(folder: Path, *, exact: bool = False) -> list[Path]:
     """Find what is not as `write_checksums` saw it.
 
     Args:
         folder: with a file `SHA256SUMS`.
+        exact: a file without a checksum is a sign that `SHA256SUMS` was cut off.
 
     Returns:
-        Files that are missing, cut off or changed; `SHA256SUMS` itself where it is missing or unreadable.
+        Files that are missing, cut off or changed; `SHA256SUMS` itself where it is missing, cut off or unreadable.
     """
     sums = folder / CHECKSUMS
     try:
-        expected = {name: digest for digest, name in (line.split("  ", 1) for line in sums.read_text().splitlines())}
+        text = sums.read_text()
+        expected = {name: digest for digest, name in (line.split("  ", 1) for line in text.splitlines())}
     except (OSError, ValueError):
+        return [sums]
+    there = {path.relative_to(folder).as_posix() for path in _files(folder)}
+    if not text.endswith("\n") or (exact and there - set(expected)):
         return [sums]
     paths = {folder / name: digest for name, digest in expected.items()}
     return [path for path, digest in paths.items() if not path.is_file() or sha256(path) != digest]

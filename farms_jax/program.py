@@ -26,7 +26,8 @@ def run_program(
     """Start a run with the settings of the command line, or go on with one; what it returns goes to stdout.
 
     `--recipe NAME` starts from named settings, `--recipe list` names them, `--resume RUN_DIR` goes on with a run; every
-    other option is a field of the settings. A mistake is one line on stderr, and exit status 2 (see `reported`).
+    other option is a field of the settings. A mistake is one line on stderr, and exit status 2; a stop by Ctrl-C or
+    SIGTERM is one line too, and exit status 130 or 143 (see `reported`).
 
     Args:
         name: of the program.
@@ -40,7 +41,7 @@ def run_program(
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR")
     parser.add_argument("--recipe", metavar="NAME")
     special, settings = parser.parse_known_args()
-    with reported(name, when_stopped="; go on with --resume and the run's directory"):
+    with reported(name):  # a stop inside a run says how to go on, see `rundir.at_work`
         if special.recipe == "list":
             result = "\n".join(recipes)
         elif special.resume is None:

@@ -1,25 +1,38 @@
 """The run directory: what a training writes, and how it is picked up again.
 
-    RUN/config.json                 settings, data set and its fingerprint, versions
-    RUN/seed43/metrics.jsonl        one line per epoch
-    RUN/seed43/layers.csv           epoch, layer, alpha, lr_scale, learning_rate
-    RUN/seed43/checkpoints/last     Orbax, after every epoch
-    RUN/seed43/checkpoints/best     Orbax, of the epoch that the program calls its best
+    RUN/.lock                               held by the one process that works here
+    RUN/config.json                         settings, data set and its fingerprint, versions
+    RUN/seed43/metrics.jsonl                one line per epoch
+    RUN/seed43/layers.csv                   epoch, layer, alpha, lr_scale, learning_rate
+    RUN/seed43/checkpoints/last/390         after so many steps; the last two are kept
+    RUN/seed43/checkpoints/best/390         of the epoch that the program calls its best
 
-An epoch's lines are written before its checkpoint; a resumed run drops the lines of epochs that its checkpoint
-does not have, so no line is lost and none is there twice.
+A checkpoint is written after every epoch, and at the step where a run is stopped or its loss is not finite. It appears
+whole or not at all, and holds
+
+    default/                                the arrays, by Orbax
+    so_far.json                             sums of an unfinished epoch, where it is in the middle of one
+    metrics.jsonl, layers.csv               the lines up to there
+    SHA256SUMS                              checksums of all these
+
+A run goes on from the newest checkpoint whose checksums are right, with the lines that are in it: none is lost, none is
+there twice, and none is damaged.
 """
 
+import contextlib
 import csv
 import dataclasses
 import json
 import platform
+import shlex
+import shutil
+import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import numpy as np
@@ -28,9 +41,14 @@ import orbax.checkpoint as ocp
 from farms_jax._names import named_leaves
 from farms_jax._report import LayerReport
 from farms_jax.errors import InputError
-from farms_jax.files import write_json, write_text
+from farms_jax.files import atomic, damaged_files, write_checksums, write_json
+from farms_jax.locking import locked
+from farms_jax.stopping import Stopped
 
 LAYER_FIELDS = ("epoch", "layer", "alpha", "lr_scale", "learning_rate")
+_LINES = ("metrics.jsonl", "layers.csv")
+_ARRAYS, _SO_FAR = "default", "so_far.json"  # in a checkpoint
+_KEPT_LAST, _KEPT_BEST = 2, 1  # the last but one is there for when the last is damaged
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError)  # what reading JSON of another shape comes to
 
 T = TypeVar("T")
@@ -38,6 +56,40 @@ T = TypeVar("T")
 
 class RunError(InputError):
     """A run directory cannot be used; the message says why, and what to do."""
+
+
+class StoppedRun(Stopped):
+    """A run was stopped by a signal; the message says how to go on."""
+
+    def __init__(self, number: int, run: Path) -> None:
+        """Keep the signal's number and the run's directory."""
+        super().__init__(number)
+        self.run = run
+
+    def __str__(self) -> str:
+        """Return the signal's name and what goes on with the run."""
+        return f"{super().__str__()}; go on with --resume {shlex.quote(str(self.run))}"
+
+
+@contextlib.contextmanager
+def at_work(run: Path) -> Generator[None]:
+    """Keep a run directory for this process, and say how to go on where the work inside is stopped.
+
+    Args:
+        run: its directory, made where there is none.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InputError: another process is at work there.
+        StoppedRun: the work was stopped by Ctrl-C or SIGTERM.
+    """
+    with locked(run):
+        try:
+            yield
+        except Stopped as stopped:
+            raise StoppedRun(stopped.signal, run) from stopped
 
 
 def write_config(run: Path, config: Any, facts: Mapping[str, Any]) -> None:
@@ -128,6 +180,20 @@ def _restored(value: Any, kind: Any) -> Any:
     return Path(value) if kind is Path else value
 
 
+class Progress(NamedTuple):
+    """Where a training stands.
+
+    Attributes:
+        state: a pytree of arrays.
+        done: finished steps in all.
+        so_far: numbers of the unfinished epoch, by name; empty between epochs.
+    """
+
+    state: Any
+    done: int
+    so_far: dict[str, float]
+
+
 class SeedDirectory:
     """Files of one seed's training; closed at the end of a `with` block."""
 
@@ -138,9 +204,11 @@ class SeedDirectory:
             path: of the seed.
         """
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        self._last = _manager(path / "checkpoints" / "last")
-        self._best = _manager(path / "checkpoints" / "best")
+        self._last, self._best = path / "checkpoints" / "last", path / "checkpoints" / "best"
+        for folder in (self._last, self._best):
+            folder.mkdir(parents=True, exist_ok=True)
+        # Without threads of its own: a step's arrays are donated to the next one.
+        self._checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
     def __enter__(self) -> Self:
         """Return the directory itself."""
@@ -150,47 +218,67 @@ class SeedDirectory:
         """Close it."""
         self.close()
 
-    def restore(self, like: Any) -> tuple[Any, int]:
-        """Read the last checkpoint, and drop the lines of epochs that it does not have.
+    def restore(self, like: Any) -> Progress:
+        """Read the last checkpoint that is whole, and put the lines of that moment back.
+
+        Newer ones that are damaged are named on stderr and removed.
 
         Args:
             like: a state of the same shapes, returned where there is no checkpoint.
 
         Returns:
-            The state and the number of finished epochs.
+            Where the training stands.
 
         Raises:
-            RunError: the checkpoint does not fit the settings, or is damaged.
+            RunError: all checkpoints are damaged, or one is not of these settings.
         """
-        done = self._last.latest_step() or 0
-        self._keep_lines_before(done)
-        if not done:
-            return like, 0
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        try:
-            return self._last.restore(done, args=ocp.args.StandardRestore(abstract)), done
-        except Exception as error:
-            where = self.path / "checkpoints" / "last" / str(done)
-            raise RunError(f"--resume: the checkpoint {where} does not fit or is damaged ({error})") from error
+        damaged: dict[Path, str] = {}
+        for folder in reversed(_steps(self._last)):
+            if files := damaged_files(folder, exact=True):
+                damaged[folder] = ", ".join(str(file.relative_to(folder)) for file in files)
+                continue
+            progress = self._read(folder, like)
+            for other, names in damaged.items():
+                sys.stderr.write(f"{other}: damaged ({names}); going on from {folder.name}, the checkpoint before it\n")
+                _remove(other)
+            self._put_lines_back(folder)
+            return progress
+        if damaged:
+            found = "; ".join(f"{folder} ({names})" for folder, names in damaged.items())
+            raise RunError(f"--resume: no checkpoint is whole: {found}; put these files back, or start anew")
+        self._put_lines_back(None)
+        return Progress(like, 0, {})
 
-    def save(self, state: Any, done: int) -> None:
-        """Write the last checkpoint, atomically.
+    def save(self, state: Any, done: int, so_far: Mapping[str, float] | None = None) -> Path:
+        """Write a checkpoint to go on from, with the lines there are; it appears whole or not at all.
 
         Args:
             state: any pytree of arrays.
-            done: number of finished epochs.
-        """
-        self._last.save(done, args=ocp.args.StandardSave(state))
+            done: finished steps in all.
+            so_far: numbers of the unfinished epoch, where it is in the middle of one.
 
-    def save_best(self, state: Any, done: int) -> None:
-        """Write the best checkpoint, atomically.
+        Returns:
+            Its folder.
+
+        Raises:
+            RunError: it cannot be written; the checkpoints before it are as they were.
+        """
+        return self._write(self._last, done, state, so_far or {}, _KEPT_LAST)
+
+    def save_best(self, state: Any, done: int) -> Path:
+        """Write the best checkpoint; it appears whole or not at all.
 
         Args:
             state: any pytree of arrays.
-            done: number of finished epochs.
+            done: finished steps in all.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            RunError: it cannot be written; the one before it is as it was.
         """
-        if self._best.latest_step() != done:
-            self._best.save(done, args=ocp.args.StandardSave(state))
+        return self._write(self._best, done, state, {}, _KEPT_BEST)
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append a line to `metrics.jsonl`.
@@ -219,13 +307,13 @@ class SeedDirectory:
         """Read `metrics.jsonl`.
 
         Returns:
-            Its lines, without a last one that was cut off.
+            Its lines.
 
         Raises:
             RunError: a line is damaged.
         """
         try:
-            return [json.loads(line) for line in self._whole_lines("metrics.jsonl")]
+            return [json.loads(line) for line in self._lines("metrics.jsonl")]
         except ValueError as error:
             raise self._damaged("metrics.jsonl", error) from error
 
@@ -233,7 +321,7 @@ class SeedDirectory:
         """Read `layers.csv`.
 
         Returns:
-            Its lines, numbers as float (`epoch` as int), without a last one that was cut off.
+            Its lines, numbers as float (`epoch` as int).
 
         Raises:
             RunError: a line is damaged.
@@ -242,33 +330,77 @@ class SeedDirectory:
         try:
             return [
                 {**row, "epoch": int(row["epoch"]), **{field: float(row[field]) for field in numbers}}
-                for row in csv.DictReader(self._whole_lines("layers.csv"))
+                for row in csv.DictReader(self._lines("layers.csv"))
             ]
         except _DAMAGED as error:
             raise self._damaged("layers.csv", error) from error
 
     def close(self) -> None:
-        """Release the checkpoint managers."""
-        self._last.close()
-        self._best.close()
+        """Release what Orbax holds."""
+        self._checkpointer.close()
 
-    def _whole_lines(self, name: str) -> list[str]:
+    def _lines(self, name: str) -> list[str]:
         path = self.path / name
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [line for line in lines if line.endswith("\n")]
+        return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
 
     def _damaged(self, name: str, error: Exception) -> RunError:
-        return RunError(f"--resume: {self.path / name} is damaged ({error}); mend its line, or start anew")
+        return RunError(f"{self.path / name} is damaged ({error}); --resume puts it back as the last checkpoint has it")
 
-    def _keep_lines_before(self, epoch: int) -> None:
-        metrics = [line for line in self.metrics() if line["epoch"] < epoch]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
-        layers = [row for row in self.layers() if row["epoch"] < epoch]
-        write_text(self.path / "layers.csv", "")
-        self.append_layers(layers)
+    def _read(self, folder: Path, like: Any) -> Progress:
+        abstract = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+        try:
+            found = self._checkpointer.restore(folder.resolve(), args=ocp.args.Composite(**{_ARRAYS: abstract}))
+        except Exception as error:  # of any kind: it depends on what differs
+            why = " ".join(str(error).split())[:300]
+            raise RunError(f"--resume: the checkpoint {folder} is not of these settings ({why}); start anew") from error
+        so_far = folder / _SO_FAR
+        numbers = json.loads(so_far.read_text(encoding="utf-8")) if so_far.is_file() else {}
+        return Progress(found[_ARRAYS], int(folder.name), numbers)
+
+    def _put_lines_back(self, folder: Path | None) -> None:
+        for name in _LINES:
+            if folder is not None and (folder / name).is_file():
+                with atomic(self.path / name) as part:
+                    shutil.copyfile(folder / name, part)
+            else:
+                (self.path / name).unlink(missing_ok=True)
+
+    def _write(self, folder: Path, done: int, state: Any, so_far: Mapping[str, float], keep: int) -> Path:
+        part, whole = folder / f"{done}.part", folder / str(done)
+        _remove_drafts(folder)  # left by a process that was killed
+        try:
+            self._fill(part, state, so_far)
+        except Exception as error:  # of any kind: Orbax reports a full disk as a ValueError
+            _remove_drafts(folder)  # makes room
+            why = " ".join(str(error).split())[-300:]
+            raise RunError(f"{whole}: cannot be written (... {why}); make room, then --resume goes on") from error
+        if whole.exists():
+            _remove(whole)
+        part.rename(whole)
+        for old in _steps(folder)[:-keep]:
+            _remove(old)
+        return whole
+
+    def _fill(self, folder: Path, state: Any, so_far: Mapping[str, float]) -> None:
+        arrays = ocp.args.StandardSave(state)
+        self._checkpointer.save(folder.resolve(), args=ocp.args.Composite(**{_ARRAYS: arrays}))
+        if so_far:
+            write_json(folder / _SO_FAR, {name: float(value) for name, value in so_far.items()})
+        for name in _LINES:
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, folder / name)
+        write_checksums(folder)
 
 
-def _manager(path: Path) -> ocp.CheckpointManager:
-    # Saved before the next epoch starts: the epoch's arrays are donated to it.
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(path.resolve(), options=options)
+def _steps(folder: Path) -> list[Path]:
+    return sorted((child for child in folder.iterdir() if child.name.isdecimal()), key=lambda child: int(child.name))
+
+
+def _remove_drafts(folder: Path) -> None:
+    for child in folder.glob("*.part*"):
+        shutil.rmtree(child)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; half removed it has the name of one that is not there."""
+    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old.part")))

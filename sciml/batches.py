@@ -1,7 +1,7 @@
 """Batches of trajectories of one shape, read ahead by a thread while the model computes."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple
@@ -26,7 +26,9 @@ class Batch(NamedTuple):
     weights: np.ndarray
 
 
-def train_batches(fields: Fields, *, batch_size: int, steps: int, seed: int, epoch: int) -> Iterator[Batch]:
+def train_batches(
+    fields: Fields, *, batch_size: int, steps: int, seed: int, epoch: int, first: int = 0
+) -> Generator[Batch]:
     """Give every trajectory once, in an order and from a first time step drawn from `seed` and `epoch`.
 
     Args:
@@ -35,6 +37,7 @@ def train_batches(fields: Fields, *, batch_size: int, steps: int, seed: int, epo
         steps: time steps per trajectory: those put in and those to be predicted.
         seed: of the whole run, at least 0.
         epoch: number of the pass over the data, at least 0.
+        first: number of the batch to begin with, where the pass was broken off.
 
     Returns:
         Batches with T = steps. The reading thread ends with the iterator, also when that is left early.
@@ -48,10 +51,10 @@ def train_batches(fields: Fields, *, batch_size: int, steps: int, seed: int, epo
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(len(fields))
     starts = generator.integers(0, fields.steps - steps, size=len(fields), endpoint=True)
-    return _batches(fields, order, starts, steps, batch_size)
+    return _batches(fields, order, starts, steps, batch_size, first)
 
 
-def test_batches(fields: Fields, *, batch_size: int) -> Iterator[Batch]:
+def test_batches(fields: Fields, *, batch_size: int) -> Generator[Batch]:
     """Give whole trajectories, in order.
 
     Args:
@@ -67,7 +70,9 @@ def test_batches(fields: Fields, *, batch_size: int) -> Iterator[Batch]:
     return _batches(fields, np.arange(len(fields)), np.zeros(len(fields), int), fields.steps, batch_size)
 
 
-def _batches(fields: Fields, order: np.ndarray, starts: np.ndarray, steps: int, batch_size: int) -> Iterator[Batch]:
+def _batches(
+    fields: Fields, order: np.ndarray, starts: np.ndarray, steps: int, batch_size: int, first: int = 0
+) -> Generator[Batch]:
     """Cut the trajectories, in this order and each from its start, into batches that are read when called for."""
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -81,10 +86,10 @@ def _batches(fields: Fields, order: np.ndarray, starts: np.ndarray, steps: int, 
         batch[count:] = batch[0]
         return Batch(batch, (np.arange(batch_size) < count).astype(np.float32))
 
-    return _read_ahead(read, range(0, len(order), batch_size))
+    return _read_ahead(read, range(0, len(order), batch_size)[first:])
 
 
-def _read_ahead(read: Callable[[int], Batch], firsts: range) -> Iterator[Batch]:
+def _read_ahead(read: Callable[[int], Batch], firsts: range) -> Generator[Batch]:
     """Read in a thread of its own, a few batches before they are asked for; its errors are raised here."""
     waiting = iter(firsts)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fields") as reader:

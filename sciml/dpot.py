@@ -8,7 +8,7 @@ python -m sciml.dpot --resume runs/NAME                       go on with a run t
 from pathlib import Path
 
 from farms_jax.program import run_name, run_program
-from farms_jax.rundir import read_config, write_config
+from farms_jax.rundir import at_work, read_config, write_config
 from sciml.config import RECIPES, Config
 from sciml.experiment import complete, prepare, run_experiment
 
@@ -29,15 +29,16 @@ def start(config: Config, run: Path | None = None) -> str:
         A table of the results.
 
     Raises:
-        InputError: a setting is out of its range, or weights or data cannot be used.
+        InputError: a setting is out of its range, weights or data cannot be used, or a loss is not finite.
     """
     config.check()
     experiment = prepare(complete(config))
     config = experiment.config
     name = run_name(experiment.finetune.name.removesuffix(".hdf5"), str(config.model), config.tb)
     run = run or config.out / name
-    write_config(run, config, experiment.facts())
-    return run_experiment(run, experiment)
+    with at_work(run):
+        write_config(run, config, experiment.facts())
+        return run_experiment(run, experiment)
 
 
 def resume(run: Path) -> str:
@@ -50,12 +51,14 @@ def resume(run: Path) -> str:
         A table of the results.
 
     Raises:
-        InputError: there is no run, or the data or weights are not the same any more.
+        InputError: there is no run, another process is at work in it, data or weights are not the same any more, all
+            checkpoints are damaged, or a loss is not finite.
     """
     config, before = read_config(run, Config)
-    experiment = prepare(config)
-    experiment.check_same(before)
-    return run_experiment(run, experiment)
+    with at_work(run):
+        experiment = prepare(config)
+        experiment.check_same(before)
+        return run_experiment(run, experiment)
 
 
 if __name__ == "__main__":

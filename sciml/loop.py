@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from farms_jax.finite import Call, call, first_not_finite, norm
 from sciml.config import Config
 from sciml.losses import relative_l2, relative_l2_by_step
 from sciml.model import Network
@@ -21,7 +22,7 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-Step = Callable[[TrainState, Array, Any, Any], tuple[TrainState, Array]]
+Step = Callable[..., tuple[TrainState, Array]]
 Evaluate = Callable[[Any, Any], tuple[Array, Array]]
 
 
@@ -37,32 +38,59 @@ def make_step(network: Network, optimizer: optax.GradientTransformationExtraArgs
         config: resolved.
 
     Returns:
-        `step(state, key, fields (B, X, Y, T, C), weights (B,)) -> (state, losses)`; T is `in_steps + rollout_steps`,
-        losses are (2,): L2RE per prediction and over all of them, each summed over the samples.
+        `step(state, key, fields (B, X, Y, T, C), weights (B,)) -> (state, measured)`; T is `in_steps + rollout_steps`,
+        measured (3,) is L2RE per prediction and over all of them, each summed over the samples, and the norm of the
+        gradient. The state is donated, and comes back as it was where not all of `measured` is finite.
     """
-
-    def loss_of(params: Any, key: Array, fields: Array, weights: Array) -> tuple[Array, Array]:
-        seen, future = jnp.split(fields, [config.in_steps], axis=-2)
-        predicted, errors = [], jnp.zeros(())
-        for index, true in enumerate(jnp.split(future, config.rollout_steps // config.bundle, axis=-2)):
-            noisy = add_noise(jax.random.fold_in(key, index), seen, config.noise) if config.noise else seen
-            prediction, _ = network.apply(params, noisy)
-            errors += (weights * relative_l2(prediction, true)).sum()
-            predicted.append(prediction)
-            # What is fed back is the noisy input, as in the original.
-            seen = jnp.concatenate([noisy[..., config.bundle :, :], prediction], axis=-2)
-        whole = relative_l2(jnp.concatenate(predicted, axis=-2), future)
-        return errors, (weights * whole).sum()
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, key: Array, fields: Array, weights: Array) -> tuple[TrainState, Array]:
-        (error, whole), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params, key, fields, weights)
+        (error, whole), gradients = jax.value_and_grad(_loss, argnums=2, has_aux=True)(
+            network.apply, config, state.params, key, fields, weights
+        )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         per_prediction = error * config.bundle / config.rollout_steps
-        return TrainState(params, opt_state), jnp.stack([per_prediction, whole])
+        measured = jnp.stack([per_prediction, whole, norm(gradients)])
+        is_finite = jnp.isfinite(measured).all()
+        return jax.tree.map(functools.partial(jnp.where, is_finite), TrainState(params, opt_state), state), measured
 
     return step
+
+
+def _loss(
+    apply: Callable[..., Any], config: Config, params: Any, key: Array, fields: Array, weights: Array
+) -> tuple[Array, Array]:
+    """L2RE of a batch, summed over samples: the sum of the predictions' own, and that of all of them together."""
+    seen, future = jnp.split(fields, [config.in_steps], axis=-2)
+    predicted, errors = [], jnp.zeros(())
+    for index, true in enumerate(jnp.split(future, config.rollout_steps // config.bundle, axis=-2)):
+        noisy = add_noise(jax.random.fold_in(key, index), seen, config.noise) if config.noise else seen
+        prediction, _ = apply(params, noisy)
+        errors += (weights * relative_l2(prediction, true)).sum()
+        predicted.append(prediction)
+        # What is fed back is the noisy input, as in the original.
+        seen = jnp.concatenate([noisy[..., config.bundle :, :], prediction], axis=-2)
+    whole = relative_l2(jnp.concatenate(predicted, axis=-2), future)
+    return errors, (weights * whole).sum()
+
+
+def make_fault(network: Network, config: Config) -> Callable[..., str]:
+    """Make the function that finds what in a step is the first that is not finite.
+
+    Args:
+        network: of `sciml.model`.
+        config: resolved.
+
+    Returns:
+        `fault(params, key, fields, weights)` of the parameters before the step; for what it returns see
+        `farms_jax.finite.first_not_finite`.
+    """
+
+    def loss_of(params: Any, *inputs: Any, call: Call = call) -> Array:
+        return _loss(functools.partial(network.apply, call=call), config, params, *inputs)[0]
+
+    return functools.partial(first_not_finite, loss_of)
 
 
 def add_noise(key: Array, fields: Array, scale: float) -> Array:

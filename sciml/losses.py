@@ -33,7 +33,7 @@ def relative_l2_by_step(predicted: Array, true: Array) -> Array:
 
 
 def _norm(fields: Array, axes: tuple[int, ...] = (1, 2, 3)) -> Array:
-    # Zero has no gradient under the root; a prediction that is exact has an error of 0, not NaN.
+    # Zero has no gradient under the root; a prediction that is exact has an error of 0, and one that is NaN has NaN.
     squares = (fields**2).sum(axes)
-    positive = squares > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
+    exact = squares == 0
+    return jnp.where(exact, 0, jnp.sqrt(jnp.where(exact, 1, squares)))

@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from farms_jax.errors import InputError
+from farms_jax.finite import Call, call
 from sciml.activations import ACTIVATIONS
 from sciml.fourier import FourierFilter
 from sciml.modules import GROUPS, Dense, Draws, GroupNorm, Mlp, PatchKernel
@@ -310,11 +311,12 @@ class Network(NamedTuple):
 
     Attributes:
         init: key -> parameters, float32; compiled.
-        apply: (parameters, fields) -> (next states, class logits), see `DPOT.__call__`.
+        apply: (parameters, fields) -> (next states, class logits), see `DPOT.__call__`; with `call=` as in
+            `farms_jax.finite`.
     """
 
     init: Callable[[jax.Array], Params]
-    apply: Callable[[Params, jax.Array], tuple[jax.Array, jax.Array]]
+    apply: Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def make_network(config: ModelConfig) -> Network:
@@ -333,10 +335,10 @@ def make_network(config: ModelConfig) -> Network:
     def init(key: jax.Array) -> Params:
         return _string_keys(nnx.to_pure_dict(nnx.state(DPOT(config, rngs=nnx.Rngs(params=key)))))
 
-    def apply(params: Params, fields: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def apply(params: Params, fields: jax.Array, *, call: Call = call) -> tuple[jax.Array, jax.Array]:
         state = jax.tree.map(lambda leaf: leaf, abstract)
         nnx.replace_by_pure_dict(state, nnx.restore_int_paths(params))
-        return nnx.merge(graph, state)(fields)
+        return call(nnx.merge(graph, state), fields)
 
     return Network(init, apply)
 

@@ -1,5 +1,6 @@
 """One stage of a run: a network trained on one data set from given weights, in a directory of its own."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -12,14 +13,18 @@ from tqdm import tqdm
 
 import farms_jax
 from farms_jax.errors import InputError
-from farms_jax.rundir import SeedDirectory, layer_rows
+from farms_jax.finite import not_finite
+from farms_jax.rundir import Progress, SeedDirectory, layer_rows
+from farms_jax.stopping import StopRequest, hold_stops
 from sciml.batches import test_batches, train_batches
 from sciml.config import TB, Config
 from sciml.fields import FieldData, Fields
 from sciml.layers import ENDS, FOLLOW, measure
-from sciml.loop import Evaluate, Step, TrainState, make_step
+from sciml.loop import Evaluate, Step, TrainState, make_fault, make_step
 from sciml.model import Network
 from sciml.optimizer import make_optimizer, schedules
+
+SUMS = ("train_l2re_step", "train_l2re")  # of the first two numbers that a step measures
 
 
 class Stage(NamedTuple):
@@ -49,6 +54,7 @@ class Functions(NamedTuple):
     evaluate: Evaluate
     optimizer: Any
     steps_per_epoch: int
+    fault: Callable[..., str]
 
 
 def make_functions(network: Network, config: Config, data: FieldData, evaluate: Evaluate) -> Functions:
@@ -65,7 +71,8 @@ def make_functions(network: Network, config: Config, data: FieldData, evaluate: 
     """
     steps = -(-len(data.train) // _batch_size(config, data.train))
     optimizer = make_optimizer(config, steps)
-    return Functions(make_step(network, optimizer, config), evaluate, optimizer, steps)
+    step, fault = make_step(network, optimizer, config), make_fault(network, config)
+    return Functions(step, evaluate, optimizer, steps, fault)
 
 
 def train_stage(directory: SeedDirectory, stage: Stage, functions: Functions) -> TrainState:
@@ -80,65 +87,102 @@ def train_stage(directory: SeedDirectory, stage: Stage, functions: Functions) ->
         The final state.
 
     Raises:
-        InputError: the loss is not finite.
+        InputError: a loss or a gradient is not finite; the state before that step is the last checkpoint then.
+        Stopped: by Ctrl-C or SIGTERM; there is a checkpoint of the step where it came.
     """
-    config = stage.config
+    config, steps = stage.config, functions.steps_per_epoch
     assert config.epochs is not None
     params = jax.tree.map(jnp.array, stage.params)  # a copy: the step donates it
-    state, done = directory.restore(TrainState(params, functions.optimizer.init(params)))
-    rate_at = schedules(config, functions.steps_per_epoch)[0]
-    refresh = make_refresh(config, stage.tb)
-    best = min((line["test_l2re"] for line in directory.metrics()), default=np.inf)
-    total, start_at = config.epochs * functions.steps_per_epoch, done * functions.steps_per_epoch
-    with tqdm(total=total, initial=start_at, desc=stage.name, unit="step", dynamic_ncols=True) as bar:
-        for epoch in range(done, config.epochs):
-            start = time.perf_counter()
-            rate = float(rate_at(epoch * functions.steps_per_epoch))
-            state, layers, refresh_seconds = refresh(state, epoch, rate)
-            directory.append_layers(layers)
-            state, trained = run_epoch(state, stage, functions, epoch, bar)
-            if not np.isfinite(loss := trained["train_l2re_step"]):
-                raise InputError(
-                    f"{stage.name}: the loss is {loss} in epoch {epoch}, of which nothing is kept; start anew with a "
-                    "lower --learning-rate (--pretrain-rate in pretraining) or --clip"
-                )
-            tested = run_test(state.params, stage.data.test, config, functions.evaluate)
-            line = {"epoch": epoch, "learning_rate": rate, **trained, **tested}
-            line |= {"seconds": time.perf_counter() - start, "refresh_seconds": refresh_seconds}
+    at = directory.restore(TrainState(params, functions.optimizer.init(params)))
+    rate_at, refresh = schedules(config, steps)[0], make_refresh(config, stage.tb)
+    best, total = min((line["test_l2re"] for line in directory.metrics()), default=np.inf), config.epochs * steps
+    bar = tqdm(total=total, initial=at.done, desc=stage.name, unit="step", dynamic_ncols=True)
+    with bar, hold_stops() as stop:
+        for epoch in range(at.done // steps, config.epochs):
+            rate = float(rate_at(epoch * steps))
+            if not at.so_far:
+                state, layers, seconds = refresh(at.state, epoch, rate)
+                directory.append_layers(layers)
+                sums = dict.fromkeys(SUMS, 0.0)
+                at = Progress(state, at.done, {**sums, "seconds": seconds, "refresh_seconds": seconds})
+            at = _run_epoch(directory, stage, functions, at, stop, bar)
+            line = {"epoch": epoch, "learning_rate": rate, **_measure(stage, functions, at)}
             directory.append_metrics(line)
+            at = Progress(at.state, at.done, {})
             if line["test_l2re"] < best:
                 best = line["test_l2re"]
-                directory.save_best(state, epoch + 1)
-            directory.save(state, epoch + 1)
+                directory.save_best(at.state, at.done)
+            directory.save(*at)
             bar.set_postfix(train=f"{line['train_l2re_step']:.4f}", test=f"{line['test_l2re']:.4f}")
-    directory.append_layers(refresh(state, config.epochs, float(rate_at(total)))[1])
-    return state
+            stop.obey()
+    directory.append_layers(refresh(at.state, config.epochs, float(rate_at(total)))[1])
+    return at.state
 
 
-def run_epoch(state: TrainState, stage: Stage, functions: Functions, epoch: int, bar: Any) -> tuple[TrainState, dict]:
-    """Train on every trajectory once.
-
-    Args:
-        state: donated.
-        stage: what to train.
-        functions: of `make_functions`.
-        epoch: number of the epoch.
-        bar: progress, moved by one a step.
-
-    Returns:
-        The state, and `train_l2re_step` and `train_l2re`: per prediction and over all of them, means over trajectories.
-    """
-    config, batch_size = stage.config, _batch_size(stage.config, stage.data.train)
+def _run_epoch(
+    directory: SeedDirectory, stage: Stage, functions: Functions, at: Progress, stop: StopRequest, bar: tqdm
+) -> Progress:
+    """Train on every trajectory once, or on those that are left of a broken epoch; `so_far` has the sums over them."""
+    steps, config = functions.steps_per_epoch, stage.config
+    epoch, first = divmod(at.done, steps)
     key = jax.random.fold_in(jax.random.key(stage.seed), epoch)
-    steps = config.in_steps + config.rollout_steps
-    drawn = train_batches(stage.data.train, batch_size=batch_size, steps=steps, seed=stage.seed, epoch=epoch)
-    sums = []
-    for index, batch in enumerate(drawn):
-        state, losses = functions.step(state, jax.random.fold_in(key, index), batch.fields, batch.weights)
-        sums.append(losses)
-        bar.update()
-    per_prediction, whole = np.sum(jax.device_get(sums), axis=0) / len(stage.data.train)
-    return state, {"train_l2re_step": float(per_prediction), "train_l2re": float(whole)}
+    drawn = train_batches(
+        stage.data.train,
+        batch_size=_batch_size(config, stage.data.train),
+        steps=config.in_steps + config.rollout_steps,
+        seed=stage.seed,
+        epoch=epoch,
+        first=first,
+    )
+    start = time.perf_counter() - at.so_far["seconds"]
+    with contextlib.closing(drawn):
+        batches = map(jax.device_put, drawn)
+        batch = next(batches, None)
+        while batch is not None:
+            step_key, used = jax.random.fold_in(key, at.done % steps), batch
+            state, measured = functions.step(at.state, step_key, *used)
+            batch = next(batches, None)  # goes to the device while the step runs
+            measured = np.asarray(measured)
+            if not np.isfinite(measured).all():
+                inputs = step_key, *used
+                raise _not_finite(directory, stage, functions, at._replace(state=state), measured, inputs)
+            sums = {name: float(np.float32(at.so_far[name]) + part) for name, part in zip(SUMS, measured, strict=False)}
+            at = Progress(state, at.done + 1, {**at.so_far, **sums, "seconds": time.perf_counter() - start})
+            bar.update()
+            if stop and batch is not None:  # after the last one the test and the epoch's lines come first
+                directory.save(*at)
+                stop.obey()
+    return at
+
+
+def _not_finite(
+    directory: SeedDirectory,
+    stage: Stage,
+    functions: Functions,
+    at: Progress,
+    measured: np.ndarray,
+    inputs: tuple[Any, ...],
+) -> InputError:
+    """Keep the state before the step, and find out what went wrong in it."""
+    epoch, step = divmod(at.done, functions.steps_per_epoch)
+    return not_finite(
+        stage.name,
+        (epoch + 1, step + 1),
+        at.done + 1,
+        loss=float(measured[:2].sum()),
+        kept=directory.save(*at),
+        first=functions.fault(at.state.params, *inputs),
+        advice="a lower --learning-rate (--pretrain-rate in pretraining) or --clip",
+    )
+
+
+def _measure(stage: Stage, functions: Functions, at: Progress) -> dict[str, Any]:
+    """What `metrics.jsonl` says of a finished epoch, its test included."""
+    start = time.perf_counter()
+    trained = {name: at.so_far[name] / len(stage.data.train) for name in SUMS}
+    tested = run_test(at.state.params, stage.data.test, stage.config, functions.evaluate)
+    seconds = at.so_far["seconds"] + time.perf_counter() - start
+    return {**trained, **tested, "seconds": seconds, "refresh_seconds": at.so_far["refresh_seconds"]}
 
 
 def run_test(params: Any, fields: Fields, config: Config, evaluate: Evaluate) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Shared by the tests of DPOT: the reference's models (`data/dpot_tiny.*`), and a small one of ours."""
+"""Shared by the tests of DPOT: the reference's models (`data/dpot_tiny.*`), a small one of ours, a file of fields."""
 
 import functools
 import json
 from pathlib import Path
 
+import h5py
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -51,4 +52,19 @@ def state_of(name):
 def write_state(path, state):
     """Write a state dict as Torch's users do: without a word on the model."""
     save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, path)
+    return path
+
+
+def write_fields(path, count=10, steps=13, size=8, seed=0):
+    """A file in PDEBench's published layout: waves that travel."""
+    rng = np.random.default_rng(seed)
+    x = np.linspace(0, 2 * np.pi, size, endpoint=False)
+    time, phase = np.arange(steps) * 0.3, rng.uniform(0, 6, (count, 4, 1, 1, 1))
+    waves = np.sin(x[:, None] - time[:, None, None] + phase) * np.cos(x[None, :] + phase)  # (N, 4, T, X, Y)
+    with h5py.File(path, "w") as file:
+        for channel, (name, base) in enumerate({"Vx": 0, "Vy": 0, "density": 2, "pressure": 5}.items()):
+            file[name] = (base + waves[:, channel]).astype(np.float32)
+        file["t-coordinate"] = np.arange(steps + 1, dtype=np.float32)
+        for name in ("x-coordinate", "y-coordinate"):
+            file[name] = x.astype(np.float32)
     return path

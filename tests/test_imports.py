@@ -24,7 +24,8 @@ FLOW = [
     "_windows",
     "_tail",
 ]
-FLOW += ["mappings", "_report", "rundir", "marchenko_pastur", "_lapack", "_host", "_esd", "_analyze", "_lr_scale"]
+FLOW += ["mappings", "_report", "finite", "rundir", "marchenko_pastur", "_lapack", "_gram", "_host", "_esd"]
+FLOW += ["_tiles", "_meeting", "_exchange", "_sharded", "_analyze", "multihost", "_lr_scale"]
 FLOW += ["_sparsity", "_tempbalance", "weights", "diagnosis", "__main__"]
 
 

@@ -1,51 +1,27 @@
-"""The fine-tuning program: a run's files, resuming after a kill, and what it says about mistakes."""
+"""The fine-tuning program: a run's files, and what it says about mistakes."""
 
 import csv
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from dpot_helpers import write_fields
 
-from farms_jax.errors import InputError
-from farms_jax.rundir import SeedDirectory
 from sciml import checkpoints, dpot, experiment
-from sciml.config import Config, resolve
-from sciml.fields import open_fields
+from sciml.config import Config
 from sciml.generate import FlowConfig
-from sciml.loop import TrainState
 from sciml.model import ModelConfig, make_network
-from sciml.optimizer import make_optimizer
-from sciml.stage import Functions, Stage, train_stage
 
 ROOT = Path(__file__).parent.parent
 # One step for all runs here, so that they share what is compiled.
 SMALL = ["--resolution", "8", "--patch-size", "4", "--batch-size", "4", "--epochs", "3", "--model", "mini"]
 SMALL += ["--noise", "1e-3", "--rollout-steps", "2"]
-
-
-def write_fields(path, count=10, steps=13, size=8, seed=0):
-    """A file in PDEBench's published layout: waves that travel."""
-    rng = np.random.default_rng(seed)
-    x = np.linspace(0, 2 * np.pi, size, endpoint=False)
-    time, phase = np.arange(steps) * 0.3, rng.uniform(0, 6, (count, 4, 1, 1, 1))
-    waves = np.sin(x[:, None] - time[:, None, None] + phase) * np.cos(x[None, :] + phase)  # (N, 4, T, X, Y)
-    with h5py.File(path, "w") as file:
-        for channel, (name, base) in enumerate({"Vx": 0, "Vy": 0, "density": 2, "pressure": 5}.items()):
-            file[name] = (base + waves[:, channel]).astype(np.float32)
-        file["t-coordinate"] = np.arange(steps + 1, dtype=np.float32)
-        for name in ("x-coordinate", "y-coordinate"):
-            file[name] = x.astype(np.float32)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -214,62 +190,3 @@ def test_other_data_are_refused(finished, files, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(monkeypatch, "--resume", other)
     assert "--resume: the data are not those" in capsys.readouterr().err
-
-
-def test_killed_and_resumed_without_a_difference(finished, arguments, environment, tmp_path):
-    """SIGKILL in pretraining and in fine-tuning; the run that is resumed ends with the same bits as an unbroken one."""
-    whole, _ = finished
-    out, moments, given = tmp_path / "out", random.Random(0), [*arguments, "--out", tmp_path / "out"]
-    for where, lines in (("pretrain", 1), ("none/seed0", 2), ("farms/seed0", 2)):
-        process = subprocess.Popen(command(*given), env=environment, cwd=tmp_path)
-        deadline = time.monotonic() + 200
-        while process.poll() is None and time.monotonic() < deadline:
-            found = list(out.glob(f"*/{where}/metrics.jsonl"))
-            if found and found[0].read_text().count("\n") >= lines:
-                break
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        (killed,) = out.iterdir()
-        given = ["--resume", killed]
-    subprocess.run(command(*given), env=environment, cwd=tmp_path, check=True, timeout=300)
-
-    for stage in ("pretrain", "none/seed0", "sigmoid/seed0", "farms/seed0"):
-        for which in ("last", "best"):
-            states = [checkpoint(run / stage, which) for run in (whole, killed)]
-            assert jax.tree.all(jax.tree.map(np.array_equal, *states)), (stage, which)
-        exported = [(run / stage / "model.safetensors").read_bytes() for run in (whole, killed)]
-        assert exported[0] == exported[1]
-        metrics = [[json.loads(line) for line in (run / stage / "metrics.jsonl").open()] for run in (whole, killed)]
-        for a, b in zip(*metrics, strict=True):
-            assert all(a[key] == b[key] for key in a if "seconds" not in key)
-        rows = [list(csv.DictReader((run / stage / "layers.csv").open())) for run in (whole, killed)]
-        assert rows[0] == rows[1]
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_epoch(files, tmp_path):
-    model = ModelConfig(image_size=8, patch_size=4, width=8, depth=1, num_blocks=1, out_width=4)
-    config = resolve(Config(epochs=3, batch_size=4, learning_rate=1e-3))
-    data = open_fields(files[0], resolution=None, steps_needed=11)
-    params, optimizer = jax.jit(make_network(model).init)(jax.random.key(0)), make_optimizer(config, 3)
-    losses = iter([0.5] * 3 + [np.nan] * 3)  # an epoch has 9 trajectories, hence 3 steps
-
-    def step(state, *batch):
-        return state, np.full(2, next(losses))
-
-    def evaluate(params, fields):
-        return np.ones(len(fields)), np.ones((len(fields), 3))
-
-    with SeedDirectory(tmp_path) as directory:
-        with pytest.raises(InputError, match="loss is nan in epoch 1.*a lower --learning-rate"):
-            train_stage(
-                directory, Stage("s", "farms", 0, config, data, params), Functions(step, evaluate, optimizer, 3)
-            )
-        assert [line["epoch"] for line in directory.metrics()] == [0]
-        assert directory.restore(TrainState(params, optimizer.init(params)))[1] == 1
-
-
-def checkpoint(stage, which):
-    (step,) = (stage / "checkpoints" / which).iterdir()
-    return ocp.StandardCheckpointer().restore(step.resolve() / "default")

@@ -62,6 +62,13 @@ def test_relative_l2():
     np.testing.assert_allclose(relative_l2_by_step(predicted, true), oracle_l2(predicted, true, (1, 2)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("error", [relative_l2, relative_l2_by_step])
+def test_a_prediction_that_is_nan_is_no_exact_one(error):
+    true = jnp.asarray(draw(2, 2, 2, 1, 1))
+    errors = error(true.at[1, 0, 0, 0, 0].set(jnp.nan), true)
+    np.testing.assert_array_equal(errors.reshape(-1), [0, np.nan])
+
+
 def test_an_exact_prediction_has_a_finite_gradient():
     true = jnp.asarray(draw(1, 2, 2, 1, 1))
     value, gradient = jax.value_and_grad(lambda x: relative_l2(x, true).sum())(true)
@@ -92,7 +99,7 @@ def test_training_feeds_predictions_back_and_sums_over_samples(network, training
     second = np.asarray(network.apply(params, np.concatenate([fields[..., 1:3, :], first], axis=-2))[0])
     errors = [oracle_l2(p, fields[..., t : t + 1, :], (1, 2, 3)).sum() for t, p in ((3, first), (4, second))]
     whole = oracle_l2(np.concatenate([first, second], axis=-2), fields[..., 3:, :], (1, 2, 3)).sum()
-    np.testing.assert_allclose(losses, [np.mean(errors), whole], rtol=1e-5)
+    np.testing.assert_allclose(losses[:2], [np.mean(errors), whole], rtol=1e-5)
 
 
 def test_padding_has_no_part(training):
@@ -115,6 +122,24 @@ def test_the_class_head_is_left_alone_and_all_else_learns(training):
     after = dict(farms_jax.named_leaves(state.params))
     for name, leaf in farms_jax.named_leaves(start().params):
         assert np.array_equal(leaf, after[name]) == name.startswith("cls_head/"), name
+
+
+@pytest.mark.parametrize("loss_is_finite", [False, True])
+def test_a_step_that_is_not_finite_is_not_taken(training, loss_is_finite):
+    step, start = training
+
+    def state():
+        state = start()
+        out = state.params["out_layer"]
+        out["conv2"]["kernel"] *= 1e30
+        if loss_is_finite:  # nothing reaches the large kernel, but its gradient passes on
+            out["conv1"] = jax.tree.map(jnp.zeros_like, out["conv1"])
+        return state
+
+    after, measured = step(state(), jax.random.key(0), draw(2, 8, 8, 5, 4), np.ones(2, np.float32))
+    assert np.isfinite(measured[:2]).all() == loss_is_finite
+    assert not np.isfinite(measured[2])
+    assert jax.tree.all(jax.tree.map(np.array_equal, after, state()))
 
 
 def test_noise_is_relative_to_the_norm_of_each_channel():

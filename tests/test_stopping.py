@@ -131,10 +131,16 @@ def test_every_damage_is_found(folder, damage):
     assert damaged_files(folder) == [path]
 
 
-@pytest.mark.parametrize("content", [None, "no checksums\n", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [None, "", "no checksums\n", b"\xff\xfe", "abc  a.bin"])
 def test_unreadable_checksums_are_damage_themselves(folder, content):
     sums = folder / CHECKSUMS
     sums.unlink()
     if content is not None:
         sums.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert damaged_files(folder) == [sums]
+
+
+def test_a_list_that_lacks_a_file_was_cut_off_where_that_is_asked(folder):
+    (folder / "c.bin").write_bytes(b"c")
+    assert damaged_files(folder) == []
+    assert damaged_files(folder, exact=True) == [folder / CHECKSUMS]

@@ -39,6 +39,28 @@ def test_equals_the_oracle(rule, seed):
     np.testing.assert_allclose(found.alpha, alpha, rtol=1e-5)
 
 
+MANY = {
+    "power law": lambda rng, n: power_law(2.0, n),
+    "bulk": lambda rng, n: np.linalg.svd(rng.standard_normal((n // 2, n)), compute_uv=False) ** 2,
+    "two bulks": lambda rng, n: np.concatenate([rng.uniform(0.1, 0.2, n // 2), rng.uniform(5, 9, n // 2)]),
+    "rounded": lambda rng, n: np.round(power_law(3.0, n), 1),
+    "exponential": lambda rng, n: rng.exponential(size=n),
+}
+
+
+@pytest.mark.parametrize("rule", ["peak", "ks"])
+@pytest.mark.parametrize("kind", MANY)
+def test_the_search_finds_what_the_plain_search_finds(rule, kind):
+    """Of near ties another one is right as well: its distance in float64 is the smallest but for rounding."""
+    values = np.sort(MANY[kind](np.random.default_rng(0), 3000)).astype(np.float32).astype(np.float64)
+    found = fit(values, Tail(rule))
+    _, smallest, _ = oracle.tail(values, rule)
+    chosen = range(*(np.searchsorted(values, np.float64(found.xmin), side) for side in ("left", "right")))
+    alpha, distance = min((oracle.fit(values, i) for i in chosen), key=lambda fit: fit[1])
+    np.testing.assert_allclose([found.ks_distance, distance], smallest, atol=3e-6)
+    np.testing.assert_allclose(found.alpha, alpha, rtol=1e-5)
+
+
 def test_peak_compares_a_logarithm_with_eigenvalues():
     # All eigenvalues stand far above the peak's logarithm but below the peak: the lower bound cuts none of them.
     values = np.sort(np.concatenate([np.full(50, 20.0) + np.arange(50) * 1e-3, power_law(3.0, 300, xmin=3.0)]))

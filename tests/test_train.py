@@ -1,21 +1,14 @@
 """The training program: recipes, data on the device, an epoch, the run directory, resuming."""
 
-import csv
 import dataclasses
 import json
-import os
-import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
 import farms_jax
@@ -27,16 +20,16 @@ from train.config import RECIPES, Config, resolve
 from train.experiment import make_refresh, summarise
 from train.loop import (
     Normalise,
+    Piece,
     TrainState,
     augment,
     cosine_rate,
-    make_epoch,
     make_evaluate,
     make_network,
     make_optimizer,
+    make_steps,
 )
 
-ROOT = Path(__file__).parent.parent
 SMALL = Config(dataset="digits", model="vgg16", width=0.0625, epochs=3, batch_size=16, limit_train=64)
 
 # Paper, Table 13: model, method, initial learning rate, range of the factors.
@@ -113,13 +106,20 @@ def test_augmentation_crops_and_flips():
 
 @pytest.fixture(scope="module")
 def trained():
-    """Two epochs of a small network on noise: configuration, pieces, and the states before and after."""
+    """A small network on noise: configuration, pieces, a whole epoch of 4 steps, and the state before."""
     config = resolve(SMALL, small=False)
     network, optimizer = make_network(config, 10), make_optimizer(config, 4)
     normalise = Normalise(jnp.full(3, 0.5), jnp.full(3, 0.25))
     rng = np.random.default_rng(0)
     images, labels = jnp.asarray(rng.integers(0, 256, (70, 32, 32, 3), np.uint8)), jnp.asarray(rng.integers(0, 10, 70))
-    epoch = make_epoch(network, optimizer, normalise, config)
+    steps = make_steps(network, optimizer, normalise, config)
+
+    def epoch(state, seed, cuts=()):
+        piece, first = Piece(state, np.zeros(2, np.float32), 0, 0.0, True), 0
+        for last in (*cuts, 4):
+            piece = steps(piece.state, np.asarray(piece.sums), jax.random.key(seed), first, last, images, labels)
+            first = last
+        return piece
 
     def start():
         params, stats = network.init(jax.random.key(0))
@@ -128,26 +128,45 @@ def trained():
     return config, network, normalise, images, labels, epoch, start
 
 
+def same(a, b):
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
 def test_an_epoch_is_a_function_of_state_and_key(trained):
-    *_, images, labels, epoch, start = trained
-    first, metrics = epoch(start(), jax.random.key(1), images, labels)
-    again, _ = epoch(start(), jax.random.key(1), images, labels)
-    other, _ = epoch(start(), jax.random.key(2), images, labels)
-    assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
-    assert not np.array_equal(first.params["linear"]["kernel"], other.params["linear"]["kernel"])
-    assert int(first.opt_state[2].count) == 4  # 70 // 16 steps
-    assert np.isfinite(float(metrics["train_loss"]))
+    *_, epoch, start = trained
+    first, other = epoch(start(), 1), epoch(start(), 2)
+    assert same(first, epoch(start(), 1))
+    assert not np.array_equal(first.state.params["linear"]["kernel"], other.state.params["linear"]["kernel"])
+    assert int(first.state.opt_state[2].count) == 4  # 70 // 16 steps
+    assert (int(first.step), bool(first.is_finite)) == (4, True)
+    assert 4 < float(first.sums[0]) < 16  # chance is log(10) a step
+
+
+@pytest.mark.parametrize("cuts", [(1, 2, 3), (3,), (2, 2)])
+def test_it_does_not_matter_in_how_many_pieces_an_epoch_runs(trained, cuts):
+    *_, epoch, start = trained
+    assert same(epoch(start(), 1), epoch(start(), 1, cuts))
+
+
+def test_a_step_that_is_not_finite_is_not_taken(trained):
+    *_, epoch, start = trained
+    state = start()
+    state.params["linear"]["kernel"] *= 1e30  # the loss is finite, the norm of its gradient is not
+    piece = epoch(state, 1)
+    expected = start()
+    expected.params["linear"]["kernel"] *= 1e30
+    assert (int(piece.step), bool(piece.is_finite), bool(np.isfinite(piece.loss))) == (0, False, True)
+    assert same(piece.state, expected)
+    assert same(piece.sums, np.zeros(2))
 
 
 def test_lr_scale_zero_freezes_a_layer(trained):
-    *_, images, labels, epoch, start = trained
+    *_, epoch, start = trained
     state = start()
     scale = jax.tree.map(jnp.ones_like, optax.tree.get(state.opt_state, "lr_scale"))
     scale["linear"]["kernel"] = jnp.zeros(())
     before = np.asarray(state.params["linear"]["kernel"])
-    after, _ = epoch(
-        state._replace(opt_state=farms_jax.refresh(state.opt_state, scale)), jax.random.key(1), images, labels
-    )
+    after = epoch(state._replace(opt_state=farms_jax.refresh(state.opt_state, scale)), 1).state
     np.testing.assert_array_equal(after.params["linear"]["kernel"], before)
     assert not np.array_equal(after.params["linear"]["bias"], start().params["linear"]["bias"])
 
@@ -307,7 +326,7 @@ def test_a_config_of_another_shape_is_named(text, message, tmp_path):
 def test_a_damaged_line_is_named(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     with SeedDirectory(tmp_path) as directory, pytest.raises(RunError, match=f"{name} is damaged"):
-        directory.restore({})
+        directory.metrics() if name == "metrics.jsonl" else directory.layers()
 
 
 def test_layer_rows_are_read_back_to_the_last_digit(tmp_path):
@@ -352,75 +371,3 @@ def test_the_distribution_is_that_of_the_last_epoch(tmp_path):
     np.testing.assert_array_equal(axis.lines[-1].get_xydata(), [[2, 4]])  # a layer without a tail is left out
     (file,) = plots.save(tmp_path, {"alphas.png": figure})
     assert file.read_bytes().startswith(b"\x89PNG")
-
-
-def test_lines_of_unfinished_epochs_are_dropped(tmp_path):
-    directory = SeedDirectory(tmp_path)
-    state = {"w": jnp.arange(3.0)}
-    for epoch in range(3):
-        directory.append_layers([{"epoch": epoch, "layer": "a", "alpha": 2.0, "lr_scale": 1.0, "learning_rate": 0.1}])
-        directory.append_metrics({"epoch": epoch})
-        if epoch < 2:
-            directory.save({"w": state["w"] + epoch}, epoch + 1)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 3, "los')  # killed while writing
-    restored, done = SeedDirectory(tmp_path).restore(state)
-    assert done == 2
-    np.testing.assert_array_equal(restored["w"], [1, 2, 3])
-    assert [line["epoch"] for line in directory.metrics()] == [0, 1]
-    assert [row["epoch"] for row in directory.layers()] == [0, 1]
-    with pytest.raises(RunError, match="does not fit or is damaged"):
-        SeedDirectory(tmp_path).restore({"w": jnp.zeros(4)})
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "train.cifar", *map(str, arguments)]
-
-
-def checkpoint(run, which):
-    (step,) = (run / "seed43" / "checkpoints" / which).iterdir()
-    return ocp.StandardCheckpointer().restore(step.resolve() / "default")
-
-
-def test_killed_and_resumed_without_a_difference(tmp_path):
-    """SIGKILL at several moments; the run that is resumed ends with the same bits as one that never stopped."""
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    settings = ["--dataset", "digits", "--model", "vgg16", "--width", 0.0625, "--limit-train", 256, "--batch-size", 32]
-    settings += ["--epochs", 5, "--learning-rate", 0.02]
-    subprocess.run(
-        command(*settings, "--out", tmp_path / "whole"), env=environment, cwd=tmp_path, check=True, timeout=300
-    )
-    (whole,) = (tmp_path / "whole").iterdir()
-    moments = random.Random(0)
-    arguments = [*settings, "--out", tmp_path / "killed"]
-    for lines in (0, 1, 3):  # before anything is saved, around the first checkpoint, later
-        process = subprocess.Popen(command(*arguments), env=environment, cwd=tmp_path)
-        deadline = time.monotonic() + 200
-        while process.poll() is None and time.monotonic() < deadline:
-            found = list((tmp_path / "killed").glob("*/seed43/metrics.jsonl"))
-            if (tmp_path / "killed").exists() and (lines == 0 or (found and found[0].read_text().count("\n") >= lines)):
-                break
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.3 if lines else 2.0))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        (killed,) = (tmp_path / "killed").iterdir()
-        arguments = ["--resume", killed]
-    done = subprocess.run(
-        command(*arguments), env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=300
-    )
-    assert str(killed) in done.stdout.decode()
-
-    for which in ("last", "best"):
-        first, second = checkpoint(whole, which), checkpoint(killed, which)
-        assert jax.tree.all(jax.tree.map(np.array_equal, first, second)), which
-    metrics = [[json.loads(line) for line in (run / "seed43" / "metrics.jsonl").open()] for run in (whole, killed)]
-    for a, b in zip(*metrics, strict=True):
-        assert all(a[key] == b[key] for key in a if "seconds" not in key)
-    layers = [list(csv.DictReader((run / "seed43" / "layers.csv").open())) for run in (whole, killed)]
-    assert layers[0] == layers[1]
-    assert {int(row["epoch"]) for row in layers[0]} == set(range(6))
-    for run in (whole, killed):
-        plots = {path.name for path in run.glob("*.png")}
-        assert plots == {"learning_curves.png", "layers.png", "alphas.png"}
-        assert json.loads((run / "summary.json").read_text())["data"].startswith("digits")

@@ -107,7 +107,7 @@ def stamp(paths):
 def test_checkpoints_of_a_run_are_listed_oldest_first(tmp_path):
     run = run_of(tmp_path / "digits", ["seed1", "seed2"])
     (run / "seed1" / "checkpoints" / "last" / "4.orbax-checkpoint-tmp").mkdir()
-    expected = [run / seed / "checkpoints" / "last" / "2" for seed in ("seed2", "seed1")]
+    expected = [run / seed / "checkpoints" / "last" / step for seed in ("seed2", "seed1") for step in ("1", "2")]
     stamp(expected)
     assert checkpoints(run) == expected
 

@@ -8,7 +8,7 @@ python -m train.cifar --resume runs/NAME           go on with a run that was sto
 from pathlib import Path
 
 from farms_jax.program import run_name, run_program
-from farms_jax.rundir import read_config, write_config
+from farms_jax.rundir import at_work, read_config, write_config
 from train.config import RECIPES, Config, resolve
 from train.data import load
 from train.experiment import check_same_data, facts, train_run
@@ -29,7 +29,7 @@ def start(config: Config) -> str:
         A table of the results.
 
     Raises:
-        InputError: a setting is out of its range, or the data cannot be used.
+        InputError: a setting is out of its range, the data cannot be used, or a loss is not finite.
     """
     config.check()
     images = load(config.dataset, data_dir=config.data_dir, limit_train=config.limit_train)
@@ -37,8 +37,9 @@ def start(config: Config) -> str:
     if config.tb != "none":  # a baseline has no factors
         config.check()  # again: a factor that was given has to fit the other, filled in
     run = config.out / run_name(images.name.split(":")[0].split(" ")[0], config.model, config.tb)
-    write_config(run, config, facts(images))
-    return train_run(run, config, images)
+    with at_work(run):
+        write_config(run, config, facts(images))
+        return train_run(run, config, images)
 
 
 def resume(run: Path) -> str:
@@ -51,12 +52,14 @@ def resume(run: Path) -> str:
         A table of the results.
 
     Raises:
-        RunError: there is no run, or the data are not the same any more.
+        InputError: there is no run, another process is at work in it, the data are not the same any more, all
+            checkpoints are damaged, or a loss is not finite.
     """
     config, before = read_config(run, Config)
-    images = load(before["dataset"], data_dir=config.data_dir, limit_train=config.limit_train)
-    check_same_data(images, before)
-    return train_run(run, config, images)
+    with at_work(run):
+        images = load(before["dataset"], data_dir=config.data_dir, limit_train=config.limit_train)
+        check_same_data(images, before)
+        return train_run(run, config, images)
 
 
 if __name__ == "__main__":

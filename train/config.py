@@ -63,6 +63,8 @@ class Config:
     """Random crop with padding 4, and flip. Digits are never flipped or cropped."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters stay float32."""
+    devices: int = 1
+    """Split every batch evenly over so many devices; 0: all that JAX sees."""
     seeds: tuple[int, ...] = (43,)
     """One network is trained per seed; the paper's are 43 37 13."""
     limit_train: int | None = None

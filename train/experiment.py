@@ -4,31 +4,42 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 import farms_jax
+from farms_jax.errors import InputError
 from farms_jax.files import write_json
-from farms_jax.rundir import RunError, SeedDirectory, environment, layer_rows
+from farms_jax.finite import not_finite
+from farms_jax.rundir import Progress, RunError, SeedDirectory, environment, layer_rows
+from farms_jax.stopping import StopRequest, hold_stops
 from train.config import Config
 from train.data import Images
 from train.loop import (
+    Network,
     Normalise,
+    Steps,
     TrainState,
     cosine_rate,
-    make_epoch,
     make_evaluate,
+    make_fault,
     make_network,
     make_optimizer,
+    make_steps,
 )
 from train.models import MODELS
+from train.parallel import make_mesh, on_all, spread_over
 from train.plots import plot_run
 
 Refresh = Callable[[TrainState, int], tuple[TrainState, list[dict[str, Any]], float]]
+SUMS = ("train_loss", "train_accuracy")  # of `Piece.sums`
+_PIECE_SECONDS = 5.0  # a stop is seen after so long
 
 
 def facts(images: Images) -> dict[str, Any]:
@@ -57,6 +68,49 @@ def check_same_data(images: Images, before: dict[str, Any]) -> None:
         )
 
 
+class Functions(NamedTuple):
+    """Compiled functions of a run, shared by its seeds."""
+
+    network: Network
+    optimizer: Any
+    steps: Steps
+    fault: Callable[..., str]
+    evaluate: Callable[..., dict[str, Array]]
+    refresh: Refresh
+    mesh: Mesh | None
+
+
+def make_functions(config: Config, images: Images) -> Functions:
+    """Make the functions that train on the images; each compiles at its first call.
+
+    Args:
+        config: resolved.
+        images: the data.
+
+    Returns:
+        The functions.
+
+    Raises:
+        InputError: the images do not fill one batch, or the batches not the devices.
+    """
+    assert config.batch_size is not None
+    network, optimizer = make_network(config, images.num_classes), make_optimizer(config, _steps(config, images))
+    normalise = Normalise(jnp.asarray(images.mean), jnp.asarray(images.std))
+    mesh = make_mesh(config.devices, config.batch_size)
+    spread = spread_over(mesh)
+    steps, fault = make_steps(network, optimizer, normalise, config, spread), make_fault(network, normalise, config)
+    evaluate, refresh = make_evaluate(network, normalise, spread), make_refresh(config)
+    return Functions(network, optimizer, steps, fault, evaluate, refresh, mesh)
+
+
+def _steps(config: Config, images: Images) -> int:
+    """Return the steps of an epoch."""
+    assert config.batch_size is not None
+    if len(images.train_labels) < config.batch_size:
+        raise RunError(f"--batch-size {config.batch_size} is more than the {len(images.train_labels)} training images")
+    return len(images.train_labels) // config.batch_size
+
+
 def train_run(run: Path, config: Config, images: Images) -> str:
     """Train all seeds, write the summary and the plots.
 
@@ -69,17 +123,15 @@ def train_run(run: Path, config: Config, images: Images) -> str:
         A table of the results, and where they are.
 
     Raises:
-        RunError: the images do not fill one batch.
+        InputError: the images do not fill one batch, or a loss is not finite.
     """
-    assert config.batch_size is not None
-    if len(images.train_labels) < config.batch_size:
-        raise RunError(f"--batch-size {config.batch_size} is more than the {len(images.train_labels)} training images")
+    functions = make_functions(config, images)
     for line in filter(None, (images.notice, f"{_title(config, images)} -> {run}")):
         tqdm.write(line)
     seeds = {}
     for seed in config.seeds:
         with SeedDirectory(run / f"seed{seed}") as directory:
-            train_seed(directory, seed, config, images)
+            train_seed(directory, seed, config, images, functions)
             seeds[seed] = (directory.metrics(), directory.layers())
     plots = plot_run(run, seeds, _title(config, images))
     summary = summarise({seed: metrics for seed, (metrics, _) in seeds.items()})
@@ -92,50 +144,127 @@ def _title(config: Config, images: Images) -> str:
     return f"{config.model} x{config.width} on {images.name}, tb={config.tb}{selection}, {config.epochs} epochs"
 
 
-def train_seed(directory: SeedDirectory, seed: int, config: Config, images: Images) -> TrainState:
-    """Train one network, from where its directory stands.
+class _Seed(NamedTuple):
+    """One network's training: its files, what it runs on and with.
+
+    Attributes:
+        number: of parameters, order and augmentation.
+        directory: of the seed.
+        functions: of `make_functions`.
+        train: images and labels.
+        test: images and labels.
+        steps: of an epoch.
+        key: of all epochs.
+    """
+
+    number: int
+    directory: SeedDirectory
+    functions: Functions
+    train: tuple[Array, Array]
+    test: tuple[Array, Array]
+    steps: int
+    key: Array
+
+
+def train_seed(
+    directory: SeedDirectory, number: int, config: Config, images: Images, functions: Functions
+) -> TrainState:
+    """Train one network, from where its directory stands; a stop leaves a checkpoint of the step where it came.
 
     Args:
         directory: of the seed.
-        seed: of parameters, order and augmentation.
+        number: the seed, of parameters, order and augmentation.
         config: resolved.
         images: the data.
+        functions: of `make_functions`.
 
     Returns:
         The final state.
+
+    Raises:
+        InputError: a loss or a gradient is not finite; the state before that step is the last checkpoint then.
+        Stopped: by Ctrl-C or SIGTERM.
     """
-    assert config.batch_size is not None and config.epochs is not None
-    network = make_network(config, images.num_classes)
-    optimizer = make_optimizer(config, len(images.train_labels) // config.batch_size)
-    normalise = Normalise(jnp.asarray(images.mean), jnp.asarray(images.std))
-    init_key, run_key = jax.random.split(jax.random.key(seed))
-    params, stats = jax.jit(network.init)(init_key)
-    state, done = directory.restore(TrainState(params, stats, optimizer.init(params)))
-    train = jnp.asarray(images.train_images), jnp.asarray(images.train_labels)
-    test = jnp.asarray(images.test_images), jnp.asarray(images.test_labels)
-    run_epoch, evaluate = make_epoch(network, optimizer, normalise, config), make_evaluate(network, normalise)
-    refresh = make_refresh(config)
+    assert config.epochs is not None
+    init_key, run_key = jax.random.split(jax.random.key(number))
+    params, stats = jax.jit(functions.network.init)(init_key)
+    at = directory.restore(TrainState(params, stats, functions.optimizer.init(params)))
+    at = at._replace(state=on_all(functions.mesh, at.state))
+    train = on_all(functions.mesh, (jnp.asarray(images.train_images), jnp.asarray(images.train_labels)))
+    test = on_all(functions.mesh, (jnp.asarray(images.test_images), jnp.asarray(images.test_labels)))
+    seed = _Seed(number, directory, functions, train, test, _steps(config, images), run_key)
     best = max((line["test_accuracy"] for line in directory.metrics()), default=-1.0)
-    with tqdm(total=config.epochs, initial=done, desc=f"seed {seed}", unit="epoch", dynamic_ncols=True) as bar:
-        for epoch in range(done, config.epochs):
-            start = time.perf_counter()
-            state, layers, refresh_seconds = refresh(state, epoch)
-            directory.append_layers(layers)
-            state, measured = run_epoch(state, jax.random.fold_in(run_key, epoch), *train)
-            measured = {key: float(value) for key, value in {**measured, **evaluate(state, *test)}.items()}
-            seconds = time.perf_counter() - start
-            line = {"epoch": epoch, "learning_rate": cosine_rate(config, epoch), **measured}
-            line |= {"seconds": seconds, "refresh_seconds": refresh_seconds}
+    total = config.epochs * seed.steps
+    bar = tqdm(total=total, initial=at.done, desc=f"seed {number}", unit="step", dynamic_ncols=True)
+    with bar, hold_stops() as stop:
+        for epoch in range(at.done // seed.steps, config.epochs):
+            at = _run_steps(seed, at if at.so_far else _refresh(seed, at, epoch), stop, bar)
+            line = {"epoch": epoch, "learning_rate": cosine_rate(config, epoch), **_measure(seed, at)}
             directory.append_metrics(line)
-            if measured["test_accuracy"] > best:
-                best = measured["test_accuracy"]
-                directory.save_best(state, epoch + 1)
-            directory.save(state, epoch + 1)
-            bar.set_postfix(loss=f"{measured['train_loss']:.3f}", test=f"{100 * measured['test_accuracy']:.2f} %")
-            bar.update()
+            if line["test_accuracy"] > best:
+                best = line["test_accuracy"]
+                directory.save_best(at.state, at.done)
+            at = Progress(at.state, at.done, {})
+            directory.save(*at)
+            bar.set_postfix(loss=f"{line['train_loss']:.3f}", test=f"{100 * line['test_accuracy']:.2f} %")
             tqdm.write(_line(line, config.epochs))
-    directory.append_layers(refresh(state, config.epochs)[1])
-    return state
+            stop.obey()
+    directory.append_layers(functions.refresh(at.state, config.epochs)[1])
+    return at.state
+
+
+def _refresh(seed: _Seed, at: Progress, epoch: int) -> Progress:
+    """Measure the layers and set their rates, at the start of an epoch."""
+    state, layers, seconds = seed.functions.refresh(at.state, epoch)
+    seed.directory.append_layers(layers)
+    return Progress(state, at.done, dict.fromkeys(SUMS, 0.0) | {"seconds": seconds, "refresh_seconds": seconds})
+
+
+def _run_steps(seed: _Seed, at: Progress, stop: StopRequest, bar: tqdm) -> Progress:
+    """Take the steps that are left of an epoch, a few seconds' worth at a time."""
+    first, count = at.done % seed.steps, 1
+    epoch = at.done // seed.steps
+    key = jax.random.fold_in(seed.key, epoch)
+    while first < seed.steps:
+        start = time.perf_counter()
+        sums = np.array([at.so_far[name] for name in SUMS], np.float32)
+        piece = seed.functions.steps(at.state, sums, key, first, min(first + count, seed.steps), *seed.train)
+        first = int(piece.step)
+        seconds = time.perf_counter() - start
+        so_far = {**at.so_far, **dict(zip(SUMS, map(float, piece.sums), strict=True))}
+        at = Progress(piece.state, epoch * seed.steps + first, {**so_far, "seconds": so_far["seconds"] + seconds})
+        bar.update(at.done - bar.n)
+        if not piece.is_finite:
+            raise _not_finite(seed, at, key, float(piece.loss))
+        if stop and first < seed.steps:  # after the last one the test and the epoch's lines come first
+            seed.directory.save(*at)
+            stop.obey()
+        # The first call compiles, so that it says little of a step's time.
+        count = max(1, min(2 * count, int(count * _PIECE_SECONDS / seconds)))
+    return at
+
+
+def _not_finite(seed: _Seed, at: Progress, key: Array, loss: float) -> InputError:
+    """Keep the state before the step, and find out what went wrong in it."""
+    epoch, step = divmod(at.done, seed.steps)
+    return not_finite(
+        f"seed {seed.number}",
+        (epoch + 1, step + 1),
+        at.done + 1,
+        loss=loss,
+        kept=seed.directory.save(*at),
+        first=seed.functions.fault(at.state, key, step, *seed.train),
+        advice="a lower --learning-rate",
+    )
+
+
+def _measure(seed: _Seed, at: Progress) -> dict[str, float]:
+    """What `metrics.jsonl` says of a finished epoch, its test included."""
+    start = time.perf_counter()
+    tested = {name: float(value) for name, value in seed.functions.evaluate(at.state, *seed.test).items()}
+    seconds = at.so_far["seconds"] + time.perf_counter() - start
+    trained = {name: at.so_far[name] / seed.steps for name in SUMS}
+    return {**trained, **tested, "seconds": seconds, "refresh_seconds": at.so_far["refresh_seconds"]}
 
 
 def _line(line: dict[str, Any], epochs: int) -> str:

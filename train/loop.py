@@ -1,4 +1,4 @@
-"""One network's training: a step, an epoch under one jit, evaluation.
+"""One network's training: the steps of an epoch under one jit, evaluation.
 
 Everything is a pure function of a `TrainState` of plain arrays and an integer seed, so that a run continues exactly
 from a checkpoint.
@@ -15,9 +15,11 @@ from flax import nnx
 from jax import Array, lax
 
 import farms_jax
+from farms_jax.finite import Call, call, first_not_finite, norm
 from train.config import Config
 from train.layers import compiler_options
 from train.models import MODELS
+from train.parallel import Spread, alone
 
 _EVAL_BATCH = 500
 _PADDING = 4
@@ -29,6 +31,27 @@ class TrainState(NamedTuple):
     params: dict[str, Any]
     batch_stats: dict[str, Any]
     opt_state: Any
+
+
+class Piece(NamedTuple):
+    """Where some steps of an epoch ended.
+
+    Attributes:
+        state: after them, and before the first step whose loss or gradient is not finite.
+        sums: (2,) float32: of the loss and of the share of right answers, over the epoch's steps up to there.
+        step: the epoch's finished steps.
+        loss: of the last step taken.
+        is_finite: of that step, whether its loss and its gradient are.
+    """
+
+    state: TrainState
+    sums: Array
+    step: Array
+    loss: Array
+    is_finite: Array
+
+
+Steps = Callable[..., Piece]
 
 
 class Network(NamedTuple):
@@ -46,7 +69,8 @@ def make_network(config: Config, num_classes: int) -> Network:
         num_classes: outputs.
 
     Returns:
-        `init(key) -> (params, batch_stats)` and `apply(params, batch_stats, images, train=...)`.
+        `init(key) -> (params, batch_stats)` and `apply(params, batch_stats, images, train=..., call=...)`; `call` is as
+        in `farms_jax.finite`.
     """
     dtype = jnp.bfloat16 if config.bfloat16 else None
 
@@ -59,11 +83,13 @@ def make_network(config: Config, num_classes: int) -> Network:
         _, params, stats = nnx.split(build(key), nnx.Param, ...)
         return _plain(nnx.to_pure_dict(params)), _plain(nnx.to_pure_dict(stats))
 
-    def apply(params: Any, stats: Any, images: Array, *, train: bool) -> tuple[Array, dict[str, Any]]:
+    def apply(
+        params: Any, stats: Any, images: Array, *, train: bool, call: Call = call
+    ) -> tuple[Array, dict[str, Any]]:
         states = (nnx.State(nnx.restore_int_paths(tree)) for tree in (params, stats))
         model = nnx.merge(graph, *states, copy=True)
         model.train() if train else model.eval()
-        logits = model(images)
+        logits = call(model, images)
         _, _, new_stats = nnx.split(model, nnx.Param, ...)
         return logits.astype(jnp.float32), _plain(nnx.to_pure_dict(new_stats))
 
@@ -127,60 +153,118 @@ def augment(key: Array, images: Array) -> Array:
     return jnp.where(flipped, cropped[:, :, ::-1], cropped)
 
 
-def make_epoch(
-    network: Network, optimizer: optax.GradientTransformationExtraArgs, normalise: Normalise, config: Config
-) -> Callable[[TrainState, Array, Array, Array], tuple[TrainState, dict[str, Array]]]:
-    """Compile a whole epoch.
+def make_steps(
+    network: Network,
+    optimizer: optax.GradientTransformationExtraArgs,
+    normalise: Normalise,
+    config: Config,
+    spread: Spread = alone,
+) -> Steps:
+    """Compile the steps of an epoch, any number of them in a call.
+
+    An epoch takes every image once, in an order drawn from its key, less the rest that fills no batch. Its state and
+    sums do not depend on how many calls it is made of.
 
     Args:
         network: of `make_network`.
         optimizer: of `make_optimizer`.
         normalise: statistics of the images.
         config: resolved.
+        spread: see `train.parallel`; of the images of a batch.
 
     Returns:
-        `epoch(state, key, images, labels) -> (state, metrics)`: every image once, in an order drawn from the key,
-        less the rest that fills no batch; metrics are `train_loss` and `train_accuracy`, float32 scalars.
+        `steps(state, sums, key, first, last, images, labels) -> Piece`, which takes the steps `first` to `last - 1` of
+        the epoch with that key; state and sums are donated. It ends before a step whose loss, or the norm of whose
+        gradient, is not finite, so that the weights always are.
     """
-    assert config.batch_size is not None
-    batch_size = config.batch_size
 
-    def loss_of(params: Any, stats: Any, images: Array, labels: Array) -> tuple[Array, tuple[Array, Any]]:
-        logits, stats = network.apply(params, stats, images, train=True)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return loss, ((logits.argmax(-1) == labels).mean(), stats)
-
-    def step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, tuple[Array, Array]]:
-        (loss, (accuracy, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(
-            state.params, state.batch_stats, images, labels
+    def step(piece: Piece, images: Array, labels: Array) -> Piece:
+        state = piece.state
+        (loss, (accuracy, stats)), grads = jax.value_and_grad(_loss, argnums=1, has_aux=True)(
+            network.apply, state.params, state.batch_stats, images, labels
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        return TrainState(params, stats, opt_state), (loss, accuracy)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm(grads))
+        sums = piece.sums + jnp.stack([loss, accuracy])
+        after = Piece(TrainState(params, stats, opt_state), sums, piece.step + 1, loss, is_finite)
+        # The memory of the state before is that of the state after: entry by entry one of them is written.
+        before = piece._replace(loss=loss, is_finite=is_finite)
+        return jax.tree.map(functools.partial(jnp.where, is_finite), after, before)
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
-    def epoch(state: TrainState, key: Array, images: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
-        order_key, augment_key = jax.random.split(key)
-        steps = labels.size // batch_size
-        order = jax.random.permutation(order_key, labels.size)[: steps * batch_size].reshape(steps, batch_size)
+    @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=compiler_options())
+    def steps(
+        state: TrainState, sums: Array, key: Array, first: Array, last: Array, images: Array, labels: Array
+    ) -> Piece:
+        batch = _batches(config, normalise, key, images, labels, spread)
+        start = Piece(state, sums, jnp.asarray(first, jnp.int32), jnp.zeros(()), jnp.array(True))
+        return lax.while_loop(
+            lambda piece: piece.is_finite & (piece.step < last), lambda piece: step(piece, *batch(piece.step)), start
+        )
 
-        def one_step(state: TrainState, batch: tuple[Array, Array]) -> tuple[TrainState, tuple[Array, Array]]:
-            index, key = batch
-            chosen = augment(key, images[index]) if config.augment else images[index]
-            return step(state, normalise(chosen), labels[index])
-
-        state, (losses, accuracies) = lax.scan(one_step, state, (order, jax.random.split(augment_key, steps)))
-        return state, {"train_loss": losses.mean(), "train_accuracy": accuracies.mean()}
-
-    return epoch
+    return steps
 
 
-def make_evaluate(network: Network, normalise: Normalise) -> Callable[[TrainState, Array, Array], dict[str, Array]]:
+def _loss(
+    apply: Callable[..., Any], params: Any, stats: Any, images: Array, labels: Array
+) -> tuple[Array, tuple[Array, Any]]:
+    """Loss of a batch, with its share of right answers and the new statistics."""
+    logits, stats = apply(params, stats, images, train=True)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return loss, ((logits.argmax(-1) == labels).mean(), stats)
+
+
+def _batches(
+    config: Config, normalise: Normalise, key: Array, images: Array, labels: Array, spread: Spread = alone
+) -> Callable[[Array], tuple[Array, Array]]:
+    """Draw an epoch's order; what is returned gives the batch of a step, images normalised."""
+    assert config.batch_size is not None
+    order_key, augment_key = jax.random.split(key)
+    steps = labels.size // config.batch_size
+    order = jax.random.permutation(order_key, labels.size)[: steps * config.batch_size].reshape(steps, -1)
+    keys = jax.random.split(augment_key, steps)
+
+    def batch(step: Array) -> tuple[Array, Array]:
+        index = spread(order[step])
+        chosen = augment(keys[step], images[index]) if config.augment else images[index]
+        return normalise(chosen), labels[index]
+
+    return batch
+
+
+def make_fault(network: Network, normalise: Normalise, config: Config) -> Callable[..., str]:
+    """Make the function that finds what in a step is the first that is not finite.
+
+    Args:
+        network: of `make_network`.
+        normalise: statistics of the images.
+        config: resolved.
+
+    Returns:
+        `fault(state, key, step, images, labels)` of the state before the step, the key of its epoch, and its number
+        there; for what it returns see `farms_jax.finite.first_not_finite`.
+    """
+
+    def loss_of(params: Any, *inputs: Any, call: Call = call) -> Array:
+        return _loss(functools.partial(network.apply, call=call), params, *inputs)[0]
+
+    def fault(state: TrainState, key: Array, step: int, images: Array, labels: Array) -> str:
+        draw = jax.jit(lambda key, step, *data: _batches(config, normalise, key, *data)(step))
+        batch = draw(key, step, images, labels)
+        return first_not_finite(loss_of, state.params, state.batch_stats, *batch, compiler_options=compiler_options())
+
+    return fault
+
+
+def make_evaluate(
+    network: Network, normalise: Normalise, spread: Spread = alone
+) -> Callable[[TrainState, Array, Array], dict[str, Array]]:
     """Compile the evaluation on all images, in batches, the last one padded and masked.
 
     Args:
         network: of `make_network`.
         normalise: statistics of the images.
+        spread: see `train.parallel`; of the images of a batch.
 
     Returns:
         `evaluate(state, images, labels) -> metrics` with `test_loss` and `test_accuracy`, float32 scalars.
@@ -193,6 +277,7 @@ def make_evaluate(network: Network, normalise: Normalise) -> Callable[[TrainStat
         index = jnp.pad(jnp.arange(labels.size), (0, pad), constant_values=-1).reshape(-1, size)
 
         def batch(index: Array) -> tuple[Array, Array]:
+            index = spread(index)
             logits, _ = network.apply(state.params, state.batch_stats, normalise(images[index]), train=False)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[index])
             right = logits.argmax(-1) == labels[index]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from farms_jax._names import natural_key
 from farms_jax.errors import InputError
+from farms_jax.files import CHECKSUMS, damaged_files
 from farms_jax.weights import orbax_source
 from farms_jax.weights.shards import WEIGHTS
 
@@ -21,7 +22,7 @@ class Found(NamedTuple):
 
 
 def model_of(run: Path) -> Found | None:
-    """Find the model of a run directory.
+    """Find the model of a run directory; a checkpoint of `train` and `sciml` is compared with its checksums.
 
     Args:
         run: a folder.
@@ -31,8 +32,9 @@ def model_of(run: Path) -> Found | None:
         setting), the last one where there is no best; `None` where the folder is no run directory.
 
     Raises:
-        InputError: the run has no checkpoint yet.
+        InputError: the run has no checkpoint yet, or files are not as their checksums say.
     """
+    _check_files(run)
     if (run / "run.json").is_file() and (run / "model").is_dir():
         return Found(run / "model", f"{run.resolve().name}, pruned model")
     if (run / "model.part").is_dir():
@@ -43,12 +45,27 @@ def model_of(run: Path) -> Found | None:
         places += sorted(run.glob(pattern), key=lambda path: natural_key(str(path)))
     for place in places:
         for folder in (place / "best", place / "last", place):
+            _check_files(folder)
             if folder.is_dir() and (steps := orbax_source.steps(folder)):
                 where = steps[-1].relative_to(run)
                 return Found(steps[-1], f"{run.resolve().name}, {where.as_posix()}")
     if any((place / "last").is_dir() for place in places):
         raise InputError(f"{run}: a run without a checkpoint yet; wait for the end of its first epoch")
     return None
+
+
+def _check_files(folder: Path) -> None:
+    """Compare a checkpoint of the programs here, or the newest one in a folder, with its checksums."""
+    numbered = [path for path in (folder, *folder.glob("*")) if path.name.isdecimal() and (path / CHECKSUMS).is_file()]
+    if not numbered:
+        return
+    newest = max(numbered, key=lambda path: int(path.name))
+    if damaged := damaged_files(newest, exact=True):
+        others = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise InputError(
+            f"{damaged[0]}: missing or damaged{others}, as {CHECKSUMS} beside it shows; put it back, or give another "
+            "checkpoint"
+        )
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -1,0 +1,200 @@
+"""Analyses on 8 forced CPU devices, each against one device: prints what `test_sharded.py` asserts, as JSON."""
+
+import json
+import os
+import re
+import sys
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+import farms_jax
+from farms_jax import Tail, Window, _host, _sharded
+from farms_jax._report import METRICS
+
+MESH = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+EXPLICIT = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+WEIGHTS = {
+    "rows": (normal(64, 48), P("x")),
+    "cols": (normal(64, 48).astype(jnp.bfloat16), P(None, "x")),
+    "both": (normal(64, 48), P("x", "y")),
+    "both again": (normal(64, 48), P("x", "y")),
+    "turned": (normal(32, 96), P(None, ("y", "x"))),
+    "replicated": (normal(64, 48), P()),
+    "kernel": (normal(3, 3, 16, 32), P(None, None, "y", "x")),
+    "positions": (normal(2, 3, 12, 8), P("y", None, "x")),
+    "complex": ((normal(40, 24) + 1j * normal(40, 24)).astype(np.complex64), P("y", "x")),
+    "far spike": (normal(64, 48) + 300 * np.outer(normal(64), normal(48)), P("x", "y")),
+}
+HOST = {name: weight for name, (weight, _) in WEIGHTS.items()}
+
+
+def place(names=tuple(WEIGHTS), mesh=MESH):
+    return {name: jax.device_put(HOST[name], NamedSharding(mesh, WEIGHTS[name][1])) for name in names}
+
+
+def difference(found, expected):
+    """Largest relative difference of any measure of any layer, and of alpha."""
+    assert (found.names, found.left_out, found.num_params) == (expected.names, expected.left_out, expected.num_params)
+    pairs = [[np.asarray(getattr(report, metric), float) for report in (found, expected)] for metric in METRICS]
+    assert all(np.isfinite(ours).all() for ours, _ in pairs)
+    worst = [float((np.abs(ours - theirs) / np.maximum(np.abs(theirs), 1e-30)).max()) for ours, theirs in pairs]
+    return max(worst), worst[METRICS.index("alpha")]
+
+
+def against_one_device(names=tuple(WEIGHTS), **settings):
+    expected = farms_jax.analyze({name: HOST[name] for name in names}, **settings)
+    return difference(farms_jax.analyze(place(names), **settings), expected)
+
+
+def same_result(results):
+    results["median"] = against_one_device(window=Window(rows=20, per_axis=3))
+    results["rounds"] = against_one_device(("both",), window=Window(rows=20, per_axis=3), max_batch_bytes=1)
+    results["peak"] = against_one_device(("both", "kernel"), tail=Tail(xmin="peak"), window=Window(divisions="pooled"))
+    results["ks"] = against_one_device(("both", "kernel"), tail=Tail(xmin="ks"))
+    results["svd"] = against_one_device(("turned",), solver="svd", window=Window(aspect_ratio=2.0, per_axis=2))
+    results["gram64, whole"] = against_one_device(("turned",), solver="gram64", window=None)
+
+
+def ways_in(results):
+    host = {name: HOST[name] for name in ("rows", "both")}
+    expected = farms_jax.analyze(host, eigenvalues=True)
+    found = farms_jax.analyze(host, eigenvalues=True, mesh=MESH)
+    results["host arrays"] = difference(found, expected)
+    results["eigenvalues"] = max(
+        float(np.abs(ours - theirs).max() / theirs.max())
+        for ours, theirs in zip(found.eigenvalues, expected.eigenvalues, strict=True)
+    )
+    results["on all devices"] = found.alpha.sharding.is_fully_replicated and len(found.alpha.devices()) == 8
+    one = jax.tree.map(lambda weight: jax.device_put(weight, jax.devices()[5]), host)
+    results["arrays of one device"] = difference(farms_jax.analyze(one, eigenvalues=True, mesh=MESH), expected)
+    other = Mesh(MESH.devices.reshape(2, 4)[::-1], ("a", "b"))  # of the same devices, in another order
+    both = {**place(("both",)), "rows": jax.device_put(HOST["rows"], NamedSharding(other, P("a")))}
+    results["two meshes"] = difference(farms_jax.analyze(both, eigenvalues=True), expected)
+    with jax.enable_x64(True):
+        double = {"rows": RNG.standard_normal((40, 24))}
+        results["x64"] = difference(farms_jax.analyze(double, mesh=MESH), farms_jax.analyze(double))
+
+
+def entries(hlo):
+    """Entries of the largest array in a compiled program."""
+    shapes = re.findall(r"\b(?:f32|s32|u32|pred|bf16|f64)\[([\d,]+)\]", hlo)
+    return max(int(np.prod([int(length) for length in shape.split(",")])) for shape in shapes)
+
+
+def traced(results):
+    settings = {"window": Window(rows=12, per_axis=2)}
+    weight = normal(96, 64)
+    expected = farms_jax.analyze({"w": weight}, **settings)
+    run = jax.jit(lambda w: farms_jax.analyze({"w": w}, mesh=MESH, **settings))
+    results["matrix"], results["largest arrays"], results["gathered"], results["traced"] = weight.size, {}, {}, {}
+    for spec in (P("x"), P("y", "x"), P(None, ("y", "x")), P()):
+        placed = jax.device_put(weight, NamedSharding(MESH, spec))
+        program = run.lower(placed).compile()
+        hlo = program.as_text()
+        results["largest arrays"][str(spec)] = entries(hlo)
+        results["gathered"][str(spec)] = [entries(line) for line in hlo.splitlines() if " all-gather(" in line]
+        results["traced"][str(spec)] = difference(program(placed), expected)
+    broken = weight.copy()
+    broken[70, 3] = np.nan
+    placed = jax.device_put(broken, NamedSharding(MESH, P()))
+    results["alpha of NaN"] = float(program(placed).alpha[0])
+    for _ in range(20):
+        program(placed).alpha.block_until_ready()
+    results["traced twenty times"] = True
+    with jax.set_mesh(EXPLICIT):
+        placed = jax.device_put(weight, NamedSharding(EXPLICIT, P("y", "x")))
+        found = jax.jit(lambda w: farms_jax.analyze({"w": w}, mesh=EXPLICIT, **settings))(placed)
+        results["explicit axes"] = difference(found, expected)
+
+
+def train(mesh):
+    """Alphas' factors and parameters after five steps, and how often the step was compiled."""
+    tx = optax.chain(optax.sgd(0.5, momentum=0.9), farms_jax.tempbalance(refresh_every=2, low=0.5, high=1.5, mesh=mesh))
+    rng = np.random.default_rng(1)
+    params = {
+        "a": {"kernel": jnp.asarray(0.1 * rng.standard_normal((16, 64)), jnp.float32), "bias": jnp.zeros(64)},
+        "b": {"kernel": jnp.asarray(0.1 * rng.standard_normal((64, 16)), jnp.float32)},
+    }
+    x = jnp.asarray(rng.standard_normal((32, 16)), jnp.float32)
+    state = tx.init(params)
+    shardings = None
+    if mesh is not None:
+
+        def sharding(leaf):
+            return NamedSharding(mesh, P("x", "y") if leaf.ndim == 2 else P("y") if leaf.ndim else P())
+
+        shardings = jax.tree.map(sharding, (params, state))
+        params, state = jax.device_put((params, state), shardings)
+        x = jax.device_put(x, NamedSharding(mesh, P("x")))
+
+    def loss(params):
+        hidden = jnp.tanh(x @ params["a"]["kernel"] + params["a"]["bias"])
+        return ((hidden @ params["b"]["kernel"] - x) ** 2).mean()
+
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, out_shardings=shardings)
+    for _ in range(5):
+        params, state = step(params, state)
+    scale = optax.tree.get(state, "lr_scale")
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((params, scale))], step._cache_size()
+
+
+def training(results):
+    (expected, _), (found, compiled) = train(None), train(MESH)
+    results["training"] = max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
+    results["scales differ"] = float(np.ptp([leaf for leaf in found if leaf.ndim == 0]))
+    results["step compiled"] = compiled
+
+
+def faults(results):
+    names = ("both", "replicated")
+    halves = [Mesh(MESH.devices[part], ("x", "y")) for part in (slice(2), slice(2, 4))]
+    apart = {f"w{i}": jax.device_put(HOST["both"], NamedSharding(half, P("x"))) for i, half in enumerate(halves)}
+    broken = {name: weight.at[3, 3].set(jnp.inf) for name, weight in place(names).items()}
+    for name, params, mesh in (
+        ("apart", apart, None),
+        ("another mesh", apart, MESH),
+        ("not finite", broken | place(("rows",)), None),
+    ):
+        try:
+            farms_jax.analyze(params, mesh=mesh)
+        except ValueError as error:
+            results[name] = f"{type(error).__name__}: {error}"
+
+    def fail(*_, **__):
+        raise MemoryError("of this test")
+
+    weights = place(names)
+    solve, _host._run = _host._run, fail
+    try:
+        jax.block_until_ready(farms_jax.analyze(weights))
+    except Exception as error:
+        results["failing solver"] = str(error)
+    _host._run = solve
+    before = _sharded._solve._cache_size()
+    for _ in range(20):
+        jax.block_until_ready(farms_jax.analyze(weights))
+    results["compiled again"] = _sharded._solve._cache_size() - before
+
+
+if __name__ == "__main__":
+    results = {}
+    for part in (same_result, ways_in, traced, training, faults):
+        part(results)
+    sys.stdout.write(json.dumps(results))
