@@ -21,7 +21,7 @@ from train.layers import compiler_options
 from train.models import MODELS
 from train.parallel import Spread, alone
 
-_EVAL_BATCH = 500
+_EVAL_BATCH = 512  # a multiple of any usual number of devices
 _PADDING = 4
 
 

@@ -43,7 +43,7 @@ def make_mesh(count: int, batch_size: int) -> Mesh | None:
 
 
 def spread_over(mesh: Mesh | None) -> Spread:
-    """Make the function that splits an array's first axis over the devices, inside jit.
+    """Make the function that splits an array's first axis over the devices, inside jit, where it can be split evenly.
 
     All that is computed from the array is then split too, as XLA sees fit, with the results of one device: batch norm
     takes its statistics over the whole batch.
@@ -57,7 +57,7 @@ def spread_over(mesh: Mesh | None) -> Spread:
     if mesh is None:
         return alone
     sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
-    return lambda array: jax.lax.with_sharding_constraint(array, sharding)
+    return lambda array: jax.lax.with_sharding_constraint(array, sharding) if len(array) % mesh.size == 0 else array
 
 
 def on_all(mesh: Mesh | None, tree: T) -> T:
