@@ -1,6 +1,9 @@
 """The command `farms`, also as `python -m farms_jax`."""
 
 import sys
+from typing import NoReturn
+
+from farms_jax.errors import run_and_end
 
 
 def main() -> None:
@@ -13,5 +16,10 @@ def main() -> None:
     run()
 
 
+def command() -> NoReturn:
+    """Run `farms` and end the process."""
+    run_and_end(main)
+
+
 if __name__ == "__main__":
-    main()
+    command()

@@ -3,7 +3,8 @@
 import contextlib
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import NoReturn
 
 from farms_jax.stopping import Stopped, stop_signals_raise
 
@@ -39,3 +40,21 @@ def reported(program: str, when_stopped: str = "") -> Generator[None]:
     except Stopped as stopped:
         sys.stderr.write(f"\n{program}: stopped by {stopped}{when_stopped}\n")
         sys.exit(stopped.status)
+
+
+def run_and_end(main: Callable[[], object]) -> NoReturn:
+    """Run a program and end the process with its exit status, without waiting for threads that still compute.
+
+    Python's own way out waits for them, for minutes where one is at a long task, and crashes where one is inside XLA.
+
+    Args:
+        main: the program; ends by itself or with `SystemExit`.
+    """
+    status = 0
+    try:
+        main()
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1 if ended.code else 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

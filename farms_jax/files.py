@@ -27,14 +27,27 @@ def atomic(path: Path) -> Generator[Path, None, None]:
 
     Yields:
         Path to write to. It becomes `path` at the end; after an error there is no new file and the old one stays.
+
+    Raises:
+        OSError: it cannot be written; the error has a file name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
         yield part
+        _see_to_disk(part)
         os.replace(part, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk, met in writing, does not say where
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def _see_to_disk(path: Path) -> None:
+    """Have the system write a file now: after a power cut a name that is there may else hold nothing."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def reserve(file: int, size: int) -> None:

@@ -22,7 +22,9 @@ there twice, and none is damaged.
 import contextlib
 import csv
 import dataclasses
+import errno
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -48,6 +50,7 @@ from farms_jax.stopping import Stopped
 LAYER_FIELDS = ("epoch", "layer", "alpha", "lr_scale", "learning_rate")
 _LINES = ("metrics.jsonl", "layers.csv")
 _ARRAYS, _SO_FAR = "default", "so_far.json"  # in a checkpoint
+_ROOM = 2**20  # bytes of a checkpoint beside its arrays, at most
 _KEPT_LAST, _KEPT_BEST = 2, 1  # the last but one is there for when the last is damaged
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError)  # what reading JSON of another shape comes to
 
@@ -369,6 +372,7 @@ class SeedDirectory:
         part, whole = folder / f"{done}.part", folder / str(done)
         _remove_drafts(folder)  # left by a process that was killed
         try:
+            _check_room(folder, state)
             self._fill(part, state, so_far)
         except Exception as error:  # of any kind: Orbax reports a full disk as a ValueError
             _remove_drafts(folder)  # makes room
@@ -390,6 +394,14 @@ class SeedDirectory:
             if (self.path / name).is_file():
                 shutil.copyfile(self.path / name, folder / name)
         write_checksums(folder)
+
+
+def _check_room(folder: Path, state: Any) -> None:
+    """Find out before Orbax does, whose threads would print a traceback each, that a disk is full."""
+    need, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _ROOM, shutil.disk_usage(folder).free
+    if need > free:
+        sizes = f"{need / 2**20:.0f} MiB are needed, {free / 2**20:.0f} MiB are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {sizes}")
 
 
 def _steps(folder: Path) -> list[Path]:

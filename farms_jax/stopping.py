@@ -1,11 +1,14 @@
 """Ctrl-C and SIGTERM: as an error that ends a program, or held back until a step is done and its checkpoint written."""
 
 import contextlib
+import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Generator
 from types import FrameType
+from typing import Any
 
 _ENDED = 128  # a shell's exit status of a program that a signal ended, less the signal
 
@@ -54,14 +57,55 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_signals_raise() -> Generator[None]:
-    """Have SIGTERM end what runs inside as Ctrl-C does: with an error, so that whatever is open is closed."""
+    """Have SIGTERM end what runs inside as Ctrl-C does: with an error, so that whatever is open is closed.
+
+    Raises:
+        Stopped: a signal came; in place of whatever else the error that it raised was turned into on its way.
+    """
+    asked: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
+        asked.append(number)
         raise Stopped(number)
 
-    with _handling(stop):
+    with _handling(stop), _raised_again(stop):
+        try:
+            yield
+        except Exception as error:  # JAX makes its own of one that is raised in a callback of a compiled program
+            if asked:
+                raise Stopped(asked[0]) from error
+            raise
+
+
+@contextlib.contextmanager
+def _raised_again(stop: Callable[[int, FrameType | None], None]) -> Generator[None]:
+    """Ask once more where a stop came to nothing: raised in a destructor or the like, from which no error gets out.
+
+    Nor does JAX print the traceback of one that was raised in a callback.
+    """
+    hook, log = sys.unraisablehook, logging.getLogger("jax._src.callback")
+
+    def ask_again(number: int) -> None:
+        if signal.getsignal(number) is stop:  # not over meanwhile
+            os.kill(os.getpid(), number)
+
+    def unraisable(lost: Any) -> None:
+        if isinstance(lost.exc_value, Stopped):
+            threading.Timer(0.05, ask_again, (lost.exc_value.signal,)).start()
+        else:
+            hook(lost)
+
+    def is_no_stop(record: logging.LogRecord) -> bool:
+        return record.exc_info is None or not isinstance(record.exc_info[1], Stopped)
+
+    sys.unraisablehook = unraisable
+    log.addFilter(is_no_stop)
+    try:
         yield
+    finally:
+        sys.unraisablehook = hook
+        log.removeFilter(is_no_stop)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tyro
 
-from farms_jax.errors import InputError, reported
+from farms_jax.errors import InputError, reported, run_and_end
 from farms_jax.files import write_json
 from prune.checkpoints import Checkpoint, choose_tokenizer, open_checkpoint
 from prune.models import Network
@@ -231,4 +231,4 @@ def _versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_end(main)

@@ -5,7 +5,6 @@ with the first block that is not written, after the calibration text was taken t
 """
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from prune.output import Output
 from prune.passes import analyse, lay_out, rehearse, score, write
 from prune.perplexity import perplexity
 from prune.plots import plot_run
-from prune.rundir import RunDirectory
+from prune.rundir import RunDirectory, opened
 from prune.summary import Row, allocation_table, layer_rows, make_card, summarise
 
 
@@ -38,22 +37,23 @@ def run(job: Job) -> str:
         Tables of what was found, and where it is.
 
     Raises:
-        InputError: something given turned out not to be usable, or the disk is full; what is done is kept.
+        InputError: something given turned out not to be usable, the disk is full, or another process is at the same
+            run; what is done is kept.
     """
     config = job.config
     # A dry run prunes nothing, and so must not take away what was pruned.
-    directory = RunDirectory(job.path, fresh=config.fresh and not config.dry_run)
-    if (directory.path / "run.json").exists() and not config.dry_run:
-        tqdm.write(f"this run is finished, these are its results; --fresh does it again: {directory.path}")
-    else:
-        tqdm.write(f"{job.checkpoint.name}, {config.method}, {config.allocation} -> {directory.path}")
-    try:
-        return Experiment(job, directory).run()
-    except ValueError as error:  # of the core: an analysis or an allocation that cannot be made
-        raise error if isinstance(error, InputError) else InputError(str(error)) from error
-    except OSError as error:  # of a cache, a card or a plot; a model's own errors say more
-        remedy = "free space, or name another --out; the same command goes on from there"
-        raise InputError(f"{directory.path}: {error}; {remedy}") from error
+    with opened(job.path, fresh=config.fresh and not config.dry_run) as directory:
+        if (directory.path / "run.json").exists() and not config.dry_run:
+            tqdm.write(f"this run is finished, these are its results; --fresh does it again: {directory.path}")
+        else:
+            tqdm.write(f"{job.checkpoint.name}, {config.method}, {config.allocation} -> {directory.path}")
+        try:
+            return Experiment(job, directory).run()
+        except ValueError as error:  # of the core: an analysis or an allocation that cannot be made
+            raise error if isinstance(error, InputError) else InputError(str(error)) from error
+        except OSError as error:  # of a cache, a card or a plot; a model's own errors say more
+            remedy = "free space, or name another --out; the same command goes on from there"
+            raise InputError(f"{error.filename or directory.path}: {error.strerror or error}; {remedy}") from error
 
 
 class Experiment:
@@ -110,13 +110,12 @@ class Experiment:
         return self.directory.get(name)
 
     def _card(self, rows: Sequence[Row], results: Mapping[str, Any]) -> dict[str, Any]:
-        """The card; where nothing was left to do, the one that is there, with the versions that the numbers are of."""
-        path = self.directory.path / "run.json"
-        if path.exists() and not self._computed:
-            return json.loads(path.read_text(encoding="utf-8"))
-        card = make_card(self.job, rows, results, self.directory.get("seconds"), self._peak())
-        write_json(path, card)
-        return card
+        """The card; where nothing was left to do, the one on record, with the versions that the numbers are of."""
+        if self._computed or self.directory.get("card") is None:
+            card = make_card(self.job, rows, results, self.directory.get("seconds"), self._peak())
+            self.directory.put("card", card)
+        write_json(self.directory.path / "run.json", self.directory.get("card"))
+        return self.directory.get("card")
 
     def _peak(self) -> int:
         """Most memory over all the processes that worked on the run."""

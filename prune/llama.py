@@ -10,7 +10,7 @@ A run that was stopped, in whatever way, goes on when the same command is given 
 import tyro
 from threadpoolctl import threadpool_limits
 
-from farms_jax.errors import reported
+from farms_jax.errors import reported, run_and_end
 from prune.config import Config
 from prune.experiment import run
 from prune.job import prepare
@@ -30,4 +30,4 @@ def main(default: Config | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_end(main)

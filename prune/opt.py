@@ -3,8 +3,11 @@
 python -m prune.opt --sparsity 0.5 [--model PATH|HUB_ID]
 """
 
+import functools
+
+from farms_jax.errors import run_and_end
 from prune.config import Config
 from prune.llama import main
 
 if __name__ == "__main__":
-    main(Config(model="facebook/opt-125m"))
+    run_and_end(functools.partial(main, Config(model="facebook/opt-125m")))

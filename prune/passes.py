@@ -1,6 +1,8 @@
 """What a run goes through a model for: to analyse it, to score layers, to prune without a trace, to prune and write."""
 
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from prune.output import Output
 from prune.perplexity import losses
 from prune.rundir import RunDirectory
 from prune.walk import Part, Statistics, Tensors, embed, reader, walk
+
+_AFTER = ("blocks", "pruned", "alphas after", "card")  # stages that are of the pruned model
 
 
 def analyse(job: Job, checkpoint: Checkpoint, title: str) -> Measures:
@@ -109,25 +113,57 @@ def rehearse(job: Job, plan: Plan, ids: np.ndarray, title: str) -> dict[str, Any
 def lay_out(job: Job, directory: RunDirectory) -> Output | None:
     """Take the space that the pruned model needs, and write all that no block holds.
 
+    What an earlier run wrote is read again and kept up to the first block that is not as it was written.
+
     Args:
         job: what is to be pruned.
-        directory: where the model goes. Its record of written blocks is emptied where their files are gone.
+        directory: where the model goes. Its record of written blocks is cut to those that are there.
 
     Returns:
         The output; `None` where the model is finished.
+
+    Raises:
+        InputError: the disk is full, or the finished model is not as it was written.
     """
     given = job.tokenizer if job.config.tokenizer else None
     output = Output(directory.path / "model", job.checkpoint, shapes_of(job.network), given)
     if output.finished and len(directory.get("written", [])) == job.network.num_blocks:
+        output.check()
         return None
-    if not output.resumed:  # before there are files: a stop between the two must not make empty ones look written
-        directory.forget("written", "blocks", "pruned", "alphas after")
-    output.lay_out()
-    if directory.get("written") is None:
-        inside = {name for block in range(job.network.num_blocks) for name in job.network.tensors(block)}
-        output.copy([name for name in job.checkpoint.tensors if name not in inside], job.checkpoint)
-        directory.put("written", [])
+    if not output.begun:
+        directory.forget("outside", "written", *_AFTER)
+    for path in output.lay_out(keep=bool(directory.get("written"))):
+        _warn(f"{path} was missing or cut off; what is lost is made again")
+    _copy_outside(job, directory, output)
+    written = directory.get("written", [])
+    good = _whole_blocks(job, written, output)
+    if good < len(written):
+        _warn(f"{directory.path / 'model.part'}: block {good} is not as it was written; pruning goes on from there")
+        directory.forget(*_AFTER)
+    directory.put("written", written[:good])
     return output
+
+
+def _copy_outside(job: Job, directory: RunDirectory, output: Output) -> None:
+    """Copy the tensors that no block holds, where they are not there from an earlier run."""
+    inside = {name for block in range(job.network.num_blocks) for name in job.network.tensors(block)}
+    outside = [name for name in job.checkpoint.tensors if name not in inside]
+    sums = directory.get("outside")
+    if sums is None or not all(output.holds([name], sum_) for name, sum_ in zip(outside, sums, strict=True)):
+        directory.put("outside", output.copy(outside, job.checkpoint))
+
+
+def _whole_blocks(job: Job, written: Sequence[Mapping[str, Any]], output: Output) -> int:
+    """Count the written blocks before the first that is damaged."""
+    with tqdm(written, desc="check blocks", unit="block", leave=False, disable=not written) as bar:
+        for block, record in enumerate(bar):
+            if not output.holds([*job.network.tensors(block), *record["layers"]], record["sha256"]):
+                return block
+    return len(written)
+
+
+def _warn(message: str) -> None:
+    tqdm.write(message, file=sys.stderr)
 
 
 def write(job: Job, plan: Plan, directory: RunDirectory, output: Output) -> list[dict[str, Any]]:
@@ -140,7 +176,7 @@ def write(job: Job, plan: Plan, directory: RunDirectory, output: Output) -> list
         output: of `lay_out`.
 
     Returns:
-        Per block its number, `seconds`, and per layer the sparsity reached and the like.
+        Per block its number, `seconds`, `sha256`, and per layer the sparsity reached and the like.
 
     Raises:
         InputError: the disk is full, or a Hessian cannot be factorised; what is written stays.
@@ -156,10 +192,9 @@ def write(job: Job, plan: Plan, directory: RunDirectory, output: Output) -> list
     def visit(block: int, tensors: Tensors, statistics: Statistics) -> Tensors:
         nonlocal last
         pruned = prune_block(job.network, block, tensors, statistics, plan)
-        output.write(pruned.tensors)
-        output.write_masks(pruned.masks)
+        sha256 = output.write(pruned.tensors, pruned.masks)
         now = time.perf_counter()
-        done.append({"block": block, "seconds": now - last, "layers": pruned.facts})
+        done.append({"block": block, "seconds": now - last, "layers": pruned.facts, "sha256": sha256})
         directory.put("written", done)
         last = now
         return pruned.tensors

@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from farms_jax.files import atomic
+
 
 def plot_run(run: Path, rows: Sequence[dict[str, Any]], title: str) -> list[Path]:
     """Draw the plots of a run.
@@ -24,7 +26,8 @@ def plot_run(run: Path, rows: Sequence[dict[str, Any]], title: str) -> list[Path
     if rows[0]["alpha_after"] is not None:
         figures["alphas.png"] = _alphas(rows, title)
     for name, figure in figures.items():
-        figure.savefig(run / name, dpi=130)
+        with atomic(run / name) as part:
+            figure.savefig(part, dpi=130, format="png")
     return [run / name for name in figures]
 
 

@@ -7,10 +7,14 @@ trained on or chosen by, `calibration.txt` that is part of the training text, an
 weights depend on. Stopped or killed, the same command goes on.
 """
 
+import contextlib
 import dataclasses
 import json
+import shutil
 import time
 import zipfile
+import zlib
+from collections.abc import Generator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +29,9 @@ from safetensors.numpy import save
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from farms_jax.errors import InputError, reported
+from farms_jax.errors import InputError, reported, run_and_end
 from farms_jax.files import atomic, sha256, write_json, write_text
+from farms_jax.locking import locked
 from prune.models import Network, make_network
 from prune.small.model import (
     Params,
@@ -97,7 +102,8 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
         The content of `training.json`; None where `until` stopped it.
 
     Raises:
-        InputError: a setting or a text cannot be used, or the folder has a checkpoint of other settings or texts.
+        InputError: a setting or a text cannot be used, the folder has a checkpoint of other settings or texts, or
+            another process is training there.
     """
     for name in ("steps", "batch", "length", "evaluate_every"):
         if getattr(config, name) < 1:
@@ -113,15 +119,27 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
     model_config = llama_config(vocab_size=tokenizer.get_vocab_size(), **shape)
     network = make_network(model_config)
     facts = _facts(config)
-    state, progress = _restore(config.out / CHECKPOINT, _initial_state(network, config), facts)
-    state, progress = _run(network, config, tokens, state, progress, until)
-    if progress.step < config.steps:
-        return None
-    stored = {name: np.asarray(array, np.float16) for name, array in to_tensors(network, state.best).items()}
-    record = facts | _results(network, config, stored, tokens, state, progress)
-    _write_folder(config, model_config, corpus, tokenizer, stored, record)
-    (config.out / CHECKPOINT).unlink(missing_ok=True)
+    with _alone(config.out):
+        state, progress = _restore(config.out / CHECKPOINT, _initial_state(network, config), facts)
+        state, progress = _run(network, config, tokens, state, progress, until)
+        if progress.step < config.steps:
+            return None
+        stored = {name: np.asarray(array, np.float16) for name, array in to_tensors(network, state.best).items()}
+        record = facts | _results(network, config, stored, tokens, state, progress)
+        _write_folder(config, model_config, corpus, tokenizer, stored, record)
+        (config.out / CHECKPOINT).unlink(missing_ok=True)
     return record
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Generator[None]:
+    """Keep the folder for this process. The lock is in a folder of its own, gone at the end: the model is all there."""
+    folder = out / "unfinished"
+    with locked(folder):
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def draw(ids: np.ndarray, config: Config, step: int) -> np.ndarray:
@@ -213,16 +231,19 @@ def _save(path: Path, state: TrainState, progress: Progress, facts: dict[str, An
 def _restore(path: Path, state: TrainState, facts: dict[str, Any]) -> tuple[TrainState, Progress]:
     if not path.exists():
         return state, Progress()
+    leaves, tree = jax.tree.flatten(state)
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (array := archive.testzip()) is not None:  # NumPy alone would not see damage to an array's shape
+                raise ValueError(f"{array} does not have its checksum")
         with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        about = json.loads(str(arrays.pop("about")))
-    except (zipfile.BadZipFile, ValueError, KeyError) as error:
+            about, arrays = json.loads(str(file["about"])), [file[f"leaf{number}"] for number in range(len(leaves))]
+    # What a damaged zip archive comes to: RuntimeError where a flag of it says that it is encrypted.
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is damaged ({error}); remove it to start anew") from error
     if about["facts"] != facts:
         raise InputError(f"{path} is of a training with other settings or texts; give those, or remove it")
-    leaves, tree = jax.tree.flatten(state)
-    restored = jax.tree.unflatten(tree, [jnp.asarray(arrays[f"leaf{number}"]) for number in range(len(leaves))])
+    restored = jax.tree.unflatten(tree, list(map(jnp.asarray, arrays)))
     return restored, Progress(**{**about["progress"], "history": tuple(about["progress"]["history"])})
 
 
@@ -287,4 +308,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_end(main)

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from farms_jax import files, named_leaves
 from farms_jax.errors import InputError
+from farms_jax.weights.content import check_name, plain, reason, shown
+from farms_jax.weights.safetensors_file import read_header, read_tensor
 from sciml.conversion import COMPONENTS, component_of, place_of, place_of_path
 from sciml.model import NAMED, ModelConfig, Params, make_network
 
@@ -53,11 +55,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: damaged, or no safetensors file ({error}); download or convert it again") from error
+    return {name: read_tensor(path, name, entry) for name, entry in read_header(path).tensors.items()}
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -75,11 +73,12 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
                 f"{path}: holds more than tensors, such as code, which is never run, or is damaged; get a checkpoint "
                 "with the weights alone"
             ) from error
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: damaged, or no Torch file ({reason}); download it again") from error
+        raise InputError(f"{path}: damaged, or no Torch file ({reason(error)}); download it again") from error
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f'{path}: holds no state dict, by itself or under "model"; give a checkpoint of DPOT')
+    for name in state:
+        check_name(str(name), str(path))
     return {str(name): value.float().numpy() for name, value in state.items()}
 
 
@@ -115,19 +114,19 @@ class Faults(NamedTuple):
 def _faults(
     arrays: Mapping[str, np.ndarray], unknown: Iterable[str], expected: Mapping[str, tuple[int, ...]]
 ) -> Faults:
-    lines, components = [f"unknown {name}" for name in unknown], set()
+    lines, components = [f"unknown {plain(name)}" for name in unknown], set()
     depth, depth_expected = _depth(arrays), _depth(expected)
     if depth != depth_expected and depth:
         lines.append(f"{depth} blocks, the model has {depth_expected}")
     for path in sorted({*arrays, *expected}):
         place = place_of_path(path)
-        name = place.name if place else path
+        name = plain(place.name if place else path)
         if path not in expected:
             lines.append(f"extra {name}")
         elif path not in arrays:
             lines.append(f"missing {name}")
         elif arrays[path].shape != expected[path]:
-            lines.append(f"{name} is {arrays[path].shape}, the model's {expected[path]} ({path})")
+            lines.append(f"{name} is {shown(arrays[path].shape)}, the model's {expected[path]} ({path})")
         else:
             continue
         components.add(component_of(path))
@@ -196,13 +195,16 @@ def save(path: Path, params: Params, config: ModelConfig) -> None:
         config: of the model.
 
     Raises:
-        InputError: the parameters are not the model's.
+        InputError: the parameters are not the model's, or the disk is full.
     """
     # One entry only: safetensors writes several in an order of chance, and equal weights should be equal files.
     metadata = {"config": json.dumps(dataclasses.asdict(config))}
     state = to_torch(params, config)
     with files.atomic(path) as part:
-        save_file(state, part, metadata)
+        try:
+            save_file(state, part, metadata)
+        except SafetensorError as error:  # a full disk among others
+            raise InputError(f"{path}: cannot be written ({error}); make room, then --resume goes on") from error
 
 
 def load(
@@ -273,15 +275,13 @@ def _differences(path: Path, config: ModelConfig) -> list[str]:
     """Returns a note for every setting that no shape shows, but our files record, and that is another here."""
     if path.suffix != ".safetensors":
         return []
-    with safe_open(path, framework="numpy") as file:
-        text = (file.metadata() or {}).get("config", "{}")
     try:
-        saved = json.loads(text)
-    except ValueError:
+        saved = json.loads(read_header(path).metadata.get("config", "{}"))
+    except (ValueError, RecursionError):
         return []
     names = ("modes", "activation")
     return [
-        f"{name}: the checkpoint was trained with {saved[name]}, the model has {getattr(config, name)}"
+        f"{name}: the checkpoint was trained with {plain(str(saved[name]))}, the model has {getattr(config, name)}"
         for name in names
         if isinstance(saved, dict) and name in saved and saved[name] != getattr(config, name)
     ]
@@ -326,8 +326,8 @@ def infer_config(state: Mapping[str, np.ndarray]) -> ModelConfig:
             time_aggregation="exp_mlp" if "time_agg/gamma" in arrays else "mlp",
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"not of a DPOT model: {reason}; give a whole checkpoint of DPOT") from error
+        fault = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else reason(error)
+        raise InputError(f"not of a DPOT model: {fault}; give a whole checkpoint of DPOT") from error
     config.check()
     return config
 

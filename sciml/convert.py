@@ -6,7 +6,7 @@ Only tensors are read: a file with code in it is refused. Torch is needed: `pip 
 import argparse
 from pathlib import Path
 
-from farms_jax.errors import InputError, reported
+from farms_jax.errors import InputError, reported, run_and_end
 from sciml import checkpoints
 
 
@@ -50,4 +50,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_end(main)

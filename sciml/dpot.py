@@ -7,6 +7,7 @@ python -m sciml.dpot --resume runs/NAME                       go on with a run t
 
 from pathlib import Path
 
+from farms_jax.errors import run_and_end
 from farms_jax.program import run_name, run_program
 from farms_jax.rundir import at_work, read_config, write_config
 from sciml.config import RECIPES, Config
@@ -62,4 +63,4 @@ def resume(run: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_end(main)

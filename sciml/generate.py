@@ -15,6 +15,9 @@ import itertools
 import json
 import os
 import shutil
+import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,14 +31,16 @@ import tyro
 from jax import Array
 from tqdm import tqdm
 
-from farms_jax.errors import InputError, reported
-from farms_jax.files import atomic, write_json
+from farms_jax.errors import InputError, reported, run_and_end
+from farms_jax.files import atomic, reserve, write_json
+from farms_jax.locking import locked
 from sciml.flow import CFL, DENSITY, GAMMA, PRESSURE, VX, VY, Gas, simulate
 from sciml.initial import Kind, random_state
 
 DATASETS = {"Vx": VX, "Vy": VY, "density": DENSITY, "pressure": PRESSURE}
 SHARD = 16  # trajectories that a kill can cost, and that an accelerator computes side by side
 VERSION = 1  # of the numbers: to be raised with any change to flow.py or initial.py that changes them
+_CHUNK = 2**18  # bytes of a chunk of the file, at most where that is a state or more
 _TRIES = 10  # redraws of one trajectory, or of one in ten, after which the settings are at fault
 _LEAST_SIZE = 16  # four cells for the shortest wave
 _UNSTABLE = "density or pressure does not stay positive: {}; lower --mach, or raise --eta and --zeta, or --size"
@@ -111,9 +116,11 @@ def generate(path: Path, config: FlowConfig) -> Path:
     Datasets `Vx`, `Vy`, `density` and `pressure` of shape (trajectory, time, x, y), and `t-coordinate` (steps + 1: the
     published files have the time after the last one too), `x-coordinate` and `y-coordinate` (cell centres), all
     float32. Attributes: the settings, and `redraws`, how often an initial state was drawn anew because density or
-    pressure did not stay positive.
+    pressure did not stay positive. The four fields are in chunks with checksums (Fletcher-32), which every reader of
+    HDF5 looks at.
 
-    Until it is whole, finished trajectories lie in a folder beside it, PATH.parts; a later call goes on from there.
+    Until it is whole, finished trajectories lie in a folder beside it, PATH.parts; a later call goes on from there,
+    and computes again what is damaged. The folder is of one process at a time.
 
     Args:
         path: where the file will be.
@@ -123,25 +130,47 @@ def generate(path: Path, config: FlowConfig) -> Path:
         `path`.
 
     Raises:
-        InputError: a setting is out of its range, there is a file of other settings, the disk is too full, or more
-            than one in ten flows did not stay positive.
+        InputError: a setting is out of its range, there is a file of other settings, another process is making it, the
+            disk is too full, or more than one in ten flows did not stay positive.
     """
     config.check()
     parts = path.with_name(f"{path.name}.parts")
-    if path.exists():
-        _check_same(path, _read_attributes(path), config, "delete it, or choose another folder")
+    if _is_made(path, config):
         shutil.rmtree(parts, ignore_errors=True)  # of a program killed between the two
-        tqdm.write(f"{path}: made earlier with the same settings")
         return path
-    if (parts / "settings.json").exists():
-        begun = json.loads((parts / "settings.json").read_text(encoding="utf-8"))
-        _check_same(parts, begun, config, "go on with the settings it was begun with, or delete it")
     _check_space(path, parts, config)
-    write_json(parts / "settings.json", config.attributes())
-    _make_shards(parts, config)
-    _merge(path, parts, config)
-    shutil.rmtree(parts)
+    try:
+        with locked(parts):
+            if not _is_made(path, config):  # by another process meanwhile
+                _check_begun(parts, config)
+                _make_shards(parts, config)
+                _merge(path, parts, config)
+            shutil.rmtree(parts, ignore_errors=True)  # with the lock: whoever comes now finds the file
+    except OSError as error:
+        remedy = "free space, or choose another folder; the same command goes on"
+        raise InputError(f"{error.filename or path}: {error.strerror or error}; {remedy}") from error
     return path
+
+
+def _is_made(path: Path, config: FlowConfig) -> bool:
+    """Return whether there is the file; raise an InputError if it is of other settings."""
+    if not path.exists():
+        return False
+    _check_same(path, _read_attributes(path), config, "delete it, or choose another folder")
+    tqdm.write(f"{path}: made earlier with the same settings")
+    return True
+
+
+def _check_begun(parts: Path, config: FlowConfig) -> None:
+    """Raise an InputError if the folder is of other settings; write them where it is new."""
+    path = parts / "settings.json"
+    if path.exists():
+        try:
+            begun = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"{path} is damaged ({error}); delete {parts} to start anew") from error
+        _check_same(parts, begun, config, "go on with the settings it was begun with, or delete it")
+    write_json(path, config.attributes())
 
 
 def _read_attributes(path: Path) -> dict[str, Any]:
@@ -167,8 +196,8 @@ def _check_same(path: Path, attributes: dict[str, Any], config: FlowConfig, reme
 
 def _check_space(path: Path, parts: Path, config: FlowConfig) -> None:
     """Raise an InputError if the disk has no room for the shards still to come and the file made of them."""
-    total = 4 * len(DATASETS) * config.count * config.steps * config.size**2
-    need = 2 * total - sum(shard.stat().st_size for shard in parts.glob("*.npz"))
+    total = _file_size(config)
+    need = _data_size(config) + total - sum(shard.stat().st_size for shard in parts.glob("*.npz"))
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     free = shutil.disk_usage(folder).free
     if need > free:
@@ -228,7 +257,8 @@ def _stays_positive(fields: np.ndarray) -> np.ndarray:
 def _make_shards(parts: Path, config: FlowConfig) -> None:
     """Compute the shards that are missing: START.npz with `fields` (n, T, X, Y, 4) float32 and `redraws` (n,)."""
     shards = [range(start, min(start + SHARD, config.count)) for start in range(0, config.count, SHARD)]
-    missing = [shard for shard in shards if not _shard_path(parts, shard.start).exists()]
+    whole = _whole_shards(parts, shards, config)
+    missing = [shard for shard in shards if shard not in whole]
     indices = [index for shard in missing for index in shard]
     if not indices:
         return
@@ -253,6 +283,34 @@ def _shard_path(parts: Path, start: int) -> Path:
     return parts / f"{start:07d}.npz"
 
 
+def _whole_shards(parts: Path, shards: list[range], config: FlowConfig) -> list[range]:
+    """Return the shards that an earlier process computed and that are as it wrote them."""
+    there = [shard for shard in shards if _shard_path(parts, shard.start).exists()]
+    whole = []
+    for shard in tqdm(there, desc="Checking", unit="shard", leave=False, disable=not there):
+        if _read_shard(parts, shard, config) is not None:
+            whole.append(shard)
+        else:
+            tqdm.write(f"{_shard_path(parts, shard.start)} is damaged and computed again", file=sys.stderr)
+    return whole
+
+
+def _read_shard(parts: Path, shard: range, config: FlowConfig) -> tuple[np.ndarray, np.ndarray] | None:
+    """Read fields and redraws; `None` if they are damaged, which the archive's own CRC-32 of each tells."""
+    shape = (len(shard), config.steps, config.size, config.size, len(DATASETS))
+    path = _shard_path(parts, shard.start)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # NumPy alone would not see damage to an array's shape
+                return None
+        with np.load(path, allow_pickle=False) as file:
+            fields, redraws = file["fields"], file["redraws"]
+    # What a damaged zip archive comes to: RuntimeError where a flag of it says that it is encrypted.
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return None
+    return (fields, redraws) if fields.shape == shape and redraws.shape == shape[:1] else None
+
+
 def _results(config: FlowConfig, indices: list[int]) -> Generator[tuple[np.ndarray, int]]:
     """Yield trajectories and their redraws in the order of `indices`.
 
@@ -272,24 +330,59 @@ def _results(config: FlowConfig, indices: list[int]) -> Generator[tuple[np.ndarr
         for batch, (fields, redraws) in zip(batches, pool.map(lambda batch: _draw(solve, batch), full), strict=True):
             for lane in range(len(batch)):
                 yield fields[lane], int(redraws[lane])
-    finally:
-        pool.shutdown(cancel_futures=True)
+    finally:  # whoever stops this does not wait for flows that are being computed, which can take minutes
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _chunk(config: FlowConfig) -> tuple[int, int, int, int]:
+    """Part of a dataset with a checksum of its own: some states of one trajectory, since readers want a few of them."""
+    # A divisor of the steps, because an incomplete chunk would take the space of a whole one.
+    most = max(1, _CHUNK // (4 * config.size**2))
+    states = max(states for states in range(1, min(most, config.steps) + 1) if config.steps % states == 0)
+    return 1, states, config.size, config.size
+
+
+def _file_size(config: FlowConfig) -> int:
+    """Most bytes that the file can take: its numbers, and what HDF5 keeps for each chunk and of the datasets."""
+    chunks = len(DATASETS) * config.count * config.steps // _chunk(config)[1]
+    return _data_size(config) + 256 * chunks + 2**16
+
+
+def _data_size(config: FlowConfig) -> int:
+    return 4 * len(DATASETS) * config.count * config.steps * config.size**2
+
+
+def _new_file(path: Path, size: int) -> None:
+    """Write an HDF5 file without content that has the disk space for so many bytes: a full disk crashes HDF5."""
+    with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
+        file.flush()
+        image = file.id.get_file_image()
+    with path.open("wb") as file:
+        file.write(image)
+        file.flush()
+        reserve(file.fileno(), max(size, len(image)))
 
 
 def _merge(path: Path, parts: Path, config: FlowConfig) -> None:
     """Write the file from its shards, one in memory at a time."""
     shape = (config.count, config.steps, config.size, config.size)
+    kind = {"dtype": np.float32, "chunks": _chunk(config), "fletcher32": True}
     times = np.arange(config.steps + 1) * (config.end / (config.steps - 1))
     centres = (np.arange(config.size) + 0.5) / config.size
     redraws = 0
-    with atomic(path) as part, h5py.File(part, "w") as file:
+    with contextlib.ExitStack() as stack:
+        part = stack.enter_context(atomic(path))
+        _new_file(part, _file_size(config))
+        file = stack.enter_context(h5py.File(part, "r+"))  # which gives back at its end what it did not need
         for name, values in (("t-coordinate", times), ("x-coordinate", centres), ("y-coordinate", centres)):
             file.create_dataset(name, data=values.astype(np.float32))
-        datasets = {name: file.create_dataset(name, shape, np.float32) for name in DATASETS}
+        datasets = {name: file.create_dataset(name, shape, **kind) for name in DATASETS}
         for start in tqdm(range(0, config.count, SHARD), desc="Merging", unit="shard", dynamic_ncols=True):
-            with np.load(_shard_path(parts, start)) as shard:
-                fields = shard["fields"]
-                redraws += int(shard["redraws"].sum())
+            shard = _read_shard(parts, range(start, min(start + SHARD, config.count)), config)
+            if shard is None:
+                raise InputError(f"{_shard_path(parts, start)} is damaged; the same command computes it again")
+            fields = shard[0]
+            redraws += int(shard[1].sum())
             for name, channel in DATASETS.items():
                 datasets[name][start : start + len(fields)] = fields[..., channel]
         file.attrs.update(config.attributes() | {"redraws": redraws, "generator": "farms_jax sciml.generate"})
@@ -316,4 +409,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_end(main)

@@ -10,21 +10,29 @@ Every reader gives (X, Y, T, C) float32, whatever the order of axes on disk:
 """
 
 import abc
+import contextlib
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
 from farms_jax.errors import InputError
+from farms_jax.weights.content import plain, reason, shown
 
 CHANNELS = ("Vx", "Vy", "density", "pressure")  # in the order DPOT was trained with
 LAYOUTS = (
     f"datasets {', '.join(CHANNELS)} of shape (trajectory, time, x, y), a dataset `data` of shape (trajectory, x, y, "
     "time, channel), or a folder of data_0.hdf5, data_1.hdf5, ... each with `data` of shape (x, y, time, channel)"
 )
+_FILTERS = {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_LZF}
+_MOST_PACKED = 1032  # bytes that one byte can stand for after these; others, such as Zstandard, have no such bound
+_LEAST_PACKED = 5  # bytes: a checksum has four; the library crashes where there is nothing before it
+_SLACK = 1 << 16  # bytes; for files too small for that bound to mean anything
 _LISTED = 12  # datasets and files named in a message: enough to recognise a file by
 
 
@@ -51,7 +59,7 @@ class Source(abc.ABC):
     @property
     def trajectory_bytes(self) -> int:
         """Bytes that one trajectory takes on disk, uncompressed."""
-        return int(np.prod(self.shape)) * self.itemsize
+        return math.prod(self.shape) * self.itemsize
 
     def file(self, index: int) -> Path:
         """Return the file that holds a trajectory."""
@@ -79,14 +87,11 @@ class Source(abc.ABC):
         """
         if not (0 <= index < self.count and 0 <= start < start + length <= self.shape[2]):
             raise IndexError(f"{self.path}: no trajectory {index} with time steps {start} to {start + length - 1}")
-        try:
-            with np.errstate(over="ignore"):  # float64 too large for float32 is reported below, as infinite
-                fields = self._load(index, start, length)
-        except (OSError, RuntimeError) as error:  # h5py raises either
-            raise InputError(
-                f"{self.file(index)}: trajectory {index} cannot be read ({error}); the file is damaged or its disk "
-                "fails, so fetch or write it again"
-            ) from error
+        fault = f"{self.file(index)}: trajectory {index} cannot be read"
+        # float64 too large for float32 is reported below, as infinite.
+        remedy = "the file is damaged or its disk fails, so fetch or write it again"
+        with np.errstate(over="ignore", invalid="ignore"), _damage(fault, remedy):
+            fields = self._load(index, start, length)
         finite = np.isfinite(fields)
         if not finite.all():
             step, channel = np.argwhere(~finite.all(axis=(0, 1)))[0]
@@ -154,7 +159,7 @@ class _Scattered(Source):
     layout = "scattered"
 
     def __init__(self, path: Path, count: int):
-        with _opened(path / "data_0.hdf5") as file:
+        with _contents(path / "data_0.hdf5"), _opened(path / "data_0.hdf5") as file:
             data = _dataset(path / "data_0.hdf5", file, "data", (4, 3))
             shape, itemsize = _with_channel(data.shape), data.dtype.itemsize
         super().__init__(path, count, shape, itemsize, ["data"])
@@ -163,14 +168,14 @@ class _Scattered(Source):
         return self.path / f"data_{index}.hdf5"
 
     def check(self, index: int) -> None:
-        with _opened(self.file(index)) as file:
+        with _contents(self.file(index)), _opened(self.file(index)) as file:
             self._data(index, file)
 
     def _data(self, index: int, file: h5py.File) -> h5py.Dataset:
         data = _dataset(self.file(index), file, "data", (4, 3))
         if _with_channel(data.shape) != self.shape:
             raise InputError(
-                f"{self.file(index)}, dataset data: shape {data.shape}, but data_0.hdf5 holds {self.shape}; "
+                f"{self.file(index)}, dataset data: shape {shown(data.shape)}, but data_0.hdf5 holds {self.shape}; "
                 "keep trajectories of one size in a folder"
             )
         return data
@@ -195,21 +200,32 @@ def open_source(path: Path) -> Source:
     """
     if path.is_dir():
         return _Scattered(path, _count_scattered(path))
-    file = _opened(path)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_contents(path))
+        file = stack.enter_context(_opened(path))
         if all(isinstance(file.get(name), h5py.Dataset) for name in CHANNELS):
-            return _PDEBench(path, file)
-        if isinstance(file.get("data"), h5py.Dataset):
-            return _Stacked(path, file)
-        raise InputError(f"{path}: no layout known here; it has {_listing(file)}, and expected are {LAYOUTS}")
-    except (OSError, RuntimeError) as error:
-        file.close()
-        raise InputError(
-            f"{path}: its table of contents is damaged ({error}); fetch or write the file again"
-        ) from error
+            source = _PDEBench(path, file)
+        elif isinstance(file.get("data"), h5py.Dataset):
+            source = _Stacked(path, file)
+        else:
+            raise InputError(f"{path}: no layout known here; it has {_listing(file)}, and expected are {LAYOUTS}")
+        stack.pop_all()  # the source closes the file
+        return source
+
+
+@contextlib.contextmanager
+def _damage(fault: str, remedy: str) -> Generator[None]:
+    """Turn whatever h5py raises inside into one error: of any kind, it depends on what is damaged."""
+    try:
+        yield
     except InputError:
-        file.close()
         raise
+    except Exception as error:
+        raise InputError(f"{fault} ({reason(error)}); {remedy}") from error
+
+
+def _contents(path: Path) -> contextlib.AbstractContextManager[None]:
+    return _damage(f"{path}: its table of contents is damaged", "fetch or write the file again")
 
 
 def _count_scattered(folder: Path) -> int:
@@ -217,15 +233,15 @@ def _count_scattered(folder: Path) -> int:
     names = [entry.name for entry in folder.iterdir()]
     numbers = {int(match[1]) for name in names if (match := re.fullmatch(r"data_(0|[1-9]\d*)\.hdf5", name))}
     if not numbers:
-        there = ", ".join(sorted(names)[:_LISTED]) or "nothing"
+        there = ", ".join(map(plain, sorted(names)[:_LISTED])) or "nothing"
         raise InputError(
             f"{folder}: holds neither data_0.hdf5, data_1.hdf5, ... nor train and test; it holds {there}. Give the "
             "folder of the trajectories, or an HDF5 file"
         )
-    missing = sorted(set(range(max(numbers) + 1)) - numbers)
-    if missing:
+    if missing := max(numbers) + 1 - len(numbers):
+        first = next(number for number in range(len(numbers) + 1) if number not in numbers)
         raise InputError(
-            f"{folder}: data_{missing[0]}.hdf5 is missing ({len(missing)} of {max(numbers) + 1} files are); "
+            f"{folder}: data_{first}.hdf5 is missing ({missing} of {max(numbers) + 1} files are); "
             "fetch or write it, or number the files without gaps"
         )
     return len(numbers)
@@ -239,14 +255,10 @@ def _opened(path: Path) -> h5py.File:
         raise InputError(
             f"{path}: {error.strerror}; give an HDF5 file or folder that is there and can be read"
         ) from error
-    if not h5py.is_hdf5(path):
-        raise InputError(f"{path}: not an HDF5 file, or cut off at its start; fetch it again, or give another")
-    try:
+    with _damage(f"{path}: cannot be opened", "if it is truncated or damaged, fetch or write it again"):
+        if not h5py.is_hdf5(path):
+            raise InputError(f"{path}: not an HDF5 file, or cut off at its start; fetch it again, or give another")
         return h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be opened ({error}); if it is truncated or damaged, fetch or write it again"
-        ) from error
 
 
 def _dataset(path: Path, file: h5py.File, name: str, axes: tuple[int, ...]) -> h5py.Dataset:
@@ -256,13 +268,46 @@ def _dataset(path: Path, file: h5py.File, name: str, axes: tuple[int, ...]) -> h
         raise InputError(f"{path}: no dataset {name}; it has {_listing(file)}, and expected are {LAYOUTS}")
     where, shape = f"{path}, dataset {name}", data.shape or ()
     if data.dtype.kind != "f":
-        raise InputError(f"{where}: holds {data.dtype}, not floating point numbers; store it as float32")
+        raise InputError(f"{where}: holds {plain(str(data.dtype))}, not floating point numbers; store it as float32")
     if len(shape) not in axes:
         wanted = " or ".join(map(str, axes))
-        raise InputError(f"{where}: shape {shape} has {len(shape)} axes, not {wanted}; expected are {LAYOUTS}")
+        raise InputError(f"{where}: shape {shown(shape)} has {len(shape)} axes, not {wanted}; expected are {LAYOUTS}")
     if 0 in shape:
         raise InputError(f"{where}: shape {shape} is empty; write the file again with at least one entry on each axis")
+    _check_storage(where, path, data)
     return data
+
+
+def _check_storage(where: str, path: Path, data: h5py.Dataset) -> None:
+    """Make sure that the file can hold a dataset, before memory is taken for what its header says."""
+    if data.is_virtual or data.external:  # it lies in other files
+        return
+    end, plan = path.stat().st_size, data.id.get_create_plist()
+    filters = {plan.get_filter(number)[0] for number in range(plan.get_nfilters())}
+    packed = 1 if not filters else _MOST_PACKED if filters <= _FILTERS else math.inf
+    stored, size = data.id.get_storage_size(), math.prod(data.shape) * data.dtype.itemsize
+    if stored > end or size > packed * stored + (_SLACK if filters else 0) or not stored:
+        raise InputError(
+            f"{where}: shape {shown(data.shape)} of {plain(str(data.dtype))} needs {size} bytes, which the {stored} "
+            f"bytes that are stored in a file of {end} cannot hold; fetch or write the file again"
+        )
+    if data.chunks is not None:
+        _check_chunks(where, end, data, data.chunks, packed)
+
+
+def _check_chunks(where: str, end: int, data: h5py.Dataset, shape: tuple[int, ...], packed: float) -> None:
+    """Make sure that every chunk lies in the file and can hold its numbers: the library takes on trust that it does."""
+    whole = math.prod(shape) * data.dtype.itemsize
+
+    def is_bad(chunk: Any) -> bool | None:
+        can_hold = chunk.size >= _LEAST_PACKED and whole <= packed * chunk.size + _SLACK
+        good = can_hold if packed > 1 else chunk.size == whole
+        return None if good and chunk.byte_offset + chunk.size <= end else True
+
+    if data.id.chunk_iter(is_bad):
+        raise InputError(
+            f"{where}: a chunk of shape {shown(shape)} is not whole in the file; fetch or write the file again"
+        )
 
 
 def _with_channel(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -274,5 +319,8 @@ def _with_channel(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
 def _listing(file: h5py.File) -> str:
     """Datasets and groups at the top of a file, with shapes; the first ones if there are many."""
     items = ((name, file.get(name)) for name in islice(file, _LISTED))
-    shown = [f"{name} {item.shape}" if isinstance(item, h5py.Dataset) else f"{name}/" for name, item in items]
-    return ", ".join(shown) + (", ..." if len(file) > _LISTED else "") if shown else "no datasets"
+    listed = [
+        f"{plain(name)} {shown(item.shape)}" if isinstance(item, h5py.Dataset) else f"{plain(name)}/"
+        for name, item in items
+    ]
+    return ", ".join(listed) + (", ..." if len(file) > _LISTED else "") if listed else "no datasets"

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import inspect
+import os
 import re
 import runpy
 import shlex
@@ -106,6 +107,7 @@ def understood(module: str, arguments: list[str], monkeypatch) -> None:
         patch.setattr(tyro, "cli", then_stop(tyro.cli))
         patch.setattr(tyro.extras, "subcommand_cli_from_dict", then_stop(tyro.extras.subcommand_cli_from_dict))
         patch.setattr(program, "_alone", then_stop(program._alone))
+        patch.setattr(os, "_exit", sys.exit)  # of the programs, which would end the tests
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except Parsed:

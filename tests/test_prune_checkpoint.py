@@ -146,6 +146,14 @@ def leave_the_folder(folder):
     edit_index(folder, lambda weight_map: weight_map.update({"lm_head.weight": "../other.safetensors"}))
 
 
+def name_no_file(folder):
+    edit_index(folder, lambda weight_map: weight_map.update({"lm_head.weight": "a" * 300}))
+
+
+def name_a_file_of_two_lines(folder):
+    edit_index(folder, lambda weight_map: weight_map.update({"lm_head.weight": "a\nb"}))
+
+
 def have_a_tensor_twice(folder):
     path = folder / "model-00002-of-00003.safetensors"
     tensors = safetensors.numpy.load_file(path) | {"lm_head.weight": weights_of("llama_tiny")["lm_head.weight"]}
@@ -191,6 +199,8 @@ def pickle_weights(folder):
         (list_a_tensor_too_few, r"index\.json: .*lm_head\.weight \(in model-00001.*not in the index.*download"),
         (list_a_tensor_elsewhere, r"index\.json: .*lm_head\.weight \(not in model-00003.*download"),
         (leave_the_folder, r"index\.json: lm_head\.weight is in '\.\./other\.safetensors'.*download"),
+        (name_no_file, r"index\.json: lm_head\.weight is in 'aaa.*aaa', no plain file name; download"),
+        (name_a_file_of_two_lines, r"index\.json: lm_head\.weight is in 'a\\nb', no plain file name; download"),
         (have_a_tensor_twice, r"lm_head\.weight is in two shards, model-00001\S* and model-00002.*download"),
         (empty_the_index, r"index\.json: it has no weight_map.*download"),
         (break_the_index, r"index\.json: not valid JSON.*download"),
@@ -292,6 +302,44 @@ def test_a_damaged_tokenizer_names_the_flag(tmp_path):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match=r"model: its tokenizer cannot be loaded.*--tokenizer PATH"):
         open_checkpoint(str(folder)).tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # Memory for every id up to the highest: the package would end the process.
+        ({"vocab.json": {"a": 0, "b": 10**9, "ab": 1}}, "tokens have ids up to 1000000000"),
+        ({"vocab.json": {"a": 0, "b": 1}}, ""),  # Rust code that fails, by an error that is no `Exception`
+        (
+            {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "model_max_length": "long"}},
+            "'int' and 'str'",
+        ),
+        ({"tokenizer_config.json": {"tokenizer_class": "a\nb"}}, ""),  # told in several lines
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_one_clear_error(tmp_path, changes, message):
+    files = {"vocab.json": {"a": 0, "b": 1, "ab": 2}, "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}}
+    for name, content in (files | changes).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    with pytest.raises(InputError, match=f"its tokenizer cannot be loaded \\(.*{message}.*--tokenizer PATH") as caught:
+        open_tokenizer(str(tmp_path))
+    assert str(caught.value).isprintable()
+
+
+def test_an_error_of_rust_is_one_clear_error(tmp_path, monkeypatch):
+    """`tokenizers` may raise what is no `Exception`."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_, **__):
+        raise PanicException("index out of\nbounds")
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
+    with pytest.raises(InputError, match=r"its tokenizer cannot be loaded \(index out of bounds\)"):
+        open_tokenizer(str(tmp_path))
 
 
 def test_code_of_a_folder_is_never_run(tmp_path):

@@ -80,7 +80,7 @@ def test_check_lists_all_faults_at_once():
     found["model.vision.weight"] = (1, 2)
     with pytest.raises(InputError, match=r"7 tensor\(s\)") as error:
         network.check(found)
-    lines = {line.strip() for line in str(error.value).splitlines()[1:]}
+    lines = set(str(error.value).partition("weight files): ")[2].split("; "))
     assert lines == {
         "missing: model.layers.2.mlp.up_proj.weight [256, 96]",
         "missing: lm_head.weight [256, 96]",
@@ -90,6 +90,12 @@ def test_check_lists_all_faults_at_once():
         "not in a network of this config.json: model.layers.4.mlp.up_proj.weight [256, 96]",
         "unknown: model.vision.weight [1, 2]",
     }
+
+
+def test_check_names_the_first_of_many_faults():
+    with pytest.raises(InputError, match=r"38 tensor\(s\).*; and 28 more$") as caught:
+        make_network(config_of("llama_tiny")).check({"lm_head.weight": (256, 96)})
+    assert len(str(caught.value)) < 1500
 
 
 def test_check_accepts_what_is_known_and_not_needed():
@@ -123,6 +129,11 @@ def test_unknown_family(model_type):
         ("llama_tiny", {"hidden_size": "96"}, "`hidden_size` must be an integer of 1 or more, got '96'"),
         ("llama_tiny", {"num_hidden_layers": True}, "`num_hidden_layers` must be an integer"),
         ("llama_tiny", {"vocab_size": 0}, "`vocab_size` must be an integer"),
+        ("llama_tiny", {"vocab_size": 10**400}, "`vocab_size` must be at most 2147483647, got an integer of 1329 bits"),
+        ("llama_tiny", {"num_hidden_layers": 10**9}, "`num_hidden_layers` must be at most 10000"),  # no list of them
+        ("opt_tiny", {"num_hidden_layers": 10**9}, "`num_hidden_layers` must be at most 10000"),
+        ("llama_tiny", {"rms_norm_eps": 10**400}, "`rms_norm_eps` must be a positive number"),
+        ("llama_tiny", {"hidden_act": "a\nb" * 1000}, r"`hidden_act` must be one of .*, got 'a\\nb.*'"),
         ("llama_tiny", {"rms_norm_eps": "1e-5"}, "`rms_norm_eps` must be a positive number"),
         ("llama_tiny", {"tie_word_embeddings": 1}, "`tie_word_embeddings` must be true or false"),
         ("llama_tiny", {"hidden_act": "swoosh"}, "`hidden_act` must be one of .*silu.*, got 'swoosh'"),
@@ -148,5 +159,6 @@ def test_unknown_family(model_type):
     ],
 )
 def test_config_that_cannot_be_used(name, changes, message):
-    with pytest.raises(InputError, match=f"config.json.*{message}"):
+    with pytest.raises(InputError, match=f"config.json.*{message}") as caught:
         make_network(config_of(name, **changes))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000

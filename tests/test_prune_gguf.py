@@ -222,6 +222,7 @@ def test_reading_takes_the_memory_of_one_tensor(tmp_path):
     np.testing.assert_array_equal(found, gguf.quants.dequantize(gguf.quants.quantize(big, Kind.Q8_0), Kind.Q8_0))
 
 
+HEAD_SIZES = [f"llama.{key}" for key in ("attention.key_length", "attention.value_length", "rope.dimension_count")]
 SCALE = {"rope_freqs.weight": np.linspace(1, 3, 12, dtype=np.float32)}
 
 
@@ -232,6 +233,20 @@ SCALE = {"rope_freqs.weight": np.linspace(1, 3, 12, dtype=np.float32)}
         ({"extra": {"blk.0.attn_q_norm.weight": np.zeros(24, np.float32)}}, "unknown tensors for llama: .*q_norm"),
         ({"extra": SCALE}, "rope_freqs.weight is of no known rotary scaling"),
         ({"extra": {"rope_freqs.weight": np.ones(5, np.float32)}}, r"rope_freqs.weight has shape \(5,\), not \(12,\)"),
+        ({"extra": {"rope_freqs.weight": np.full(12, np.nan, np.float32)}}, "is of no known rotary scaling"),
+        (
+            {"extra": {"rope_freqs.weight": np.r_[1.5, np.full(11, np.inf)].astype(np.float32)}},
+            "no known rotary scaling",
+        ),
+        (
+            {
+                "changes": dict.fromkeys(HEAD_SIZES, 25),
+                "extra": {"rope_freqs.weight": np.linspace(1, 3, 12, dtype=np.float32)},
+            },
+            "no known rotary scaling",
+        ),
+        ({"changes": {"llama.attention.layer_norm_rms_epsilon": math.inf}}, "epsilon is inf, no number > 0"),
+        ({"changes": {"llama.attention.layer_norm_rms_epsilon": 1e-45}}, "no number > 0"),
         ({"extra": {"token_types": np.zeros(5, np.int32)}}, "quantisation 26 cannot be undone"),
         ({"changes": {"llama.rope.scaling.type": "yarn"}}, "rotary scaling 'yarn' is not supported"),
         ({"changes": {"llama.rope.dimension_count": 12}}, "rope.dimension_count is not the head size 24"),

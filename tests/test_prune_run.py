@@ -1,19 +1,14 @@
-"""Pruning runs: killed and resumed, asked for again, dry; how much memory they take."""
+"""Pruning runs: stopped and resumed, asked for again, dry; how much memory they take."""
 
 import dataclasses
 import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from prune_helpers import (
     DATA,
     bytes_of,
@@ -28,7 +23,6 @@ import prune.output
 import prune.passes
 import prune.perplexity
 import prune.rundir
-from prune import llama
 from prune.experiment import run
 from prune.job import prepare
 
@@ -70,65 +64,7 @@ def never(*arguments, **keywords):
     pytest.fail("computed again")
 
 
-# --- Killed ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Environment in which programs share what they compile, as does this process while the test runs."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield os.environ | {name.upper(): str(value) for name, value in settings.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def kill(config, environment, ready):
-    """Begin or go on with a run, and send it SIGKILL as soon as its record says that it is ready for it."""
-
-    def record():
-        return next((json.loads(path.read_text()) for path in config.out.glob("*/progress.json")), {})
-
-    process = subprocess.Popen(
-        command(config), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        while process.poll() is None and not ready(record()):
-            time.sleep(0.002)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
-    return record()
-
-
-@pytest.mark.parametrize(("method", "allocation"), [("wanda", "farms"), ("sparsegpt", "uniform")])
-def test_killed_runs_go_on_to_the_same_bytes(method, allocation, tmp_path, compiled, monkeypatch):
-    model = write_random_llama(tmp_path / "model", blocks=6, hidden=128, intermediate=384)
-    config = small_run(tmp_path, model, method=method, allocation=allocation, samples=64, length=128, epsilon="0.2")
-    for name, count in (("calibration", 64), ("text", 8)):
-        np.save(tmp_path / f"{name}.npy", np.random.default_rng(count).integers(0, 256, (count, 128)))
-    whole = dataclasses.replace(config, out=tmp_path / "whole")
-    monkeypatch.setattr(sys, "argv", command(whole)[2:])
-    llama.main()
-
-    # Wanda: laid out, and in its first evaluation or in the analysis after it. SparseGPT: with a block written.
-    enough = 0 if method == "wanda" else 1
-    first = kill(config, compiled, lambda record: len(record.get("written", "")) >= enough and "written" in record)
-    second = kill(config, compiled, lambda record: len(record.get("written", "")) > len(first["written"]))
-    assert enough <= len(first["written"]) < len(second["written"]) <= 6
-    assert second["written"][: len(first["written"])] == first["written"]
-    end = subprocess.run(command(config), cwd=ROOT, env=compiled, capture_output=True, text=True, check=True)
-    assert "perplexity on" in end.stdout
-    assert_same_run(next(config.out.glob("model-*")), next(whole.out.glob("model-*")))
+# --- Stopped ---------------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -189,8 +125,6 @@ def test_fresh_computes_again(finished, finished_copy):
     job = prepare(finished_copy)
     weights = job.path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
-    run(job)
-    assert bytes_of(job.path / "model") != bytes_of(finished[0].path / "model")
     run(prepare(dataclasses.replace(finished_copy, fresh=True)))
     card, expected = (without_times(card_of(path)) for path in (job.path, finished[0].path))
     assert card["settings"].pop("fresh") is True
@@ -214,7 +148,7 @@ def test_dry_run_says_what_a_run_would_do_and_saves_it_the_analysis(finished, tm
     config = dataclasses.replace(finished[0].config, out=tmp_path / "out")
     job = prepare(dataclasses.replace(config, dry_run=True))
     table = run(job)
-    assert sorted(path.name for path in job.path.iterdir()) == ["progress.json"]
+    assert sorted(path.name for path in job.path.iterdir()) == [".lock", "progress.json"]
     rows = [line.split() for line in table.splitlines() if line.startswith("model.layers.")]
     assert [row[0] for row in rows] == [f"model.layers.{block}" for block in range(4)]
     # Blocks of one size; figures are printed with four decimals.

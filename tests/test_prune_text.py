@@ -262,20 +262,54 @@ def test_broken_parquet_files_are_refused(tmp_path):
 
 
 def test_broken_token_files_are_refused(tmp_path):
-    assert "not a readable NumPy file" in refused(tmp_path, b"\x93NUMPY and no more", "bad.npy")
-    assert "not a readable NumPy file" in refused(tmp_path, b"PK\x03\x04 and no more", "bad.npz")
+    assert "holds no plain numbers" in refused(tmp_path, b"\x93NUMPY and no more", "bad.npy")
+    assert "damaged, or no npz archive" in refused(tmp_path, b"PK\x03\x04 and no more", "bad.npz")
     np.save(tmp_path / "float.npy", np.ones((2, 16)))
     np.save(tmp_path / "object.npy", np.array([1, "a"], dtype=object))
     np.save(tmp_path / "cube.npy", np.ones((2, 2, 2), int))
     np.savez(tmp_path / "other.npz", tokens=np.arange(64))
     for name, message in (
         ("float.npy", r"must be integers .* got float64 \(2, 16\)"),
-        ("object.npy", "not a readable NumPy file"),  # a pickle: never loaded
+        ("object.npy", "holds Python objects, that is pickles, which are never loaded"),
         ("cube.npy", r"must be integers of shape"),
-        ("other.npz", r'no array "ids", only \[.tokens.\]'),
+        ("other.npz", r"has no array ids, only tokens"),
     ):
         with pytest.raises(InputError, match=message):
             calibrate(tmp_path / name)
+
+
+def test_a_token_file_that_claims_more_than_it_holds(tmp_path):
+    """A header of 8 TiB: refused before memory is taken."""
+    np.save(tmp_path / "t.npy", np.zeros((1, 64), np.int64))
+    content = (tmp_path / "t.npy").read_bytes().replace(b"(1, 64), }            ", b"(1000000000000, 1), } ")
+    assert b"(1000000000000, 1)" in content
+    assert r"shape (1000000000000, 1) of int64 needs 8000000000000 bytes" in refused(tmp_path, content, "t.npy")
+
+
+def test_half_a_pair_of_utf16_is_refused(tmp_path):
+    assert "line 2 has half of a pair of UTF-16" in refused(
+        tmp_path, b'{"text": "a"}\n{"text": "\\ud800"}\n', "t.jsonl"
+    )
+    write_lines(tmp_path / "whole.jsonl", ["\U0001f642" * 20])
+    assert blocks(tmp_path / "whole.jsonl").ids.size
+
+
+def test_parquet_that_is_not_utf8_is_refused(tmp_path):
+    table = pa.table({"text": pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="not a readable parquet file .*utf-8"):
+        blocks(tmp_path / "t.parquet")
+
+
+def test_a_text_that_the_tokenizer_cannot_take_is_refused(text):
+    class Strict:
+        def __call__(self, text, **_):
+            raise Exception("unknown token,\nand no id for it")
+
+    with pytest.raises(
+        InputError, match=r"the tokenizer cannot take this text \(unknown token, and no id .*--tokenizer"
+    ):
+        evaluation_blocks(str(text), Strict(), length=16)
 
 
 def test_ids_outside_the_vocabulary_are_refused(tmp_path, text):

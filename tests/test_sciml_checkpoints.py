@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from farms_jax.errors import InputError
 from sciml import convert
@@ -220,11 +221,24 @@ def test_values_that_are_not_finite(tmp_path, state, value):
         read(path)
 
 
+def test_metadata_that_are_no_configuration_say_nothing(tmp_path, state):
+    for text in ("[" * 100_000, "{", '{"modes": "a\\nb"}'):
+        save_file(state, path := tmp_path / "m.safetensors", {"config": text})
+        _, notes = load(path, NORMALISED, ones(NORMALISED))
+        assert all(note.isprintable() for note in notes)
+
+
+def test_a_tensor_whose_name_is_none(tmp_path, state):
+    path = write_state(tmp_path / "m.safetensors", {**state, "two\nlines": np.ones(3, np.float32)})
+    with pytest.raises(InputError, match=r"m\.safetensors: a tensor is called 'two\\nlines', which is no name"):
+        read(path)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_truncated_files(tmp_path, state, keep):
     path = write_state(tmp_path / "m.safetensors", state)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(InputError, match=r"m\.safetensors: damaged, or no safetensors file .* download or convert"):
+    with pytest.raises(InputError, match=r"m\.safetensors: .*(too few|truncated).*; download it again"):
         read(path)
 
 

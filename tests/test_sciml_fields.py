@@ -264,6 +264,68 @@ def test_files_that_are_not_there_or_not_hdf5(tmp_path):
             opened(tmp_path / "cut.hdf5")
 
 
+def overwritten(path, place, content):
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(content)
+    return path
+
+
+@pytest.mark.parametrize("word", [b"TREE", b"HEAP", b"SNOD"])
+def test_a_damaged_table_of_contents_is_one_clear_error(tmp_path, word):
+    path = write_stacked(tmp_path / "flows.hdf5", make_flows())
+    overwritten(path, path.read_bytes().index(word), b"EERT")
+    with pytest.raises(InputError, match=r"flows\.hdf5: its table of contents is damaged \(.*fetch or write") as caught:
+        opened(path)
+    assert str(caught.value).isprintable()
+
+
+def test_a_file_that_claims_more_than_it_holds(tmp_path):
+    """Refused before memory is taken."""
+    packed = {"chunks": (1, 5, 4, 6, 4), "compression": "gzip"}
+    for name, settings in (("packed", packed), ("chunked", {"chunks": (1, 5, 4, 6, 4)})):
+        with h5py.File(path := tmp_path / f"{name}.hdf5", "w") as file:
+            file.create_dataset("data", data=make_flows(), **settings)
+        content = path.read_bytes()
+        size = b"".join(n.to_bytes(8, "little") for n in (10, 5, 4, 6, 4))
+        assert size in content
+        path.write_bytes(content.replace(size, (1 << 30).to_bytes(8, "little") + size[8:]))
+        with pytest.raises(InputError, match=r"dataset data: shape \(1073741824, 5, 4, 6, 4\) of float32 needs 2061"):
+            opened(path)
+
+
+def test_numbers_that_were_never_written_are_refused(tmp_path):
+    with h5py.File(path := tmp_path / "flows.hdf5", "w") as file:
+        file.create_dataset("data", (10, 5, 4, 6, 4), "f4")
+    with pytest.raises(InputError, match="needs 19200 bytes, which the 0 bytes that are stored"):
+        opened(path)
+
+
+def test_numbers_may_be_packed_a_thousandfold(tmp_path):
+    flows = np.ones((10, 32, 32, 20, 4), np.float32)
+    with h5py.File(path := tmp_path / "flows.hdf5", "w") as file:
+        file.create_dataset("data", data=flows, chunks=(1, *flows.shape[1:]), compression="gzip", shuffle=True)
+    np.testing.assert_array_equal(whole(opened(path).train), flows[:9])
+
+
+@pytest.mark.parametrize("settings", [{}, {"compression": "gzip", "fletcher32": True}])
+@pytest.mark.parametrize(("start", "size"), [(None, 0), (10**9, None)])
+def test_a_chunk_that_is_not_in_the_file_is_refused(tmp_path, settings, start, size):
+    """The library itself ends the process where a chunk with a checksum has no bytes."""
+    with h5py.File(path := tmp_path / "flows.hdf5", "w") as file:
+        data = file.create_dataset("data", data=make_flows(), chunks=(1, 5, 4, 6, 4), **settings)
+        chunk = data.id.get_chunk_info(1)
+    content = path.read_bytes()
+    place = content.index(chunk.byte_offset.to_bytes(8, "little"))
+    if start is not None:
+        overwritten(path, place, start.to_bytes(8, "little"))
+    else:  # its size stands before the axes of its place
+        key = chunk.size.to_bytes(4, "little") + bytes(4) + (1).to_bytes(8, "little")
+        overwritten(path, content.index(key), size.to_bytes(4, "little"))
+    with pytest.raises(InputError, match=r"dataset data: (a chunk of shape \(1, 5, 4, 6, 4\) is not whole|shape)"):
+        opened(path)
+
+
 def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(InputError, match="holds nothing"):
         opened(tmp_path)
@@ -273,6 +335,9 @@ def test_folders_that_cannot_be_used(tmp_path):
     gap = write_scattered(tmp_path / "gap", make_flows())
     (gap / "data_3.hdf5").unlink()
     with pytest.raises(InputError, match=r"data_3\.hdf5 is missing"):
+        opened(gap)
+    (gap / "data_999999999999.hdf5").write_bytes(b"")  # no list of those between
+    with pytest.raises(InputError, match=r"data_3\.hdf5 is missing \(999999999990 of 1000000000000 files are\)"):
         opened(gap)
     write_scattered(tmp_path / "half" / "train", make_flows())
     with pytest.raises(InputError, match="half: has train but no test"):

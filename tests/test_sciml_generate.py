@@ -1,4 +1,4 @@
-"""Data sets of flows: the published layout, going on after a kill, and what cannot be made."""
+"""Data sets of flows: the published layout, going on after a stop or damage, and what cannot be made."""
 
 import dataclasses
 import functools
@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -16,8 +15,10 @@ import numpy as np
 import pytest
 
 from farms_jax.errors import InputError
+from farms_jax.locking import locked
 from sciml import generate as module
 from sciml.generate import FlowConfig, file_name, generate
+from sciml.hdf5 import open_source
 
 ROOT = Path(__file__).parent.parent
 SMALL = FlowConfig(size=16, steps=3, end=0.1, count=5, seed=7)
@@ -94,12 +95,17 @@ def test_names_are_those_of_published_files(settings, name):
     assert file_name(FlowConfig(**settings)) == name
 
 
-def test_goes_on_from_whole_shards(made, tmp_path, monkeypatch):
-    path, merge = tmp_path / "flows.hdf5", module._merge
-    monkeypatch.setattr(module, "_merge", lambda *_: sys.exit("killed"))
-    with pytest.raises(SystemExit):
-        generate(path, SMALL)
-    parts = tmp_path / "flows.hdf5.parts"
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """The folder of a process that ended before it put its shards together."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(module, "_merge", lambda *_: sys.exit("killed"))
+        generate(tmp_path / "flows.hdf5", SMALL)
+    return tmp_path / "flows.hdf5.parts"
+
+
+def test_goes_on_from_whole_shards(made, parts, monkeypatch):
+    path, merge = parts.with_name("flows.hdf5"), module._merge
     shards = sorted(parts.glob("*.npz"))
     assert len(shards) == 3 and not path.exists()
     shards[1].unlink()
@@ -111,29 +117,119 @@ def test_goes_on_from_whole_shards(made, tmp_path, monkeypatch):
     assert times == [kept] and not parts.exists()
 
 
-def test_goes_on_after_a_kill(tmp_path, monkeypatch):
-    config = FlowConfig(size=32, steps=3, end=0.2, count=128, seed=3)
-    options = ["--size", "32", "--steps", "3", "--end", "0.2", "--count", "128", "--seed", "3", "--out", str(tmp_path)]
-    program = [sys.executable, "-m", "sciml.generate", *options]
-    path = tmp_path / file_name(config)
-    parts = path.with_name(f"{path.name}.parts")
-    running = subprocess.Popen(program, stderr=subprocess.DEVNULL, cwd=ROOT)
-    until = time.monotonic() + 60
-    while not list(parts.glob("*.npz")) and time.monotonic() < until:
-        time.sleep(0.01)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL  # it was at work
-    assert not path.exists()
-    whole = list(parts.glob("*.npz"))
-    assert 0 < len(whole) < 8
-    again = subprocess.run(program, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert again.stdout.strip() == str(path)
-    assert f"{16 * len(whole)}/128" in again.stderr  # the bar starts there
-    with h5py.File(path) as file:
-        assert file["Vx"].shape == (128, 3, 32, 32)
-    monkeypatch.setattr(module, "SHARD", 16)
-    straight = generate(tmp_path / "straight" / path.name, config)
-    assert_same(path, straight)
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
+def test_damaged_shards_are_computed_again(damage, made, parts, capsys):
+    shards = sorted(parts.glob("*.npz"))
+    content = shards[1].read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    other = shards[2].read_bytes()  # of one trajectory instead of two
+    shards[1].write_bytes({"flip": flipped, "cut": content[:-30], "empty": b"", "other": other}[damage])
+    assert_same(generate(parts.with_name("flows.hdf5"), SMALL), made)
+    assert f"{shards[1]} is damaged and computed again" in capsys.readouterr().err
+
+
+def test_no_damage_of_a_shard_goes_unseen(parts):
+    shard = parts / "0000000.npz"
+    content = shard.read_bytes()
+    expected = module._read_shard(parts, range(2), SMALL)
+    # Every byte that tells how to read the file, and some of its numbers.
+    places = [*range(300), *range(300, len(content) - 700, 997), *range(len(content) - 700, len(content))]
+    for number, place in enumerate(places):
+        shard.write_bytes(content[:place] + bytes([content[place] ^ 1 << number % 8]) + content[place + 1 :])
+        found = module._read_shard(parts, range(2), SMALL)
+        assert found is None or all(map(np.array_equal, found, expected)), place
+
+
+def test_a_shard_damaged_at_the_last_moment_is_named(parts, monkeypatch):
+    monkeypatch.setattr(module, "_make_shards", lambda *_: (parts / "0000002.npz").write_bytes(b"PK"))
+    path = parts.with_name("flows.hdf5")
+    with pytest.raises(InputError, match=r"0000002\.npz is damaged; the same command computes it again"):
+        generate(path, SMALL)
+    assert [entry.name for entry in path.parent.iterdir()] == [parts.name]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{" * 100_000])
+def test_damaged_settings_are_an_error(content, parts):
+    (parts / "settings.json").write_text(content)
+    with pytest.raises(InputError, match=r"settings\.json is damaged .*; delete .*flows\.hdf5\.parts to start anew"):
+        generate(parts.with_name("flows.hdf5"), SMALL)
+
+
+def test_flipped_bits_of_the_file_are_found_when_it_is_read(made, tmp_path):
+    source = open_source(made)
+    expected = source.read(3, 1, 2)
+    source.close()
+    content = made.read_bytes()
+    for channel in range(4):
+        at = content.index(np.ascontiguousarray(expected[..., 1, channel]).tobytes())
+        damaged = bytearray(content)
+        damaged[at + 500] ^= 1
+        (tmp_path / "damaged.hdf5").write_bytes(damaged)
+        source = open_source(tmp_path / "damaged.hdf5")
+        np.testing.assert_array_equal(source.read(2, 0, 3)[..., 0, 0], open_source(made).read(2, 0, 3)[..., 0, 0])
+        with pytest.raises(InputError, match=r"damaged\.hdf5: trajectory 3 cannot be read .*; the file is damaged"):
+            source.read(3, 1, 2)
+        source.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "chunk"),
+    [
+        ({"size": 128}, (1, 3, 128, 128)),
+        ({"size": 512}, (1, 1, 512, 512)),
+        ({"size": 16, "steps": 23}, (1, 23, 16, 16)),
+    ],
+)
+def test_chunks_are_some_states_of_a_trajectory(settings, chunk):
+    assert module._chunk(FlowConfig(**settings)) == chunk
+
+
+def test_one_process_makes_a_file(parts, made):
+    path, before = parts.with_name("flows.hdf5"), sorted(entry.name for entry in parts.iterdir())
+    with locked(parts), pytest.raises(InputError, match=r"flows\.hdf5\.parts: another process is at work there"):
+        generate(path, SMALL)
+    assert sorted(entry.name for entry in parts.iterdir()) == before
+    assert_same(generate(path, SMALL), made)
+
+
+def test_a_file_that_another_process_made_meanwhile_is_kept(made, tmp_path, monkeypatch):
+    path = tmp_path / "flows.hdf5"
+    monkeypatch.setattr(module, "_check_space", lambda *_: shutil.copyfile(made, path))
+    monkeypatch.setattr(module, "_make_shards", lambda *_: pytest.fail("made twice"))
+    assert generate(path, SMALL) == path
+    assert [entry.name for entry in tmp_path.iterdir()] == ["flows.hdf5"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_does_not_wait_for_flows(number, status, tmp_path):
+    """Flows that take an hour each, one per core."""
+    program = f"""
+import sys, time
+from sciml import generate as module
+
+def solve(indices, attempts):
+    print("at work", flush=True)
+    time.sleep(3600)
+
+module._solver = lambda config, lanes: solve
+sys.argv = ["sciml.generate", "--out", {str(tmp_path)!r}, "--count", "20", "--size", "16"]
+module.run_and_end(module.main)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        try:
+            assert running.stdout.readline() == "at work\n"
+            running.send_signal(number)
+            _, errors = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert running.returncode == status
+    name = signal.Signals(number).name
+    assert errors.splitlines()[-1] == f"sciml.generate: stopped by {name}; the same command goes on"
+    with locked(tmp_path / f"{file_name(FlowConfig(size=16, count=20))}.parts"):
+        pass  # the next process may go on
 
 
 def test_a_file_of_the_same_settings_is_kept(made, capsys):
@@ -148,6 +244,7 @@ def test_a_file_of_the_same_settings_is_kept(made, capsys):
 def test_a_file_of_other_settings_is_an_error(made):
     with pytest.raises(InputError, match=r"flows.hdf5: made with M 0.1, not 0.2; seed 7, not 8; delete it"):
         generate(made, dataclasses.replace(SMALL, mach=0.2, seed=8))
+    assert not made.with_name("flows.hdf5.parts").exists()
 
 
 def test_a_file_of_others_is_an_error(tmp_path):

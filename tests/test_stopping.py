@@ -1,15 +1,17 @@
 """Ctrl-C and SIGTERM, locks, checksums: what the programs' ends rest on."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from farms_jax.errors import InputError, reported
-from farms_jax.files import CHECKSUMS, damaged_files, write_checksums
+from farms_jax.files import CHECKSUMS, atomic, damaged_files, write_checksums
 from farms_jax.locking import locked
 from farms_jax.stopping import Stopped, hold_stops, stop_signals_raise
 
@@ -51,6 +53,44 @@ def test_the_second_signal_stops_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
         reached.append(2)
     assert reached == [1]
+
+
+def test_a_stop_stays_a_stop_whatever_is_made_of_its_error():
+    with pytest.raises(Stopped) as stopped, stop_signals_raise():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Stopped as error:
+            raise RuntimeError("in a callback") from error
+    assert stopped.value.signal == signal.SIGTERM
+
+
+def test_a_stop_that_a_destructor_swallows_comes_again():
+    class Stops:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Stopped), stop_signals_raise():
+        thing = Stops()
+        del thing
+        time.sleep(30)
+        pytest.fail("the stop was lost")
+
+
+def test_a_program_ends_without_waiting_for_its_threads():
+    program = """
+import sys, threading, time
+from farms_jax.errors import run_and_end
+threading.Thread(target=time.sleep, args=(3600,)).start()
+run_and_end(lambda: sys.exit(3))
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=120, check=False).returncode == 3
+
+
+def test_an_error_of_the_disk_says_where(tmp_path):
+    with pytest.raises(OSError, match="numbers.txt") as raised, atomic(tmp_path / "numbers.txt"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert raised.value.filename == str(tmp_path / "numbers.txt")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_handlers_are_put_back():

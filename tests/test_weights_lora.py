@@ -116,6 +116,11 @@ def test_what_is_an_adapter(tmp_path):
         (linear(), {"alpha_pattern": {"(": 3}}, "alpha_pattern"),
         (linear(), {"alpha_pattern": {"q": "much"}}, "alpha_pattern"),
         (linear(), {"alpha_pattern": [3]}, "alpha_pattern"),
+        (linear(), {"alpha_pattern": {"(?i)q": 3}}, "alpha_pattern"),  # a pattern alone, but not as the end of a name
+        (linear(), {"alpha_pattern": {"q{99999999999}": 3}}, "alpha_pattern"),
+        (linear(), {"lora_alpha": math.nan}, "lora_alpha"),
+        (linear(), {"lora_alpha": 10**400}, "lora_alpha .* an integer of 1329 bits"),
+        (linear(rank=0), {}, r"lora_A.weight \(0, 8\) does not fit"),
         (linear(cols=9), {}, r"lora_A.weight \(2, 9\) does not fit model.layers.0.q.weight \(12, 8\).*somebody/model"),
         (linear(rows=8, cols=12), {}, "does not fit"),
         (linear(module="base_model.model.k"), {}, "changes k.weight, which .* does not have.*somebody/model"),
@@ -132,6 +137,7 @@ def test_an_adapter_that_does_not_fit_is_one_clear_error(tmp_path, adapter, conf
     with pytest.raises(InputError, match=message) as caught:
         open_lora(base, folder)
     assert str(folder) in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 def test_a_pickled_adapter_is_never_loaded(tmp_path):

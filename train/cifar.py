@@ -7,6 +7,7 @@ python -m train.cifar --resume runs/NAME           go on with a run that was sto
 
 from pathlib import Path
 
+from farms_jax.errors import run_and_end
 from farms_jax.program import run_name, run_program
 from farms_jax.rundir import at_work, read_config, write_config
 from train.config import RECIPES, Config, resolve
@@ -63,4 +64,4 @@ def resume(run: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_end(main)

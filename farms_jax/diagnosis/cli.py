@@ -26,6 +26,7 @@ from farms_jax.cache import default_folder
 from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column
 from farms_jax.diagnosis.compare import compare
 from farms_jax.diagnosis.comparison import Comparison
+from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.pipeline import diagnose, layers_of
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.watch import Alert, Rules, Seen, watch
@@ -137,8 +138,7 @@ class Analyze(Measuring):
         if self.sort is not None:
             diagnosis = diagnosis.sort(self.sort, descending=bool(BY_NAME[self.sort].format) and not self.ascending)
         diagnosis.show()
-        for flag, path in outputs.items():
-            getattr(diagnosis, f"write_{flag[2:]}")(path)
+        _write(diagnosis, outputs)
         _tell_written(outputs, hint="--html report.html writes the whole report")
 
 
@@ -163,8 +163,7 @@ class Compare(Measuring):
         _check_column("--sort", self.sort, Comparison.possible)
         comparison = compare(self.a, self.b, **self.options()).sort(self.sort, descending=True, magnitude=True)
         comparison.show()
-        for flag, path in outputs.items():
-            getattr(comparison, f"write_{flag[2:]}")(path)
+        _write(comparison, outputs)
         _tell_written(outputs, hint="--csv changes.csv writes all columns")
 
 
@@ -216,6 +215,15 @@ def _checked(outputs: Mapping[str, Path | None]) -> dict[str, Path]:
         if path.is_dir():
             raise InputError(f"{flag} {path}: a folder; give the name of a file")
     return wanted
+
+
+def _write(result: Diagnosis | Comparison, outputs: Mapping[str, Path]) -> None:
+    for flag, path in outputs.items():
+        try:
+            getattr(result, f"write_{flag[2:]}")(path)
+        except OSError as error:
+            remedy = "free space, or name another file; what was measured is kept"
+            raise InputError(f"{flag} {path}: cannot be written ({error.strerror or error}); {remedy}") from error
 
 
 def _check_column(flag: str, name: str, columns: Iterable[Column]) -> None:

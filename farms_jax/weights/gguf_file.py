@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from farms_jax.errors import InputError
+from farms_jax.weights.content import can_be, check_name, plain, reason, shown
 from farms_jax.weights.cursor import Cursor
 from farms_jax.weights.safetensors_file import read_bytes
 
@@ -22,6 +23,7 @@ _REMEDY = Cursor.remedy
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 _ALIGNMENT = 32  # bytes; the format's default
+_FLOAT32 = np.dtype(np.float32)
 _LONG = 1024  # items; a longer array is a vocabulary
 _PIECE = 1 << 22  # weights dequantised at a time
 
@@ -118,7 +120,7 @@ def read_gguf(path: Path, *, long_arrays: bool = False) -> GGUFFile:
     except InputError:
         raise
     except (ValueError, OverflowError) as error:
-        raise InputError(f"{path}: its metadata is damaged ({error}); {_REMEDY}") from error
+        raise InputError(f"{path}: its metadata is damaged ({reason(error)}); {_REMEDY}") from error
 
 
 def _read(cursor: _Cursor, *, long_arrays: bool) -> GGUFFile:
@@ -132,20 +134,20 @@ def _read(cursor: _Cursor, *, long_arrays: bool) -> GGUFFile:
     for _ in range(key_count):
         key = cursor.text()
         if key in metadata:
-            raise InputError(f"{path}: {key} is in the metadata twice; {_REMEDY}")
+            raise InputError(f"{path}: {plain(key)} is in the metadata twice; {_REMEDY}")
         metadata[key] = cursor.value(long_arrays=long_arrays)
     if metadata.get("split.count", 1) != 1:
         raise InputError(f"{path}: one part of a split model; put it together with `llama-gguf-split --merge` first")
     entries = {}
     for _ in range(tensor_count):
-        name = cursor.text()
+        check_name(name := cursor.text(), str(path))
         dims = cursor.numbers("Q", cursor.number("I"))
         entries[name] = (dims[::-1], cursor.number("I"), cursor.number("Q"))
     if len(entries) != tensor_count:
         raise InputError(f"{path}: a tensor's name is there twice; {_REMEDY}")
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0:
-        raise InputError(f"{path}: general.alignment {alignment!r} is not a positive number; {_REMEDY}")
+        raise InputError(f"{path}: general.alignment {shown(alignment)} is not a positive number; {_REMEDY}")
     start = -(-cursor.file.tell() // alignment) * alignment
     tensors = {
         name: _tensor(f"{path}: {name}", shape, kind, start + offset, cursor.size)
@@ -162,11 +164,11 @@ def _tensor(where: str, shape: tuple[int, ...], number: int, start: int, size: i
         gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise InputError(
-            f"{where}: quantisation {number} cannot be undone here ({error}); give a file in F16, F32 or Q8_0"
+            f"{where}: quantisation {number} cannot be undone here ({reason(error)}); give a file in F16, F32 or Q8_0"
         ) from error
-    if not shape or 0 in shape or shape[-1] % block:
+    if not shape or 0 in shape or shape[-1] % block or not can_be(shape, _FLOAT32.itemsize):
         raise InputError(
-            f"{where}: shape {shape} is not one of {kind.name}, whose rows have blocks of {block}; {_REMEDY}"
+            f"{where}: shape {shown(shape)} is not one of {kind.name}, whose rows have blocks of {block}; {_REMEDY}"
         )
     row_bytes = shape[-1] // block * block_bytes
     if start + math.prod(shape[:-1]) * row_bytes > size:
@@ -189,7 +191,7 @@ def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
     """
     tensor, dequantize = file.tensors[name], _package(str(file.path)).quants.dequantize
     rows = math.prod(tensor.shape[:-1])
-    out = np.empty((rows, tensor.shape[-1]), np.float32)
+    out = np.empty((rows, tensor.shape[-1]), _FLOAT32)
     step = max(1, _PIECE // tensor.shape[-1])
     for first in range(0, rows, step):
         count = min(step, rows - first)

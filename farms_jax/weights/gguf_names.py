@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from farms_jax.errors import InputError
+from farms_jax.weights.content import plain, shown
 
 ROPE_FACTORS = "rope_freqs.weight"
 _NAME = re.compile(r"(?:blk\.(?P<block>0|[1-9]\d*)\.)?(?P<module>\w+)\.(?P<kind>weight|bias)")
@@ -45,7 +46,7 @@ def architecture_of(metadata: Mapping[str, Any], where: str) -> str:
     """
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in _BLOCKS:
-        raise InputError(f"{where}: unknown architecture {architecture!r}; known are {', '.join(_BLOCKS)}")
+        raise InputError(f"{where}: unknown architecture {shown(architecture)}; known are {', '.join(_BLOCKS)}")
     return architecture
 
 
@@ -77,26 +78,41 @@ def hugging_face_names(architecture: str, names: Iterable[str], where: str) -> d
     if unknown:
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
         raise InputError(
-            f"{where}: unknown tensors for {architecture}: {', '.join(unknown[:10])}{more}; "
+            f"{where}: unknown tensors for {architecture}: {', '.join(map(plain, unknown[:10]))}{more}; "
             "give the model as a Hugging Face folder"
         )
     return found
 
 
-def heads_of(architecture: str, metadata: Mapping[str, Any]) -> dict[str, int]:
-    """Return the projections whose rows the file has interleaved, with their number of heads.
+def heads_of(
+    architecture: str, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
+) -> dict[str, int]:
+    """Find the tensors whose rows the file has interleaved, with their number of heads.
 
     Args:
         architecture: of the file; the converter does so for llama alone.
         metadata: of the file.
+        shapes: Hugging Face name -> shape.
+        where: the file's name, for messages.
 
     Returns:
-        `{"q_proj": heads, "k_proj": key heads}`, or nothing; for `restore_rows`.
+        Hugging Face names of query and key projections -> heads; for `restore_rows`.
+
+    Raises:
+        InputError: rows are no whole number of heads.
     """
     heads = metadata.get("llama.attention.head_count")
     keys = metadata.get("llama.attention.head_count_kv", heads)
     counts = {"q_proj": heads, "k_proj": keys} if architecture == "llama" else {}
-    return {name: count for name, count in counts.items() if type(count) is int and count > 0}
+    known = {module: count for module, count in counts.items() if type(count) is int and count > 0}
+    found = {name: known[module] for name in shapes if (module := name.split(".")[-2:][0]) in known}
+    for name, count in found.items():
+        if shapes[name][0] % (2 * count):
+            raise InputError(
+                f"{where}: {name} has {shapes[name][0]} rows, which {count} heads of two halves do not divide; "
+                "download it again"
+            )
+    return found
 
 
 def restore_rows(array: np.ndarray, heads: int) -> np.ndarray:

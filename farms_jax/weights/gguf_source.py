@@ -29,16 +29,17 @@ class GGUFSource(WeightSource):
         """
         self._file = read_gguf(path)
         found = self._file.tensors
-        self._names, self._heads = {name: name for name in found}, dict[str, int]()
+        self._names, self._heads, architecture = {name: name for name in found}, dict[str, int](), None
         with contextlib.suppress(InputError):  # another architecture: the file's own names serve
             architecture = architecture_of(self._file.metadata, str(path))
             rotary = {ROPE_FACTORS: ROPE_FACTORS} if ROPE_FACTORS in found else {}
             self._names = hugging_face_names(architecture, found, str(path)) | rotary
-            self._heads = heads_of(architecture, self._file.metadata)
-        tensors = {name: TensorInfo(_FLOAT32, found[source].shape) for name, source in self._names.items()}
+        shapes = {name: found[source].shape for name, source in self._names.items()}
+        if architecture is not None:
+            self._heads = heads_of(architecture, self._file.metadata, shapes, str(path))
+        tensors = {name: TensorInfo(_FLOAT32, shape) for name, shape in shapes.items()}
         super().__init__(path, path.stem, "gguf", TORCH_AXES, tensors)
 
     def _read(self, name: str) -> np.ndarray:
         array = read_tensor(self._file, self._names[name])
-        heads = self._heads.get(name.split(".")[-2]) if "." in name else None
-        return array if heads is None else restore_rows(array, heads)
+        return restore_rows(array, self._heads[name]) if name in self._heads else array

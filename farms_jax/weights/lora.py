@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from farms_jax.errors import InputError
+from farms_jax.weights.content import plain, shown
 from farms_jax.weights.safetensors_file import TensorInfo
 from farms_jax.weights.safetensors_source import open_safetensors
 from farms_jax.weights.shards import read_json
@@ -24,6 +25,7 @@ _PREFIX = "base_model.model."
 _FACTORS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
 _MERGE = "merge it with PEFT first: model.merge_and_unload().save_pretrained(FOLDER), and give that folder"
 _FLOAT32 = np.dtype(np.float32)
+_LARGEST = float(np.finfo(_FLOAT32).max)
 
 
 def is_lora(path: str | Path) -> bool:
@@ -108,7 +110,7 @@ class LoraSource(WeightSource):
         if len(alike) != 1:
             raise InputError(
                 f"{self._adapter.path}: {name} changes {wanted}, which {self._base.path} does not have; give the model "
-                f"that it was trained on, as a Hugging Face folder ({self._config.get('base_model_name_or_path')})"
+                f"that it was trained on, as a Hugging Face folder ({self._trained_on})"
             )
         return alike[0]
 
@@ -118,24 +120,31 @@ class LoraSource(WeightSource):
         a, b = (self._adapter.tensors[factors[part]].shape for part in "AB")
         shape = self._base.tensors[target].shape
         wanted = (shape[:1], math.prod(shape[1:])) if self._is_upright(target) else (shape[1:], math.prod(shape[:1]))
-        if len(shape) < 2 or math.prod(b[1:]) != math.prod(a[:1]) or (b[:1], math.prod(a[1:])) != wanted:
+        rank = math.prod(a[:1])
+        if min(len(shape), len(a), len(b)) < 2 or rank < 1:
+            raise self._misfit(factors["A"], target)
+        if math.prod(b[1:]) != rank or (b[:1], math.prod(a[1:])) != wanted:
             raise self._misfit(factors["A"], target)
 
     def _is_upright(self, target: str) -> bool:
         return not (self._config.get("fan_in_fan_out") or "embedding" in self._factors[target].get("A", ""))
 
+    @property
+    def _trained_on(self) -> str:
+        return plain(str(self._config.get("base_model_name_or_path")))
+
     def _misfit(self, name: str, target: str) -> InputError:
         found, has = self._adapter.tensors[name].shape, self._base.tensors[target].shape
         return InputError(
             f"{self._adapter.path}: {name} {found} does not fit {target} {has} of {self._base.path}; give the model "
-            f"that it was trained on ({self._config.get('base_model_name_or_path')})"
+            f"that it was trained on ({self._trained_on})"
         )
 
     def _scale(self, target: str, rank: int) -> float:
         module = target.removesuffix(".weight")
         alpha = self._config["lora_alpha"]
         for pattern, value in (self._config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            if re.fullmatch(_at_the_end(pattern), module):
                 alpha = value
                 break
         return alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank
@@ -160,20 +169,32 @@ def open_lora(base: WeightSource, adapter: str | Path) -> LoraSource:
 def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
     where = path / ADAPTER_CONFIG
     if config.get("peft_type") != "LORA":
-        raise InputError(f"{where}: an adapter of the kind {config.get('peft_type')}, only LORA is known; {_MERGE}")
+        raise InputError(
+            f"{where}: an adapter of the kind {plain(str(config.get('peft_type')))}, only LORA is known; {_MERGE}"
+        )
     if config.get("use_dora"):
         raise InputError(f"{where}: DoRA rescales rows besides, which is not known here; {_MERGE}")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise InputError(f"{where}: alpha_pattern {patterns!r} is no table; save the adapter again")
+        raise InputError(f"{where}: alpha_pattern {shown(patterns)} is no table; save the adapter again")
     for pattern, alpha in {"": config.get("lora_alpha"), **patterns}.items():
-        if not isinstance(alpha, int | float) or not _is_pattern(pattern):
-            raise InputError(f"{where}: lora_alpha or alpha_pattern has {pattern!r}: {alpha!r}; save the adapter again")
+        if not _is_number(alpha) or not _is_pattern(pattern):
+            raise InputError(
+                f"{where}: lora_alpha or alpha_pattern has {shown(pattern)}: {shown(alpha)}; save the adapter again"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _is_pattern(text: str) -> bool:
     try:
-        re.compile(text)
-    except re.error:
+        re.compile(_at_the_end(text))
+    except (re.error, OverflowError, RecursionError):
         return False
     return True
+
+
+def _at_the_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})"

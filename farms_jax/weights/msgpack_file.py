@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from farms_jax.errors import InputError
+from farms_jax.weights.content import can_be, reason, shown
 from farms_jax.weights.cursor import Cursor
 
 _REMEDY = "write it again with flax.serialization.to_bytes"
@@ -72,7 +73,7 @@ def read_tree(path: Path) -> Tree:
             f"{path}: cannot be read ({error.strerror or error}); check the path and its rights"
         ) from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: a text in it is damaged ({error}); {_REMEDY}") from error
+        raise InputError(f"{path}: a text in it is damaged ({reason(error)}); {_REMEDY}") from error
 
 
 class _Walker(Cursor):
@@ -112,7 +113,7 @@ class _Walker(Cursor):
         for _ in range(count):
             key = self.value()
             if not isinstance(key, str) or key in tree:
-                raise InputError(f"{self.path}: key {key!r} of a map is no text, or there twice; {_REMEDY}")
+                raise InputError(f"{self.path}: key {shown(key)} of a map is no text, or there twice; {_REMEDY}")
             tree[key] = self.value()
         self.depth -= 1
         return tree
@@ -144,16 +145,17 @@ class _Walker(Cursor):
             raise self.damaged("is not (shape, dtype, bytes)")
         shape, name, kind = self.value(), self.value(), self.take(1)[0]
         if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-            raise self.damaged(f"has the shape {shape!r}")
+            raise self.damaged(f"has the shape {shown(shape)}")
         if kind not in _BYTES:
             raise self.damaged("has no bytes")
         size, start, dtype = self.number(_BYTES[kind]), self.file.tell(), self.dtype(name)
-        if start + size != end or math.prod(shape) * dtype.itemsize != size:
-            raise self.damaged(f"of shape {tuple(shape)} and {dtype} has {size} bytes")
+        fits = can_be(shape, dtype.itemsize) and math.prod(shape) * dtype.itemsize == size
+        if start + size != end or not fits:
+            raise self.damaged(f"of shape {shown(tuple(shape))} and {dtype} has {size} bytes")
         return ArrayAt(dtype, tuple(shape), start, size)
 
     def dtype(self, name: Any) -> np.dtype[Any]:
-        fault = self.damaged(f"has the dtype {name!r}, which is no kind of number")
+        fault = self.damaged(f"has the dtype {shown(name)}, which is no kind of number")
         if not isinstance(name, str) or not re.fullmatch(r"[a-z]\w*", name):
             raise fault
         try:

@@ -14,6 +14,7 @@ import numpy as np
 
 from farms_jax._matrices import FLAX_AXES
 from farms_jax.errors import InputError
+from farms_jax.weights.content import can_be, plain, shown
 from farms_jax.weights.msgpack_file import ArrayAt, Tree, read_tree
 from farms_jax.weights.safetensors_file import TensorInfo, read_bytes
 from farms_jax.weights.source import WeightSource
@@ -58,7 +59,7 @@ def _named(tree: Tree, path: tuple[str, ...], where: str) -> Iterator[tuple[str,
         if isinstance(value, ArrayAt):
             yield "/".join(here), _Place(TensorInfo(value.dtype, value.shape), (value,))
         elif isinstance(value, dict) and _PIECES in value:
-            yield "/".join(here), _joined(value, f"{where}: {'/'.join(here)}")
+            yield "/".join(here), _joined(value, f"{where}: {plain('/'.join(here))}")
         elif isinstance(value, dict):
             yield from _named(value, here, where)
 
@@ -66,13 +67,15 @@ def _named(tree: Tree, path: tuple[str, ...], where: str) -> Iterator[tuple[str,
 def _joined(node: Mapping[str, Any], where: str) -> _Place:
     """Put an array that is in pieces together; raises InputError where they do not fit."""
     shape, pieces = _in_order(node.get("shape")), _in_order(node.get("chunks"))
-    sizes = all(isinstance(size, int) and size >= 0 for size in shape)
+    sizes = all(type(size) is int and size >= 0 for size in shape)
     if not pieces or not sizes or not all(isinstance(piece, ArrayAt) for piece in pieces):
         raise InputError(f"{where}: an array in pieces needs a shape and its pieces; write it again")
     dtypes = {piece.dtype for piece in pieces}
     found = sum(math.prod(piece.shape) for piece in pieces)
-    if len(dtypes) != 1 or found != math.prod(shape):
-        raise InputError(f"{where}: its pieces have {found} entries, its shape {shape} another number; write it again")
+    if len(dtypes) != 1 or not can_be(shape, pieces[0].dtype.itemsize) or found != math.prod(shape):
+        raise InputError(
+            f"{where}: its pieces have {found} entries, its shape {shown(shape)} another number; write it again"
+        )
     return _Place(TensorInfo(dtypes.pop(), shape), pieces)
 
 

@@ -1,25 +1,30 @@
 """Archives of numpy arrays (`numpy.savez`), read member by member; nothing is ever unpickled."""
 
-import math
+import contextlib
+import struct
 import zipfile
 import zlib
+from collections.abc import Generator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.lib import format as npy
 
 from farms_jax._matrices import FLAX_AXES
 from farms_jax.errors import InputError
+from farms_jax.weights.content import plain, reason, shown
+from farms_jax.weights.npy_file import NpyHeader, read_npy_entries, read_npy_header
 from farms_jax.weights.safetensors_file import TensorInfo
 from farms_jax.weights.source import WeightSource
 
 _REMEDY = "write it again with numpy.savez"
-_READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 # What reading a damaged archive comes to: NotImplementedError for a method, RuntimeError for a password.
 _DAMAGED = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+_DAMAGED += (struct.error, OverflowError)  # for a place in the archive
+_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # of numpy; others have no bound on what they grow to
 _MOST_DEFLATED = 1032  # bytes that one byte of a deflated stream can stand for
+_LISTED = 12  # arrays that an error names
 _SLACK = 1 << 16  # bytes; for streams too short for that bound to mean anything
 
 
@@ -37,62 +42,78 @@ class NpzSource(WeightSource):
                 needs other bytes than it has.
         """
         tensors: dict[str, TensorInfo] = {}
-        try:
-            with zipfile.ZipFile(path) as archive:
-                for member in archive.infolist():
-                    name = member.filename.removesuffix(".npy")
-                    if name in tensors:
-                        raise InputError(f"{path}: {name} is in it twice; {_REMEDY}")
-                    tensors[name] = _read_info(path, archive, member)
-        except _DAMAGED as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path}: damaged, or no npz archive ({error}); {_REMEDY}") from error
+        with _archive(path) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                if name in tensors:
+                    raise InputError(f"{path}: {plain(name)} is in it twice; {_REMEDY}")
+                header = _read_header(path, archive, member)
+                tensors[name] = TensorInfo(_stored(header.dtype), header.shape)
         super().__init__(path, path.stem, "npz", FLAX_AXES, tensors)
 
     def _read(self, name: str) -> np.ndarray:
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
-                array = npy.read_array(stream, allow_pickle=False)
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: {name} cannot be read ({error.strerror or error}); check the disk"
-            ) from error
-        except (KeyError, *_DAMAGED) as error:
-            raise InputError(f"{self.path}: {name} is damaged ({error}); {_REMEDY}") from error
-        dtype, shape = self.tensors[name]
-        if array.shape != shape:
+        array = read_npz(self.path, name)
+        if (array.dtype, array.shape) != self.tensors[name]:
             raise InputError(f"{self.path}: {name} has changed since it was opened; open it again")
-        return array.view(dtype)
+        return array
 
 
-def _read_info(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> TensorInfo:
-    where = f"{path}: {member.filename}"
+def read_npz(path: Path, name: str) -> np.ndarray:
+    """Read one array of an archive.
+
+    Args:
+        path: of the archive.
+        name: of the array.
+
+    Returns:
+        The array.
+
+    Raises:
+        InputError: there is no such array, or it cannot be read.
+    """
+    try:
+        with _archive(path) as archive:
+            if f"{name}.npy" not in (names := archive.namelist()):
+                listed = ", ".join(plain(member.removesuffix(".npy")) for member in names[:_LISTED])
+                raise InputError(f"{path}: has no array {plain(name)}, only {listed}; {_REMEDY}")
+            member = archive.getinfo(f"{name}.npy")
+            header = _read_header(path, archive, member)
+            with archive.open(member) as stream:
+                stream.seek(header.start)
+                array = read_npy_entries(stream, header, f"{path}: {plain(name)}")
+    except OSError as error:
+        raise InputError(
+            f"{path}: {plain(name)} cannot be read ({error.strerror or reason(error)}); check the disk"
+        ) from error
+    return array.view(_stored(array.dtype))
+
+
+@contextlib.contextmanager
+def _archive(path: Path) -> Generator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except _DAMAGED as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: damaged, or no npz archive ({reason(error)}); {_REMEDY}") from error
+
+
+def _read_header(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NpyHeader:
+    where = f"{path}: {plain(member.filename)}"
     if not member.filename.endswith(".npy"):
         raise InputError(f"{where} is no array; {_REMEDY}")
+    if member.compress_type not in _METHODS:
+        raise InputError(f"{where} is compressed by method {member.compress_type}, none of numpy's; {_REMEDY}")
     with archive.open(member) as stream:
-        dtype, shape = _read_header(where, stream)
-        start = stream.tell()
-    if dtype.hasobject:
-        raise InputError(f"{where} holds Python objects, that is pickles, which are never loaded; save numbers instead")
-    needed = math.prod(shape) * dtype.itemsize
-    if start + needed != member.file_size or member.file_size > _MOST_DEFLATED * member.compress_size + _SLACK:
+        header = read_npy_header(stream, where)
+    whole = header.start + header.size == member.file_size
+    if not whole or member.file_size > _MOST_DEFLATED * member.compress_size + _SLACK:
         raise InputError(
-            f"{where}: shape {shape} of {dtype} needs {needed} bytes, which its {member.compress_size} bytes in the "
-            f"archive cannot hold; {_REMEDY}"
+            f"{where}: shape {shown(header.shape)} of {plain(str(header.dtype))} needs {header.size} bytes, which its "
+            f"{member.compress_size} bytes in the archive cannot hold; {_REMEDY}"
         )
-    return TensorInfo(_stored(dtype), shape)
-
-
-def _read_header(where: str, stream: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    version = npy.read_magic(stream)
-    if version not in _READERS:
-        raise InputError(f"{where}: version {version} of the npy format holds no plain numbers; {_REMEDY}")
-    try:
-        shape, _, dtype = _READERS[version](stream)
-    except Exception as error:  # of any kind: a header is an expression of Python, taken apart by Python's own parser
-        raise InputError(f"{where}: its header is damaged ({error}); {_REMEDY}") from error
-    return dtype, shape
+    return header
 
 
 def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -4,18 +4,24 @@ A tree is a folder: `_METADATA`, a JSON table of its leaves, and their arrays in
 or in folders of their own. Orbax itself would restore a whole tree, or look through all of it for every array.
 """
 
+import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from farms_jax.errors import InputError
+from farms_jax.weights.content import can_be, check_name, reason, shown
 from farms_jax.weights.safetensors_file import TensorInfo
 from farms_jax.weights.shards import read_json
 
 TABLE = "_METADATA"
 DATABASE = "manifest.ocdbt"
 _ARRAYS = {"jax.Array", "np.ndarray", "scalar"}  # other leaves are text, or empty
+_MOST_PACKED = 1 << 15  # bytes that one byte can stand for after Zstandard, which Orbax uses
+_SLACK = 1 << 24  # bytes; of arrays of zeros nothing is written
 _REMEDY = "save it again, or give another step"
 
 
@@ -56,7 +62,7 @@ def read_tree(folder: Path) -> dict[str, Array]:
             "fill_missing_data_reads": not table.get("store_array_data_equal_to_fill_value", False),
         }
     except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / TABLE}: not a table of Orbax ({error!r}); {_REMEDY}") from error
+        raise InputError(f"{folder / TABLE}: not a table of Orbax ({reason(error)}); {_REMEDY}") from error
     return _open_all(folder, spec, leaves)
 
 
@@ -69,18 +75,40 @@ def _open_all(folder: Path, spec: dict[str, Any], leaves: list[list[str]]) -> di
         ) from error
     # Without a cache, every array would read the database's index anew.
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 24}})
-    futures = {}
+    places: dict[str, dict[str, Any]] = {}
     for parts in leaves:
-        store = _place(folder.resolve(), ".".join(parts))
-        futures["/".join(parts)] = tensorstore.open({**spec, "kvstore": store}, read=True, open=True, context=context)
-    arrays: dict[str, Array] = {}
-    for name, future in futures.items():
-        try:
-            store = future.result()
-            arrays[name] = Array(TensorInfo(np.dtype(store.dtype.numpy_dtype), tuple(store.shape)), store)
-        except Exception as error:  # of any kind: it depends on what is damaged
-            raise InputError(f"{folder}: {name} is missing or damaged ({_reason(error)}); {_REMEDY}") from error
-    return arrays
+        check_name(name := "/".join(parts), str(folder))
+        places[name] = _place(folder.resolve(), ".".join(parts))
+
+    def for_each(start: Callable[[str], Any], use: Callable[[Any], Any]) -> dict[str, Any]:
+        """Start a task for every array, then use their results in turn."""
+        futures, found = {name: start(name) for name in places}, {}
+        for name, future in futures.items():
+            try:
+                found[name] = use(future.result())
+            except Exception as error:  # of any kind: it depends on what is damaged
+                raise InputError(f"{folder}: {name} is missing or damaged ({_reason(error)}); {_REMEDY}") from error
+        return found
+
+    file = ".zarray" if spec["driver"] == "zarr" else "zarr.json"
+    stores = for_each(lambda name: tensorstore.KvStore.open(places[name], context=context), lambda store: store)
+    # The library's own parser ends the process where lists are nested too deep.
+    for_each(lambda name: stores[name].read(file), lambda read: json.loads(read.value))
+    most = _MOST_PACKED * sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) + _SLACK
+    settings: dict[str, Any] = {"read": True, "open": True, "context": context}
+    return for_each(
+        lambda name: tensorstore.open({**spec, "kvstore": places[name]}, **settings),
+        lambda store: _array(store, most),
+    )
+
+
+def _array(store: Any, most: int) -> Array:
+    """Describe an array that the files can hold: the library ends the process where there is no memory for one."""
+    info = TensorInfo(np.dtype(store.dtype.numpy_dtype), tuple(store.shape))
+    for shape in (info.shape, store.chunk_layout.read_chunk.shape or (), store.chunk_layout.write_chunk.shape or ()):
+        if not can_be(shape, info.dtype.itemsize) or math.prod(shape) * info.dtype.itemsize > most:
+            raise ValueError(f"its files cannot hold an array or a chunk of shape {shown(tuple(shape))}")
+    return Array(info, store)
 
 
 def _place(folder: Path, name: str) -> dict[str, Any]:
@@ -111,4 +139,4 @@ def read_array(folder: Path, name: str, array: Array) -> np.ndarray:
 
 def _reason(error: Exception) -> str:
     # What follows the bracket is the specification of the array, which nobody wrote.
-    return (str(error) or type(error).__name__).partition(" [")[0][:300]
+    return reason(error).partition(" [")[0]

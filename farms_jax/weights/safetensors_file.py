@@ -12,6 +12,7 @@ read with plain reads, not mapped: mapped pages would count as memory of the run
 import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from farms_jax.errors import InputError
+from farms_jax.weights.content import can_be, check_name, reason, shown
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 # Largest alignment last: files are laid out from the end of this table to its start, as the format's own writer does,
@@ -125,23 +127,28 @@ def parse_header(raw: bytes, size: int, name: str) -> Header:
     try:
         content = json.loads(raw[8:].decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}: the safetensors header is not valid JSON ({error}); {_REMEDY}") from error
+        raise InputError(f"{name}: the safetensors header is not valid JSON ({reason(error)}); {_REMEDY}") from error
     if not isinstance(content, dict):
         raise InputError(f"{name}: the safetensors header is not a JSON object; {_REMEDY}")
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"{name}: __metadata__ of the safetensors header is not a table of texts; {_REMEDY}")
+    for tensor in content:
+        check_name(tensor, name)
     entries = {tensor: _entry(fields, len(raw), f"{name}: {tensor}") for tensor, fields in content.items()}
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
     end = len(raw)
     for tensor, entry in ordered.items():
         if entry.stop > size:
             raise InputError(
-                f"{name}: {tensor} should end at byte {entry.stop}, but the file has {size}: truncated; {_REMEDY}"
+                f"{name}: {tensor} should end at byte {shown(entry.stop)}, but the file has {size}: truncated; "
+                f"{_REMEDY}"
             )
         if entry.start != end:
             fault = "overlaps another tensor" if entry.start < end else "leaves bytes before it that no tensor owns"
-            raise InputError(f"{name}: {tensor} {fault} (starts at byte {entry.start}, expected {end}); {_REMEDY}")
+            raise InputError(
+                f"{name}: {tensor} {fault} (starts at byte {shown(entry.start)}, expected {end}); {_REMEDY}"
+            )
         end = entry.stop
     if end != size:
         raise InputError(f"{name}: {size - end} bytes after the last tensor belong to none; {_REMEDY}")
@@ -151,8 +158,8 @@ def parse_header(raw: bytes, size: int, name: str) -> Header:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"twice in it: {next(name for name in names if names.count(name) > 1)}")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"twice in it: {counts.most_common(1)[0][0]}")
     return content
 
 
@@ -161,14 +168,18 @@ def _entry(fields: Any, data_start: int, where: str) -> Entry:
         raise InputError(f"{where}: its entry needs exactly dtype, shape and data_offsets; {_REMEDY}")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise InputError(f"{where}: unknown dtype {code!r}; give a checkpoint in float32, float16 or bfloat16")
+        raise InputError(f"{where}: unknown dtype {shown(code)}; give a checkpoint in float32, float16 or bfloat16")
     if not _are_sizes(shape):
-        raise InputError(f"{where}: shape {shape!r} is not a list of whole numbers >= 0; {_REMEDY}")
+        raise InputError(f"{where}: shape {shown(shape)} is not a list of whole numbers >= 0; {_REMEDY}")
+    if not can_be(shape, DTYPES[code].itemsize):
+        raise InputError(f"{where}: there can be no array of shape {shown(shape)}; {_REMEDY}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise InputError(f"{where}: data_offsets {offsets!r} are not [start, stop]; {_REMEDY}")
+        raise InputError(f"{where}: data_offsets {shown(offsets)} are not [start, stop]; {_REMEDY}")
     needed, given = math.prod(shape) * DTYPES[code].itemsize, offsets[1] - offsets[0]
     if needed != given:
-        raise InputError(f"{where}: shape {shape} of {code} needs {needed} bytes, the file gives {given}; {_REMEDY}")
+        raise InputError(
+            f"{where}: shape {shown(shape)} of {code} needs {needed} bytes, the file gives {shown(given)}; {_REMEDY}"
+        )
     return Entry(DTYPES[code], tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 

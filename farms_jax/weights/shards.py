@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from farms_jax.errors import InputError
+from farms_jax.weights.content import plain, reason, shown
 from farms_jax.weights.safetensors_file import Header, read_header
 
 WEIGHTS = "model.safetensors"
@@ -46,7 +47,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
             f"{path}: cannot be read ({error.strerror or error}); check the path and its rights"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); download it again") from error
+        raise InputError(f"{path}: not valid JSON ({reason(error)}); download it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object; download it again")
     return content
@@ -105,14 +106,24 @@ def _read_index(path: Path) -> dict[str, str]:
         raise InputError(f"{path}: it has no weight_map; download it again")
     for name, filename in weight_map.items():
         # A name with a folder in it would make an export write outside its own.
-        if not isinstance(filename, str) or Path(filename).name != filename:
-            raise InputError(f"{path}: {name} is in {filename!r}, no plain file name; download it again")
+        if not isinstance(filename, str) or Path(filename).name != filename or not _can_be_file(filename):
+            raise InputError(f"{path}: {plain(name)} is in {shown(filename)}, no plain file name; download it again")
     return weight_map
 
 
+def _can_be_file(name: str) -> bool:
+    return name.isprintable() and len(name.encode()) <= 255  # of most file systems
+
+
 def _check_index(path: Path, index: Mapping[str, str], home: Mapping[str, str]) -> None:
-    missing = [f"{name} (not in {filename})" for name, filename in index.items() if home.get(name) != filename]
-    unlisted = [f"{name} (in {filename}, not in the index)" for name, filename in home.items() if name not in index]
+    missing = [
+        f"{plain(name)} (not in {plain(filename)})" for name, filename in index.items() if home.get(name) != filename
+    ]
+    unlisted = [
+        f"{plain(name)} (in {plain(filename)}, not in the index)"
+        for name, filename in home.items()
+        if name not in index
+    ]
     if faults := missing + unlisted:
         more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise InputError(f"{path}: it disagrees with its shards: {', '.join(faults[:10])}{more}; download all")

@@ -10,6 +10,7 @@ import numpy as np
 from farms_jax._matrices import Axes
 from farms_jax._names import natural_key
 from farms_jax.errors import InputError
+from farms_jax.weights.content import check_name, plain
 from farms_jax.weights.safetensors_file import TensorInfo
 from farms_jax.weights.skipped import not_weights
 
@@ -37,10 +38,12 @@ class WeightSource(ABC):
             tensors: full name -> dtype and shape, in any order.
 
         Raises:
-            InputError: there are no tensors.
+            InputError: there are no tensors, or a name is none.
         """
         if not tensors:
             raise InputError(f"{path}: there are no arrays in it; give the checkpoint of a model")
+        for tensor in tensors:
+            check_name(tensor, str(path))
         self.path, self.name, self.format, self.axes = path, name, format, axes
         self.tensors = {tensor: tensors[tensor] for tensor in sorted(tensors, key=natural_key)}
         self.skipped = not_weights(self.tensors)
@@ -58,7 +61,9 @@ class WeightSource(ABC):
             InputError: there is no such tensor, or it cannot be read.
         """
         if name not in self.tensors:
-            raise InputError(f"{self.path}: there is no tensor {name} among its {len(self.tensors)}; check the name")
+            raise InputError(
+                f"{self.path}: there is no tensor {plain(name)} among its {len(self.tensors)}; check the name"
+            )
         return self._read(name)
 
     @abstractmethod

@@ -12,6 +12,7 @@ from farms_jax.files import atomic
 from farms_jax.weights.safetensors_file import TensorInfo, read_tensor
 from farms_jax.weights.shards import INDEX, WEIGHTS, Shards, read_files, read_indexed, read_json
 from prune.checkpoints.base import Checkpoint, Shard, save_tokenizer
+from prune.tokenizing import check_tokenizer, tokenizer_faults
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _TOKENIZER_FILES = (
@@ -129,9 +130,7 @@ def load_tokenizer(folder: Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # noqa: PLC0415
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers promises no type, and every one means the same here
-        raise InputError(
-            f"{folder}: its tokenizer cannot be loaded ({error}); give another one with --tokenizer PATH"
-        ) from error
+    with tokenizer_faults(f"{folder}: its tokenizer cannot be loaded", "give another one with --tokenizer PATH"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_tokenizer(tokenizer)
+    return tokenizer

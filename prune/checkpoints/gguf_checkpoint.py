@@ -44,7 +44,7 @@ class GGUFCheckpoint(Checkpoint):
         factors = read_tensor(self._file, ROPE_FACTORS) if ROPE_FACTORS in found else None
         shapes = {name: info.shape for name, info in self.tensors.items()}
         self.config = make_config(self._file.metadata, shapes, factors, where)
-        self._heads = heads_of(architecture, self._file.metadata)
+        self._heads = heads_of(architecture, self._file.metadata, shapes, where)
 
     def read(self, name: str) -> np.ndarray:
         """Read and dequantise one tensor, its rows in Hugging Face's order.
@@ -58,8 +58,7 @@ class GGUFCheckpoint(Checkpoint):
         if name not in self._names:
             raise self._no_tensor(name)
         array = read_tensor(self._file, self._names[name])
-        heads = self._heads.get(name.split(".")[-2])
-        return array if heads is None else restore_rows(array, heads)
+        return restore_rows(array, self._heads[name]) if name in self._heads else array
 
     def shards(self) -> list[Shard]:
         """Return the layout of an export: one file, float32."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from farms_jax.errors import InputError
+from farms_jax.weights.content import shown
 from farms_jax.weights.gguf_names import ROPE_FACTORS, architecture_of
 
 _CLASSES = {
@@ -19,6 +20,7 @@ _CLASSES = {
 _FOREIGN = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale", "expert_count")
 # Of LLaMA 3.1, the only ones published: the file has the factors made from them, not the numbers.
 _LOW_FACTOR, _HIGH_FACTOR = 1.0, 4.0
+_SMALLEST, _LARGEST = (float(getattr(np.finfo(np.float32), end)) for end in ("tiny", "max"))
 
 
 def make_config(
@@ -106,15 +108,16 @@ class _Facts:
             value = value[0]
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise InputError(
-                f"{self.where}: {self.architecture}.{key} is {value!r}, no number > 0 for all blocks; not supported"
+                f"{self.where}: {self.architecture}.{key} is {shown(value)}, no number > 0 for all blocks; "
+                "not supported"
             )
         return value
 
     def real(self, key: str, *default: float) -> float:
         value = self.get(key, *default)
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not isinstance(value, int | float) or not _SMALLEST <= value <= _LARGEST:
             raise InputError(
-                f"{self.where}: {self.architecture}.{key} is {value!r}, no number > 0; convert the model anew"
+                f"{self.where}: {self.architecture}.{key} is {shown(value)}, no number > 0; convert the model anew"
             )
         return value
 
@@ -128,7 +131,7 @@ def _rope_scaling(facts: _Facts, theta: float, head_dim: int, factors: np.ndarra
     linear = facts.real("rope.scale_linear", 1.0)  # the older key
     kind = facts.get("rope.scaling.type", "none" if linear == 1 else "linear")
     if kind != "none" and (kind != "linear" or factors is not None):
-        raise InputError(f"{facts.where}: rotary scaling {kind!r} is not supported; none, linear and llama3 are")
+        raise InputError(f"{facts.where}: rotary scaling {shown(kind)} is not supported; none, linear and llama3 are")
     if factors is not None:
         return _llama3_scaling(factors, theta, head_dim, facts.where)
     if kind == "none":
@@ -142,14 +145,14 @@ def _llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str
     # thus gives the original length; all of them must then agree.
     if factors.shape != (head_dim // 2,):
         raise InputError(
-            f"{where}: {ROPE_FACTORS} has shape {factors.shape}, not ({head_dim // 2},); download it again"
+            f"{where}: {ROPE_FACTORS} has shape {shown(factors.shape)}, not ({head_dim // 2},); download it again"
         )
     if np.all(factors == 1):
         return None
-    wave = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    wave = 2 * math.pi * theta ** (2 * np.arange(len(factors)) / head_dim)
     factor = float(factors.max())
     inside = np.flatnonzero((factors > 1.001) & (factors < factor * 0.999))
-    if inside.size:
+    if inside.size and math.isfinite(factor):
         share = (1 / factors[inside[0]] - 1 / factor) / (1 - 1 / factor)
         original = round(float(wave[inside[0]] * (share * (_HIGH_FACTOR - _LOW_FACTOR) + _LOW_FACTOR)))
         share = np.clip((original / wave - _LOW_FACTOR) / (_HIGH_FACTOR - _LOW_FACTOR), 0, 1)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from farms_jax.errors import InputError
+from farms_jax.weights.content import shown
+from prune.tokenizing import check_tokenizer, tokenizer_faults
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # token types of the format
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -56,21 +58,19 @@ def make_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
     makers = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = metadata.get("tokenizer.ggml.model")
     if not isinstance(kind, str) or kind not in makers:
-        raise InputError(f"{where}: tokenizer.ggml.model {kind!r} is not one of {', '.join(makers)}; {_OTHER}")
+        raise InputError(f"{where}: tokenizer.ggml.model {shown(kind)} is not one of {', '.join(makers)}; {_OTHER}")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or len(set(tokens)) != len(tokens):
         raise InputError(f"{where}: tokenizer.ggml.tokens is missing, or has a token twice; {_OTHER}")
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
-    try:
+    with tokenizer_faults(f"{where}: its tokenizer is damaged", _OTHER):
         tokenizer, add_bos = makers[kind](metadata, tokens, types, where)
         _add_tokens(tokenizer, tokens, types)
         special = {role: tokens[number] for role, number in _special_ids(metadata).items()}
         _add_ends(tokenizer, special, metadata, add_bos=add_bos)
-    except InputError:
-        raise
-    except Exception as error:  # the tokenizers package raises plain Exception
-        raise InputError(f"{where}: its tokenizer is damaged ({error}); {_OTHER}") from error
-    return _wrap(tokenizer, special, metadata)
+        wrapped = _wrap(tokenizer, special, metadata)
+        check_tokenizer(wrapped)
+    return wrapped
 
 
 def _byte_level(
@@ -79,7 +79,7 @@ def _byte_level(
     del types
     rule = metadata.get("tokenizer.ggml.pre")
     if not isinstance(rule, str) or rule not in _WORDS:
-        raise InputError(f"{where}: tokenizer.ggml.pre {rule!r} is not one of {', '.join(_WORDS)}; {_OTHER}")
+        raise InputError(f"{where}: tokenizer.ggml.pre {shown(rule)} is not one of {', '.join(_WORDS)}; {_OTHER}")
     words = _WORDS[rule]
     # Not split(" ") alone: the first half may begin with a space.
     merges = [
@@ -183,5 +183,6 @@ def _wrap(tokenizer: Tokenizer, special: Mapping[str, str], metadata: Mapping[st
         model_max_length=metadata.get(f"{metadata.get('general.architecture')}.context_length"),
         **special,
     )
-    wrapped.chat_template = metadata.get("tokenizer.chat_template")
+    template = metadata.get("tokenizer.chat_template")
+    wrapped.chat_template = template if isinstance(template, str) else None
     return wrapped

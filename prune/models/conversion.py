@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from farms_jax.errors import InputError
+from farms_jax.weights.content import plain
+
+_LISTED = 10  # tensors that an error names
 
 Part = int | Literal["embed", "head"]  # number of a block, or one of the two ends
 Kind = Literal["embed", "block", "head"]
@@ -69,23 +72,23 @@ def check(rules: Iterable[Rule], expected: Mapping[str, Shape], found: Mapping[s
         found: shapes of all tensors that are there, by name.
 
     Raises:
-        InputError: one for all tensors that are unknown, missing or of another shape; it lists them.
+        InputError: one for all tensors that are unknown, missing or of another shape; it lists the first ones.
     """
     rules = list(rules)
-    faults = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    faults = [f"missing: {plain(name)} {list(shape)}" for name, shape in expected.items() if name not in found]
     for name, shape in found.items():
         if name in expected:
             if tuple(shape) != tuple(expected[name]):
-                faults.append(f"of another shape: {name} is {list(shape)}, must be {list(expected[name])}")
+                faults.append(f"of another shape: {plain(name)} is {list(shape)}, must be {list(expected[name])}")
             continue
         target = place(rules, name)
         if target is None:
-            faults.append(f"unknown: {name} {list(shape)}")
+            faults.append(f"unknown: {plain(name)} {list(shape)}")
         elif target.parts:
-            faults.append(f"not in a network of this config.json: {name} {list(shape)}")
+            faults.append(f"not in a network of this config.json: {plain(name)} {list(shape)}")
     if faults:
-        listed = "\n  ".join(faults)
+        more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
         raise InputError(
             f"{len(faults)} tensor(s) do not fit the config.json (use the one that belongs to these weights, "
-            f"and the complete set of weight files):\n  {listed}"
+            f"and the complete set of weight files): {'; '.join(faults[:_LISTED])}{more}"
         )

@@ -1,10 +1,14 @@
 """Reading of a config.json: what is missing, of a wrong type or not supported is one clear error."""
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from farms_jax.errors import InputError
+from farms_jax.weights.content import shown
+
+MOST_BLOCKS = 10_000  # ten times as deep as any network that was published
+_MOST = 2**31 - 1  # of any size; their products are sizes of arrays, which have 63 bits
 
 
 class Fields:
@@ -19,17 +23,19 @@ class Fields:
         """Returns whether the field is there and not null."""
         return self.content.get(name) is not None
 
-    def size(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        """Return an integer of at least `least`; without a default it must be there."""
+    def size(self, name: str, default: int | None = None, *, least: int = 1, most: int = _MOST) -> int:
+        """Return an integer from `least` to `most`; without a default it must be there."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.error(name, f"an integer of {least} or more", value)
+        if value > most:
+            raise self.error(name, f"at most {most}", value)
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """Return a positive finite number; without a default it must be there."""
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise self.error(name, "a positive number", value)
         return float(value)
 
@@ -66,7 +72,7 @@ class Fields:
             InputError: if the field has another value.
         """
         if name in self and self.content[name] != harmless:
-            raise InputError(f"{self.where}: `{name}` is {self.content[name]!r}: {why}")
+            raise InputError(f"{self.where}: `{name}` is {shown(self.content[name])}: {why}")
 
     def is_null(self, name: str) -> bool:
         """Return whether the field is there, as null."""
@@ -74,7 +80,7 @@ class Fields:
 
     def error(self, name: str, expected: str, value: Any) -> InputError:
         """Return the error for a value that is not what it must be."""
-        return InputError(f"{self.where}: `{name}` must be {expected}, got {value!r}")
+        return InputError(f"{self.where}: `{name}` must be {expected}, got {shown(value)}")
 
     def _get(self, name: str, default: Any) -> Any:
         value = self.content.get(name)

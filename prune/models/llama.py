@@ -16,7 +16,7 @@ from flax import nnx
 
 from farms_jax.errors import InputError
 from prune.models.conversion import Rule
-from prune.models.fields import Fields
+from prune.models.fields import MOST_BLOCKS, Fields
 from prune.models.layers import ACTIVATIONS, attend
 from prune.models.network import Family
 from prune.models.rope import Rope, read_rope, rotate
@@ -100,7 +100,7 @@ def read_config(config: Fields, prefix: str) -> LlamaConfig:
     if head_dim % 2:
         raise config.error("head_dim", "even", head_dim)
     has_bias = config.flag("attention_bias", False) if model_type in {"llama", "qwen3"} else False
-    num_blocks = config.size("num_hidden_layers")
+    num_blocks = config.size("num_hidden_layers", most=MOST_BLOCKS)
     max_length = config.size("max_position_embeddings", defaults.max_length)
     return LlamaConfig(
         prefix=prefix,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prune.models.conversion import Rule
-from prune.models.fields import Fields
+from prune.models.fields import MOST_BLOCKS, Fields
 from prune.models.layers import ACTIVATIONS, attend
 from prune.models.network import Family
 
@@ -70,7 +70,7 @@ def read_config(config: Fields, prefix: str) -> OPTConfig:
         hidden_size=hidden_size,
         embedding_size=config.size("word_embed_proj_dim", hidden_size),
         ffn_size=config.size("ffn_dim"),
-        num_blocks=config.size("num_hidden_layers"),
+        num_blocks=config.size("num_hidden_layers", most=MOST_BLOCKS),
         num_heads=heads,
         max_length=config.size("max_position_embeddings", 2048),
         activation=config.choice("activation_function", ACTIVATIONS, "relu"),

@@ -19,7 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from farms_jax.errors import InputError
+from prune import tokenizing
 from prune.texts.sources import Source, read
+from prune.tokenizing import tokenizer_faults
 
 _log = logging.getLogger(__name__)
 
@@ -172,8 +174,8 @@ def _encoder(tokenizer: Any, special_tokens: bool, where: str) -> _Encode:
             raise InputError(
                 f"{where}: text needs a tokenizer; give a model that has one, or token ids in .npy or .npz"
             )
-        # verbose: it would warn of every text that is longer than the model's positions.
-        return np.asarray(tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"], np.int64)
+        with tokenizer_faults(f"{where}: the tokenizer cannot take this text", "give another with --tokenizer PATH"):
+            return tokenizing.encode(tokenizer, text, special_tokens=special_tokens)
 
     return encode
 

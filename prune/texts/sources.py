@@ -6,19 +6,22 @@ A file's name tells its format: `.jsonl` (an object with a "text" per line), `.p
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from farms_jax import files
 from farms_jax.errors import InputError
+from farms_jax.weights.content import plain, reason, shown
+from farms_jax.weights.npy_file import read_npy
+from farms_jax.weights.npz_source import read_npz
 from prune.texts import hub
 
 NAMED = ("wikitext2", "c4")
 _IDS = (".npy", ".npz")
+_LISTED = 12  # columns that an error names
 # The reference evaluates on the first documents of C4's validation split.
 _C4_DOCUMENTS = 1100
 
@@ -69,7 +72,7 @@ def read(source: str, flag: Flag) -> Source:
             raise InputError(f"{where}: holds no text; give another file")
         return found._replace(sha256=files.sha256(path))
     except OSError as error:
-        raise InputError(f"{where}: cannot be read ({error.strerror or error}); check the file") from error
+        raise InputError(f"{where}: cannot be read ({error.strerror or reason(error)}); check the file") from error
 
 
 def are_token_ids(*sources: str) -> bool:
@@ -129,10 +132,12 @@ def _text_of(line: str, where: str) -> str:
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error}); correct or remove it") from error
+        raise InputError(f"{where} is not JSON ({reason(error)}); correct or remove it") from error
     text = document.get("text") if isinstance(document, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{where} is not an object with a string "text"; correct or remove it')
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{where} has half of a pair of UTF-16, which is no letter; correct or remove it")
     return text
 
 
@@ -146,12 +151,12 @@ def _read_parquet(path: Path, where: str) -> Source:
         with parquet.ParquetFile(path) as file:
             columns = {field.name: str(field.type) for field in file.schema_arrow}
             if columns.get("text") not in {"string", "large_string", "string_view"}:
-                have = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+                have = ", ".join(f"{plain(name)} ({plain(kind)})" for name, kind in list(columns.items())[:_LISTED])
                 raise InputError(f'{where}: needs a column "text" of strings, has {have}; rename the text column')
             texts = file.read(columns=["text"])["text"].to_pylist()
             return Source("documents", [text for text in texts if text is not None])
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{where}: not a readable parquet file ({error}); download it again") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{where}: not a readable parquet file ({reason(error)}); download it again") from error
 
 
 def _read_tokens(path: Path, where: str) -> Source:
@@ -159,22 +164,15 @@ def _read_tokens(path: Path, where: str) -> Source:
     if ids.dtype.kind not in "iu" or ids.ndim not in {1, 2} or not ids.size:
         raise InputError(
             f"{where}: token ids must be integers of shape (samples, length) or (tokens,), "
-            f"got {ids.dtype} {ids.shape}; save them as such"
+            f"got {plain(str(ids.dtype))} {shown(ids.shape)}; save them as such"
         )
     return Source("tokens", (), ids)
 
 
 def _load_ids(path: Path, where: str) -> np.ndarray:
+    with path.open("rb") as file:
+        is_archive = file.read(2) == b"PK"
     try:
-        content: Any = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{where}: not a readable NumPy file ({error}); save the ids again with numpy.save") from error
-    if isinstance(content, np.ndarray):
-        return content
-    with content:
-        if "ids" not in content:
-            raise InputError(f'{where}: has no array "ids", only {content.files}; save the token ids under that name')
-        try:
-            return content["ids"]
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise InputError(f"{where}: its ids cannot be read ({error}); save them again with numpy.savez") from error
+        return read_npz(path, "ids") if is_archive else read_npy(path)
+    except InputError as error:
+        raise InputError(f"{where}: no token ids: {error}") from error

@@ -1,0 +1,64 @@
+"""Tokenizers that fail: whatever `transformers` and `tokenizers` raise becomes one error that names the file."""
+
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+
+from farms_jax.errors import InputError
+from farms_jax.weights.content import reason
+
+_GAPS = 1_000_000  # ids without a token that a tokenizer may have
+
+
+@contextlib.contextmanager
+def tokenizer_faults(what: str, remedy: str) -> Generator[None]:
+    """Turn any error inside into one that names the file.
+
+    Args:
+        what: the file, and what cannot be done with it.
+        remedy: what to do.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InputError: something was raised.
+    """
+    try:
+        yield
+    except BaseException as error:  # these packages promise no type, and an error of Rust is no `Exception`
+        if isinstance(error, InputError | KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
+        raise InputError(f"{what} ({reason(error)}); {remedy}") from error
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Find faults that show only in use, where some of them would end the process.
+
+    Args:
+        tokenizer: of `transformers`.
+
+    Raises:
+        ValueError: its ids have gaps without measure: `tokenizers` takes memory for all up to the highest.
+    """
+    ids = tokenizer.get_vocab().values()
+    if max(ids, default=0) > _GAPS + 10 * len(ids):
+        raise ValueError(f"{len(ids)} tokens have ids up to {max(ids)}")
+    encode(tokenizer, "a")
+
+
+def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> np.ndarray:
+    """Turn text into token ids.
+
+    Args:
+        tokenizer: of `transformers`.
+        text: any.
+        special_tokens: let the tokenizer add those that it adds by default, such as a first BOS.
+
+    Returns:
+        Ids (N,), int64.
+    """
+    # verbose: it would warn of every text that is longer than the model's positions.
+    return np.asarray(tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"], np.int64)

@@ -1,0 +1,290 @@
+"""Programs on a disk that is full: a real file system of a few megabytes, on which every write finds no space once.
+
+A program is given the same command again and again with a little more space each time. Every time it must end with one
+line and exit status 2; at last it ends well, with the same bytes as on a disk that never was full.
+
+Each program has a process of its own, so that JAX starts and compiles once: this file with NAME DISK ELSEWHERE.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+MIB = 2**20
+PAGE = 4096  # what a file takes of the disk at least, and grows by
+SIZES = {"prune": 6 * MIB, "generate": 2 * MIB, "analyze": 8 * MIB, "train": 32 * MIB, "export": MIB}
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A file system of so many bytes, in memory; gives what the command line that sees it has to begin with."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs"]
+    found = subprocess.run([*mount, str(folder)], capture_output=True, text=True, check=False)
+    if found.returncode == 0:  # as root
+        try:
+            yield []
+        finally:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        return
+    inside = ["unshare", "-rm", "sh", "-c", f'{" ".join(mount)} "$0" && exec "$@"', str(folder)]
+    other = subprocess.run([*inside, "true"], capture_output=True, text=True, check=False)
+    if other.returncode != 0:
+        pytest.fail(f"no small file system can be mounted here, as root or by unshare: {found.stderr}{other.stderr}")
+    yield inside
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_no_write_finds_the_disk_full_in_silence(name, tmp_path):
+    with small_disk(tmp_path / "disk", SIZES[name]) as prefix:
+        program = [*prefix, sys.executable, __file__, name, str(tmp_path / "disk"), str(tmp_path)]
+        found = subprocess.run(program, capture_output=True, text=True, check=False)
+    sys.stdout.write(found.stdout)
+    assert found.returncode == 0, found.stderr
+
+
+# --- In the process of a program -------------------------------------------------------------------------------------
+
+
+class Disk:
+    """The small file system, with a file that takes what shall not be free."""
+
+    def __init__(self, folder):
+        self.folder, self._ballast = folder, os.open(folder / "ballast", os.O_RDWR | os.O_CREAT)
+
+    def leave(self, size):
+        """Have so many bytes free."""
+        os.ftruncate(self._ballast, 0)
+        found = os.statvfs(self.folder)
+        if (more := found.f_bavail * found.f_frsize - size) > 0:
+            os.posix_fallocate(self._ballast, 0, more)
+
+
+def ended(name, main, *arguments):
+    """Exit status of a program, and its last line on stderr where that is not 0."""
+    errors = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                main()
+            except SystemExit as exit:
+                status = exit.code or 0
+            else:
+                status = 0
+    if status:
+        assert status == 2, errors.getvalue()
+        assert "Traceback" not in errors.getvalue(), errors.getvalue()
+        assert errors.getvalue().splitlines()[-1].startswith(f"{name}: "), errors.getvalue()
+        return errors.getvalue().splitlines()[-1]
+    return None
+
+
+def more_and_more(disk, run, *, least=lambda: 0, outputs=(), most=200):
+    """Run with more space each time until it ends well; gives what was said before, and the files there were then.
+
+    Where it came further, it begins again with none, so that no write profits from the space of another. `outputs` are
+    files that are written by every run: they are removed before it, and the space only grows.
+    """
+    said, there, pages = [], [], 0
+    for _ in range(most):
+        for path in outputs:
+            path.unlink(missing_ok=True)
+        disk.leave(least() + pages * PAGE)
+        line = run()
+        if line is None:
+            sys.stdout.write(f"{len(said)} times full\n")
+            return said, there
+        assert "o space left on device" in line, line
+        pages = pages + 1 if line in said or outputs else 0
+        said.append(line)
+        there.append({path.name for path in disk.folder.rglob("*")})
+    raise AssertionError(f"it never ends well: {said[-1]}")
+
+
+def files_of(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "ballast"
+    }
+
+
+def assert_named(said, *names):
+    """Each of these was once what could not be written."""
+    assert [name for name in names if not any(name in line for line in said)] == [], said
+
+
+def assert_between(there, *names):
+    """The program ended once between any two of these files, which it writes in this order."""
+    for before, after in zip(names, names[1:], strict=False):
+        assert any(before in files and after not in files for files in there), (before, after)
+
+
+def prune_run(disk, elsewhere):
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from prune_helpers import byte_tokenizer, small_run  # noqa: PLC0415
+
+    from prune import llama, plots  # noqa: PLC0415
+    from prune.experiment import run  # noqa: PLC0415
+    from prune.job import prepare  # noqa: PLC0415
+
+    plots._sparsity = plots._alphas = lambda *_: Figure((1, 1))  # quickly drawn, and as a file like any other
+    byte_tokenizer().save_pretrained(elsewhere / "tokenizer")
+    config = small_run(elsewhere, tokenizer=str(elsewhere / "tokenizer"))
+    run(prepare(config))
+    expected = prepare(config).path
+    options = {"model": config.model, "calibration": config.calibration, "text": config.text, "samples": 8}
+    options |= {"length": 40, "window-rows": 48, "per-axis": 2, "out": disk.folder / "out"}
+    options |= {"tokenizer": config.tokenizer}
+    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+    path = disk.folder / "out" / expected.name
+    again = functools.partial(ended, "prune.llama", llama.main, *flags)
+    for pages in range(5):  # too little for the tokenizer, then for a config beside it
+        disk.leave(pages * PAGE)
+        assert "model.part: cannot write 2 MiB (No space left on device)" in again()
+        assert not list(path.glob("model*"))
+    weights = sum(file.stat().st_size // PAGE * PAGE for file in (expected / "model").glob("*.safetensors"))
+    said, _ = more_and_more(disk, again, least=lambda: 0 if list(path.glob("model*")) else weights)
+    assert_named(said, "model.part: cannot write 2 MiB", "progress.json", "cache/alphas")
+    outputs = ["sparsity.png", "alphas.png", "layers.csv", "run.json"]
+    _, there = more_and_more(disk, again, outputs=[path / name for name in outputs])
+    assert_between(there, "model", *outputs)
+    assert files_of(path / "model") == files_of(expected / "model")
+    assert (path / "layers.csv").read_bytes() == (expected / "layers.csv").read_bytes()
+    before = files_of(path)
+    disk.leave(0)
+    assert "o space left" in again()  # which damages nothing
+    assert files_of(path) == before
+    disk.leave(MIB)
+    assert again() is None
+
+
+def generate_run(disk, elsewhere):
+    from sciml import generate as module  # noqa: PLC0415
+
+    module.SHARD, module._solver = 2, functools.cache(module._solver)
+    config = module.FlowConfig(size=16, steps=3, end=0.1, count=5, seed=7)
+    expected = module.generate(elsewhere / "flows.hdf5", config)
+    path = disk.folder / "data" / module.file_name(config)
+    flags = ["--size", 16, "--steps", 3, "--end", 0.1, "--count", 5, "--seed", 7, "--out", path.parent]
+    again = functools.partial(ended, "sciml.generate", module.main, *flags)
+    disk.leave(0)
+    assert "0.0 GB are free; lower --count or --size" in again()
+    module._check_space = lambda *_: None  # there was space, and others have taken it since
+    said, there = more_and_more(disk, again)
+    assert_named(said, path.name)
+    assert_between(there, "settings.json", "0000000.npz", "0000004.npz", path.name)
+    assert path.read_bytes() == expected.read_bytes()
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def analyze_run(disk, elsewhere):
+    from farms_jax.__main__ import main  # noqa: PLC0415
+
+    rng = np.random.default_rng(0)
+    np.savez(elsewhere / "model.npz", **{f"layer{n}": rng.standard_normal((24, 40), np.float32) for n in range(3)})
+    outputs = {f"--{kind}": disk.folder / f"report.{kind}" for kind in ("html", "csv", "json")}
+    flags = [
+        "--cache-dir",
+        disk.folder / "cache",
+        "--resamples",
+        20,
+        *(part for pair in outputs.items() for part in pair),
+    ]
+    again = functools.partial(ended, "farms", main, "analyze", elsewhere / "model.npz", *flags)
+    said, _ = more_and_more(disk, again, outputs=outputs.values())
+    assert_named(said, "disk/cache/", *outputs)
+    before = files_of(disk.folder)
+    assert len(before) == 6
+    disk.leave(0)
+    assert "o space left" in again()
+    assert files_of(disk.folder) == before
+
+
+def numbers_of(run):
+    """What a training measured, but for times."""
+    lines = {path.relative_to(run): path.read_text().splitlines() for path in sorted(run.rglob("metrics.jsonl"))}
+    found = {
+        path: [json.loads(line) for line in text] for path, text in lines.items() if "checkpoints" not in path.parts
+    }
+    for line in (line for lines in found.values() for line in lines):
+        for name in [name for name in line if "seconds" in name]:
+            del line[name]
+    return found, [path.read_bytes() for path in sorted(run.glob("**/seed*/layers.csv"))]
+
+
+def train_again(disk, elsewhere, name, main, *settings):
+    """Begin a run, and go on with it, on a disk that grows by eighths of what the run takes in the end."""
+    out = disk.folder / "runs"
+    assert ended(name, main, *settings, "--out", out) is None
+    expected = Path(shutil.move(*out.iterdir(), elsewhere / "expected"))
+    size = sum(path.stat().st_size for path in expected.rglob("*"))
+    said = []
+    for eighths in range(30):
+        taken = sum(-(-path.stat().st_size // PAGE) * PAGE for path in out.rglob("*") if path.is_file())
+        disk.leave(max(0, eighths * size // 8 - taken))
+        begun = [path.parent for path in out.glob("*/config.json")]
+        line = ended(name, main, *(["--resume", begun[0]] if begun else [*settings, "--out", out]))
+        if line is None:
+            break
+        assert "o space left on device" in line, line
+        said.append(line)
+    assert line is None, line
+    sys.stdout.write(f"{len(said)} times full\n")
+    assert_named(said, "runs/", "checkpoints/last", "checkpoints/best")
+    (run,) = (path.parent for path in out.glob("*/config.json"))
+    assert numbers_of(run) == numbers_of(expected)
+
+
+def once(function):
+    """Called once: what it made, and with it all that was compiled, serves the runs after the first."""
+    made = []
+    return lambda *arguments: (made or made.append(function(*arguments)) or made)[0]
+
+
+def train_run(disk, elsewhere):
+    from train import cifar, experiment  # noqa: PLC0415
+
+    experiment.make_functions = once(experiment.make_functions)
+    settings = ["--dataset", "digits", "--model", "vgg16", "--width", 0.0625, "--epochs", 2]
+    settings += ["--batch-size", 16, "--limit-train", 64]
+    train_again(disk, elsewhere, "train.cifar", cifar.main, *settings)
+
+
+def export_run(disk, elsewhere):
+    """What `sciml.dpot` writes besides a run directory as that of `train.cifar`; to compile it takes half a minute."""
+    import jax  # noqa: PLC0415
+    from dpot_helpers import SMALL  # noqa: PLC0415
+
+    from farms_jax.errors import reported  # noqa: PLC0415
+    from sciml import checkpoints  # noqa: PLC0415
+    from sciml.model import make_network  # noqa: PLC0415
+
+    params, path = make_network(SMALL).init(jax.random.key(0)), disk.folder / "model.safetensors"
+
+    def main():
+        with reported("sciml.dpot"):
+            checkpoints.save(path, params, SMALL)
+
+    checkpoints.save(elsewhere / "model.safetensors", params, SMALL)
+    said, _ = more_and_more(disk, functools.partial(ended, "sciml.dpot", main))
+    assert_named(said, "model.safetensors")
+    assert path.read_bytes() == (elsewhere / "model.safetensors").read_bytes()
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
+    os.chdir(sys.argv[3])
+    programs = {"prune": prune_run, "generate": generate_run, "analyze": analyze_run}
+    programs |= {"train": train_run, "export": export_run}
+    programs[sys.argv[1]](Disk(Path(sys.argv[2])), Path(sys.argv[3]))

@@ -1,0 +1,346 @@
+"""Pruning under faults: one process per run, stops by signals, and damage on the disk between two processes."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from prune_helpers import DATA, bytes_of, command, small_run
+
+import prune.experiment
+import prune.passes
+import prune.train_small
+from farms_jax.cache import Cache
+from farms_jax.errors import InputError
+from farms_jax.files import CHECKSUMS
+from farms_jax.locking import locked
+from prune import llama
+from prune.experiment import run
+from prune.job import prepare
+
+ROOT = DATA.parent.parent
+BLOCKS = 4
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def killed_at(block):
+    """`prune_block`, but the process ends at this block."""
+    prune_block = prune.passes.prune_block
+
+    def prune_or_die(network, number, *arguments):
+        if number == block:
+            raise Killed
+        return prune_block(network, number, *arguments)
+
+    return prune_or_die
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing stopped."""
+    job = prepare(small_run(tmp_path_factory.mktemp("whole")))
+    run(job)
+    return job
+
+
+@pytest.fixture(scope="module")
+def half(whole, tmp_path_factory):
+    """The output of a run whose process ended at its last block."""
+    config = dataclasses.replace(whole.config, out=tmp_path_factory.mktemp("half"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(prune.passes, "prune_block", killed_at(BLOCKS - 1))
+        run(prepare(config))
+    return config
+
+
+@pytest.fixture
+def stopped(half, tmp_path):
+    """A job that goes on with it, in a place of its own to be damaged."""
+    shutil.copytree(half.out, tmp_path / "out")
+    return prepare(dataclasses.replace(half, out=tmp_path / "out"))
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """The finished run in a place of its own, to be damaged."""
+    shutil.copytree(whole.config.out, tmp_path / "out")
+    return prepare(dataclasses.replace(whole.config, out=tmp_path / "out"))
+
+
+@pytest.fixture
+def pruned(monkeypatch):
+    """Numbers of the blocks that are pruned, in order."""
+    numbers, prune_block = [], prune.passes.prune_block
+    monkeypatch.setattr(prune.passes, "prune_block", lambda *a: numbers.append(a[1]) or prune_block(*a))
+    return numbers
+
+
+def flip(path, place):
+    """Turn one bit over; `place` is a byte, or a fraction of the file."""
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(place if isinstance(place, int) else int(place * size))
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def place_of(path, name):
+    """Byte of a safetensors file in the middle of a tensor."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        start, stop = json.loads(file.read(size))[name]["data_offsets"]
+    return 8 + size + (start + stop) // 2
+
+
+def assert_same_run(path, expected):
+    assert bytes_of(path / "model") == bytes_of(expected / "model")
+    assert (path / "layers.csv").read_bytes() == (expected / "layers.csv").read_bytes()
+    assert not (path / "model.part").exists()
+
+
+# --- One process per run ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"fresh": True}, {"dry_run": True}], ids=str)
+def test_a_second_process_is_refused_and_destroys_nothing(changes, stopped):
+    before = bytes_of(stopped.config.out)
+    with locked(stopped.path), pytest.raises(InputError, match=r"llama_tiny-.*: another process is at work there"):
+        run(dataclasses.replace(stopped, config=dataclasses.replace(stopped.config, **changes)))
+    assert bytes_of(stopped.config.out) == before
+
+
+def test_the_second_program_says_so_in_one_line(stopped):
+    with locked(stopped.path):
+        found = subprocess.run(command(stopped.config), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert found.stderr.splitlines()[-1].startswith(f"prune.llama: {stopped.path}: another process is at work there")
+    assert "Traceback" not in found.stderr
+
+
+def test_fresh_removes_all_but_the_lock_that_it_holds(finished, whole, monkeypatch):
+    seen = []
+    prune_block = prune.passes.prune_block
+
+    def look(*arguments):
+        with pytest.raises(InputError, match="another process"), locked(finished.path):
+            pytest.fail("held twice")
+        seen.append(sorted(path.name for path in finished.path.iterdir()))
+        return prune_block(*arguments)
+
+    monkeypatch.setattr(prune.passes, "prune_block", look)
+    (finished.path / "model" / "mine.txt").write_text("of an earlier run")
+    run(prepare(dataclasses.replace(finished.config, fresh=True)))
+    assert seen == [[".lock", "model.part", "progress.json"]] * BLOCKS
+    assert_same_run(finished.path, whole.path)
+
+
+def test_two_processes_may_measure_the_same_weights(tmp_path):
+    """Runs of other methods on one model share the cache of alphas: what one writes the other does not take away."""
+    content = {f"layer{number}": {"alpha": number / 7} for number in range(300)}
+
+    def work(_):
+        for _ in range(30):
+            Cache(tmp_path).put("key", content)
+            assert Cache(tmp_path).get("key") == content
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    assert [path.name for path in tmp_path.iterdir()] == ["key.json"]
+
+
+def test_one_training_of_a_small_model_per_folder(tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 300)
+    sizes = {"heldout_bytes": 900, "validation_bytes": 900, "calibration_bytes": 900, "vocab_size": 300}
+    config = prune.train_small.Config((text,), out, length=16, blocks=1, hidden_size=24, **sizes)
+    with locked(out / "unfinished"), pytest.raises(InputError, match="unfinished: another process is at work there"):
+        prune.train_small.train(config)
+    assert [path.name for path in out.iterdir()] == ["unfinished"]
+
+
+# --- Stopped by a signal ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("when", ["in a block", "after its weights are written"])
+def test_a_stop_costs_the_block_alone(number, status, when, whole, tmp_path, monkeypatch, capsys, pruned):
+    config = dataclasses.replace(whole.config, out=tmp_path / "out")
+    module, name = {"in a block": (prune.passes, "prune_block")}.get(when, (prune.rundir.RunDirectory, "put"))
+    call = getattr(module, name)
+
+    def stop(*arguments):
+        if len(pruned) == 3 or (name == "prune_block" and len(pruned) == 2):
+            os.kill(os.getpid(), number)
+        return call(*arguments)
+
+    monkeypatch.setattr(sys, "argv", command(config)[2:])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(module, name, stop)
+        llama.main()
+    assert ended.value.code == status
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"prune.llama: stopped by {signal.Signals(number).name}; the same command goes on from here"
+    pruned.clear()
+    llama.main()
+    assert pruned == [2, 3]
+    assert_same_run(prepare(config).path, whole.path)
+
+
+# --- Damaged between two processes -----------------------------------------------------------------------------------
+
+WEIGHTS = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor", "first"),
+    [
+        ("model.safetensors", "model.layers.1.mlp.up_proj.weight", 1),
+        ("model.safetensors", "model.layers.2.input_layernorm.weight", 2),  # no layer's, but the block's
+        ("masks.safetensors", "model.layers.0.self_attn.q_proj", 0),
+        ("model.safetensors", "model.layers.3.mlp.up_proj.weight", 3),  # not written yet
+    ],
+)
+def test_pruning_goes_on_from_the_block_before_a_damaged_one(file, tensor, first, stopped, whole, pruned, capsys):
+    path = stopped.path / "model.part" / file
+    flip(path, place_of(path, tensor))
+    run(stopped)
+    assert pruned == list(range(first, BLOCKS))
+    warning = f"{stopped.path / 'model.part'}: block {first} is not as it was written; pruning goes on from there"
+    assert (warning in capsys.readouterr().err) == (first < 3)
+    assert_same_run(stopped.path, whole.path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "grow", "remove", "header"])
+def test_a_cut_off_weight_file_costs_what_was_lost(damage, stopped, whole, pruned, capsys):
+    path = stopped.path / "model.part" / "masks.safetensors"
+    if damage == "cut":  # masks lie in it in the order of the blocks
+        os.truncate(path, place_of(path, "model.layers.1.mlp.up_proj"))
+    elif damage == "grow":
+        path.write_bytes(path.read_bytes() + b"more")
+    elif damage == "remove":
+        path.unlink()
+    else:
+        flip(path, 12)
+    run(stopped)
+    assert pruned == list(range({"cut": 1, "remove": 0}.get(damage, 3), BLOCKS))
+    assert f"{path} was missing or cut off; what is lost is made again" in capsys.readouterr().err
+    assert_same_run(stopped.path, whole.path)
+
+
+@pytest.mark.usefixtures("pruned")
+def test_tensors_outside_the_blocks_are_looked_at_too(stopped, whole):
+    path = stopped.path / "model.part" / "model.safetensors"
+    flip(path, place_of(path, "model.embed_tokens.weight"))
+    run(stopped)
+    assert_same_run(stopped.path, whole.path)
+
+
+def test_what_a_killed_process_left_half_written_is_not_part_of_the_model(stopped, whole):
+    part = stopped.path / "model.part"
+    (part / "config.json.part").write_text("{")
+    (part / "tmpdraft").mkdir()
+    (part / "tmpdraft" / "tokenizer.json").write_text("{")
+    run(stopped)
+    assert_same_run(stopped.path, whole.path)
+
+
+def test_a_finished_model_has_checksums(whole):
+    sums = whole.path / "model" / CHECKSUMS
+    done = subprocess.run(["sha256sum", "-c", CHECKSUMS], cwd=sums.parent, capture_output=True, text=True, check=True)
+    assert done.stdout == "config.json: OK\nmasks.safetensors: OK\nmodel.safetensors: OK\n"
+
+
+@pytest.mark.parametrize(("name", "place"), [("model.safetensors", 0.7), ("masks.safetensors", 0.9), (CHECKSUMS, 5)])
+def test_a_finished_model_that_is_damaged_is_named(name, place, finished, whole, pruned):
+    path = finished.path / "model" / name
+    flip(path, place)
+    before = bytes_of(finished.path)
+    named = path if name != CHECKSUMS else path.with_name("config.json")  # the line of which is no longer right
+    with pytest.raises(InputError, match=rf"^{named}: damaged, or changed .*; remove .*model, and the same command"):
+        run(finished)
+    assert bytes_of(finished.path) == before  # whose change it was is not for the program to say
+    shutil.rmtree(path.parent)
+    run(finished)
+    assert pruned == list(range(BLOCKS))
+    assert_same_run(finished.path, whole.path)
+
+
+@pytest.mark.parametrize("damage", ["digit", "cut", "empty", "list", "text", "checksum"])
+def test_a_damaged_record_is_never_believed(damage, finished):
+    path = finished.path / "progress.json"
+    content = path.read_bytes()
+    at = content.index(b'"perplexity": ') + len(b'"perplexity": ')
+    other = bytes([content[at] ^ 1])  # another digit: valid JSON of another number
+    path.write_bytes(
+        {
+            "digit": content[:at] + other + content[at + 1 :],
+            "cut": content[: len(content) // 2],
+            "empty": b"",
+            "list": b"[]",
+            "text": b"\xff\xfe",
+            "checksum": content.replace(b'"sha256": "', b'"sha256": "0', 1),
+        }[damage]
+    )
+    with pytest.raises(InputError, match=r"progress\.json is damaged \(.*\); start anew with --fresh$"):
+        run(finished)
+    assert (finished.path / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "]"])
+def test_the_card_is_written_again_from_the_record(content, finished, monkeypatch):
+    path = finished.path / "run.json"
+    before = path.read_bytes()
+    path.unlink() if content is None else path.write_text(content)
+    monkeypatch.setattr(prune.experiment, "make_card", lambda *_: pytest.fail("with the versions of today"))
+    run(finished)
+    assert path.read_bytes() == before
+
+
+def damaged_entries(folder, damage):
+    for path in folder.glob("*.json"):
+        content = path.read_text()
+        at = content.index('"alpha": ') + len('"alpha": ')
+        wrong = content[:at] + str((int(content[at]) + 1) % 9 + 1) + content[at + 1 :]
+        path.write_text({"digit": wrong, "cut": content[:at], "empty": ""}[damage])
+
+
+@pytest.mark.parametrize("damage", ["digit", "cut", "empty"])
+def test_damaged_alphas_are_measured_again(damage, whole, tmp_path, monkeypatch):
+    config = dataclasses.replace(whole.config, out=tmp_path / "out", dry_run=True)
+    shutil.copytree(whole.config.out / "cache", config.out / "cache")
+    damaged_entries(config.out / "cache" / "alphas", damage)
+    analysed = []
+    analyze = prune.analysis.farms_jax.analyze
+    monkeypatch.setattr(prune.analysis.farms_jax, "analyze", lambda *a, **k: analysed.append(1) or analyze(*a, **k))
+    run(prepare(config))
+    assert len(analysed) == BLOCKS
+    stages = [json.loads((prepare(c).path / "progress.json").read_text()) for c in (config, whole.config)]
+    assert stages[0]["alphas"] == stages[1]["alphas"]
+    analysed.clear()
+    run(prepare(dataclasses.replace(config, allocation="alphapruning")))  # another analysis: nothing of it is there
+    run(prepare(dataclasses.replace(config, method="magnitude")))  # the same one, by what was written again
+    assert len(analysed) == BLOCKS
+
+
+def test_a_training_of_a_small_model_does_not_go_on_from_damage(tmp_path):
+    path = tmp_path / prune.train_small.CHECKPOINT
+    state, facts = prune.train_small.TrainState({}, (), {}, np.float32(1), np.int32(2)), {"text": "x"}
+    prune.train_small._save(path, state, prune.train_small.Progress(3), facts)
+    assert prune.train_small._restore(path, state, facts)[1].step == 3
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        with contextlib.suppress(InputError):  # a bit that nothing depends on, such as one of a date
+            restored, progress = prune.train_small._restore(path, state, facts)
+            assert (restored, progress.step) == (state, 3)
