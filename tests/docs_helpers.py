@@ -21,7 +21,17 @@ from farms_jax import program
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
-PROGRAMS = ("python", "python3", "pip", "farms", "mkdocs", ".venv/bin/python", ".venv/bin/pip", ".venv/bin/pytest")
+PROGRAMS = (
+    "python",
+    "python3",
+    "pip",
+    "pytest",
+    "farms",
+    "mkdocs",
+    ".venv/bin/python",
+    ".venv/bin/pip",
+    ".venv/bin/pytest",
+)
 
 
 class Block(NamedTuple):
