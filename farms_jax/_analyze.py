@@ -98,7 +98,7 @@ def analyze(
         kernel_scale: factor on the eigenvalues of 4-D kernels; 0.5 as in the reference (its `conv_norm`).
         solver: see above.
         max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once, of each accelerator or of a
-            process's CPU devices together.
+            process's CPU devices together; down to one window for each.
         eigenvalues: keep the pooled eigenvalues in the report.
         mesh: devices to spread the windows over, each with its share. `None`: those on which the weights lie by a
             `NamedSharding`, if any; traced weights bring none, so give it inside `jit`.

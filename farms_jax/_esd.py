@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.experimental.buffer_callback import buffer_callback
 from jax.scipy.linalg import eigh_tridiagonal
 
 from farms_jax import _host
@@ -16,6 +18,9 @@ from farms_jax._matrices import Axes, as_matrices
 from farms_jax._windows import Grid
 
 Solver = Literal["auto", "gram", "gram64", "svd"]
+
+SOLVING = threading.Lock()
+"""Held while the host solves: each solver takes all cores, and two would put BLAS's threads back in the wrong order."""
 
 
 def pooled_eigenvalues(
@@ -53,24 +58,29 @@ def pooled_eigenvalues(
         stacks = [as_matrices(weight, axes) for weight in weights]
         return batched_spectra(stacks, grids, svd=chosen == "svd", max_batch_bytes=max_batch_bytes)
 
-    kinds = [jax.ShapeDtypeStruct(weight.shape, weight.dtype) for weight in weights]
+    def on_host(context: Any, spectra: Sequence[Any], arrays: Sequence[Any]) -> None:
+        del context
+        stacks = [as_matrices(read_only(array), axes) for array in arrays]
+        with SOLVING:
+            found = _host.spectra(stacks, grids, solver=chosen, max_bytes=max_batch_bytes)
+        for out, values in zip(spectra, found, strict=True):
+            np.asarray(out)[...] = values
 
-    def on_host(*arrays: Any) -> tuple[np.ndarray, ...]:
-        floats = [_from_bits(bits, kind) for bits, kind in zip(arrays, kinds, strict=True)]
-        stacks = [as_matrices(weight, axes) for weight in floats]
-        spectra = _host.spectra(stacks, grids, solver=chosen, max_bytes=max_batch_bytes)
-        return tuple(np.ascontiguousarray(values).view(np.uint32) for values in spectra)
-
-    words = dtype.itemsize // 4
-    positions = [axes.stack_shape(kind.shape)[0] for kind in kinds]
-    shapes = tuple(
-        jax.ShapeDtypeStruct((grid.divisions, grid.num_eigenvalues(count) * words), np.uint32)
+    positions = [axes.stack_shape(weight.shape)[0] for weight in weights]
+    shapes = [
+        jax.ShapeDtypeStruct((grid.divisions, grid.num_eigenvalues(count)), dtype)
         for grid, count in zip(grids, positions, strict=True)
-    )
-    # Bits, not floats, cross the border: a callback's thread does not know of `with jax.enable_x64(True)`
-    # around the call and would round float64 to float32 on the way in and out.
-    spectra = jax.pure_callback(on_host, shapes, *map(_to_bits, weights), vmap_method="sequential")
-    return [_to_floats(values, dtype) for values in spectra]
+    ]
+    # Not a `pure_callback`: that copies its arguments in a thread of XLA's pool, which has one for each core or device,
+    # and all of them may be in callbacks that wait for such a copy; on a single core one is enough for a standstill.
+    return buffer_callback(on_host, shapes, vmap_method="sequential")(list(weights))
+
+
+def read_only(buffer: Any) -> np.ndarray:
+    """XLA's own memory, which a callback is shown, as an array that nobody can write to by mistake."""
+    array = np.asarray(buffer)
+    array.setflags(write=False)
+    return array
 
 
 def chosen_solver(solver: Solver, *, platform: str, exact: bool) -> Literal["gram", "gram64", "svd"]:
@@ -131,21 +141,6 @@ def window_eigenvalues(
 @functools.partial(jax.jit, static_argnames=("grid", "svd", "max_batch_bytes"))
 def _device_windows(stack: Array, grid: Grid, *, svd: bool, max_batch_bytes: int) -> Array:
     return _batched_windows([stack], [grid], svd=svd, max_batch_bytes=max_batch_bytes)[0]
-
-
-def _to_bits(weight: Array) -> Array:
-    if jnp.iscomplexobj(weight):  # XLA has no bits of a complex number
-        weight = jnp.stack([weight.real, weight.imag], axis=-1)
-    return lax.bitcast_convert_type(weight, jnp.uint32)
-
-
-def _from_bits(bits: Any, kind: jax.ShapeDtypeStruct) -> np.ndarray:
-    return np.ascontiguousarray(bits).reshape(-1).view(kind.dtype).reshape(kind.shape)
-
-
-def _to_floats(bits: Array, dtype: np.dtype) -> Array:
-    words = dtype.itemsize // 4
-    return lax.bitcast_convert_type(bits if words == 1 else bits.reshape(bits.shape[0], -1, words), dtype)
 
 
 def batched_spectra(stacks: Sequence[Array], grids: Sequence[Grid], *, svd: bool, max_batch_bytes: int) -> list[Array]:

@@ -130,7 +130,9 @@ class Exchange:
         finite = jnp.stack([jnp.isfinite(shard).all() for shard in shards])
         if self._senders:
             finite = lax.pmin(finite.astype(jnp.int32), self._senders) > 0
-        refined = self.way.platform == "cpu" and self.way.solver == "gram" and self._real == np.float32
+        if self.way.platform != "cpu":
+            return self._pooled(turn, shards, finite, jnp.zeros((), jnp.int32))
+        refined = self.way.solver == "gram" and self._real == np.float32
 
         # As on one device (see `_host`): again in float64 where the upper half holds what float32 cannot tell. It is a
         # loop of one pass or two because that is compiled once, and a loop even of one because XLA runs whatever does

@@ -3,8 +3,7 @@
 Each device of a CPU mesh is a thread of this process, and all threads reach the solver. They meet there: the last to
 come solves the tiles of all, on all cores, while the others wait, and all leave together. This form cannot stand still:
 
-- A `pure_callback` would: it copies its arguments in a thread of the pool whose threads are the devices, and these all
-  wait. `buffer_callback` gives the memory itself.
+- A `pure_callback` would (see `_esd`). `buffer_callback` gives the memory itself.
 - Nobody waits long inside XLA. A collective in which one device is 40 seconds late ends the process; here they wait
   before it, in Python, for as long as it takes.
 - No two meetings cross. Each gives out a zero that the next exchange of tiles needs, so all devices come to the same
@@ -21,9 +20,10 @@ from jax import Array
 from jax.experimental.buffer_callback import buffer_callback
 
 from farms_jax import _host
+from farms_jax._esd import SOLVING, read_only
 from farms_jax._windows import Grid
 
-_PATIENCE = 600  # seconds
+_PATIENCE = 600  # seconds that a device waits for the others to come; a solver at work is not counted
 
 
 def solve_together(
@@ -72,7 +72,7 @@ class _Meeting:
         """Write the eigenvalues of a device's tiles to the memory that XLA has for them."""
         del context
         values, zero = map(np.asarray, out)
-        stack = np.asarray(tiles)[: int(np.asarray(count))]
+        stack = read_only(tiles)[: int(np.asarray(count))]
         again = self._solver == "gram" and int(np.asarray(passes)) > 0
         found = self._met(_Visit(stack, "gram64" if again else self._solver))
         values[: len(stack)] = found.reshape(len(stack), *values.shape[1:])
@@ -99,13 +99,14 @@ class _Meeting:
         try:
             for solver in {visit.solver for visit in visits}:  # two where two runs of a program are under way at once
                 alike = [visit for visit in visits if visit.solver == solver]
-                found = _host._run(
-                    [visit.stack for visit in alike],
-                    [self._inner] * len(alike),
-                    self._max_bytes,
-                    gram=solver != "svd",
-                    precision=np.float64 if solver == "gram64" else None,
-                )
+                with SOLVING:
+                    found = _host._run(
+                        [visit.stack for visit in alike],
+                        [self._inner] * len(alike),
+                        self._max_bytes,
+                        gram=solver != "svd",
+                        precision=np.float64 if solver == "gram64" else None,
+                    )
                 for visit, values in zip(alike, found, strict=True):
                     visit.values = values
         except BaseException as error:  # all fail alike: none may be left waiting

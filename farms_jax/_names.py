@@ -42,7 +42,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sort key that puts `conv_2` before `conv_10`, which is network order in most models."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def module_of(name: str) -> str:

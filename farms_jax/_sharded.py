@@ -115,7 +115,7 @@ def pooled_eigenvalues(
             turn, found = _solve(_on(kind.mesh, turn), placed, kind=kind, tiles=tiles, way=way)
             turn, found = _on(mesh, (turn, found))
             if platform == "cpu" and not traced:
-                # With over 32 programs under way XLA's threads wait to start the next one, and none is left to run them.
+                # With over 32 programs under way XLA's threads wait to start another, and none is left to run them.
                 jax.block_until_ready(turn)
             spectra.update(zip(group, found, strict=True))
     return [spectra[layer] for layer in range(len(weights))]

@@ -175,9 +175,12 @@ def _meet(at: Callable[[float], np.ndarray], ends: np.ndarray, weights: np.ndarr
     # The mean of at(c) grows with c and is straight between the `ends`, where a block meets a bound: it is inverted
     # exactly.
     ends = np.unique(ends)
-    totals = np.array([weights @ at(end) for end in ends])
-    rising = np.concatenate([[True], np.diff(totals) > 0])
-    return at(float(np.interp(sparsity * weights.sum(), totals[rising], ends[rising])))
+    totals, target = np.array([weights @ at(end) for end in ends]), sparsity * weights.sum()
+    # The segment that rises to the target: where every block is at a bound, the mean stands still in between.
+    last = min(max(1, int(np.searchsorted(totals, target))), len(ends) - 1)
+    first = last - 1
+    share = (target - totals[first]) / max(totals[last] - totals[first], np.finfo(float).tiny)
+    return at(float(ends[first] + min(max(share, 0), 1) * (ends[last] - ends[first])))
 
 
 def _reference(relative: np.ndarray, weights: np.ndarray, sparsity: float) -> np.ndarray:

@@ -52,7 +52,8 @@ _LINES = ("metrics.jsonl", "layers.csv")
 _ARRAYS, _SO_FAR = "default", "so_far.json"  # in a checkpoint
 _ROOM = 2**20  # bytes of a checkpoint beside its arrays, at most
 _KEPT_LAST, _KEPT_BEST = 2, 1  # the last but one is there for when the last is damaged
-_DAMAGED = (ValueError, KeyError, TypeError, AttributeError)  # what reading JSON of another shape comes to
+# What reading JSON or CSV of another shape comes to.
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, csv.Error)
 
 T = TypeVar("T")
 
@@ -160,7 +161,14 @@ def read_config(run: Path, kind: type[T]) -> tuple[T, dict[str, Any]]:
         facts = json.loads(path.read_text(encoding="utf-8"))
         return _restored(facts.pop("config"), kind), facts
     except _DAMAGED as error:
-        raise RunError(f"--resume {run}: {path} is damaged or of another version ({error}); start anew") from error
+        why = _reason(error)
+        raise RunError(f"--resume {run}: {path} is damaged or of another version ({why}); start anew") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, on one line of letters that a terminal can show."""
+    text = " ".join(str(error).split())[:300]
+    return text if text.isprintable() else ascii(text)
 
 
 def _restored(value: Any, kind: Any) -> Any:
@@ -317,7 +325,7 @@ class SeedDirectory:
         """
         try:
             return [json.loads(line) for line in self._lines("metrics.jsonl")]
-        except ValueError as error:
+        except _DAMAGED as error:
             raise self._damaged("metrics.jsonl", error) from error
 
     def layers(self) -> list[dict[str, Any]]:
@@ -347,7 +355,8 @@ class SeedDirectory:
         return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
 
     def _damaged(self, name: str, error: Exception) -> RunError:
-        return RunError(f"{self.path / name} is damaged ({error}); --resume puts it back as the last checkpoint has it")
+        why = _reason(error)
+        return RunError(f"{self.path / name} is damaged ({why}); --resume puts it back as the last checkpoint has it")
 
     def _read(self, folder: Path, like: Any) -> Progress:
         abstract = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))

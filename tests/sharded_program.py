@@ -14,8 +14,9 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import farms_jax
-from farms_jax import Tail, Window, _host, _sharded
+from farms_jax import FLAX_AXES, Tail, Window, _host, _sharded
 from farms_jax._report import METRICS
+from farms_jax._windows import make_grid
 
 MESH = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
 EXPLICIT = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
@@ -34,7 +35,7 @@ WEIGHTS = {
     "turned": (normal(32, 96), P(None, ("y", "x"))),
     "replicated": (normal(64, 48), P()),
     "kernel": (normal(3, 3, 16, 32), P(None, None, "y", "x")),
-    "positions": (normal(2, 3, 12, 8), P("y", None, "x")),
+    "positions": (normal(2, 3, 24, 8), P("y", None, "x")),
     "complex": ((normal(40, 24) + 1j * normal(40, 24)).astype(np.complex64), P("y", "x")),
     "far spike": (normal(64, 48) + 300 * np.outer(normal(64), normal(48)), P("x", "y")),
 }
@@ -60,12 +61,31 @@ def against_one_device(names=tuple(WEIGHTS), **settings):
 
 
 def same_result(results):
-    results["median"] = against_one_device(window=Window(rows=20, per_axis=3))
-    results["rounds"] = against_one_device(("both",), window=Window(rows=20, per_axis=3), max_batch_bytes=1)
+    overlapping = Window(rows=40, per_axis=5)  # which share products
+    results["median"] = against_one_device(window=overlapping)
+    results["rounds"] = against_one_device(("both",), window=overlapping, max_batch_bytes=1)
     results["peak"] = against_one_device(("both", "kernel"), tail=Tail(xmin="peak"), window=Window(divisions="pooled"))
     results["ks"] = against_one_device(("both", "kernel"), tail=Tail(xmin="ks"))
     results["svd"] = against_one_device(("turned",), solver="svd", window=Window(aspect_ratio=2.0, per_axis=2))
     results["gram64, whole"] = against_one_device(("turned",), solver="gram64", window=None)
+
+
+def accelerator(results):
+    """The solvers of accelerators, one window at a time: see `_host` for why not more on CPU."""
+    weights = place(("turned",))
+    grids = [make_grid(Window(rows=24, aspect_ratio=0.5, per_axis=2), (1, 96, 32), is_kernel=False)]
+    (found,) = _sharded.pooled_eigenvalues(
+        list(weights.values()),
+        FLAX_AXES,
+        grids,
+        mesh=MESH,
+        platform="gpu",
+        solver="svd",
+        exact=False,
+        max_batch_bytes=1,
+    )
+    (expected,) = _host.spectra([HOST["turned"].T[None]], grids, solver="svd", max_bytes=2**30)
+    results["accelerator"] = float(np.abs(found - expected).max() / expected.max())
 
 
 def ways_in(results):
@@ -114,6 +134,8 @@ def traced(results):
     for _ in range(20):
         program(placed).alpha.block_until_ready()
     results["traced twenty times"] = True
+    alone = jax.jit(lambda w: farms_jax.analyze({"w": w}, **settings))
+    results["traced without a mesh"] = difference(alone(jax.device_put(weight, NamedSharding(MESH, P("x")))), expected)
     with jax.set_mesh(EXPLICIT):
         placed = jax.device_put(weight, NamedSharding(EXPLICIT, P("y", "x")))
         found = jax.jit(lambda w: farms_jax.analyze({"w": w}, mesh=EXPLICIT, **settings))(placed)
@@ -187,6 +209,7 @@ def faults(results):
     except Exception as error:
         results["failing solver"] = str(error)
     _host._run = solve
+    jax.block_until_ready(farms_jax.analyze(weights))
     before = _sharded._solve._cache_size()
     for _ in range(20):
         jax.block_until_ready(farms_jax.analyze(weights))
@@ -195,6 +218,6 @@ def faults(results):
 
 if __name__ == "__main__":
     results = {}
-    for part in (same_result, ways_in, traced, training, faults):
+    for part in (same_result, accelerator, ways_in, traced, training, faults):
         part(results)
     sys.stdout.write(json.dumps(results))

@@ -28,7 +28,7 @@ def test_the_parameters_are_on_all_devices(found):
 
 def test_losses_and_parameters_are_those_of_one_device(found):
     np.testing.assert_allclose(*found["losses"], rtol=1e-6)
-    assert found["apart"] < 1e-6
+    assert found["apart"] < 1e-6  # of all parameters together, relative to their norm
     np.testing.assert_allclose(*(list(test.values()) for test in found["tests"]), rtol=1e-6)
 
 

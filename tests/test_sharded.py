@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def results():
     "case",
     [
         *("median", "rounds", "peak", "ks", "svd", "gram64, whole"),
-        *("host arrays", "arrays of one device", "two meshes", "explicit axes"),
+        *("host arrays", "arrays of one device", "two meshes", "explicit axes", "traced without a mesh"),
     ],
 )
 def test_the_result_is_that_of_one_device(results, case):
@@ -49,6 +50,10 @@ def test_the_result_is_that_of_one_device(results, case):
 
 def test_eigenvalues_are_those_of_one_device(results):
     assert results["eigenvalues"] < 1e-6
+
+
+def test_accelerators_solve_the_same_windows(results):
+    assert results["accelerator"] < 1e-6
 
 
 def test_double_precision_is_kept(results):
@@ -100,6 +105,21 @@ def test_a_failing_solver_fails_on_all_devices_and_leaves_none_waiting(results):
 def test_many_analyses_end_and_compile_once(results):
     assert results["traced twenty times"] is True
     assert results["compiled again"] == 0
+
+
+def test_host_arrays_on_one_core_do_not_stand_still():
+    """XLA then has one thread, which copies arrays and runs programs."""
+    program = """
+        import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        import farms_jax, numpy
+        weights = {f"w{i}": numpy.random.default_rng(i).random((256, 256), "f") for i in range(6)}
+        for _ in range(10): farms_jax.analyze(weights).alpha.block_until_ready()
+        print("finished")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout.strip() == "finished", done.stderr
 
 
 GRIDS = [

@@ -82,12 +82,14 @@ def _open_all(folder: Path, spec: dict[str, Any], leaves: list[list[str]]) -> di
 
     def for_each(start: Callable[[str], Any], use: Callable[[Any], Any]) -> dict[str, Any]:
         """Start a task for every array, then use their results in turn."""
-        futures, found = {name: start(name) for name in places}, {}
-        for name, future in futures.items():
-            try:
+        name, futures, found = "", {}, {}
+        try:
+            for name in places:
+                futures[name] = start(name)
+            for name, future in futures.items():
                 found[name] = use(future.result())
-            except Exception as error:  # of any kind: it depends on what is damaged
-                raise InputError(f"{folder}: {name} is missing or damaged ({_reason(error)}); {_REMEDY}") from error
+        except Exception as error:  # of any kind: it depends on what is damaged
+            raise InputError(f"{folder}: {name} is missing or damaged ({_reason(error)}); {_REMEDY}") from error
         return found
 
     file = ".zarray" if spec["driver"] == "zarr" else "zarr.json"
