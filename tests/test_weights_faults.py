@@ -381,6 +381,9 @@ def cut_data(folder):
         file.write_bytes(file.read_bytes()[:-9])
 
 
+NAMELESS = {"tree_metadata": {"w": {"key_metadata": [{"key": ""}], "value_metadata": {"value_type": "jax.Array"}}}}
+
+
 @pytest.mark.parametrize("form", ["orbax", "orbax-zarr3", "orbax-folders"])
 @pytest.mark.parametrize(
     ("damage", "message"),
@@ -389,6 +392,10 @@ def cut_data(folder):
         (lambda folder: (folder / "_METADATA").write_text("{}"), "_METADATA: not a table of Orbax"),
         (lambda folder: (folder / "_METADATA").write_text('{"tree_metadata": {"w": 3}}'), "not a table of Orbax"),
         (lambda folder: (folder / "_METADATA").write_text('{"tree_metadata": {}}'), "there are no arrays in it"),
+        (
+            lambda folder: (folder / "_METADATA").write_text(json.dumps(NAMELESS)),
+            " is missing or damaged",  # the library refuses an array in no folder before it starts
+        ),
         (lambda folder: (folder / "_METADATA").unlink(), "without _METADATA"),
         (remove_data, "(is missing or damaged|cannot be read)"),
         (cut_data, "(is missing or damaged|cannot be read)"),

@@ -136,8 +136,10 @@ def _text_of(line: str, where: str) -> str:
     text = document.get("text") if isinstance(document, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{where} is not an object with a string "text"; correct or remove it')
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise InputError(f"{where} has half of a pair of UTF-16, which is no letter; correct or remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} has half of a pair of UTF-16, which is no letter; correct or remove it") from error
     return text
 
 

@@ -1,0 +1,7 @@
+"""SIGKILL at random moments of training: every run that is gone on with comes to the same end."""
+
+from killing import assert_survives
+
+
+def test_train_survives_kills(tmp_path):
+    assert_survives("train", 6, tmp_path)
