@@ -73,7 +73,7 @@ TWO = {"a": entry(), "b": entry(offsets=(24, 48))}
             file_bytes({"a": entry(shape=(2, 4))}, DATA_24),
             r"a: shape \[2, 4\] of F32 needs 32 bytes, the file gives 24",
         ),
-        (file_bytes({"a": entry(shape=(10**30, 10**30))}, DATA_24), "a: shape .* needs 4000"),
+        (file_bytes({"a": entry(shape=(10**30, 10**30))}, DATA_24), "a: there can be no array of shape"),
         (file_bytes({"a": entry(offsets=(24, 0))}, DATA_24), r"a: data_offsets \[24, 0\]"),
         (file_bytes({"a": entry(offsets=(0, 12, 24))}, DATA_24), "a: data_offsets"),
         (file_bytes({"a": {"dtype": "F32"}}, DATA_24), "a: its entry needs exactly"),
