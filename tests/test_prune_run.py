@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import types
 
 import numpy as np
 import pytest
@@ -91,7 +92,8 @@ def test_stopped_between_any_two_writes(when, steps, finished, tmp_path, monkeyp
         return stop_at_last
 
     monkeypatch.setattr(prune.rundir, "write_json", counted(prune.rundir.write_json))
-    monkeypatch.setattr(prune.output.os, "fsync", counted(os.fsync))
+    of_its_own = types.SimpleNamespace(fsync=counted(os.fsync), replace=os.replace, strerror=os.strerror)
+    monkeypatch.setattr(prune.output, "os", of_its_own)  # not the module that write_json uses too
     monkeypatch.setattr(prune.output.Output, "finish", counted(prune.output.Output.finish))
     monkeypatch.setattr(prune.experiment, "plot_run", counted(lambda *_: []))
     config = dataclasses.replace(finished[0].config, out=tmp_path / "out")
