@@ -24,6 +24,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from farms_jax import _esd
+from farms_jax._host import COARSE
 from farms_jax._matrices import Axes
 from farms_jax._meeting import solve_together
 from farms_jax._tiles import Tiles
@@ -145,7 +146,7 @@ class Exchange:
             turn, found = self._pooled(state.turn, shards, finite, state.count)
             pooled = tuple(map(jnp.where, state.coarse, found, state.pooled))
             middle = pooled[0].shape[1] // 2
-            coarse = jnp.stack([(values[:, middle] < 1e-3 * values[:, -1]).any() for values in pooled])
+            coarse = jnp.stack([(values[:, middle] < COARSE * values[:, -1]).any() for values in pooled])
             return _Passes(state.count + 1, turn, pooled, coarse & refined)
 
         positions = self._per_layer // len(self.tiles.starts)

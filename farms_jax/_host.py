@@ -17,6 +17,7 @@ from threadpoolctl import ThreadpoolController
 from farms_jax import _gram
 from farms_jax._windows import Grid
 
+COARSE = 1e-3  # of the largest eigenvalue: a median below it is not exact enough in float32
 _TASKS_PER_CORE = 4
 _MIN_TASK = 4  # windows; with fewer, threads take turns at the interpreter's lock more than they compute
 
@@ -72,10 +73,10 @@ def window_spectra(
         precision.
     """
     if solver == "svd":
-        return _run(stacks, grids, max_bytes)
+        return solve(stacks, grids, max_bytes, gram=False)
     if solver == "gram64":
-        return _run(stacks, grids, max_bytes, gram=True, precision=np.float64)
-    flat = _run(stacks, grids, max_bytes, gram=True)
+        return solve(stacks, grids, max_bytes, gram=True, precision=np.float64)
+    flat = solve(stacks, grids, max_bytes, gram=True)
     coarse = [i for i, grid in enumerate(grids) if flat[i].dtype != np.float64 and _is_coarse(grid.pool(flat[i]))]
     if coarse:
         fine = [stacks[i] for i in coarse], [grids[i] for i in coarse]
@@ -87,21 +88,33 @@ def window_spectra(
 def _is_coarse(values: np.ndarray) -> bool:
     """Whether the upper half of a spectrum (D, E) holds eigenvalues that float32's rounding may move by over 1e-4."""
     middle = values.shape[1] // 2
-    return bool((np.partition(values, middle)[:, middle] < 1e-3 * values.max(-1)).any())
+    return bool((np.partition(values, middle)[:, middle] < COARSE * values.max(-1)).any())
 
 
 def _real(dtype: np.dtype) -> np.dtype:
     return np.finfo(dtype).dtype
 
 
-def _run(
+def solve(
     stacks: Sequence[np.ndarray],
     grids: Sequence[Grid],
     max_bytes: int,
     *,
-    gram: bool = False,
+    gram: bool,
     precision: type[np.floating] | None = None,
 ) -> list[np.ndarray]:
+    """Eigenvalues of every layer, window by window, in one pass and one precision.
+
+    Args:
+        stacks: see `window_spectra`.
+        grids: see `window_spectra`.
+        max_bytes: see `window_spectra`.
+        gram: by Gram matrices; else by singular values, in the stacks' precision.
+        precision: of the Gram matrices; `None`: the stacks'.
+
+    Returns:
+        L arrays (K * W, n), each row ascending; real, never negative, in that precision.
+    """
     flat = [
         np.zeros((len(stack) * len(grid.starts), min(grid.rows, grid.cols)), precision or _real(stack.dtype))
         for stack, grid in zip(stacks, grids, strict=True)
@@ -119,7 +132,7 @@ def _run(
     tasks = sorted(_tasks(stacks, grids, runs, workers, max_bytes // workers), key=lambda task: -task.cost)
     finite = [bool(np.isfinite(stack).all()) for stack in stacks]
 
-    def solve(task: _Task) -> None:
+    def solve_task(task: _Task) -> None:
         layer, run = task.layer, task.run
         if not finite[layer]:
             return
@@ -134,7 +147,7 @@ def _run(
 
     # Cores that memory leaves without a worker go to BLAS.
     with _blas().limit(limits=cores() // workers, user_api="blas"):
-        _in_threads(workers, solve, tasks)
+        _in_threads(workers, solve_task, tasks)
     return flat
 
 

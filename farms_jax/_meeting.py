@@ -100,7 +100,7 @@ class _Meeting:
             for solver in {visit.solver for visit in visits}:  # two where two runs of a program are under way at once
                 alike = [visit for visit in visits if visit.solver == solver]
                 with SOLVING:
-                    found = _host._run(
+                    found = _host.solve(
                         [visit.stack for visit in alike],
                         [self._inner] * len(alike),
                         self._max_bytes,
