@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from farms_jax.files import atomic
+
 SIZE = (10.0, 4.2)  # inches
 _DPI = 130
 
@@ -85,15 +87,16 @@ def alpha_distribution(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: s
 
 
 def save(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:
-    """Write figures as images.
+    """Write figures as images, each whole or not at all.
 
     Args:
         folder: to write to.
-        figures: by file name.
+        figures: by file name, `.png`.
 
     Returns:
         The files.
     """
     for name, drawing in figures.items():
-        drawing.savefig(folder / name, dpi=_DPI)
+        with atomic(folder / name) as part:
+            drawing.savefig(part, dpi=_DPI, format="png")
     return [folder / name for name in figures]

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from farms_jax.files import atomic
+from farms_jax import plots
 
 
 def plot_run(run: Path, rows: Sequence[dict[str, Any]], title: str) -> list[Path]:
@@ -25,10 +25,7 @@ def plot_run(run: Path, rows: Sequence[dict[str, Any]], title: str) -> list[Path
     figures = {"sparsity.png": _sparsity(rows, title)}
     if rows[0]["alpha_after"] is not None:
         figures["alphas.png"] = _alphas(rows, title)
-    for name, figure in figures.items():
-        with atomic(run / name) as part:
-            figure.savefig(part, dpi=130, format="png")
-    return [run / name for name in figures]
+    return plots.save(run, figures)
 
 
 def _sparsity(rows: Sequence[dict[str, Any]], title: str) -> Figure:

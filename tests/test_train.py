@@ -371,3 +371,18 @@ def test_the_distribution_is_that_of_the_last_epoch(tmp_path):
     np.testing.assert_array_equal(axis.lines[-1].get_xydata(), [[2, 4]])  # a layer without a tail is left out
     (file,) = plots.save(tmp_path, {"alphas.png": figure})
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    figure, _ = plots.figure("title", 1)
+    (file,) = plots.save(tmp_path, {"alphas.png": figure})
+    before = file.read_bytes()
+
+    def cut_off(part, **_):
+        Path(part).write_bytes(before[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", cut_off)
+    with pytest.raises(OSError, match="alphas.png"):
+        plots.save(tmp_path, {"alphas.png": figure})
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
