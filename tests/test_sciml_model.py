@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,7 @@ def case(request):
     config, arrays = config_of(request.param), arrays_of(request.param)
     network = make_network(config)
 
-    # The compiler's later passes would take most of the test's time.
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def step(params):
         def loss(params):
             y, logits = network.apply(params, arrays["x"])
