@@ -257,7 +257,7 @@ def kill_program(name: str, kills: int, seed: int, folder: Path) -> Killed:
     """
     folder = folder.absolute()  # the programs run elsewhere
     compiled = {
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0",  # compiles faster
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level={PROGRAMS[name].effort}",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

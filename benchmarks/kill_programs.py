@@ -25,9 +25,12 @@ class Program(ABC):
 
     Attributes:
         name: of the module.
+        effort: XLA's level of optimisation, the lowest that is right and does not make runs longer: most of a tiny
+            run's time goes into compiling. (At 0 the gradient of a VGG is wrong, jaxlib 0.10.)
     """
 
     name: str
+    effort = 1
 
     def __init__(self, inputs: Path) -> None:
         """Write what it reads.
@@ -186,6 +189,7 @@ class FineTune(_Training):
     """Pretraining and fine-tuning of DPOT on waves that travel."""
 
     name = "sciml.dpot"
+    effort = 0
 
     def __init__(self, inputs: Path) -> None:
         """Write the fields."""

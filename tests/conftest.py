@@ -10,4 +10,4 @@ pytest.register_assert_rewrite("killing")
 sys.path.insert(0, str(Path(__file__).parent))
 
 # Before JAX starts, and for the programs that tests start: compiling takes most of their time, running next to none.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")

@@ -1,5 +1,6 @@
 """Long runs: nothing is compiled again, and no memory, thread or open file is kept, over refreshes and model loads."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -46,6 +47,15 @@ def test_nothing_is_kept_or_made_anew(kind, found):
     assert result["at"]["start"]["memory"] > 1e8
 
 
+@pytest.fixture
+def little_to_collect():
+    """What other tests have left is not looked through, at every sample."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("little_to_collect")
 @pytest.mark.parametrize(
     ("what", "make"),
     [
@@ -68,6 +78,7 @@ def test_what_is_kept_is_seen(what, make, tmp_path):
     assert result["blocks_per_call"] > 1
 
 
+@pytest.mark.usefixtures("little_to_collect")
 def test_memory_that_grows_is_seen():
     kept = []
     result = summarise(Watch().follow(lambda _: kept.append(np.ones(2**18)), 100, 20, "2 MiB a call"))

@@ -37,8 +37,8 @@ def call(monkeypatch, *arguments):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
-    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    cache, flags = tmp_path_factory.mktemp("cache"), "--xla_backend_optimization_level=0"  # compiling takes the time
+    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
 
 
 @pytest.fixture(scope="module")

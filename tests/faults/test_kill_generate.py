@@ -4,4 +4,4 @@ from killing import assert_survives
 
 
 def test_generate_survives_kills(tmp_path):
-    assert_survives("generate", 10, tmp_path)
+    assert_survives("generate", 11, tmp_path)

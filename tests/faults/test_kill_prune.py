@@ -4,4 +4,4 @@ from killing import assert_survives
 
 
 def test_prune_survives_kills(tmp_path):
-    assert_survives("prune", 10, tmp_path)
+    assert_survives("prune", 11, tmp_path)

@@ -4,4 +4,4 @@ from killing import assert_survives
 
 
 def test_train_survives_kills(tmp_path):
-    assert_survives("train", 6, tmp_path)
+    assert_survives("train", 5, tmp_path)
