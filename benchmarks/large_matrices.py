@@ -6,6 +6,8 @@
   values; a Gram matrix for each; Gram matrices shared between windows that start in one column; those brought from one
   column to the next by adding new columns and taking away old ones. In float32 and float64, BLAS on one thread, one
   core.
+- reductions: the eigenvalues of a Gram matrix by LAPACK's reduction to tridiagonal form in one stage (`sytrd`), as here,
+  and in two (`sytrd_2stage`), two matrices at a time in two threads; where SciPy's BLAS has the latter.
 - fewer windows: alpha of so many of a layer's 225 windows, drawn at random, against that of all; median rule. Of random
   matrices, or of a checkpoint's.
 - stochastic Lanczos: the spectrum of a whole matrix from Krylov spaces of random vectors (matfree), which needs only
@@ -13,15 +15,17 @@
 """
 
 import argparse
+import ctypes
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from matfree import decomp
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 from tqdm import tqdm
 
 import farms_jax
@@ -104,6 +108,50 @@ def windows(rows: int, repeats: int) -> dict[str, Any]:
     return {"windows": len(grid.starts), "ways": table}
 
 
+def reductions(rows: int, repeats: int) -> dict[str, float]:
+    """Seconds for two matrices in two threads, by one stage and by two, in float32 and float64."""
+    libraries = (info["filepath"] for info in threadpool_info() if "scipy" in info["filepath"])
+    lapack = ctypes.CDLL(next(libraries, None))
+    if not hasattr(lapack, "scipy_dsytrd_2stage_"):
+        return {}
+    matrix = gaussian(rows, rows).astype(np.float64)
+    gram, ways = matrix @ matrix.T, {}
+    for letter, precision in (("s", np.float32), ("d", np.float64)):
+        name, one = np.dtype(precision).name, gram.astype(precision)
+        ways[f"one stage, {name}"] = lambda one=one: _gram.symmetric_eigenvalues(one[None].copy())[0]
+        ways[f"two stages, {name}"] = lambda one=one, letter=letter: two_stages(lapack, letter, one.copy())
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(2) as threads:
+        values = {name: way() for name, way in ways.items()}
+        for name, found in values.items():
+            np.testing.assert_allclose(found[-10:], values["one stage, float64"][-10:], rtol=1e-4)
+        pairs = {
+            name: lambda way=way: [future.result() for future in [threads.submit(way) for _ in range(2)]]
+            for name, way in ways.items()
+        }
+        return {name: statistics.median(times) for name, times in interleave(pairs, repeats).items()}
+
+
+def two_stages(lapack: ctypes.CDLL, letter: str, matrix: np.ndarray) -> np.ndarray:
+    """Eigenvalues (n,) by `sytrd_2stage` and `sterf`; the matrix is overwritten."""
+    reduce, solve = (getattr(lapack, f"scipy_{letter}{name}_") for name in ("sytrd_2stage", "sterf"))
+    n, info, ask = ctypes.c_int(len(matrix)), ctypes.c_int(0), ctypes.c_int(-1)
+    diagonal, off_diagonal, reflectors, houses, work = (np.empty(len(matrix), matrix.dtype) for _ in range(5))
+
+    def call(houses: np.ndarray, houses_size: ctypes.c_int, work: np.ndarray, work_size: ctypes.c_int) -> None:
+        arrays = [ctypes.c_void_p(a.ctypes.data) for a in (diagonal, off_diagonal, reflectors, houses)]
+        sizes = [ctypes.byref(number) for number in (n, houses_size, work_size, info)]
+        data = ctypes.c_void_p(matrix.ctypes.data)
+        last = ctypes.c_void_p(work.ctypes.data)
+        reduce(b"N", b"L", sizes[0], data, sizes[0], *arrays, sizes[1], last, sizes[2], sizes[3])
+
+    call(houses, ask, work, ask)  # how large the work spaces should be
+    houses_size, work_size = (ctypes.c_int(int(space[0])) for space in (houses, work))
+    call(np.empty(houses_size.value, matrix.dtype), houses_size, np.empty(work_size.value, matrix.dtype), work_size)
+    solve(ctypes.byref(n), *(ctypes.c_void_p(a.ctypes.data) for a in (diagonal, off_diagonal)), ctypes.byref(info))
+    assert info.value == 0
+    return diagonal
+
+
 def fewer(layers: dict[str, np.ndarray], rows: int) -> dict[str, dict[int, float]]:
     """Root mean square of alpha's relative error, over draws of so many windows, by layer."""
     rng, found = np.random.default_rng(0), {}
@@ -126,7 +174,7 @@ def lanczos(rows: int) -> list[dict[str, float]]:
     spectrum, exact_seconds = timed(lambda: jax.device_get(farms_jax.analyze({"m": matrix + 0}, window=None)))
     exact, table = float(spectrum.alpha[0]), []
     product = jnp.asarray(matrix)
-    for depth, probes in ((30, 10), (60, 10), (120, 10), (120, 40)):
+    for depth, probes in ((30, 10), (60, 10), (120, 10)):
         reduce = jax.jit(decomp.tridiag_sym(depth, reortho="full"), static_argnums=0)
 
         def matvec(vector: jax.Array, operand: jax.Array) -> jax.Array:
@@ -166,6 +214,9 @@ def main() -> None:
     print(f"{of_windows['windows']} windows of {settings.rows} rows, one core")
     for name, row in of_windows["ways"].items():
         print(f"  {name:45} {row['seconds']:7.2f} s   error {row['error'] or float('nan'):.0e}")
+    of_reductions = reductions(settings.rows, settings.repeats)
+    for name, seconds in of_reductions.items():
+        print(f"  two of {settings.rows} rows in two threads, {name:20} {seconds:7.2f} s")
     layers = {"gaussian": gaussian(1536, 576)}
     if settings.weights:
         source = farms_jax.open_weights(settings.weights)
@@ -181,7 +232,13 @@ def main() -> None:
         print(
             f"  {row['depth']} steps, {row['probes']} vectors: {row['seconds']:.2f} s, alpha off by {row['error']:+.1e}"
         )
-    results = {"machine": facts, "windows": of_windows, "fewer": of_fewer, "lanczos": of_lanczos}
+    results = {
+        "machine": facts,
+        "windows": of_windows,
+        "reductions": of_reductions,
+        "fewer": of_fewer,
+        "lanczos": of_lanczos,
+    }
     write(settings.out, results)
     print(f"written to {settings.out}")
 

@@ -7,7 +7,8 @@ Matrices come one at a time: random ones in the shapes of LLaMA-7B or 13B, or th
 reads. Of each shape so many are analysed; `--per-shape 0` takes all, and the time of the whole model is then measured
 instead of computed from the time per matrix of each shape. The floor of the arithmetic is 4/3 n^3 to reduce a window of
 n rows to tridiagonal form and n^3 for its Gram matrix, half of which suffices. `--peer` is the plain PyTorch loop, one
-`torch.linalg.svdvals` per window, over so many windows of each shape.
+`torch.linalg.svdvals` per window, over so many windows of each shape; its fits, one per candidate for `peak`, are timed
+at a few candidates and counted apart.
 """
 
 import argparse
@@ -116,15 +117,42 @@ def analyse(layers: list[Layer], window: farms_jax.Window, rule: Any) -> list[fl
     return seconds
 
 
-def loop(layer: Layer, grid: Grid, count: int) -> float:
-    """Seconds per window of PyTorch's loop over windows spread over the layer."""
+class Peer(NamedTuple):
+    """PyTorch's loop over a layer, in seconds: of a window's eigenvalues, of the layer's fit by each rule."""
+
+    window: float
+    fits: dict[str, float]
+
+
+def loop(layer: Layer, grid: Grid, count: int, rules: list[str]) -> Peer:
+    """Time PyTorch's loop on windows spread over a layer, and its fits on a spectrum as long as the layer's."""
     import torch
 
     matrix = torch.from_numpy(np.array(layer.read(), np.float32))
     starts = [grid.starts[i] for i in np.linspace(0, len(grid.starts) - 1, count).astype(int)]
     windows = [matrix[row : row + grid.rows, col : col + grid.cols].contiguous() for row, col in starts]
     torch.linalg.svdvals(windows[0])
-    return statistics.median(timed(lambda: torch.linalg.svdvals(window).square())[1] for window in windows)  # noqa: B023
+    runs = [timed(lambda: torch.linalg.svdvals(window).square()) for window in windows]  # noqa: B023
+    few = torch.cat([values for values, _ in runs])
+    pooled = few.repeat(-(-windows_of(grid) // count)).sort().values[: windows_of(grid) * len(few) // count]
+    return Peer(statistics.median(seconds for _, seconds in runs), {rule: loop_fit(pooled, rule) for rule in rules})
+
+
+def loop_fit(values: Any, rule: str, sample: int = 20) -> float:
+    """Seconds of the loop's fit to an ascending spectrum: for `peak` and `ks` from those of so many candidates."""
+    import torch
+
+    from benchmarks.spectral import at_candidate, bounds, fit
+
+    if rule == "median":
+        return timed(lambda: fit(values, rule))[1]
+    least, most = bounds(values) if rule == "peak" else (values[0], values[-1])
+    candidates = ((values >= least) & (values <= most)).nonzero()[:, 0]
+    logs = values.log()
+    chosen = [int(candidates[int(place)]) for place in torch.linspace(0, len(candidates) - 2, sample)]
+    at_candidate(values, logs, chosen[0])
+    seconds = timed(lambda: [at_candidate(values, logs, index) for index in chosen])[1]
+    return seconds / sample * len(candidates)
 
 
 class Plan(NamedTuple):
@@ -166,7 +194,11 @@ def line(rule: str, row: dict[str, Any], rate: float) -> str:
         + ("measured" if share == 1 else f"from {100 * share:.1f} % of its windows"),
     ]
     if loop_seconds := row["loop_seconds"]:
-        parts.append(f"PyTorch's loop without fits {loop_seconds:.0f} s, {loop_seconds / row['whole_seconds']:.1f}x")
+        both = loop_seconds + row["loop_fit_seconds"]
+        parts.append(
+            f"PyTorch's loop {loop_seconds:.0f} s, {loop_seconds / row['whole_seconds']:.1f}x, "
+            f"with its fits {both:.0f} s, {both / row['whole_seconds']:.1f}x"
+        )
     if row["paper_seconds"]:
         parts.append(f"paper {row['paper_seconds']} s on eight L40")
     return "; ".join(parts)
@@ -196,11 +228,13 @@ def main() -> None:
     )
     results: dict[str, Any] = {"machine": facts, "settings": vars(settings), "product_flops": rate, "rules": {}}
     first = {layer.shape: layer for layer in reversed(plan.chosen)}
-    peer = {shape: loop(layer, grids[shape], settings.peer) for shape, layer in first.items()} if settings.peer else {}
+    timed_layers = first.items() if settings.peer else ()
+    peer = {shape: loop(layer, grids[shape], settings.peer, settings.rules) for shape, layer in timed_layers}
     known = None if settings.weights else PAPER.get((settings.model, settings.rows, settings.per_axis))
     for rule in settings.rules:
         of_peer = {
-            "loop_seconds": sum(plan.counts[s] * windows_of(grids[s]) * peer[s] for s in peer) or None,
+            "loop_seconds": sum(plan.counts[s] * windows_of(grids[s]) * peer[s].window for s in peer) or None,
+            "loop_fit_seconds": sum(plan.counts[s] * peer[s].fits[rule] for s in peer) or None,
             "paper_seconds": known,
         }
         results["rules"][rule] = measure(plan, window, rule) | of_peer

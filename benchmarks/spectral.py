@@ -65,19 +65,31 @@ def fit(values: torch.Tensor, rule: str) -> float:
     if rule == "median":
         i = count // 2
         return float(1 + (count - i) / (logs[i:] - logs[i]).sum())
-    log10 = values.log10()
-    counts = torch.histc(log10, 100)
-    peak = 10 ** (log10[0] + counts.argmax() * (log10[-1] - log10[0]) / 100)
+    least, most = bounds(values)
     best, best_alpha = 2.0, 0.0
     for i in range(count - 1):
-        if values[i] < (0.95 * peak).log10() or values[i] > 1.5 * peak:
+        if values[i] < least or values[i] > most:
             continue
-        n = count - i
-        alpha = 1 + n / (logs[i:].sum() - n * logs[i])
-        distance = (1 - (values[i:] / values[i]) ** (1 - alpha) - torch.arange(n, device=values.device) / n).abs().max()
+        alpha, distance = at_candidate(values, logs, i)
         if distance < best:
             best, best_alpha = float(distance), float(alpha)
     return best_alpha
+
+
+def bounds(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Between which eigenvalues of an ascending spectrum the `peak` rule looks for a threshold."""
+    log10 = values.log10()
+    counts = torch.histc(log10, 100)
+    peak = 10 ** (log10[0] + counts.argmax() * (log10[-1] - log10[0]) / 100)
+    return (0.95 * peak).log10(), 1.5 * peak
+
+
+def at_candidate(values: torch.Tensor, logs: torch.Tensor, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Alpha and KS distance of the tail from an index on."""
+    n = len(values) - i
+    alpha = 1 + n / (logs[i:].sum() - n * logs[i])
+    distances = 1 - (values[i:] / values[i]) ** (1 - alpha) - torch.arange(n, device=values.device) / n
+    return alpha, distances.abs().max()
 
 
 def torch_loop(weights: dict[str, torch.Tensor], rule: str) -> list[float]:

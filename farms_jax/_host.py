@@ -18,8 +18,9 @@ from farms_jax import _gram
 from farms_jax._windows import Grid
 
 COARSE = 1e-3  # of the largest eigenvalue: a median below it is not exact enough in float32
+_LARGE = 1000  # rows of a window from which on a thread is worth its start for it alone
 _TASKS_PER_CORE = 4
-_MIN_TASK = 4  # windows; with fewer, threads take turns at the interpreter's lock more than they compute
+_MIN_TASK = 4  # windows; with fewer small ones, threads take turns at the interpreter's lock more than they compute
 
 
 class _Task(NamedTuple):
@@ -145,7 +146,9 @@ def solve(
         values = _gram.gram_eigenvalues(windows, precision) if gram else _singular_values_squared(windows)
         flat[layer][task.first : task.last] = values
 
-    # Cores that memory leaves without a worker go to BLAS.
+    if all(map(_is_large, grids)):
+        workers = max(1, min(workers, len(tasks)))
+    # Cores that memory, or too few large windows, leave without a worker go to BLAS.
     with _blas().limit(limits=cores() // workers, user_api="blas"):
         _in_threads(workers, solve_task, tasks)
     return flat
@@ -176,6 +179,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _is_large(grid: Grid) -> bool:
+    return min(grid.rows, grid.cols) >= _LARGE
+
+
 def _words(stack: np.ndarray) -> int:
     return 2 if np.iscomplexobj(stack) else 1
 
@@ -203,7 +210,7 @@ def _tasks(
                 for run in runs[layer]:
                     yield _Task(layer, first, first + len(grid.starts), cost * len(run.windows), run)
             continue
-        size = max(_MIN_TASK, int(share / cost))
+        size = max(1 if _is_large(grid) else _MIN_TASK, int(share / cost))
         size = max(1, min(size, max_bytes // _bytes(grid, words[layer])))
         for first in range(0, count, size):
             last = min(first + size, count)

@@ -1,5 +1,7 @@
 """Eigenvalue solvers against float64: the errors that the docstring of `analyze` states."""
 
+import contextlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -139,6 +141,25 @@ def test_window_memory_is_bounded(dtype, size):
         for task in _host._tasks([stack], [grid], [[]], workers=2, max_bytes=10**6)
     )
     assert largest <= 10**6
+
+
+@pytest.mark.parametrize(("windows", "rows", "threads"), [(1, 1024, 4), (2, 1024, 2), (9, 1024, 1), (1, 64, 1)])
+def test_cores_without_a_large_window_go_to_blas(windows, rows, threads, monkeypatch):
+    given = []
+
+    class Blas:
+        @contextlib.contextmanager
+        def limit(self, *, limits, user_api):
+            given.append((limits, user_api))
+            yield
+
+    monkeypatch.setattr(_host, "_blas", Blas)
+    monkeypatch.setattr(_host, "cores", lambda: 4)
+    monkeypatch.setattr(_host, "_in_threads", lambda workers, function, *arguments: None)
+    stack = np.zeros((windows, rows, rows), np.float32)
+    grid = make_grid(None, stack.shape, is_kernel=False)
+    _host.solve([stack], [grid], 2**30, gram=True)
+    assert given == [(threads, "blas")]
 
 
 def test_device_path_is_chosen_by_platform(monkeypatch):
