@@ -6,8 +6,8 @@
   values; a Gram matrix for each; Gram matrices shared between windows that start in one column; those brought from one
   column to the next by adding new columns and taking away old ones. In float32 and float64, BLAS on one thread, one
   core.
-- reductions: the eigenvalues of a Gram matrix by LAPACK's reduction to tridiagonal form in one stage (`sytrd`), as here,
-  and in two (`sytrd_2stage`), two matrices at a time in two threads; where SciPy's BLAS has the latter.
+- reductions: eigenvalues of a Gram matrix by LAPACK's reduction to tridiagonal form in one stage (`sytrd`), as here, and
+  in two (`sytrd_2stage`), two matrices at a time in two threads; where SciPy's BLAS has the latter.
 - fewer windows: alpha of so many of a layer's 225 windows, drawn at random, against that of all; median rule. Of random
   matrices, or of a checkpoint's.
 - stochastic Lanczos: the spectrum of a whole matrix from Krylov spaces of random vectors (matfree), which needs only
@@ -122,12 +122,9 @@ def reductions(rows: int, repeats: int) -> dict[str, float]:
         ways[f"two stages, {name}"] = lambda one=one, letter=letter: two_stages(lapack, letter, one.copy())
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(2) as threads:
         values = {name: way() for name, way in ways.items()}
-        for name, found in values.items():
+        for found in values.values():
             np.testing.assert_allclose(found[-10:], values["one stage, float64"][-10:], rtol=1e-4)
-        pairs = {
-            name: lambda way=way: [future.result() for future in [threads.submit(way) for _ in range(2)]]
-            for name, way in ways.items()
-        }
+        pairs = {name: lambda way=way: list(threads.map(lambda _: way(), range(2))) for name, way in ways.items()}
         return {name: statistics.median(times) for name, times in interleave(pairs, repeats).items()}
 
 
