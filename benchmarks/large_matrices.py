@@ -6,8 +6,8 @@
   values; a Gram matrix for each; Gram matrices shared between windows that start in one column; those brought from one
   column to the next by adding new columns and taking away old ones. In float32 and float64, BLAS on one thread, one
   core.
-- reductions: eigenvalues of a Gram matrix by LAPACK's reduction to tridiagonal form in one stage (`sytrd`), as here, and
-  in two (`sytrd_2stage`), two matrices at a time in two threads; where SciPy's BLAS has the latter.
+- reductions: eigenvalues of a Gram matrix by reduction to tridiagonal form in one stage (`sytrd`), as here,
+  and in two (`sytrd_2stage`), two matrices at a time in two threads; where SciPy's BLAS has the latter.
 - fewer windows: alpha of so many of a layer's 225 windows, drawn at random, against that of all; median rule. Of random
   matrices, or of a checkpoint's.
 - stochastic Lanczos: the spectrum of a whole matrix from Krylov spaces of random vectors (matfree), which needs only
@@ -110,9 +110,9 @@ def windows(rows: int, repeats: int) -> dict[str, Any]:
 
 def reductions(rows: int, repeats: int) -> dict[str, float]:
     """Seconds for two matrices in two threads, by one stage and by two, in float32 and float64."""
-    libraries = (info["filepath"] for info in threadpool_info() if "scipy" in info["filepath"])
-    lapack = ctypes.CDLL(next(libraries, None))
-    if not hasattr(lapack, "scipy_dsytrd_2stage_"):
+    libraries = [ctypes.CDLL(info["filepath"]) for info in threadpool_info()]
+    lapack = next((library for library in libraries if hasattr(library, "scipy_dsytrd_2stage_")), None)
+    if lapack is None:
         return {}
     matrix = gaussian(rows, rows).astype(np.float64)
     gram, ways = matrix @ matrix.T, {}
