@@ -1,6 +1,7 @@
 """Ways to measure large matrices that were tried: what each costs and how far off its alpha is.
 
-    python -m benchmarks.large_matrices [--rows 2000] [--whole 4096] [--repeats 3] [--weights PATH] [--out results.json]
+    python -m benchmarks.large_matrices [--rows 1000] [--reduced 2000] [--whole 8192] [--repeats 3] [--weights PATH]
+                                        [--out results.json]
 
 - windows: the 64 windows of a matrix whose neighbours lie 149 of 2000 rows apart, as in the paper's LLaMA-7B: singular
   values; a Gram matrix for each; Gram matrices shared between windows that start in one column; those brought from one
@@ -199,8 +200,9 @@ def lanczos(rows: int) -> list[dict[str, float]]:
 def main() -> None:
     """Print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--whole", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=1000, help="of the windows")
+    parser.add_argument("--reduced", type=int, default=2000, help="rows of the Gram matrices that are reduced")
+    parser.add_argument("--whole", type=int, default=8192, help="rows of the matrix for stochastic Lanczos")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--weights", help="a checkpoint, of which `fewer windows` takes every tenth layer")
     parser.add_argument("--out", default="benchmarks/results/large_matrices.json")
@@ -211,9 +213,9 @@ def main() -> None:
     print(f"{of_windows['windows']} windows of {settings.rows} rows, one core")
     for name, row in of_windows["ways"].items():
         print(f"  {name:45} {row['seconds']:7.2f} s   error {row['error'] or float('nan'):.0e}")
-    of_reductions = reductions(settings.rows, settings.repeats)
+    of_reductions = reductions(settings.reduced, settings.repeats)
     for name, seconds in of_reductions.items():
-        print(f"  two of {settings.rows} rows in two threads, {name:20} {seconds:7.2f} s")
+        print(f"  two of {settings.reduced} rows in two threads, {name:20} {seconds:7.2f} s")
     layers = {"gaussian": gaussian(1536, 576)}
     if settings.weights:
         source = farms_jax.open_weights(settings.weights)
