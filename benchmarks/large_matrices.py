@@ -212,7 +212,7 @@ def main() -> None:
     of_windows = windows(settings.rows, settings.repeats)
     print(f"{of_windows['windows']} windows of {settings.rows} rows, one core")
     for name, row in of_windows["ways"].items():
-        print(f"  {name:45} {row['seconds']:7.2f} s   error {row['error'] or float('nan'):.0e}")
+        print(f"  {name:45} {row['seconds']:7.2f} s" + (f"   error {row['error']:.0e}" if row["error"] else ""))
     of_reductions = reductions(settings.reduced, settings.repeats)
     for name, seconds in of_reductions.items():
         print(f"  two of {settings.reduced} rows in two threads, {name:20} {seconds:7.2f} s")
