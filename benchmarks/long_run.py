@@ -23,20 +23,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import psutil
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import farms_jax
 from benchmarks._common import machine, write
 from prune.checkpoints import choose_tokenizer, open_checkpoint
 from prune.config import BUNDLED
+from tests.weights_helpers import write as write_weights
 from train.config import Config, resolve
 from train.experiment import make_refresh
 from train.loop import TrainState, make_network, make_optimizer
@@ -44,6 +42,7 @@ from train.loop import TrainState, make_network, make_optimizer
 MIB = 2**20
 WIDTH = 0.125  # of the ResNet-18: 0.7 MB of weights
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # the event of one, also where a cache on disk has it
+FORMATS = ("safetensors", "gguf", "npz", "orbax")
 STEADY = ("compilations", "arrays", "threads", "files")
 
 Call = Callable[[int], object]
@@ -214,13 +213,13 @@ def load_calls(form: str, folder: Path) -> Call:
     """Makes loads of a file of weights.
 
     Args:
-        form: a key of `WRITERS`.
+        form: one of `FORMATS`.
         folder: for the file.
 
     Returns:
         The load.
     """
-    path = WRITERS[form](folder, _weights())
+    path = write_weights(form, folder, _weights())
 
     def call(number: int) -> None:
         del number
@@ -233,43 +232,7 @@ def load_calls(form: str, folder: Path) -> Call:
 
 def _weights() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {f"layers.{layer}.kernel": rng.standard_normal((96, 64), np.float32) for layer in range(4)}
-
-
-def _write_safetensors(folder: Path, weights: dict[str, np.ndarray]) -> Path:
-    save_file(weights, path := folder / "model.safetensors")
-    return path
-
-
-def _write_gguf(folder: Path, weights: dict[str, np.ndarray]) -> Path:
-    writer = gguf.GGUFWriter(path := folder / "model.gguf", "any")
-    for name, array in weights.items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def _write_npz(folder: Path, weights: dict[str, np.ndarray]) -> Path:
-    arrays: dict[str, Any] = dict(weights)
-    np.savez(path := folder / "model.npz", **arrays)
-    return path
-
-
-def _write_orbax(folder: Path, weights: dict[str, np.ndarray]) -> Path:
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path := folder.resolve() / "checkpoint", weights)
-    return path
-
-
-WRITERS: dict[str, Callable[[Path, dict[str, np.ndarray]], Path]] = {
-    "safetensors": _write_safetensors,
-    "gguf": _write_gguf,
-    "npz": _write_npz,
-    "orbax": _write_orbax,
-}
+    return {f"layers/{layer}/kernel": rng.standard_normal((96, 64), np.float32) for layer in range(4)}
 
 
 def bundled_calls(folder: Path) -> Call:
@@ -288,14 +251,14 @@ def bundled_calls(folder: Path) -> Call:
 
 def diagnose_calls(folder: Path) -> Call:
     """Makes diagnoses of a small model on disk."""
-    path = _write_safetensors(folder, _weights())
+    path = write_weights("safetensors", folder, _weights())
     return lambda number: farms_jax.diagnose(path, seed=number)
 
 
 KINDS: dict[str, Callable[[Path], Call]] = {
     "refresh": refresh_calls,
     "step": step_calls,
-    **{form: lambda folder, form=form: load_calls(form, folder) for form in WRITERS},
+    **{form: lambda folder, form=form: load_calls(form, folder) for form in FORMATS},
     "bundled": bundled_calls,
     "diagnose": diagnose_calls,
 }

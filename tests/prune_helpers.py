@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from prune.config import Config
+from tests.weights_helpers import close_gguf
 
 DATA = Path(__file__).parent / "data"
 FOLDERS = ("llama_tiny", "llama_tiny_rope3", "llama_tiny_tied", "llama_tiny_bias", "opt_tiny", "opt_tiny_postnorm")
@@ -140,10 +141,7 @@ def write_gguf(path, tensors, metadata, *, architecture="llama", heads=(4, 2), k
         writer.add_tensor(gguf_name(name), gguf.quants.quantize(array, kind), raw_dtype=kind)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    close_gguf(writer)
     return path
 
 

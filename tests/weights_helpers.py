@@ -56,11 +56,16 @@ def _write_gguf(path, named):
     writer = gguf.GGUFWriter(path, "any")
     for name, array in named.items():
         writer.add_tensor(name, array)
+    close_gguf(writer)
+    return path
+
+
+def close_gguf(writer):
+    """Write all that was added."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def write_orbax(form: str, path: Path, tree) -> Path:
