@@ -1,14 +1,14 @@
 """Ways to measure large matrices that were tried: what each costs and how far off its alpha is.
 
-    python -m benchmarks.large_matrices [--rows 1000] [--reduced 2000] [--whole 8192] [--repeats 3] [--weights PATH]
-                                        [--out results.json]
+    python -m benchmarks.large_matrices [--rows 1000] [--reduced 2000 4096] [--whole 8192] [--repeats 3]
+                                        [--weights PATH] [--out results.json]
 
 - windows: the 64 windows of a matrix whose neighbours lie 149 of 2000 rows apart, as in the paper's LLaMA-7B: singular
   values; a Gram matrix for each; Gram matrices shared between windows that start in one column; those brought from one
   column to the next by adding new columns and taking away old ones. In float32 and float64, BLAS on one thread, one
   core.
-- reductions: eigenvalues of a Gram matrix by reduction to tridiagonal form in one stage (`sytrd`), as here,
-  and in two (`sytrd_2stage`), two matrices at a time in two threads; where SciPy's BLAS has the latter.
+- reductions: eigenvalues of a Gram matrix by reduction to tridiagonal form in one stage, and in two by way of a band;
+  float64, two matrices at a time in two threads.
 - fewer windows: alpha of so many of a layer's 225 windows, drawn at random, against that of all; median rule. Of random
   matrices, or of a checkpoint's.
 - stochastic Lanczos: the spectrum of a whole matrix from Krylov spaces of random vectors (matfree), which needs only
@@ -16,7 +16,6 @@
 """
 
 import argparse
-import ctypes
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matfree import decomp
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import farms_jax
 from benchmarks._common import interleave, machine, timed, write
-from farms_jax import _gram, _host
+from farms_jax import _gram, _host, _two_stage
+from farms_jax._lapack import symmetric_eigenvalues
 from farms_jax._windows import Grid, make_grid
 
 STEP = 149 / 2000  # of a window: (4096 - 2000) // 14 rows
@@ -63,7 +63,7 @@ def running(matrix: np.ndarray, grid: Grid) -> np.ndarray:
         gram -= gone @ gone.T
         for row in sorted({row for row, _ in grid.starts}):
             block = np.array(gram[row : row + grid.rows, row : row + grid.rows], order="C")
-            values.append(_gram.symmetric_eigenvalues(block[None])[0])
+            values.append(symmetric_eigenvalues(block[None])[0])
     return np.stack(values)
 
 
@@ -77,12 +77,12 @@ def windows(rows: int, repeats: int) -> dict[str, Any]:
 
     def one_by_one(precision: Any) -> np.ndarray:
         cut = [matrix[row : row + rows, col : col + rows] for row, col in grid.starts]
-        return np.concatenate([_gram.gram_eigenvalues(window[None], precision) for window in cut])
+        return np.concatenate([_gram.gram_eigenvalues(window[None], precision, one_thread=True) for window in cut])
 
     def shared(precision: Any) -> np.ndarray:
         values = np.zeros((len(grid.starts), rows), precision)
         for run in runs:
-            values[list(run.windows)] = _gram.run_eigenvalues(matrix, run, grid, precision)
+            values[list(run.windows)] = _gram.run_eigenvalues(matrix, run, grid, precision, one_thread=True)
         return values
 
     ways: dict[str, Callable[[], np.ndarray]] = {}
@@ -110,44 +110,18 @@ def windows(rows: int, repeats: int) -> dict[str, Any]:
 
 
 def reductions(rows: int, repeats: int) -> dict[str, float]:
-    """Seconds for two matrices in two threads, by one stage and by two, in float32 and float64."""
-    libraries = [ctypes.CDLL(info["filepath"]) for info in threadpool_info()]
-    lapack = next((library for library in libraries if hasattr(library, "scipy_dsytrd_2stage_")), None)
-    if lapack is None:
-        return {}
+    """Seconds for two matrices in two threads, by reduction in one stage and in two."""
     matrix = gaussian(rows, rows).astype(np.float64)
-    gram, ways = matrix @ matrix.T, {}
-    for letter, precision in (("s", np.float32), ("d", np.float64)):
-        name, one = np.dtype(precision).name, gram.astype(precision)
-        ways[f"one stage, {name}"] = lambda one=one: _gram.symmetric_eigenvalues(one[None].copy())[0]
-        ways[f"two stages, {name}"] = lambda one=one, letter=letter: two_stages(lapack, letter, one.copy())
+    gram = matrix @ matrix.T
+    ways = {
+        "one stage": lambda: symmetric_eigenvalues(gram[None].copy()),
+        "two stages": lambda: _two_stage.symmetric_eigenvalues(gram[None].copy()),
+    }
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(2) as threads:
         values = {name: way() for name, way in ways.items()}
-        for found in values.values():
-            np.testing.assert_allclose(found[-10:], values["one stage, float64"][-10:], rtol=1e-4)
+        np.testing.assert_allclose(values["two stages"], values["one stage"], rtol=1e-9, atol=1e-12)
         pairs = {name: lambda way=way: list(threads.map(lambda _: way(), range(2))) for name, way in ways.items()}
         return {name: statistics.median(times) for name, times in interleave(pairs, repeats).items()}
-
-
-def two_stages(lapack: ctypes.CDLL, letter: str, matrix: np.ndarray) -> np.ndarray:
-    """Eigenvalues (n,) by `sytrd_2stage` and `sterf`; the matrix is overwritten."""
-    reduce, solve = (getattr(lapack, f"scipy_{letter}{name}_") for name in ("sytrd_2stage", "sterf"))
-    n, info, ask = ctypes.c_int(len(matrix)), ctypes.c_int(0), ctypes.c_int(-1)
-    diagonal, off_diagonal, reflectors, houses, work = (np.empty(len(matrix), matrix.dtype) for _ in range(5))
-
-    def call(houses: np.ndarray, houses_size: ctypes.c_int, work: np.ndarray, work_size: ctypes.c_int) -> None:
-        arrays = [ctypes.c_void_p(a.ctypes.data) for a in (diagonal, off_diagonal, reflectors, houses)]
-        sizes = [ctypes.byref(number) for number in (n, houses_size, work_size, info)]
-        data = ctypes.c_void_p(matrix.ctypes.data)
-        last = ctypes.c_void_p(work.ctypes.data)
-        reduce(b"N", b"L", sizes[0], data, sizes[0], *arrays, sizes[1], last, sizes[2], sizes[3])
-
-    call(houses, ask, work, ask)  # how large the work spaces should be
-    houses_size, work_size = (ctypes.c_int(int(space[0])) for space in (houses, work))
-    call(np.empty(houses_size.value, matrix.dtype), houses_size, np.empty(work_size.value, matrix.dtype), work_size)
-    solve(ctypes.byref(n), *(ctypes.c_void_p(a.ctypes.data) for a in (diagonal, off_diagonal)), ctypes.byref(info))
-    assert info.value == 0
-    return diagonal
 
 
 def fewer(layers: dict[str, np.ndarray], rows: int) -> dict[str, dict[int, float]]:
@@ -201,7 +175,9 @@ def main() -> None:
     """Print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1000, help="of the windows")
-    parser.add_argument("--reduced", type=int, default=2000, help="rows of the Gram matrices that are reduced")
+    parser.add_argument(
+        "--reduced", type=int, nargs="+", default=[2000, 4096], help="rows of the Gram matrices that are reduced"
+    )
     parser.add_argument("--whole", type=int, default=8192, help="rows of the matrix for stochastic Lanczos")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--weights", help="a checkpoint, of which `fewer windows` takes every tenth layer")
@@ -213,9 +189,10 @@ def main() -> None:
     print(f"{of_windows['windows']} windows of {settings.rows} rows, one core")
     for name, row in of_windows["ways"].items():
         print(f"  {name:45} {row['seconds']:7.2f} s" + (f"   error {row['error']:.0e}" if row["error"] else ""))
-    of_reductions = reductions(settings.reduced, settings.repeats)
-    for name, seconds in of_reductions.items():
-        print(f"  two of {settings.reduced} rows in two threads, {name:20} {seconds:7.2f} s")
+    of_reductions = {rows: reductions(rows, settings.repeats) for rows in settings.reduced}
+    for rows, ways in of_reductions.items():
+        for name, seconds in ways.items():
+            print(f"  two of {rows} rows in two threads, {name:10} {seconds:7.2f} s")
     layers = {"gaussian": gaussian(1536, 576)}
     if settings.weights:
         source = farms_jax.open_weights(settings.weights)

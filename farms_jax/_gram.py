@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from farms_jax import _two_stage
 from farms_jax._lapack import add_products, symmetric_eigenvalues
 from farms_jax._windows import Grid
 
@@ -80,7 +81,9 @@ def _runs(grid: Grid, rows: np.ndarray, cols: np.ndarray, length: int, *, by_col
             yield Run(tuple(windows[part].tolist()), span, by_columns, offsets)
 
 
-def run_eigenvalues(matrix: np.ndarray, run: Run, grid: Grid, precision: type[np.floating] | None) -> np.ndarray:
+def run_eigenvalues(
+    matrix: np.ndarray, run: Run, grid: Grid, precision: type[np.floating] | None, *, one_thread: bool
+) -> np.ndarray:
     """Eigenvalues (W, n) of the windows of a run, each row ascending.
 
     Args:
@@ -88,6 +91,7 @@ def run_eigenvalues(matrix: np.ndarray, run: Run, grid: Grid, precision: type[np
         run: of `shared_runs`.
         grid: of the matrix.
         precision: to compute in; `None`: the matrix's own.
+        one_thread: BLAS is held to one; large windows are solved in another way then.
 
     Returns:
         Real, not negative.
@@ -98,16 +102,17 @@ def run_eigenvalues(matrix: np.ndarray, run: Run, grid: Grid, precision: type[np
     size = min(grid.rows, grid.cols)
     # One after the other: the reduction overwrites them, and they overlap.
     blocks = (gram[start : start + size, start : start + size] for start in run.offsets)
-    return np.concatenate([_eigenvalues(np.array(block[None], order="C")) for block in blocks])
+    return np.concatenate([_eigenvalues(np.array(block[None], order="C"), one_thread=one_thread) for block in blocks])
 
 
-def gram_eigenvalues(windows: np.ndarray, precision: type[np.floating] | None = None) -> np.ndarray:
+def gram_eigenvalues(windows: np.ndarray, precision: type[np.floating] | None, *, one_thread: bool) -> np.ndarray:
     """Eigenvalues (W, r) of windows (W, r, c) with r <= c, each row ascending; see `run_eigenvalues`."""
-    return _eigenvalues(_grams(windows, precision))
+    return _eigenvalues(_grams(windows, precision), one_thread=one_thread)
 
 
-def _eigenvalues(grams: np.ndarray) -> np.ndarray:
-    values = symmetric_eigenvalues(grams)
+def _eigenvalues(grams: np.ndarray, *, one_thread: bool) -> np.ndarray:
+    in_two = one_thread and _two_stage.pays(grams.dtype, grams.shape[1])
+    values = (_two_stage.symmetric_eigenvalues if in_two else symmetric_eigenvalues)(grams)
     # Below this a value is rounding of the largest one: a matrix without full rank gets exact zeros.
     floor = values[:, -1:] * (values.shape[-1] * np.finfo(values.dtype).eps)
     return np.where(values > floor, values, 0)

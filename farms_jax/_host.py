@@ -132,6 +132,10 @@ def solve(
     workers = max(1, min(cores(), max_bytes // max(sizes, default=1)))
     tasks = sorted(_tasks(stacks, grids, runs, workers, max_bytes // workers), key=lambda task: -task.cost)
     finite = [bool(np.isfinite(stack).all()) for stack in stacks]
+    if all(map(_is_large, grids)):
+        workers = max(1, min(workers, len(tasks)))
+    # Cores that memory, or too few large windows, leave without a worker go to BLAS.
+    threads = cores() // workers
 
     def solve_task(task: _Task) -> None:
         layer, run = task.layer, task.run
@@ -140,16 +144,17 @@ def solve(
         stack, grid = stacks[layer], grids[layer]
         if run is not None:
             matrix = stack[task.first // len(grid.starts)]
-            flat[layer][task.first + np.array(run.windows)] = _gram.run_eigenvalues(matrix, run, grid, precision)
+            values = _gram.run_eigenvalues(matrix, run, grid, precision, one_thread=threads == 1)
+            flat[layer][task.first + np.array(run.windows)] = values
             return
         windows = _cut(stack, grid, task)
-        values = _gram.gram_eigenvalues(windows, precision) if gram else _singular_values_squared(windows)
+        if gram:
+            values = _gram.gram_eigenvalues(windows, precision, one_thread=threads == 1)
+        else:
+            values = _singular_values_squared(windows)
         flat[layer][task.first : task.last] = values
 
-    if all(map(_is_large, grids)):
-        workers = max(1, min(workers, len(tasks)))
-    # Cores that memory, or too few large windows, leave without a worker go to BLAS.
-    with _blas().limit(limits=cores() // workers, user_api="blas"):
+    with _blas().limit(limits=threads, user_api="blas"):
         _in_threads(workers, solve_task, tasks)
     return flat
 

@@ -83,6 +83,25 @@ def add_products(grams: np.ndarray, matrices: np.ndarray) -> None:
         gram += grams.strides[0]
 
 
+def call(library: Any, name: str, *arguments: bytes | int | np.ndarray) -> None:
+    """Call one routine once.
+
+    Args:
+        library: `scipy.linalg.cython_blas` or `cython_lapack`.
+        name: of the routine, with the letter of its precision.
+        *arguments: what Fortran takes, in its order; of an array its address, whatever its strides.
+    """
+    function, integer = _routine(library, name, len(arguments))
+    number = ctypes.c_int32 if integer is np.int32 else ctypes.c_int64
+
+    def passed(argument: bytes | int | np.ndarray) -> Any:
+        if isinstance(argument, np.ndarray):
+            return argument.ctypes.data
+        return ctypes.byref(number(argument)) if isinstance(argument, int) else argument
+
+    function(*map(passed, arguments))
+
+
 def _routines(precision: str) -> tuple[Callable[..., None], Callable[..., None], type[np.integer]]:
     """Reduction, solver, and the integers they take, for "f", "d", "F" or "D"."""
     reduction, solver = _NAMES[precision]

@@ -24,9 +24,9 @@ FLOW = [
     "_windows",
     "_tail",
 ]
-FLOW += ["mappings", "_report", "finite", "rundir", "marchenko_pastur", "_lapack", "_gram", "_host", "_esd"]
-FLOW += ["_tiles", "_meeting", "_exchange", "_sharded", "_analyze", "multihost", "_lr_scale"]
-FLOW += ["_sparsity", "_tempbalance", "weights", "diagnosis", "__main__"]
+FLOW += ["mappings", "_report", "finite", "rundir", "marchenko_pastur", "_lapack", "_two_stage"]
+FLOW += ["_gram", "_host", "_esd", "_tiles", "_meeting", "_exchange", "_sharded", "_analyze", "multihost"]
+FLOW += ["_lr_scale", "_sparsity", "_tempbalance", "weights", "diagnosis", "__main__"]
 
 
 def test_core_loads_no_framework():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from farms_jax import _esd, _gram, _host
+from farms_jax import _esd, _gram, _host, _two_stage
 from farms_jax._lapack import add_products
 from farms_jax._matrices import FLAX_AXES
 from farms_jax._windows import Grid, Window, make_grid
@@ -160,6 +160,46 @@ def test_cores_without_a_large_window_go_to_blas(windows, rows, threads, monkeyp
     grid = make_grid(None, stack.shape, is_kernel=False)
     _host.solve([stack], [grid], 2**30, gram=True)
     assert given == [(threads, "blas")]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 31, 32, 33, 34, 35, 64, 65, 66, 97, 150])
+def test_two_stages_find_all_eigenvalues(rows):
+    rng = np.random.default_rng(rows)
+    heavy, low = rng.standard_t(1.5, (rows, rows)), rng.standard_normal((rows, 1))
+    matrices = np.stack([heavy + heavy.T, heavy @ heavy.T, low @ low.T, np.diag(rng.random(rows))])
+    expected = np.linalg.eigvalsh(matrices)
+    matrices[:, *np.tril_indices(rows, -1)] = np.nan  # only the upper triangles are read
+    found = _two_stage.symmetric_eigenvalues(matrices)
+    assert found.dtype == np.float64
+    np.testing.assert_array_less(np.abs(found - expected).max(-1), 1e-13 * np.abs(expected).max(-1))
+
+
+@pytest.mark.parametrize(
+    ("solver", "dtype", "cores", "matrices", "taken"),
+    [
+        ("gram64", np.float32, 2, 3, True),
+        ("gram64", np.float64, 2, 3, True),
+        ("gram64", np.float32, 2, 1, False),  # BLAS has both cores
+        ("gram64", np.complex64, 2, 3, False),
+        ("gram", np.float32, 2, 3, False),
+    ],
+)
+def test_large_windows_are_solved_in_two_stages(solver, dtype, cores, matrices, taken, monkeypatch):
+    counts, solve = [], _two_stage.symmetric_eigenvalues
+    monkeypatch.setattr(_two_stage, "symmetric_eigenvalues", lambda m: counts.append(len(m)) or solve(m))
+    monkeypatch.setattr(_two_stage, "_FROM_ROWS", 70)
+    monkeypatch.setattr(_host, "_LARGE", 70)
+    monkeypatch.setattr(_host, "cores", lambda: cores)
+    rng = np.random.default_rng(0)
+    stack = rng.standard_normal((matrices, 70, 90)).astype(dtype)
+    for window in (None, Window(rows=70, stride=10)) if matrices > 1 else (None,):
+        grid = make_grid(window, stack.shape, is_kernel=False)
+        (found,) = _host.spectra([stack], [grid], solver=solver, max_bytes=2**30)
+        upper = found.shape[1] // 2
+        np.testing.assert_allclose(found[:, upper:], exact(stack, grid)[:, upper:], rtol=1e-4)
+    small = np.ones((3, 69, 90), dtype)
+    _host.spectra([small], [make_grid(None, small.shape, is_kernel=False)], solver=solver, max_bytes=2**30)
+    assert sum(counts) == (3 + 9 if taken else 0)
 
 
 def test_device_path_is_chosen_by_platform(monkeypatch):

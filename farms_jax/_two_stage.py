@@ -1,0 +1,96 @@
+"""Eigenvalues of large symmetric matrices, brought to a band first and from there to tridiagonal form.
+
+The reduction in one stage (`dsytrd`) reads the whole matrix once for every column, which is no faster than memory where
+a matrix has outgrown the caches. To a band it is read once for as many columns as the band is wide, in products of
+matrices, and the band stays in the caches (Bischof, Lang and Sun, "A framework for symmetric band reduction", ACM TOMS
+26, 2000). LAPACK has that as `dsytrd_2stage`, which SciPy offers to nobody.
+"""
+
+import numpy as np
+from scipy.linalg import cython_blas, cython_lapack  # pyright: ignore[reportAttributeAccessIssue]
+
+from farms_jax._lapack import call
+
+_FROM_ROWS = 1800  # with fewer, the band costs more than the passes that it saves
+_WIDTH = 24  # a wider band takes longer to reduce, a narrower one is longer in coming
+_ONE = np.ones(1)
+
+
+def pays(dtype: np.dtype, rows: int) -> bool:
+    """Tell whether two stages are faster than one, on one thread."""
+    # In float32 they gained nothing with 2000 rows, and a seventh with 4096. Threads of BLAS gain more in one stage.
+    return dtype == np.float64 and rows >= _FROM_ROWS
+
+
+def symmetric_eigenvalues(matrices: np.ndarray) -> np.ndarray:
+    """Eigenvalues of symmetric matrices, one matrix after the other.
+
+    Args:
+        matrices: shape (W, n, n), float64, contiguous; only the upper triangle is read; overwritten.
+
+    Returns:
+        Shape (W, n), float64, ascending.
+
+    Raises:
+        numpy.linalg.LinAlgError: LAPACK did not converge.
+    """
+    width = max(1, min(_WIDTH, matrices.shape[1] - 1))
+    values = []
+    for matrix in matrices:
+        columns = matrix.T  # as Fortran sees it: the lower triangle
+        _reduce_to_band(columns, width)
+        values.append(_band_eigenvalues(columns, width))
+    return np.stack(values)
+
+
+def _reduce_to_band(matrix: np.ndarray, width: int) -> None:
+    """Leave a band of so many diagonals below the main one; what is further below means nothing then."""
+    rows = len(matrix)
+    for first in range(0, rows - width - 1, width):
+        below = first + width
+        v, t = _qr(matrix[below:, first:below], rows)
+        rest = matrix[below:, below:]
+        product = _symmetric_product(rest, np.asfortranarray(v @ t), rows)
+        # Q = I - v t v^T turns the rest into rest - v w^T - w v^T.
+        w = product - v @ (t.T @ (v.T @ product) / 2)
+        _subtract_products(rest, v, np.asfortranarray(w), rows)
+
+
+def _qr(panel: np.ndarray, leading: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bring a panel (m, b) to its R, in place; Q is I - v t v^T of v (m, r), t (r, r)."""
+    (rows, width), count = panel.shape, min(panel.shape)
+    scales, work, status = np.empty(count), np.empty(width * width), np.zeros(1, np.int64)
+    call(cython_lapack, "dgeqrf", rows, width, panel, leading, scales, work, len(work), status)
+    v = np.asfortranarray(np.tril(panel[:, :count], -1) + np.eye(rows, count))
+    t = np.zeros((count, count), order="F")
+    call(cython_lapack, "dlarft", b"F", b"C", rows, count, v, rows, scales, t, count)
+    return v, t
+
+
+def _symmetric_product(lower: np.ndarray, right: np.ndarray, leading: int) -> np.ndarray:
+    """Return a matrix, of which the lower triangle is there, times another."""
+    rows, cols = right.shape
+    product = np.zeros_like(right)
+    call(cython_blas, "dsymm", b"L", b"L", rows, cols, _ONE, lower, leading, right, rows, _ONE, product, rows)
+    return product
+
+
+def _subtract_products(lower: np.ndarray, v: np.ndarray, w: np.ndarray, leading: int) -> None:
+    """Take v w^T + w v^T from a lower triangle."""
+    rows, cols = v.shape
+    call(cython_blas, "dsyr2k", b"L", b"N", rows, cols, -_ONE, v, rows, w, rows, _ONE, lower, leading)
+
+
+def _band_eigenvalues(matrix: np.ndarray, width: int) -> np.ndarray:
+    """Eigenvalues of the band of a matrix, from its lower triangle."""
+    rows = len(matrix)
+    band = np.zeros((rows, width + 1))  # a column of the matrix's band in each row
+    for offset in range(width + 1):
+        band[: rows - offset, offset] = matrix.diagonal(-offset)
+    diagonal, off_diagonal, work = np.empty((3, rows))
+    status, sizes = np.zeros(1, np.int64), (b"N", b"L", rows, width)
+    call(cython_lapack, "dsbtrd", *sizes, band, width + 1, diagonal, off_diagonal, work, 1, work, status)
+    call(cython_lapack, "dsterf", rows, diagonal, off_diagonal, status)
+    if status[0] != 0:
+        raise np.linalg.LinAlgError(f"LAPACK dsterf returned {status[0]}")
+    return diagonal
