@@ -63,7 +63,7 @@ def running(matrix: np.ndarray, grid: Grid) -> np.ndarray:
         gram -= gone @ gone.T
         for row in sorted({row for row, _ in grid.starts}):
             block = np.array(gram[row : row + grid.rows, row : row + grid.rows], order="C")
-            values.append(symmetric_eigenvalues(block[None])[0])
+            values.append(_gram._eigenvalues(block[None], one_thread=True)[0])
     return np.stack(values)
 
 

@@ -109,21 +109,22 @@ def analyse(layers: list[Layer], window: farms_jax.Window, rule: Any) -> list[fl
     """Seconds of the analysis of each layer, and nothing else: not of drawing or reading it."""
     devices = jax.devices()
     mesh = jax.sharding.Mesh(np.array(devices), "devices") if len(devices) > 1 else None
-    settings: dict[str, Any] = {"window": window, "tail": farms_jax.Tail(rule), "axes": farms_jax.TORCH_AXES}
+    settings = {"window": window, "tail": farms_jax.Tail(rule), "axes": farms_jax.TORCH_AXES, "mesh": mesh}
     seconds, compiled = [], set()
     for layer in tqdm(layers, desc=rule, unit="matrix"):
         weights = {layer.name: jax.block_until_ready(layer.read())}
-
-        def once(weights: dict[str, Any] = weights) -> float:
-            alpha, taken = timed(lambda: jax.device_get(farms_jax.analyze(weights, mesh=mesh, **settings).alpha))
-            assert np.isfinite(alpha).all()
-            return taken
-
-        taken = once()
+        taken = seconds_of_analysis(weights, settings)
         if layer.shape not in compiled and taken < _COMPILING_MATTERS:
-            taken = once()
+            taken = seconds_of_analysis(weights, settings)
         compiled.add(layer.shape)
         seconds.append(taken)
+    return seconds
+
+
+def seconds_of_analysis(weights: dict[str, Any], settings: dict[str, Any]) -> float:
+    """Analyse once, until alpha is on the host."""
+    alpha, seconds = timed(lambda: jax.device_get(farms_jax.analyze(weights, **settings).alpha))
+    assert np.isfinite(alpha).all()
     return seconds
 
 
