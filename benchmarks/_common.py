@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from farms_jax.files import write_json
+from farms_jax.programs.files import write_json
 
 T = TypeVar("T")
 SETTLE = 0.3  # seconds before each timed call: threads of the one before, OpenMP's above all, spin on for a while

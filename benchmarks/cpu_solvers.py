@@ -26,9 +26,10 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks._common import interleave, machine, timed, write
 from benchmarks.spectral import WINDOW, network
-from farms_jax import TORCH_AXES, _esd, _host
-from farms_jax._matrices import as_matrices
+from farms_jax import TORCH_AXES
+from farms_jax._axes import as_matrices
 from farms_jax._windows import make_grid
+from farms_jax.solvers import accelerator, cpu
 
 
 def mapped(windows: list[Array], solve: Callable[[Array], Array], parts: int) -> list[Array]:
@@ -52,22 +53,22 @@ def main() -> None:
     ]
     by_shape: dict[tuple[int, int], list[np.ndarray]] = {}
     for layer, (stack, grid) in enumerate(zip(stacks, grids, strict=True)):
-        task = _host._Task(layer, 0, len(stack) * len(grid.starts), 0.0)
+        task = cpu._Task(layer, 0, len(stack) * len(grid.starts), 0.0)
         by_shape.setdefault((min(grid.rows, grid.cols), max(grid.rows, grid.cols)), []).append(
-            _host._cut(stack, grid, task)
+            cpu._cut(stack, grid, task)
         )
     windows = [jnp.asarray(np.concatenate(parts)) for parts in by_shape.values()]
 
     programs: dict[str, Any] = {
-        "threads": lambda: _host.spectra(stacks, grids, solver="gram", max_bytes=2**30),
-        "threads float64": lambda: _host.spectra(stacks, grids, solver="gram64", max_bytes=2**30),
-        "threads svd": lambda: _host.spectra(stacks, grids, solver="svd", max_bytes=2**30),
+        "threads": lambda: cpu.spectra(stacks, grids, solver="gram", max_bytes=2**30),
+        "threads float64": lambda: cpu.spectra(stacks, grids, solver="gram64", max_bytes=2**30),
+        "threads svd": lambda: cpu.spectra(stacks, grids, solver="svd", max_bytes=2**30),
     }
     first: dict[str, float] = dict.fromkeys(programs, 0.0)
     for name, solve, parts in (
-        ("map", _esd._gram_eigenvalues, 1),
-        ("maps side by side", _esd._gram_eigenvalues, facts["cores"]),
-        ("map svd", _esd._singular_values_squared, 1),
+        ("map", accelerator._gram_eigenvalues, 1),
+        ("maps side by side", accelerator._gram_eigenvalues, facts["cores"]),
+        ("map svd", accelerator._singular_values_squared, 1),
     ):
         program = jax.jit(functools.partial(mapped, solve=solve, parts=parts))
         compiled, first[name] = timed(lambda program=program: program.lower(windows).compile())

@@ -30,7 +30,7 @@ BLOCK = {
 CHILD = """
 import json, time
 from farms_jax.diagnosis.cli import main
-from farms_jax.memory import peak_memory
+from farms_jax.programs.memory import peak_memory
 before, start = peak_memory(), time.perf_counter()
 main()
 result = {"seconds": time.perf_counter() - start, "mib_after_imports": before / 2**20}

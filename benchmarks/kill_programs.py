@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from PIL import Image
 
-from farms_jax.files import CHECKSUMS, damaged_files
+from farms_jax.programs.files import CHECKSUMS, damaged_files
 
 _TIMES = ("seconds", "peak_memory")  # in names of what differs from run to run
 _IN_THE_MAKING = {"model.part"}

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 import farms_jax
 from benchmarks._common import interleave, machine, timed, write
-from farms_jax import _gram, _host, _two_stage
-from farms_jax._lapack import symmetric_eigenvalues
 from farms_jax._windows import Grid, make_grid
+from farms_jax.solvers import cpu, gram_matrices, two_stage
+from farms_jax.solvers.lapack import symmetric_eigenvalues
 
 STEP = 149 / 2000  # of a window: (4096 - 2000) // 14 rows
 PER_AXIS = 8
@@ -63,7 +63,7 @@ def running(matrix: np.ndarray, grid: Grid) -> np.ndarray:
         gram -= gone @ gone.T
         for row in sorted({row for row, _ in grid.starts}):
             block = np.array(gram[row : row + grid.rows, row : row + grid.rows], order="C")
-            values.append(_gram._eigenvalues(block[None], one_thread=True)[0])
+            values.append(gram_matrices._eigenvalues(block[None], one_thread=True)[0])
     return np.stack(values)
 
 
@@ -73,16 +73,18 @@ def windows(rows: int, repeats: int) -> dict[str, Any]:
     size = rows + (PER_AXIS - 1) * step
     matrix = gaussian(size, size)
     grid = make_grid(farms_jax.Window(rows=rows, stride=step), (1, size, size), is_kernel=False)
-    runs = _gram.shared_runs(grid)
+    runs = gram_matrices.shared_runs(grid)
 
     def one_by_one(precision: Any) -> np.ndarray:
         cut = [matrix[row : row + rows, col : col + rows] for row, col in grid.starts]
-        return np.concatenate([_gram.gram_eigenvalues(window[None], precision, one_thread=True) for window in cut])
+        return np.concatenate([
+            gram_matrices.gram_eigenvalues(window[None], precision, one_thread=True) for window in cut
+        ])
 
     def shared(precision: Any) -> np.ndarray:
         values = np.zeros((len(grid.starts), rows), precision)
         for run in runs:
-            values[list(run.windows)] = _gram.run_eigenvalues(matrix, run, grid, precision, one_thread=True)
+            values[list(run.windows)] = gram_matrices.run_eigenvalues(matrix, run, grid, precision, one_thread=True)
         return values
 
     ways: dict[str, Callable[[], np.ndarray]] = {}
@@ -115,7 +117,7 @@ def reductions(rows: int, repeats: int) -> dict[str, float]:
     gram = matrix @ matrix.T
     ways = {
         "one stage": lambda: symmetric_eigenvalues(gram[None].copy()),
-        "two stages": lambda: _two_stage.symmetric_eigenvalues(gram[None].copy()),
+        "two stages": lambda: two_stage.symmetric_eigenvalues(gram[None].copy()),
     }
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(2) as threads:
         values = {name: way() for name, way in ways.items()}
@@ -129,7 +131,7 @@ def fewer(layers: dict[str, np.ndarray], rows: int) -> dict[str, dict[int, float
     rng, found = np.random.default_rng(0), {}
     for name, matrix in tqdm(layers.items(), desc="fewer windows", unit="layer"):
         grid = make_grid(farms_jax.Window(rows=rows, per_axis=15), (1, *matrix.shape), is_kernel=False)
-        (values,) = _host.window_spectra([matrix[None]], [grid], solver="gram64", max_bytes=2**30)
+        (values,) = cpu.window_spectra([matrix[None]], [grid], solver="gram64", max_bytes=2**30)
         whole = hill(np.sort(values, axis=None))
         found[name] = {}
         for count in (100, 49, 25, 9, 4):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import farms_jax
 from benchmarks._common import machine, timed, write
 from farms_jax._windows import Grid, make_grid
-from farms_jax.memory import hold_less_memory, peak_memory
+from farms_jax.programs.memory import peak_memory, return_freed_memory
 
 BLOCKS = {"7b": (32, 4096, 11008), "13b": (40, 5120, 13824)}  # number, width, width of the MLP
 PAPER = {  # seconds on eight L40 GPUs, paper, appendix on computational cost: model, rows, positions per axis
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--peer", type=int, default=4, help="windows of each shape for PyTorch's loop; 0: none")
     parser.add_argument("--out", default="benchmarks/results/llama_shapes.json")
     settings = parser.parse_args()
-    hold_less_memory()
+    return_freed_memory()
     layers = list(stored(settings.weights) if settings.weights else drawn(settings.model))
     window = farms_jax.Window(rows=settings.rows, per_axis=settings.per_axis)
     grids = {layer.shape: make_grid(window, (1, *layer.shape), is_kernel=False) for layer in layers}

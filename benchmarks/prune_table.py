@@ -24,7 +24,7 @@ from benchmarks.smollm2 import find_model
 from prune.allocation import plan_of, shapes_of, sizes_of, sparsities
 from prune.config import EPSILON, Config
 from prune.job import Job, prepare
-from prune.passes import rehearse, score
+from prune.passes import score, simulate
 from prune.perplexity import perplexity
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -84,7 +84,7 @@ def fill(args: argparse.Namespace) -> dict[str, Any]:
         start, job = time.perf_counter(), under(jobs[seed], method=method, allocation=allocation, sparsity=sparsity)
         sizes, epsilon = sizes_of(job.network), EPSILON.get(allocation, 0)
         wanted = sparsities(job.config, scores[seed][allocation], sizes, epsilon)
-        found = rehearse(job, plan_of(job.config, wanted, shapes_of(job.network)), job.evaluation.ids, name)
+        found = simulate(job, plan_of(job.config, wanted, shapes_of(job.network)), job.evaluation.ids, name)
         results["cells"][name] = {key: found[key] for key in ("perplexity", "sparsity")}
         results["cells"][name]["seconds"] = time.perf_counter() - start
         write(path, results)

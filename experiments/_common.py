@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from farms_jax import files
-from farms_jax.errors import reported
+from farms_jax.programs import files
+from farms_jax.programs.exits import reported
 
 # Okabe and Ito's colours: told apart by every kind of colour vision.
 BASELINE, FARMS, NOISE = "#D55E00", "#0072B2", "#666666"

@@ -27,7 +27,7 @@ import farms_jax
 from experiments._common import BASELINE, FARMS, Result, figure, label, positive, run
 from experiments.coloured_digits import coloured_digits
 from farms_jax.errors import InputError
-from farms_jax.rundir import read_config, write_config
+from farms_jax.programs.rundir import read_config, write_config
 from farms_jax.weights import open_weights
 from train.config import Config, resolve
 from train.experiment import check_same_data, facts, train_run

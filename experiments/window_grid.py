@@ -25,11 +25,11 @@ from experiments import _grid
 from experiments._common import Result, figure, label, positive, run
 from experiments._grid import Setting
 from farms_jax.errors import InputError
-from farms_jax.files import write_json
+from farms_jax.programs.files import write_json
 from prune.allocation import plan_of, shapes_of
 from prune.config import BUNDLED
 from prune.job import Job, prepare
-from prune.passes import rehearse
+from prune.passes import simulate
 from prune.perplexity import perplexity
 
 _SAME = ("sparsity", "epsilon", "xmin", "method", "samples", "length", "limit", "calibration", "text")
@@ -119,7 +119,7 @@ def cell(job: Job, title: str) -> dict[str, float]:
         The `perplexity`, and the `sparsity` reached.
     """
     plan = plan_of(job.config, _grid.allocate(job), shapes_of(job.network))
-    found = rehearse(job, plan, job.evaluation.ids, title)
+    found = simulate(job, plan, job.evaluation.ids, title)
     return {key: found[key] for key in ("perplexity", "sparsity")}
 
 

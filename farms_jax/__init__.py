@@ -5,10 +5,10 @@ measure into learning-rate factors, which `tempbalance` applies as an optax tran
 the sparsity of each layer.
 """
 
-from farms_jax import files as files, mappings as mappings, multihost as multihost
+from farms_jax import mappings as mappings, multihost as multihost
 from farms_jax._analyze import analyze as analyze
+from farms_jax._axes import FLAX_AXES as FLAX_AXES, TORCH_AXES as TORCH_AXES, Axes as Axes
 from farms_jax._lr_scale import lr_scale as lr_scale
-from farms_jax._matrices import FLAX_AXES as FLAX_AXES, TORCH_AXES as TORCH_AXES, Axes as Axes
 from farms_jax._names import (
     block_of as block_of,
     follow_order as follow_order,
@@ -31,6 +31,7 @@ from farms_jax.diagnosis import (
     compare as compare,
     diagnose as diagnose,
 )
+from farms_jax.programs import files as files
 from farms_jax.weights import WeightSource as WeightSource, open_weights as open_weights
 
 __version__ = "0.1.0"

@@ -3,7 +3,7 @@
 import sys
 from typing import NoReturn
 
-from farms_jax.errors import run_and_end
+from farms_jax.programs.exits import run_and_end
 
 
 def main() -> None:

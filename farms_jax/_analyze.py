@@ -11,15 +11,15 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 
-from farms_jax import _sharded
-from farms_jax._esd import Solver, pooled_eigenvalues
-from farms_jax._exchange import share_rows
-from farms_jax._matrices import FLAX_AXES, Axes
+from farms_jax._axes import FLAX_AXES, Axes
 from farms_jax._names import matching, named_leaves, natural_key
 from farms_jax._report import METRICS, LayerReport
 from farms_jax._tail import Tail, TailFit, fit_tail
 from farms_jax._windows import Grid, Window, make_grid
 from farms_jax.errors import InputError
+from farms_jax.solvers import sharded as _sharded
+from farms_jax.solvers.dispatch import Solver, pooled_eigenvalues
+from farms_jax.solvers.exchange import share_rows
 
 _BATCH = 2**24  # numbers alive in the fits made at once, for each of the few arrays of a fit
 
@@ -118,7 +118,7 @@ def analyze(
     if max_batch_bytes < 1:
         raise ValueError(f"analyze: max_batch_bytes must be at least 1, got {max_batch_bytes}")
     leaves = sorted(named_leaves(params), key=lambda pair: natural_key(pair[0]))
-    layers, grids, left_out = choose(leaves, window, tail, axes, exclude)
+    layers, grids, left_out = select_layers(leaves, window, tail, axes, exclude)
     weights = tuple(weight for _, weight in layers)
     mesh = _sharded.common_mesh(weights, mesh)
     plan = _Plan(
@@ -134,7 +134,7 @@ def analyze(
         platform=_platform(weights, mesh),
         mesh=mesh,
     )
-    refuse(not_finite(layers))
+    raise_if_not_finite(not_finite(layers))
     measures, spectra = (_measure if mesh is None else _measure_on_mesh)(weights, plan)
     return LayerReport(
         names=tuple(name for name, _ in layers),
@@ -145,7 +145,7 @@ def analyze(
     )
 
 
-def choose(
+def select_layers(
     leaves: list[tuple[str, Any]],
     window: Window | None,
     tail: Tail,
@@ -208,7 +208,7 @@ def not_finite(layers: Sequence[tuple[str, Any]]) -> list[str]:
     return [name for (name, _), good in zip(layers, finite, strict=True) if not good]
 
 
-def refuse(names: Sequence[str]) -> None:
+def raise_if_not_finite(names: Sequence[str]) -> None:
     """Refuse layers with NaN or Inf.
 
     Raises:

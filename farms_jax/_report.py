@@ -123,7 +123,7 @@ class LayerReport:
             InputError: Matplotlib is not installed.
         """
         optional("matplotlib")
-        from farms_jax.plots import figure  # only here: the core needs no Matplotlib
+        from farms_jax._figures import figure  # only here: the core needs no Matplotlib
 
         drawing, (axis,) = figure("alpha of the layers", 1, epochs=False)
         alphas = np.asarray(self.alpha, float)

@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 
 from farms_jax import mappings
 from farms_jax._analyze import analyze
-from farms_jax._esd import Solver
+from farms_jax._axes import Axes
 from farms_jax._lr_scale import MappingName, lr_scale
-from farms_jax._matrices import Axes
 from farms_jax._names import Follow, named_leaves
 from farms_jax._tail import Tail
 from farms_jax._windows import Window
+from farms_jax.solvers.dispatch import Solver
 
 
 class TempBalanceState(NamedTuple):

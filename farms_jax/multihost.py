@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 
 from farms_jax import _analyze
-from farms_jax._matrices import FLAX_AXES, Axes
+from farms_jax._axes import FLAX_AXES, Axes
 from farms_jax._names import named_leaves, natural_key
 from farms_jax._report import METRICS, LayerReport
 from farms_jax._tail import Tail
@@ -89,7 +89,7 @@ def analyze(
     owners = assign([_cost(leaf, grid, axes) for (_, leaf), grid in zip(task.layers, task.grids, strict=True)])
     mine = np.flatnonzero(owners == jax.process_index())
     found, weights = _together(functools.partial(_read, task, mine), {"bad": np.zeros(len(owners), bool)})
-    _analyze.refuse([task.layers[layer][0] for layer in np.flatnonzero(found["bad"].any(0))])
+    _analyze.raise_if_not_finite([task.layers[layer][0] for layer in np.flatnonzero(found["bad"].any(0))])
     nothing = _nothing(task, owners)
     measures, _ = _together(functools.partial(_measured, task, mine, weights, nothing), nothing)
     return _whole(task, owners, measures)
@@ -125,7 +125,7 @@ def _chosen(
         if isinstance(leaf, Tracer) or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
             where = "is traced" if isinstance(leaf, Tracer) else "lies on devices of several processes"
             raise ValueError(f"multihost.analyze: {name} {where}; call farms_jax.analyze(params, mesh=mesh)")
-    layers, grids, left_out = _analyze.choose(leaves, window, tail, axes, exclude)
+    layers, grids, left_out = _analyze.select_layers(leaves, window, tail, axes, exclude)
     task = _Task(layers, grids, left_out, window, tail, axes, settings)
     shown = [(name, tuple(leaf.shape), str(leaf.dtype)) for name, leaf in layers]
     local = {key: value for key, value in settings.items() if key != "mesh"}
@@ -134,7 +134,7 @@ def _chosen(
 
 
 def _cost(leaf: Any, grid: Grid, axes: Axes) -> float:
-    """Of the eigenvalues of a layer, as `_host` has it."""
+    """Of the eigenvalues of a layer, as `solvers.cpu` has it."""
     words = 2 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else 1
     count = axes.stack_shape(leaf.shape)[0] * len(grid.starts)
     return float(count) * min(grid.rows, grid.cols) ** 2 * max(grid.rows, grid.cols) * words**2

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.files import reserve
+from farms_jax.programs.files import reserve
 
 
 class Activations:

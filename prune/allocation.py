@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from farms_jax import allocate_sparsity, block_of, round_to_groups
-from prune.blocks import Plan
-from prune.config import EPSILONS_SCALE, EPSILONS_SHIFT, SPECTRAL, Allocation, Config
-from prune.methods import Groups, wanda_scores
-from prune.models import Network
-from prune.select import lowest
-from prune.walk import Statistics, Tensors, weights_of
+
+from .blocks import Plan
+from .config import EPSILONS_SCALE, EPSILONS_SHIFT, SPECTRAL, Allocation, Config
+from .methods import Groups, wanda_scores
+from .models import Network
+from .select import lowest
+from .walk import Statistics, Tensors, weights_of
 
 OUTLIER = 5.0  # OWL's M: an outlier is so many times the mean
 

@@ -8,9 +8,10 @@ import numpy as np
 from tqdm import tqdm
 
 import farms_jax
-from farms_jax.cache import Cache, weights_key
-from prune.models import Network
-from prune.walk import Read, weights_of
+from farms_jax.programs.cache import Cache, weights_key
+
+from .models import Network
+from .walk import Read, weights_of
 
 Measures = dict[str, dict[str, Any]]
 

@@ -9,11 +9,11 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from prune.config import Method
-from prune.methods import Groups, magnitude, wanda, wanda_variant
-from prune.models import Network
-from prune.sparsegpt import Factor, factorise, sparsegpt
-from prune.walk import Statistic, Statistics, Tensors, weights_of
+from .config import Method
+from .methods import Groups, magnitude, wanda, wanda_variant
+from .models import Network
+from .sparsegpt import Factor, factorise, sparsegpt
+from .walk import Statistic, Statistics, Tensors, weights_of
 
 STATISTIC: dict[Method, Statistic | None] = {
     "magnitude": None,

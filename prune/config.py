@@ -7,7 +7,8 @@ from typing import Literal
 
 from farms_jax import Tail, Window
 from farms_jax.errors import InputError
-from prune.methods import Groups
+
+from .methods import Groups
 
 BUNDLED = Path(__file__).parent / "bundled"
 

@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tyro
 
-from farms_jax.errors import InputError, reported, run_and_end
-from farms_jax.files import write_json
-from prune.checkpoints import Checkpoint, choose_tokenizer, open_checkpoint
-from prune.models import Network
-from prune.perplexity import perplexity
-from prune.texts import Samples, are_token_ids, evaluation_blocks, tokenizer_fingerprint
+from farms_jax.errors import InputError
+from farms_jax.programs.exits import reported, run_and_end
+from farms_jax.programs.files import write_json
+
+from .checkpoints import Checkpoint, choose_tokenizer, open_checkpoint
+from .models import Network
+from .perplexity import perplexity
+from .texts import Samples, are_token_ids, evaluation_blocks, tokenizer_fingerprint
 
 if TYPE_CHECKING:
-    from prune.tasks import Score
+    from .tasks import Score
 
 _LENGTH = 2048  # the papers' blocks
 _PACKAGES = ("farms-jax", "jax", "numpy", "transformers", "tokenizers", "datasets", "lm-eval")
@@ -163,7 +165,7 @@ def _samples(config: Config, text: str, network: Network, tokenizer: Any) -> Sam
 
 def _load_tasks(config: Config) -> dict[str, Any]:
     try:
-        from prune import tasks  # noqa: PLC0415
+        from . import tasks  # noqa: PLC0415
     except ImportError as error:
         raise InputError(f"--tasks needs the package lm-eval ({error}): pip install lm-eval") from error
     # What it says of defaults in task files that are its own is no use here.
@@ -173,8 +175,8 @@ def _load_tasks(config: Config) -> dict[str, Any]:
 
 
 def _score(config: Config, checkpoint: Checkpoint, tokenizer: Any, loaded: dict[str, Any]) -> "list[Score]":
-    from prune.harness import JaxLM  # noqa: PLC0415
-    from prune.tasks import zero_shot  # noqa: PLC0415
+    from .harness import JaxLM  # noqa: PLC0415
+    from .tasks import zero_shot  # noqa: PLC0415
 
     lm = JaxLM(
         checkpoint,

@@ -13,18 +13,19 @@ from typing import Any
 from tqdm import tqdm
 
 from farms_jax.errors import InputError
-from farms_jax.files import write_json
-from farms_jax.memory import peak_memory
-from prune.allocation import epsilons, plan_of, shapes_of, sizes_of, sparsities
-from prune.blocks import Plan
-from prune.checkpoints import Checkpoint, open_checkpoint
-from prune.job import Job, epsilon_of
-from prune.output import Output
-from prune.passes import analyse, lay_out, rehearse, score, write
-from prune.perplexity import perplexity
-from prune.plots import plot_run
-from prune.rundir import RunDirectory, opened
-from prune.summary import Row, allocation_table, layer_rows, make_card, summarise
+from farms_jax.programs.files import write_json
+from farms_jax.programs.memory import peak_memory
+
+from .allocation import epsilons, plan_of, shapes_of, sizes_of, sparsities
+from .blocks import Plan
+from .checkpoints import Checkpoint, open_checkpoint
+from .job import Job, epsilon_of
+from .output import Output
+from .passes import analyse, lay_out, score, simulate, write
+from .perplexity import perplexity
+from .plots import plot_run
+from .rundir import RunDirectory, opened
+from .summary import Row, allocation_table, layer_rows, make_card, summarise
 
 
 def run(job: Job) -> str:
@@ -135,7 +136,7 @@ class Experiment:
         for epsilon in epsilons(self.config.allocation):
             if str(epsilon) not in trials:
                 plan = plan_of(self.config, sparsities(self.config, scores, self.sizes, epsilon), self.shapes)
-                found = rehearse(self.job, plan, self.job.unseen, f"epsilon {epsilon}")
+                found = simulate(self.job, plan, self.job.unseen, f"epsilon {epsilon}")
                 trials[str(epsilon)] = found["perplexity"]
                 self.directory.put("trials", trials)
         best = min(trials, key=lambda epsilon: (math.isnan(trials[epsilon]), trials[epsilon]))
@@ -150,4 +151,4 @@ class Experiment:
     def _uniform(self) -> dict[str, Any]:
         config = dataclasses.replace(self.config, allocation="uniform")
         plan = plan_of(config, sparsities(config, {}, self.sizes, 0.0), self.shapes)
-        return rehearse(self.job, plan, self.job.evaluation.ids, "prune uniformly")
+        return simulate(self.job, plan, self.job.evaluation.ids, "prune uniformly")

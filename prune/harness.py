@@ -21,9 +21,10 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from farms_jax.errors import InputError
-from prune.checkpoints import Checkpoint, open_checkpoint
-from prune.models import Network, Part
-from prune.walk import apply_block, apply_embed, reader
+
+from .checkpoints import Checkpoint, open_checkpoint
+from .models import Network, Part
+from .walk import apply_block, apply_embed, reader
 
 _log = logging.getLogger(__name__)
 

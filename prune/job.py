@@ -13,10 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from farms_jax.errors import InputError
-from prune.checkpoints import Checkpoint, choose_tokenizer, open_checkpoint
-from prune.config import BUNDLED, EPSILON, Config, resolve
-from prune.models import Network
-from prune.texts import Samples, are_token_ids, calibration_samples, evaluation_blocks
+
+from .checkpoints import Checkpoint, choose_tokenizer, open_checkpoint
+from .config import BUNDLED, EPSILON, Config, resolve
+from .models import Network
+from .texts import Samples, are_token_ids, calibration_samples, evaluation_blocks
 
 _PACKAGES = ("farms-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 

@@ -10,10 +10,11 @@ A run that was stopped, in whatever way, goes on when the same command is given 
 import tyro
 from threadpoolctl import threadpool_limits
 
-from farms_jax.errors import reported, run_and_end
-from prune.config import Config
-from prune.experiment import run
-from prune.job import prepare
+from farms_jax.programs.exits import reported, run_and_end
+
+from .config import Config
+from .experiment import run
+from .job import prepare
 
 
 def main(default: Config | None = None) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.files import CHECKSUMS, damaged_files, reserve, write_checksums
+from farms_jax.programs.files import CHECKSUMS, damaged_files, reserve, write_checksums
 from farms_jax.weights.safetensors_file import TensorInfo, make_header, parse_header, read_header, read_tensor
-from prune.checkpoints import Checkpoint, Shard
+
+from .checkpoints import Checkpoint, Shard
 
 MASKS = "masks.safetensors"
 _REMEDY = "free space, or name another --out; what was written so far is kept, and the same command goes on from there"

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from prune.allocation import activation_scores, depth_scores, shapes_of, sizes_of
-from prune.analysis import Measures, alphas_of, measure
-from prune.blocks import STATISTIC, Plan, prune_block
-from prune.checkpoints import Checkpoint
-from prune.config import SPECTRAL
-from prune.job import Job
-from prune.output import Output
-from prune.perplexity import losses
-from prune.rundir import RunDirectory
-from prune.walk import Part, Statistics, Tensors, embed, reader, walk
+from .allocation import activation_scores, depth_scores, shapes_of, sizes_of
+from .analysis import Measures, alphas_of, measure
+from .blocks import STATISTIC, Plan, prune_block
+from .checkpoints import Checkpoint
+from .config import SPECTRAL
+from .job import Job
+from .output import Output
+from .perplexity import losses
+from .rundir import RunDirectory
+from .walk import Part, Statistics, Tensors, embed, reader, walk
 
 _AFTER = ("blocks", "pruned", "alphas after", "card")  # stages that are of the pruned model
 
@@ -74,7 +74,7 @@ def _score_by_activations(job: Job) -> dict[str, float]:
     return scores
 
 
-def rehearse(job: Job, plan: Plan, ids: np.ndarray, title: str) -> dict[str, Any]:
+def simulate(job: Job, plan: Plan, ids: np.ndarray, title: str) -> dict[str, Any]:
     """Prune without writing anything, and evaluate on the way: no pruned block is kept.
 
     The sequences to evaluate travel behind those of the calibration, which alone give the statistics.

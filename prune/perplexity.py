@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from prune.activations import Activations
-from prune.checkpoints import Checkpoint
-from prune.models import Network
-from prune.walk import batches, embed, reader, walk
+from .activations import Activations
+from .checkpoints import Checkpoint
+from .models import Network
+from .walk import batches, embed, reader, walk
 
 _LOGITS = 2**24  # numbers alive at once
 

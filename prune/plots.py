@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from farms_jax import plots
+from farms_jax.programs import plots
 
 
 def plot_run(run: Path, rows: Sequence[dict[str, Any]], title: str) -> list[Path]:

@@ -16,10 +16,10 @@ from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from farms_jax.cache import with_checksum, without_checksum
 from farms_jax.errors import InputError
-from farms_jax.files import atomic, write_json
-from farms_jax.locking import locked
+from farms_jax.programs.cache import with_checksum, without_checksum
+from farms_jax.programs.files import atomic, write_json
+from farms_jax.programs.locking import locked
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from farms_jax.errors import InputError
-from prune.methods import Groups
-from prune.select import lowest, lowest_of_groups
+
+from .methods import Groups
+from .select import lowest, lowest_of_groups
 
 _PART = 16  # columns at a time
 _LEAF = 256  # size of the triangles that are inverted whole

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from farms_jax import block_of
-from prune.blocks import Plan
-from prune.job import Job
+
+from .blocks import Plan
+from .job import Job
 
 Row = dict[str, Any]
 

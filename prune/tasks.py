@@ -16,8 +16,9 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from farms_jax.errors import InputError
-from prune.harness import JaxLM
-from prune.texts import hub
+
+from .harness import JaxLM
+from .texts import hub
 
 PAPER_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 

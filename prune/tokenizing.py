@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.weights.content import reason
+from farms_jax.weights.sanitise import reason
 
 _GAPS = 1_000_000  # ids without a token that a tokenizer may have
 

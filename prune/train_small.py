@@ -29,11 +29,13 @@ from safetensors.numpy import save
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from farms_jax.errors import InputError, reported, run_and_end
-from farms_jax.files import atomic, sha256, write_json, write_text
-from farms_jax.locking import locked
-from prune.models import Network, make_network
-from prune.small.model import (
+from farms_jax.errors import InputError
+from farms_jax.programs.exits import reported, run_and_end
+from farms_jax.programs.files import atomic, sha256, write_json, write_text
+from farms_jax.programs.locking import locked
+
+from .models import Network, make_network
+from .small.model import (
     Params,
     blocks_of,
     evaluation_loss,
@@ -43,7 +45,7 @@ from prune.small.model import (
     losses,
     to_tensors,
 )
-from prune.small.text import END, Corpus, encode, read_corpus, train_tokenizer
+from .small.text import END, Corpus, encode, read_corpus, train_tokenizer
 
 CHECKPOINT = "unfinished.npz"
 

@@ -16,8 +16,8 @@ from flax import nnx
 from jax import Array
 from tqdm import tqdm
 
-from prune.activations import Activations
-from prune.models import Network, Part
+from .activations import Activations
+from .models import Network, Part
 
 TOKENS = 2048  # in one call: more is no faster on CPU
 _BANDS = 4

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from farms_jax.errors import InputError
-from sciml.fields import Fields
+
+from .fields import Fields
 
 _AHEAD = 2  # batches: one hides the reading, the second a slow spell of the disk
 

@@ -14,12 +14,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from farms_jax import files, named_leaves
+from farms_jax import named_leaves
 from farms_jax.errors import InputError
-from farms_jax.weights.content import check_name, plain, reason, shown
+from farms_jax.programs import files
 from farms_jax.weights.safetensors_file import read_header, read_tensor
-from sciml.conversion import COMPONENTS, component_of, place_of, place_of_path
-from sciml.model import NAMED, ModelConfig, Params, make_network
+from farms_jax.weights.sanitise import check_name, plain, reason, shown
+
+from .conversion import COMPONENTS, component_of, place_of, place_of_path
+from .model import NAMED, ModelConfig, Params, make_network
 
 _SHOWN = 12  # tensors that an error lists
 

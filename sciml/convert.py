@@ -6,8 +6,10 @@ Only tensors are read: a file with code in it is refused. Torch is needed: `pip 
 import argparse
 from pathlib import Path
 
-from farms_jax.errors import InputError, reported, run_and_end
-from sciml import checkpoints
+from farms_jax.errors import InputError
+from farms_jax.programs.exits import reported, run_and_end
+
+from . import checkpoints
 
 
 def convert(source: Path, target: Path) -> str:

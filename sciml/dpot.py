@@ -7,11 +7,12 @@ python -m sciml.dpot --resume runs/NAME                       go on with a run t
 
 from pathlib import Path
 
-from farms_jax.errors import run_and_end
-from farms_jax.program import run_name, run_program
-from farms_jax.rundir import at_work, read_config, write_config
-from sciml.config import RECIPES, Config
-from sciml.experiment import complete, prepare, run_experiment
+from farms_jax.programs.command_line import run_name, run_program
+from farms_jax.programs.exits import run_and_end
+from farms_jax.programs.rundir import at_work, read_config, write_config
+
+from .config import RECIPES, Config
+from .experiment import complete, prepare, run_experiment
 
 
 def main() -> None:

@@ -9,17 +9,18 @@ import jax
 from tqdm import tqdm
 
 from farms_jax.errors import InputError
-from farms_jax.files import sha256, write_json
-from farms_jax.rundir import RunError, SeedDirectory, environment
-from sciml import checkpoints
-from sciml.config import TB, Config, resolve
-from sciml.fields import FieldData, open_fields
-from sciml.generate import FlowConfig, file_name, generate
-from sciml.loop import Evaluate, make_evaluate
-from sciml.model import NAMED, ModelConfig, Network, make_network
-from sciml.plots import plot_run
-from sciml.stage import Functions, Stage, make_functions, run_test, train_stage
-from sciml.summary import Results, summarise, table
+from farms_jax.programs.files import sha256, write_json
+from farms_jax.programs.rundir import RunError, SeedDirectory, environment
+
+from . import checkpoints
+from .config import TB, Config, resolve
+from .fields import FieldData, open_fields
+from .generate import FlowConfig, file_name, generate
+from .loop import Evaluate, make_evaluate
+from .model import NAMED, ModelConfig, Network, make_network
+from .plots import plot_run
+from .stage import Functions, Stage, make_functions, run_test, train_stage
+from .summary import Results, summarise, table
 
 # Small enough for two cores: the flow to pretrain on is more viscous and slower than the one to fine-tune on.
 PRETRAIN_FLOW = FlowConfig(mach=0.1, eta=0.1, zeta=0.1, size=32, count=400, seed=1)

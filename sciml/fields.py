@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from farms_jax.errors import InputError
-from sciml.hdf5 import Source, open_source
+
+from .hdf5 import Source, open_source
 
 SCAN_BYTES = 2 * 2**30  # data up to this size are read whole at opening: seconds, and no run ends in a bad trajectory
 SAMPLED = 8  # trajectories read at opening of larger data

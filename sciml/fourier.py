@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sciml.activations import Activation
-from sciml.modules import Draws
+from .activations import Activation
+from .modules import Draws
 
 
 class FourierFilter(nnx.Module):

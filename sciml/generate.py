@@ -31,11 +31,13 @@ import tyro
 from jax import Array
 from tqdm import tqdm
 
-from farms_jax.errors import InputError, reported, run_and_end
-from farms_jax.files import atomic, reserve, write_json
-from farms_jax.locking import locked
-from sciml.flow import CFL, DENSITY, GAMMA, PRESSURE, VX, VY, Gas, simulate
-from sciml.initial import Kind, random_state
+from farms_jax.errors import InputError
+from farms_jax.programs.exits import reported, run_and_end
+from farms_jax.programs.files import atomic, reserve, write_json
+from farms_jax.programs.locking import locked
+
+from .flow import CFL, DENSITY, GAMMA, PRESSURE, VX, VY, Gas, simulate
+from .initial import Kind, random_state
 
 DATASETS = {"Vx": VX, "Vy": VY, "density": DENSITY, "pressure": PRESSURE}
 SHARD = 16  # trajectories that a kill can cost, and that an accelerator computes side by side

@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.weights.content import plain, reason, shown
+from farms_jax.weights.sanitise import plain, reason, shown
 
 CHANNELS = ("Vx", "Vy", "density", "pressure")  # in the order DPOT was trained with
 LAYOUTS = (

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 
-from sciml.flow import GAMMA
+from .flow import GAMMA
 
 Kind = Literal["rand", "turb"]
 HIGHEST = 4  # wave number along each axis, in periods of the square

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from farms_jax.finite import Call, call, first_not_finite, norm
-from sciml.config import Config
-from sciml.losses import relative_l2, relative_l2_by_step
-from sciml.model import Network
+from farms_jax.programs.finite import Call, call, first_not_finite, norm
+
+from .config import Config
+from .losses import relative_l2, relative_l2_by_step
+from .model import Network
 
 
 class TrainState(NamedTuple):
@@ -84,7 +85,7 @@ def make_fault(network: Network, config: Config) -> Callable[..., str]:
 
     Returns:
         `fault(params, key, fields, weights)` of the parameters before the step; for what it returns see
-        `farms_jax.finite.first_not_finite`.
+        `farms_jax.programs.finite.first_not_finite`.
     """
 
     def loss_of(params: Any, *inputs: Any, call: Call = call) -> Array:

@@ -23,10 +23,11 @@ import numpy as np
 from flax import nnx
 
 from farms_jax.errors import InputError
-from farms_jax.finite import Call, call
-from sciml.activations import ACTIVATIONS
-from sciml.fourier import FourierFilter
-from sciml.modules import GROUPS, Dense, Draws, GroupNorm, Mlp, PatchKernel
+from farms_jax.programs.finite import Call, call
+
+from .activations import ACTIVATIONS
+from .fourier import FourierFilter
+from .modules import GROUPS, Dense, Draws, GroupNorm, Mlp, PatchKernel
 
 Params = dict[str, Any]  # nested, with string keys; its leaves are arrays
 
@@ -312,7 +313,7 @@ class Network(NamedTuple):
     Attributes:
         init: key -> parameters, float32; compiled.
         apply: (parameters, fields) -> (next states, class logits), see `DPOT.__call__`; with `call=` as in
-            `farms_jax.finite`.
+            `farms_jax.programs.finite`.
     """
 
     init: Callable[[jax.Array], Params]

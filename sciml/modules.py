@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sciml.activations import Activation
+from .activations import Activation
 
 GROUPS = 8  # of the norms' channels
 EPSILON = 1e-5  # torch.nn.GroupNorm's eps

@@ -8,7 +8,8 @@ import optax
 from jax import Array
 
 import farms_jax
-from sciml.config import Config
+
+from .config import Config
 
 Schedule = Callable[[Array | int], Array]
 BETAS = (0.9, 0.9)  # DPOT's

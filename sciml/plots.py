@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from farms_jax.files import atomic
-from farms_jax.plots import alpha_distribution, figure, layer_history, save
-from sciml.config import TB, Config
-from sciml.hdf5 import CHANNELS
-from sciml.layers import measure
-from sciml.loop import rollout
-from sciml.summary import Results
+from farms_jax._figures import figure
+from farms_jax.programs.files import atomic
+from farms_jax.programs.plots import alpha_distribution, layer_history, save
+
+from .config import TB, Config
+from .hdf5 import CHANNELS
+from .layers import measure
+from .loop import rollout
+from .summary import Results
 
 if TYPE_CHECKING:
-    from sciml.experiment import Experiment
+    from .experiment import Experiment
 
 _SHOWN = ("Vx", "density")
 _COLUMNS = 4  # times

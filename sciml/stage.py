@@ -13,16 +13,17 @@ from tqdm import tqdm
 
 import farms_jax
 from farms_jax.errors import InputError
-from farms_jax.finite import not_finite
-from farms_jax.rundir import Progress, SeedDirectory, layer_rows
-from farms_jax.stopping import StopRequest, hold_stops
-from sciml.batches import test_batches, train_batches
-from sciml.config import TB, Config
-from sciml.fields import FieldData, Fields
-from sciml.layers import ENDS, FOLLOW, measure
-from sciml.loop import Evaluate, Step, TrainState, make_fault, make_step
-from sciml.model import Network
-from sciml.optimizer import make_optimizer, schedules
+from farms_jax.programs.finite import not_finite
+from farms_jax.programs.rundir import Progress, SeedDirectory, layer_rows
+from farms_jax.programs.stopping import StopRequest, hold_stops
+
+from .batches import test_batches, train_batches
+from .config import TB, Config
+from .fields import FieldData, Fields
+from .layers import ENDS, FOLLOW, measure
+from .loop import Evaluate, Step, TrainState, make_fault, make_step
+from .model import Network
+from .optimizer import make_optimizer, schedules
 
 SUMS = ("train_l2re_step", "train_l2re")  # of the first two numbers that a step measures
 

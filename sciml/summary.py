@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sciml.config import TB
+from .config import TB
 
 
 class Results(NamedTuple):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import tyro
 
-from farms_jax import program
+from farms_jax.programs import command_line as program
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

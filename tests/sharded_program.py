@@ -14,9 +14,10 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import farms_jax
-from farms_jax import FLAX_AXES, Tail, Window, _host, _sharded
+from farms_jax import FLAX_AXES, Tail, Window
 from farms_jax._report import METRICS
 from farms_jax._windows import make_grid
+from farms_jax.solvers import cpu, sharded as _sharded
 
 MESH = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
 EXPLICIT = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
@@ -71,7 +72,7 @@ def same_result(results):
 
 
 def accelerator(results):
-    """The solvers of accelerators, one window at a time: see `_host` for why not more on CPU."""
+    """The solvers of accelerators, one window at a time: see `cpu` for why not more on CPU."""
     weights = place(("turned",))
     grids = [make_grid(Window(rows=24, aspect_ratio=0.5, per_axis=2), (1, 96, 32), is_kernel=False)]
     (found,) = _sharded.pooled_eigenvalues(
@@ -84,7 +85,7 @@ def accelerator(results):
         exact=False,
         max_batch_bytes=1,
     )
-    (expected,) = _host.spectra([HOST["turned"].T[None]], grids, solver="svd", max_bytes=2**30)
+    (expected,) = cpu.spectra([HOST["turned"].T[None]], grids, solver="svd", max_bytes=2**30)
     results["accelerator"] = float(np.abs(found - expected).max() / expected.max())
 
 
@@ -203,12 +204,12 @@ def faults(results):
         raise MemoryError("of this test")
 
     weights = place(names)
-    solve, _host.solve = _host.solve, fail
+    solve, cpu.solve = cpu.solve, fail
     try:
         jax.block_until_ready(farms_jax.analyze(weights))
     except Exception as error:
         results["failing solver"] = str(error)
-    _host.solve = solve
+    cpu.solve = solve
     jax.block_until_ready(farms_jax.analyze(weights))
     before = _sharded._solve._cache_size()
     for _ in range(20):

@@ -11,7 +11,7 @@ from flax import nnx
 
 import farms_jax
 from farms_jax import TORCH_AXES, Tail, Window, analyze
-from farms_jax._matrices import as_matrices
+from farms_jax._axes import as_matrices
 from farms_jax._windows import make_grid
 
 RNG = np.random.default_rng(0)

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 import farms_jax
-from farms_jax import FLAX_AXES, TORCH_AXES, Tail, Window, _esd, _gram, _host
+from farms_jax import FLAX_AXES, TORCH_AXES, Tail, Window
 from farms_jax._windows import make_grid
 from farms_jax.diagnosis import measure as module
 from farms_jax.diagnosis.columns import BY_NAME
 from farms_jax.diagnosis.measure import measure
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import spectrum_measures
+from farms_jax.solvers import cpu, dispatch, gram_matrices
 
 RNG = np.random.default_rng(0)
 WEIGHTS = {
@@ -154,7 +155,7 @@ def test_no_windows_are_solved_twice(monkeypatch):
 
     def count(stacks, grids, **options):
         solved.extend(zip(map(id, stacks), grids, strict=True))
-        return _esd.window_eigenvalues(stacks, grids, **options)
+        return dispatch.window_eigenvalues(stacks, grids, **options)
 
     monkeypatch.setattr(module, "window_eigenvalues", count)
     measure({"a": WEIGHTS["square"], "b": WEIGHTS["kernel"]}, TORCH_AXES, Settings(randomize=False))
@@ -163,16 +164,16 @@ def test_no_windows_are_solved_twice(monkeypatch):
 
 @pytest.mark.parametrize("solver", ["gram", "gram64", "svd"])
 def test_window_by_window_on_host_and_device(solver, monkeypatch):
-    monkeypatch.setattr(_gram, "BLOCK_ENTRIES", 1)
-    monkeypatch.setattr(_gram, "_MIN_BLOCK", 7)  # a Gram matrix is the sum over several blocks of columns
+    monkeypatch.setattr(gram_matrices, "BLOCK_ENTRIES", 1)
+    monkeypatch.setattr(gram_matrices, "_MIN_BLOCK", 7)  # a Gram matrix is the sum over several blocks of columns
     stacks = [RNG.standard_normal((2, 20, 31)).astype(np.float32), RNG.standard_normal((1, 12, 12)).astype(np.float32)]
     grids = [
         make_grid(Window(rows=8, per_axis=2), stacks[0].shape, is_kernel=False),
         make_grid(None, stacks[1].shape, is_kernel=False),
     ]
     options = {"solver": solver, "max_batch_bytes": 3000}
-    host = _esd.window_eigenvalues(stacks, grids, platform="cpu", **options)
-    device = _esd.window_eigenvalues(stacks, grids, platform="gpu", **options)
+    host = dispatch.window_eigenvalues(stacks, grids, platform="cpu", **options)
+    device = dispatch.window_eigenvalues(stacks, grids, platform="gpu", **options)
     for stack, grid, ours, theirs in zip(stacks, grids, host, device, strict=True):
         windows = [
             matrix[i : i + grid.rows, j : j + grid.cols].astype(np.float64) for matrix in stack for i, j in grid.starts
@@ -186,12 +187,12 @@ def test_window_by_window_on_host_and_device(solver, monkeypatch):
 
 def test_a_bound_on_memory_leaves_one_worker(monkeypatch):
     workers = []
-    pool = _host.ThreadPoolExecutor
-    monkeypatch.setattr(_host, "cores", lambda: 4)
-    monkeypatch.setattr(_host, "ThreadPoolExecutor", lambda count: workers.append(count) or pool(count))
+    pool = cpu.ThreadPoolExecutor
+    monkeypatch.setattr(cpu, "cores", lambda: 4)
+    monkeypatch.setattr(cpu, "ThreadPoolExecutor", lambda count: workers.append(count) or pool(count))
     stack, bytes_of_one = np.ones((1, 50, 50), np.float32), 2 * 8 * 50 * 50
     for bound in (1, 2 * bytes_of_one, 100 * bytes_of_one):
-        _host.window_spectra([stack], [make_grid(None, stack.shape, is_kernel=False)], solver="gram64", max_bytes=bound)
+        cpu.window_spectra([stack], [make_grid(None, stack.shape, is_kernel=False)], solver="gram64", max_bytes=bound)
     assert workers == [1, 2, 4]
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import farms_jax
-from farms_jax.cache import Cache, weights_key
 from farms_jax.diagnosis import diagnose
 from farms_jax.errors import InputError
+from farms_jax.programs.cache import Cache, weights_key
 
 FAST = {"resamples": 20, "randomize": False}
 

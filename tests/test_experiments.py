@@ -122,7 +122,7 @@ def test_the_grid_is_filled_once_and_its_ends_are_marked(tmp_path, monkeypatch):
     assert [row["setting"] for row in result.summary][:3] == ["uniform", "alphapruning", "16 rows, 2 per axis"]
     assert all(row["sparsity"] == pytest.approx(0.6, abs=2e-3) for row in result.rows)
     assert all(row["perplexity"] != result.facts["dense"] for row in result.summary)
-    monkeypatch.setattr(window_grid, "rehearse", None)  # a cell that is computed again would fail
+    monkeypatch.setattr(window_grid, "simulate", None)  # a cell that is computed again would fail
     assert window_grid.experiment(args).summary == result.summary
     with pytest.raises(InputError, match="another sparsity; name another --out"):
         window_grid.experiment(arguments(window_grid, *tiny, "--sparsity", 0.5))

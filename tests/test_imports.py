@@ -9,24 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOW = [
-    "stopping",
-    "errors",
-    "locking",
-    "program",
-    "files",
-    "cache",
-    "memory",
-    "plots",
-    "_present",
-    "_names",
-    "_matrices",
-    "_windows",
-    "_tail",
-]
-FLOW += ["mappings", "_report", "finite", "rundir", "marchenko_pastur", "_lapack", "_two_stage"]
-FLOW += ["_gram", "_host", "_esd", "_tiles", "_meeting", "_exchange", "_sharded", "_analyze", "multihost"]
-FLOW += ["_lr_scale", "_sparsity", "_tempbalance", "weights", "diagnosis", "__main__"]
+FLOW = ["errors", "_present", "_figures", "_names", "_axes", "_windows", "_tail", "mappings", "_report", "programs"]
+FLOW += ["marchenko_pastur", "solvers", "_analyze", "multihost", "_lr_scale", "_sparsity", "_tempbalance"]
+FLOW += ["weights", "diagnosis", "__main__"]
 
 
 def test_core_loads_no_framework():

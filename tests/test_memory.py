@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FREED = """
 import numpy as np
-from farms_jax import memory
+from farms_jax.programs import memory
 {}
 first = np.ones(2**21)
 del first  # 16 MiB: GNU's allocator keeps what is no larger from now on
@@ -19,7 +19,7 @@ print(int(open("/proc/self/statm").read().split()[1]) * 4096)
 
 def test_peak_memory_is_of_this_process_alone():
     """What a program is started from counts for nothing, what it held before does."""
-    child = "from farms_jax.memory import peak_memory; import numpy; numpy.ones(10**7); print(peak_memory())"
+    child = "from farms_jax.programs.memory import peak_memory; import numpy; numpy.ones(10**7); print(peak_memory())"
     parent = f"""
 import subprocess, sys, numpy
 numpy.ones(10**8)
@@ -31,7 +31,7 @@ subprocess.run([sys.executable, "-c", {child!r}], check=True)
 
 def test_freed_arrays_go_back_to_the_system():
     held = []
-    for call in ("", "memory.hold_less_memory()"):
+    for call in ("", "memory.return_freed_memory()"):
         done = subprocess.run([sys.executable, "-c", FREED.format(call)], cwd=ROOT, capture_output=True, check=True)
         held.append(int(done.stdout))
     assert held[0] - held[1] > 150e6

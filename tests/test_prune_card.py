@@ -22,7 +22,7 @@ from prune_helpers import (
 )
 from safetensors.numpy import load_file
 
-from farms_jax.memory import peak_memory
+from farms_jax.programs.memory import peak_memory
 from prune.config import Config
 from prune.experiment import run
 from prune.job import prepare

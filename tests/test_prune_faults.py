@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from prune_helpers import DATA, bytes_of, command, small_run, weights_of, write_folder
 
-import farms_jax.cache
+import farms_jax.programs.cache
 import prune.experiment
 import prune.output
 import prune.passes
@@ -233,7 +233,7 @@ PLACES = {
     "weights of block 1": (prune.output.os, "fsync", 6),
     "masks of block 2": (prune.output.os, "fsync", 9),
     "record": (prune.rundir, "write_json", 20),
-    "cache": (farms_jax.cache, "write_json", 3),
+    "cache": (farms_jax.programs.cache, "write_json", 3),
     "card": (prune.experiment, "write_json", 1),
 }
 

@@ -17,7 +17,7 @@ from prune.checkpoints import open_checkpoint
 from prune.experiment import run
 from prune.job import prepare
 from prune.models import make_network
-from prune.passes import rehearse
+from prune.passes import simulate
 from prune.perplexity import perplexity
 
 MODELS = ("llama_tiny", "llama_tiny_tied", "opt_tiny", "opt_tiny_postnorm")
@@ -103,7 +103,7 @@ def test_one_sequence_is_worth_as_much_as_another():
 def test_pruning_nothing_on_the_way_gives_the_dense_perplexity(method, tmp_path):
     job = prepare(small_run(tmp_path, method=method, allocation="uniform"))
     plan = Plan(method, dict.fromkeys(sizes_of(job.network), 0.0))
-    found = rehearse(job, plan, job.evaluation.ids, "nothing")
+    found = simulate(job, plan, job.evaluation.ids, "nothing")
     dense = perplexity(job.network, job.checkpoint, job.evaluation.ids)
     assert found["sparsity"] == 0
     np.testing.assert_allclose(found["nll"], dense.nll, rtol=1e-6)

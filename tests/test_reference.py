@@ -10,7 +10,7 @@ from helpers import ALPHA_RTOL, load_cases, tail_of, window_of
 from weights import weight
 
 import farms_jax
-from farms_jax._matrices import TORCH_AXES
+from farms_jax._axes import TORCH_AXES
 from farms_jax._windows import make_grid
 
 LINEAR, LINEAR_NUMBERS = load_cases("alpha_linear")

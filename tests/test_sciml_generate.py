@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from farms_jax.errors import InputError
-from farms_jax.locking import locked
+from farms_jax.programs.locking import locked
 from sciml import generate as module
 from sciml.generate import FlowConfig, file_name, generate
 from sciml.hdf5 import open_source

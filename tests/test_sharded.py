@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from farms_jax import Window
-from farms_jax._sharded import choose_layout
-from farms_jax._tiles import make_tiles
 from farms_jax._windows import Grid, make_grid
+from farms_jax.solvers.sharded import choose_layout
+from farms_jax.solvers.tiles import make_tiles
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from farms_jax import _esd, _gram, _host, _two_stage
-from farms_jax._lapack import add_products
-from farms_jax._matrices import FLAX_AXES
+from farms_jax._axes import FLAX_AXES
 from farms_jax._windows import Grid, Window, make_grid
+from farms_jax.solvers import accelerator, cpu, dispatch, gram_matrices, two_stage
+from farms_jax.solvers.lapack import add_products
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -64,14 +64,14 @@ def check(found, expected, tolerance):
 @pytest.mark.parametrize("kind", KINDS)
 def test_host_gram_is_exact_to_float32(kind):
     stacks, grids, expected = problem(kind)
-    found = _host.spectra(stacks, grids, solver="gram64", max_bytes=2**20)
+    found = cpu.spectra(stacks, grids, solver="gram64", max_bytes=2**20)
     check(found, expected, lambda ratio: np.where(ratio < 1e9, 2 * EPS, np.inf))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_host_gram_in_float32_is_exact_in_the_upper_half(kind):
     stacks, grids, expected = problem(kind)
-    found = _host.spectra(stacks, grids, solver="gram", max_bytes=2**20)
+    found = cpu.spectra(stacks, grids, solver="gram", max_bytes=2**20)
     for values, truth in zip(found, expected, strict=True):
         np.testing.assert_allclose(values[:, truth.shape[1] // 2 :], truth[:, truth.shape[1] // 2 :], rtol=1e-4)
     check(found, expected, lambda ratio: 40 * EPS * ratio)
@@ -85,11 +85,11 @@ def test_layers_with_a_far_spike_are_solved_again_in_float64(monkeypatch, coarse
     spike = 3000 * np.outer(rng.standard_normal(50), rng.standard_normal(50)).astype(np.float32)
     grid = make_grid(None, bulk.shape, is_kernel=False)
     precisions = []
-    solve = _gram.symmetric_eigenvalues
-    monkeypatch.setattr(_gram, "symmetric_eigenvalues", lambda m: precisions.append(m.dtype) or solve(m))
-    (plain,) = _host.spectra([bulk], [grid], solver="gram", max_bytes=2**20)
+    solve = gram_matrices.symmetric_eigenvalues
+    monkeypatch.setattr(gram_matrices, "symmetric_eigenvalues", lambda m: precisions.append(m.dtype) or solve(m))
+    (plain,) = cpu.spectra([bulk], [grid], solver="gram", max_bytes=2**20)
     assert precisions == [coarse]
-    (spiked,) = _host.spectra([bulk + spike], [grid], solver="gram", max_bytes=2**20)
+    (spiked,) = cpu.spectra([bulk + spike], [grid], solver="gram", max_bytes=2**20)
     assert precisions == [coarse, coarse, fine]
     check(
         [plain[:, 25:], spiked[:, 25:]], [exact(m, grid)[:, 25:] for m in (bulk, bulk + spike)], lambda r: 1e-4 + 0 * r
@@ -99,14 +99,14 @@ def test_layers_with_a_far_spike_are_solved_again_in_float64(monkeypatch, coarse
 @pytest.mark.parametrize("kind", KINDS)
 def test_host_singular_values(kind):
     stacks, grids, expected = problem(kind)
-    found = _host.spectra(stacks, grids, solver="svd", max_bytes=2**20)
+    found = cpu.spectra(stacks, grids, solver="svd", max_bytes=2**20)
     check(found, expected, lambda ratio: 8 * EPS * np.sqrt(ratio))
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])  # each compiles for ten seconds
 def test_batched_gram_serves_the_upper_half(kind):
     stacks, grids, expected = problem(kind)
-    found = _esd.batched_spectra([jnp.asarray(s) for s in stacks], grids, svd=False, max_batch_bytes=2**30)
+    found = accelerator.batched_spectra([jnp.asarray(s) for s in stacks], grids, svd=False, max_batch_bytes=2**30)
     check(found, expected, lambda ratio: 40 * EPS * ratio)  # n EPS is where it rounds to zero
     if "heavy" not in kind:
         for values, truth in zip(found, expected, strict=True):
@@ -117,16 +117,16 @@ def test_batched_gram_serves_the_upper_half(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_batched_singular_values(kind):
     stacks, grids, expected = problem(kind)
-    found = _esd.batched_spectra([jnp.asarray(s) for s in stacks], grids, svd=True, max_batch_bytes=2**30)
+    found = accelerator.batched_spectra([jnp.asarray(s) for s in stacks], grids, svd=True, max_batch_bytes=2**30)
     check(found, expected, lambda ratio: 8 * EPS * np.sqrt(ratio))
 
 
 def test_small_batches_change_nothing():
     stacks, grids, _ = problem("normal")
     arrays = [jnp.asarray(stack) for stack in stacks]
-    whole = _esd.batched_spectra(arrays, grids, svd=True, max_batch_bytes=2**30)
-    small = _esd.batched_spectra(arrays, grids, svd=True, max_batch_bytes=1)
-    host = [_host.spectra(stacks, grids, solver="gram64", max_bytes=size) for size in (1, 2**30)]
+    whole = accelerator.batched_spectra(arrays, grids, svd=True, max_batch_bytes=2**30)
+    small = accelerator.batched_spectra(arrays, grids, svd=True, max_batch_bytes=1)
+    host = [cpu.spectra(stacks, grids, solver="gram64", max_bytes=size) for size in (1, 2**30)]
     for a, b, c, d in zip(whole, small, *host, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
         np.testing.assert_allclose(c, d, rtol=1e-10)  # products are shared where memory allows it
@@ -138,7 +138,7 @@ def test_window_memory_is_bounded(dtype, size):
     grid = make_grid(Window(rows=100, per_axis=20), stack.shape, is_kernel=False)  # 400 windows: 16 MB in float32
     largest = max(
         (task.last - task.first) * size * 2 * 100 * 100
-        for task in _host._tasks([stack], [grid], [[]], workers=2, max_bytes=10**6)
+        for task in cpu._tasks([stack], [grid], [[]], workers=2, max_bytes=10**6)
     )
     assert largest <= 10**6
 
@@ -153,12 +153,12 @@ def test_cores_without_a_large_window_go_to_blas(windows, rows, threads, monkeyp
             given.append((limits, user_api))
             yield
 
-    monkeypatch.setattr(_host, "_blas", Blas)
-    monkeypatch.setattr(_host, "cores", lambda: 4)
-    monkeypatch.setattr(_host, "_in_threads", lambda workers, function, *arguments: None)
+    monkeypatch.setattr(cpu, "_blas", Blas)
+    monkeypatch.setattr(cpu, "cores", lambda: 4)
+    monkeypatch.setattr(cpu, "_in_threads", lambda workers, function, *arguments: None)
     stack = np.zeros((windows, rows, rows), np.float32)
     grid = make_grid(None, stack.shape, is_kernel=False)
-    _host.solve([stack], [grid], 2**30, gram=True)
+    cpu.solve([stack], [grid], 2**30, gram=True)
     assert given == [(threads, "blas")]
 
 
@@ -169,7 +169,7 @@ def test_two_stages_find_all_eigenvalues(rows):
     matrices = np.stack([heavy + heavy.T, heavy @ heavy.T, low @ low.T, np.diag(rng.random(rows))])
     expected = np.linalg.eigvalsh(matrices)
     matrices[:, *np.tril_indices(rows, -1)] = np.nan  # only the upper triangles are read
-    found = _two_stage.symmetric_eigenvalues(matrices)
+    found = two_stage.symmetric_eigenvalues(matrices)
     assert found.dtype == np.float64
     np.testing.assert_array_less(np.abs(found - expected).max(-1), 1e-13 * np.abs(expected).max(-1))
 
@@ -185,30 +185,30 @@ def test_two_stages_find_all_eigenvalues(rows):
     ],
 )
 def test_large_windows_are_solved_in_two_stages(solver, dtype, matrices, taken, monkeypatch):
-    counts, solve = [], _two_stage.symmetric_eigenvalues
-    monkeypatch.setattr(_two_stage, "symmetric_eigenvalues", lambda m: counts.append(len(m)) or solve(m))
-    monkeypatch.setattr(_two_stage, "_FROM_ROWS", 70)
-    monkeypatch.setattr(_host, "_LARGE", 70)
-    monkeypatch.setattr(_host, "cores", lambda: 2)
+    counts, solve = [], two_stage.symmetric_eigenvalues
+    monkeypatch.setattr(two_stage, "symmetric_eigenvalues", lambda m: counts.append(len(m)) or solve(m))
+    monkeypatch.setattr(two_stage, "_FROM_ROWS", 70)
+    monkeypatch.setattr(cpu, "_LARGE", 70)
+    monkeypatch.setattr(cpu, "cores", lambda: 2)
     rng = np.random.default_rng(0)
     stack = rng.standard_normal((matrices, 70, 90)).astype(dtype)
     for window in (None, Window(rows=70, stride=10)) if matrices > 1 else (None,):
         grid = make_grid(window, stack.shape, is_kernel=False)
-        (found,) = _host.spectra([stack], [grid], solver=solver, max_bytes=2**30)
+        (found,) = cpu.spectra([stack], [grid], solver=solver, max_bytes=2**30)
         upper = found.shape[1] // 2
         np.testing.assert_allclose(found[:, upper:], exact(stack, grid)[:, upper:], rtol=1e-4)
     small = np.ones((3, 69, 90), dtype)
-    _host.spectra([small], [make_grid(None, small.shape, is_kernel=False)], solver=solver, max_bytes=2**30)
+    cpu.spectra([small], [make_grid(None, small.shape, is_kernel=False)], solver=solver, max_bytes=2**30)
     assert sum(counts) == (3 + 9 if taken else 0)
 
 
 def test_device_path_is_chosen_by_platform(monkeypatch):
     called = []
-    monkeypatch.setattr(_esd, "batched_spectra", lambda *args, **kwargs: called.append(kwargs["svd"]) or [])
+    monkeypatch.setattr(accelerator, "batched_spectra", lambda *args, **kwargs: called.append(kwargs["svd"]) or [])
     weights = [jnp.ones((6, 6))]
     grids = [make_grid(None, (1, 6, 6), is_kernel=False)]
     with pytest.raises(ValueError, match="needs jax_enable_x64"):
-        _esd.pooled_eigenvalues(
+        dispatch.pooled_eigenvalues(
             weights, FLAX_AXES, grids, platform="gpu", solver="gram64", exact=True, max_batch_bytes=1
         )
     for solver, exact_values, svd in [
@@ -217,7 +217,7 @@ def test_device_path_is_chosen_by_platform(monkeypatch):
         ("gram", True, False),
         ("svd", False, True),
     ]:
-        _esd.pooled_eigenvalues(
+        dispatch.pooled_eigenvalues(
             weights, FLAX_AXES, grids, platform="gpu", solver=solver, exact=exact_values, max_batch_bytes=1
         )
         assert called.pop() is svd
@@ -227,10 +227,10 @@ def test_nan_gives_zeros_in_its_own_layer_only():
     stacks, grids, _ = problem("normal")
     broken = [stacks[0].copy(), *stacks[1:]]
     broken[0][0, 3, 3] = np.nan
-    clean = _esd.batched_spectra([jnp.asarray(s) for s in stacks], grids, svd=True, max_batch_bytes=2**30)
+    clean = accelerator.batched_spectra([jnp.asarray(s) for s in stacks], grids, svd=True, max_batch_bytes=2**30)
     for found in (
-        _esd.batched_spectra([jnp.asarray(s) for s in broken], grids, svd=True, max_batch_bytes=2**30),
-        _host.spectra(broken, grids, solver="svd", max_bytes=2**20),
+        accelerator.batched_spectra([jnp.asarray(s) for s in broken], grids, svd=True, max_batch_bytes=2**30),
+        cpu.spectra(broken, grids, solver="svd", max_bytes=2**20),
     ):
         np.testing.assert_array_equal(found[0], 0)
         for values, expected in zip(found[1:], clean[1:], strict=True):
@@ -254,10 +254,10 @@ def test_windows_that_share_a_product_have_their_own_eigenvalues(name, kind):
     if kind == "complex":
         stack = stack + 1j * rng.standard_normal((1, *shape))
     grid = make_grid(window, stack.shape, is_kernel=False)
-    runs = _gram.shared_runs(grid)
+    runs = gram_matrices.shared_runs(grid)
     assert sorted(number for run in runs for number in run.windows) == list(range(len(grid.starts)))
     assert max(len(run.windows) for run in runs) > 1
-    (found,) = _host.window_spectra([stack], [grid], solver="gram64", max_bytes=2**30)
+    (found,) = cpu.window_spectra([stack], [grid], solver="gram64", max_bytes=2**30)
     for (row, col), values in zip(grid.starts, found, strict=True):
         cut = stack[0, row : row + grid.rows, col : col + grid.cols]
         np.testing.assert_allclose(values, np.linalg.svd(cut, compute_uv=False)[::-1] ** 2, rtol=1e-9)
@@ -284,6 +284,6 @@ def test_products_of_any_view(shape, char):
 
 
 def test_windows_side_by_side_share_nothing():
-    assert not _gram.shared_runs(make_grid(Window(rows=20, stride=20), (1, 80, 80), is_kernel=False))
-    assert not _gram.shared_runs(make_grid(Window(), (9, 64, 128), is_kernel=True))
-    assert not _gram.shared_runs(make_grid(None, (1, 80, 80), is_kernel=False))
+    assert not gram_matrices.shared_runs(make_grid(Window(rows=20, stride=20), (1, 80, 80), is_kernel=False))
+    assert not gram_matrices.shared_runs(make_grid(Window(), (9, 64, 128), is_kernel=True))
+    assert not gram_matrices.shared_runs(make_grid(None, (1, 80, 80), is_kernel=False))

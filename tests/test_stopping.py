@@ -10,10 +10,11 @@ import time
 
 import pytest
 
-from farms_jax.errors import InputError, reported
-from farms_jax.files import CHECKSUMS, atomic, damaged_files, write_checksums
-from farms_jax.locking import locked
-from farms_jax.stopping import Stopped, hold_stops, stop_signals_raise
+from farms_jax.errors import InputError
+from farms_jax.programs.exits import reported
+from farms_jax.programs.files import CHECKSUMS, atomic, damaged_files, write_checksums
+from farms_jax.programs.locking import locked
+from farms_jax.programs.stopping import Stopped, hold_stops, stop_signals_raise
 
 SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
@@ -79,7 +80,7 @@ def test_a_stop_that_a_destructor_swallows_comes_again():
 def test_a_program_ends_without_waiting_for_its_threads():
     program = """
 import sys, threading, time
-from farms_jax.errors import run_and_end
+from farms_jax.programs.exits import run_and_end
 threading.Thread(target=time.sleep, args=(3600,)).start()
 run_and_end(lambda: sys.exit(3))
 """
@@ -120,9 +121,11 @@ def test_a_thread_other_than_the_main_one_leaves_signals_alone():
 
 
 def test_a_folder_is_of_one_process(tmp_path):
-    program = (
-        f"from farms_jax.locking import locked; import pathlib\nwith locked(pathlib.Path({str(tmp_path)!r})): pass"
-    )
+    program = f"""
+import pathlib
+from farms_jax.programs.locking import locked
+with locked(pathlib.Path({str(tmp_path)!r})): pass
+"""
     with locked(tmp_path / "deep"), locked(tmp_path):
         refused = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
         assert "another process is at work there" in refused.stderr
@@ -131,7 +134,7 @@ def test_a_folder_is_of_one_process(tmp_path):
 
 def test_a_lock_ends_with_its_process(tmp_path):
     hold = f"""
-from farms_jax.locking import locked; import pathlib, time
+from farms_jax.programs.locking import locked; import pathlib, time
 with locked(pathlib.Path({str(tmp_path)!r})):
     print("held", flush=True)
     time.sleep(60)

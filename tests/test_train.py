@@ -12,9 +12,10 @@ import optax
 import pytest
 
 import farms_jax
-from farms_jax import plots
+from farms_jax._figures import figure as make_figure
 from farms_jax.errors import InputError
-from farms_jax.rundir import RunError, SeedDirectory, read_config, write_config
+from farms_jax.programs import plots
+from farms_jax.programs.rundir import RunError, SeedDirectory, read_config, write_config
 from train import cifar
 from train.config import RECIPES, Config, resolve
 from train.experiment import make_refresh, summarise
@@ -374,7 +375,7 @@ def test_the_distribution_is_that_of_the_last_epoch(tmp_path):
 
 
 def test_a_plot_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
-    figure, _ = plots.figure("title", 1)
+    figure, _ = make_figure("title", 1)
     (file,) = plots.save(tmp_path, {"alphas.png": figure})
     before = file.read_bytes()
 

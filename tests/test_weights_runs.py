@@ -8,7 +8,7 @@ import pytest
 from weights_helpers import arrays, write, write_orbax
 
 from farms_jax.errors import InputError
-from farms_jax.rundir import SeedDirectory
+from farms_jax.programs.rundir import SeedDirectory
 from farms_jax.weights import checkpoints, open_weights
 
 

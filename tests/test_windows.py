@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from farms_jax import FLAX_AXES, TORCH_AXES, Axes, Window
-from farms_jax._matrices import as_matrices
+from farms_jax._axes import as_matrices
 from farms_jax._windows import make_grid
 
 RNG = np.random.default_rng(0)

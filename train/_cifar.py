@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from train._download import DownloadError, download
-from train._splits import SIZE, DataError, Splits
+from ._download import DownloadError, download
+from ._splits import SIZE, DataError, Splits
 
 _PIXELS = 3 * SIZE * SIZE  # bytes of one image in a record, channel-major
 

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from train._splits import SIZE, DataError, Splits
+from ._splits import SIZE, DataError, Splits
 
 _SPLITS = ("train", "test", "val")
 _IMAGES = (".jpg", ".jpeg", ".png")

@@ -7,12 +7,13 @@ python -m train.cifar --resume runs/NAME           go on with a run that was sto
 
 from pathlib import Path
 
-from farms_jax.errors import run_and_end
-from farms_jax.program import run_name, run_program
-from farms_jax.rundir import at_work, read_config, write_config
-from train.config import RECIPES, Config, resolve
-from train.data import load
-from train.experiment import check_same_data, facts, train_run
+from farms_jax.programs.command_line import run_name, run_program
+from farms_jax.programs.exits import run_and_end
+from farms_jax.programs.rundir import at_work, read_config, write_config
+
+from .config import RECIPES, Config, resolve
+from .data import load
+from .experiment import check_same_data, facts, train_run
 
 
 def main() -> None:

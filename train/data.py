@@ -15,9 +15,9 @@ import numpy as np
 import pooch
 from PIL import Image
 
-from train._cifar import Unavailable, load_cifar
-from train._folder import load_folder
-from train._splits import SIZE, DataError, Splits
+from ._cifar import Unavailable, load_cifar
+from ._folder import load_folder
+from ._splits import SIZE, DataError, Splits
 
 __all__ = ["CHOICES", "DataError", "Images", "load"]
 

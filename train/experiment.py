@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 import farms_jax
 from farms_jax.errors import InputError
-from farms_jax.files import write_json
-from farms_jax.finite import not_finite
-from farms_jax.rundir import Progress, RunError, SeedDirectory, environment, layer_rows
-from farms_jax.stopping import StopRequest, hold_stops
-from train.config import Config
-from train.data import Images
-from train.loop import (
+from farms_jax.programs.files import write_json
+from farms_jax.programs.finite import not_finite
+from farms_jax.programs.rundir import Progress, RunError, SeedDirectory, environment, layer_rows
+from farms_jax.programs.stopping import StopRequest, hold_stops
+
+from .config import Config
+from .data import Images
+from .loop import (
     Network,
     Normalise,
     Steps,
@@ -33,9 +34,9 @@ from train.loop import (
     make_optimizer,
     make_steps,
 )
-from train.models import MODELS
-from train.parallel import make_mesh, on_all, spread_over
-from train.plots import plot_run
+from .models import MODELS
+from .parallel import make_mesh, on_all, spread_over
+from .plots import plot_run
 
 Refresh = Callable[[TrainState, int], tuple[TrainState, list[dict[str, Any]], float]]
 SUMS = ("train_loss", "train_accuracy")  # of `Piece.sums`

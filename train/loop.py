@@ -15,11 +15,12 @@ from flax import nnx
 from jax import Array, lax
 
 import farms_jax
-from farms_jax.finite import Call, call, first_not_finite, norm
-from train.config import Config
-from train.layers import compiler_options
-from train.models import MODELS
-from train.parallel import Spread, alone
+from farms_jax.programs.finite import Call, call, first_not_finite, norm
+
+from .config import Config
+from .layers import compiler_options
+from .models import MODELS
+from .parallel import Spread, alone
 
 _EVAL_BATCH = 512  # a multiple of any usual number of devices
 _PADDING = 4
@@ -70,7 +71,7 @@ def make_network(config: Config, num_classes: int) -> Network:
 
     Returns:
         `init(key) -> (params, batch_stats)` and `apply(params, batch_stats, images, train=..., call=...)`; `call` is as
-        in `farms_jax.finite`.
+        in `farms_jax.programs.finite`.
     """
     dtype = jnp.bfloat16 if config.bfloat16 else None
 
@@ -242,7 +243,7 @@ def make_fault(network: Network, normalise: Normalise, config: Config) -> Callab
 
     Returns:
         `fault(state, key, step, images, labels)` of the state before the step, the key of its epoch, and its number
-        there; for what it returns see `farms_jax.finite.first_not_finite`.
+        there; for what it returns see `farms_jax.programs.finite.first_not_finite`.
     """
 
     def loss_of(params: Any, *inputs: Any, call: Call = call) -> Array:

@@ -6,7 +6,7 @@ from functools import partial
 
 from flax import nnx
 
-from train import resnet, vgg
+from . import resnet, vgg
 
 
 @dataclass(frozen=True)

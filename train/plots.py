@@ -5,7 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from farms_jax import plots
+from farms_jax._figures import figure
+from farms_jax.programs import plots
 
 
 def plot_run(run: Path, seeds: dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]]]], title: str) -> list[Path]:
@@ -30,7 +31,7 @@ def plot_run(run: Path, seeds: dict[int, tuple[list[dict[str, Any]], list[dict[s
 
 
 def _learning_curves(metrics: dict[int, list[dict[str, Any]]], title: str) -> Figure:
-    figure, (loss, accuracy) = plots.figure(title, 2)
+    drawing, (loss, accuracy) = figure(title, 2)
     for index, (seed, rows) in enumerate(metrics.items()):
         epochs = [row["epoch"] + 1 for row in rows]
         for axis, measure in ((loss, "loss"), (accuracy, "accuracy")):
@@ -41,4 +42,4 @@ def _learning_curves(metrics: dict[int, list[dict[str, Any]]], title: str) -> Fi
     loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
     accuracy.legend(fontsize=8)
-    return figure
+    return drawing

@@ -18,11 +18,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from farms_jax._matrices import FLAX_AXES, TORCH_AXES
+from farms_jax._axes import FLAX_AXES, TORCH_AXES
 from farms_jax._present import text_table
 from farms_jax._tail import Tail
 from farms_jax._windows import Window
-from farms_jax.cache import default_folder
 from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column
 from farms_jax.diagnosis.compare import compare
 from farms_jax.diagnosis.comparison import Comparison
@@ -30,9 +29,11 @@ from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.pipeline import diagnose, layers_of
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.watch import Alert, Rules, Seen, watch
-from farms_jax.errors import InputError, reported
-from farms_jax.files import write_text
-from farms_jax.memory import hold_less_memory
+from farms_jax.errors import InputError
+from farms_jax.programs.cache import default_folder
+from farms_jax.programs.exits import reported
+from farms_jax.programs.files import write_text
+from farms_jax.programs.memory import return_freed_memory
 from farms_jax.weights import WeightSource, open_weights
 
 
@@ -203,7 +204,7 @@ def main() -> None:
     """Run the program; a mistake is one line on stderr, and exit status 2."""
     paragraphs = "\n\n".join(filter(None, (__doc__ or "").splitlines()))
     commands = {"analyze": Analyze, "compare": Compare, "watch": Watch}
-    hold_less_memory()
+    return_freed_memory()
     with reported("farms", when_stopped="; what was measured is kept, the same command goes on"):
         tyro.extras.subcommand_cli_from_dict(commands, prog="farms", description=paragraphs).run()
 

@@ -13,7 +13,7 @@ from farms_jax.diagnosis.layer_table import LayerTable
 from farms_jax.diagnosis.summary import closing, summary
 from farms_jax.diagnosis.table import plain
 from farms_jax.errors import InputError
-from farms_jax.files import write_json, write_text
+from farms_jax.programs.files import write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

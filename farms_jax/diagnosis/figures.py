@@ -114,7 +114,7 @@ def _spectrum(diagnosis: "Diagnosis", layer: str | None) -> "Figure":
 
 def _figure(title: str, width: float | None = None) -> tuple["Figure", Any]:
     # Only here: a table is read without Matplotlib.
-    from farms_jax.plots import SIZE, figure
+    from farms_jax._figures import SIZE, figure
 
     drawing, (axis,) = figure(title, 1, epochs=False, size=(width or SIZE[0], SIZE[1]))
     return drawing, axis

@@ -14,7 +14,7 @@ from farms_jax.diagnosis.summary import severity
 from farms_jax.diagnosis.table import measured, plain, sheet, text
 from farms_jax.diagnosis.terminal import plain_text, show_table
 from farms_jax.errors import InputError
-from farms_jax.files import write_json, write_text
+from farms_jax.programs.files import write_json, write_text
 
 if TYPE_CHECKING:
     import pandas as pd

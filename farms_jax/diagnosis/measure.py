@@ -11,15 +11,15 @@ import numpy as np
 
 from farms_jax import marchenko_pastur
 from farms_jax._analyze import needs_small_eigenvalues
-from farms_jax._esd import Solver, window_eigenvalues
-from farms_jax._host import cores
-from farms_jax._matrices import Axes, as_matrices
+from farms_jax._axes import Axes, as_matrices
 from farms_jax._tail import Tail
 from farms_jax._windows import Grid, make_grid
 from farms_jax.diagnosis.diagnosis import Histogram
 from farms_jax.diagnosis.resampling import deviations, interval, interval_grid
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import fit_spectra, histogram, resolved, shuffled_measures, spectrum_measures
+from farms_jax.solvers.cpu import cores
+from farms_jax.solvers.dispatch import Solver, window_eigenvalues
 
 _RESOLVED = 1e-10  # of the largest eigenvalue: below it Gram matrices in float64 lose a singular value's sixth digit
 _FIRST_WINDOWS = 16  # of an adaptive measure; each round after that doubles them
@@ -72,7 +72,7 @@ def measure(
     """Measure layers: their windows, their whole matrices, the same shuffled, and how sure it all is.
 
     Args:
-        weights: by name; 2-D or 4-D, finite, with enough eigenvalues (`farms_jax._analyze.choose`).
+        weights: by name; 2-D or 4-D, finite, with enough eigenvalues (`farms_jax._analyze.select_layers`).
         axes: rows and columns of the weights.
         settings: of the diagnosis.
         overwrite: the weights may be shuffled where they are, which saves the memory of a copy.

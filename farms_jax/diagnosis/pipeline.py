@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from farms_jax._analyze import choose
-from farms_jax._matrices import FLAX_AXES, Axes
+from farms_jax._analyze import select_layers
+from farms_jax._axes import FLAX_AXES, Axes
 from farms_jax._names import matching, named_leaves, natural_key
-from farms_jax.cache import Cache, weights_key
 from farms_jax.diagnosis.diagnosis import Diagnosis, Histogram, Row
 from farms_jax.diagnosis.measure import Measured, measure
 from farms_jax.diagnosis.resampling import rank_flips
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.status import status_of
 from farms_jax.errors import InputError
+from farms_jax.programs.cache import Cache, weights_key
 from farms_jax.weights import WeightSource, open_weights
 
 _CHUNK = 2**25  # bytes of weights measured at once, where a single layer is not larger: enough for all cores
@@ -132,7 +132,7 @@ def layers_of(
     left_out = {name: reason for name, reason in source.skipped.items()}
     left_out |= {name: "not included" for name in names if name not in included and name not in left_out}
     candidates = [(name, source.tensors[name]) for name in names]
-    layers, _, others = choose(candidates, settings.window, settings.tail, source.axes, exclude)
+    layers, _, others = select_layers(candidates, settings.window, settings.tail, source.axes, exclude)
     left_out |= {name: reason for name, reason in others if name not in left_out}
     chosen = [name for name, _ in layers if name not in left_out]
     return chosen, tuple((name, left_out[name]) for name in names if name in left_out)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.weights.content import can_be, check_name, plain, reason, shown
 from farms_jax.weights.cursor import Cursor
 from farms_jax.weights.safetensors_file import read_bytes
+from farms_jax.weights.sanitise import check_name, is_valid_shape, plain, reason, shown
 
 _REMEDY = Cursor.remedy
 # The format's own numbers for types of values, in the words of `struct`; text and array stand between them.
@@ -166,7 +166,7 @@ def _tensor(where: str, shape: tuple[int, ...], number: int, start: int, size: i
         raise InputError(
             f"{where}: quantisation {number} cannot be undone here ({reason(error)}); give a file in F16, F32 or Q8_0"
         ) from error
-    if not shape or 0 in shape or shape[-1] % block or not can_be(shape, _FLOAT32.itemsize):
+    if not shape or 0 in shape or shape[-1] % block or not is_valid_shape(shape, _FLOAT32.itemsize):
         raise InputError(
             f"{where}: shape {shown(shape)} is not one of {kind.name}, whose rows have blocks of {block}; {_REMEDY}"
         )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.weights.content import plain, shown
+from farms_jax.weights.sanitise import plain, shown
 
 ROPE_FACTORS = "rope_freqs.weight"
 _NAME = re.compile(r"(?:blk\.(?P<block>0|[1-9]\d*)\.)?(?P<module>\w+)\.(?P<kind>weight|bias)")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from farms_jax._matrices import TORCH_AXES
+from farms_jax._axes import TORCH_AXES
 from farms_jax.errors import InputError
 from farms_jax.weights.gguf_file import read_gguf, read_tensor
 from farms_jax.weights.gguf_names import ROPE_FACTORS, architecture_of, heads_of, hugging_face_names, restore_rows

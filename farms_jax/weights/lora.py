@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.weights.content import plain, shown
 from farms_jax.weights.safetensors_file import TensorInfo
 from farms_jax.weights.safetensors_source import open_safetensors
+from farms_jax.weights.sanitise import plain, shown
 from farms_jax.weights.shards import read_json
 from farms_jax.weights.source import WeightSource
 

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.weights.content import can_be, reason, shown
 from farms_jax.weights.cursor import Cursor
+from farms_jax.weights.sanitise import is_valid_shape, reason, shown
 
 _REMEDY = "write it again with flax.serialization.to_bytes"
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # Flax's extensions
@@ -149,7 +149,7 @@ class _Walker(Cursor):
         if kind not in _BYTES:
             raise self.damaged("has no bytes")
         size, start, dtype = self.number(_BYTES[kind]), self.file.tell(), self.dtype(name)
-        fits = can_be(shape, dtype.itemsize) and math.prod(shape) * dtype.itemsize == size
+        fits = is_valid_shape(shape, dtype.itemsize) and math.prod(shape) * dtype.itemsize == size
         if start + size != end or not fits:
             raise self.damaged(f"of shape {shown(tuple(shape))} and {dtype} has {size} bytes")
         return ArrayAt(dtype, tuple(shape), start, size)

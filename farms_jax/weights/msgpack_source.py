@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from farms_jax._matrices import FLAX_AXES
+from farms_jax._axes import FLAX_AXES
 from farms_jax.errors import InputError
-from farms_jax.weights.content import can_be, plain, shown
 from farms_jax.weights.msgpack_file import ArrayAt, Tree, read_tree
 from farms_jax.weights.safetensors_file import TensorInfo, read_bytes
+from farms_jax.weights.sanitise import is_valid_shape, plain, shown
 from farms_jax.weights.source import WeightSource
 
 _PIECES = "__msgpack_chunked_array__"
@@ -72,7 +72,7 @@ def _joined(node: Mapping[str, Any], where: str) -> _Place:
         raise InputError(f"{where}: an array in pieces needs a shape and its pieces; write it again")
     dtypes = {piece.dtype for piece in pieces}
     found = sum(math.prod(piece.shape) for piece in pieces)
-    if len(dtypes) != 1 or not can_be(shape, pieces[0].dtype.itemsize) or found != math.prod(shape):
+    if len(dtypes) != 1 or not is_valid_shape(shape, pieces[0].dtype.itemsize) or found != math.prod(shape):
         raise InputError(
             f"{where}: its pieces have {found} entries, its shape {shown(shape)} another number; write it again"
         )

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from farms_jax.errors import InputError
-from farms_jax.weights.content import can_be, plain, reason, shown
+from farms_jax.weights.sanitise import is_valid_shape, plain, reason, shown
 
 _REMEDY = "write it again with numpy.save or numpy.savez"
 _PIECE = 1 << 18  # bytes; a zip archive gives what is asked for in one copy more
@@ -64,7 +64,7 @@ def read_npy_header(stream: IO[bytes], where: str) -> NpyHeader:
         raise InputError(f"{where} holds Python objects, that is pickles, which are never loaded; save numbers instead")
     # type(), not isinstance(): True is an int to Python.
     sizes: Sequence[Any] = shape
-    if not all(type(size) is int and size >= 0 for size in sizes) or not can_be(shape, max(1, dtype.itemsize)):
+    if not all(type(size) is int and size >= 0 for size in sizes) or not is_valid_shape(shape, max(1, dtype.itemsize)):
         raise InputError(f"{where}: there can be no array of shape {shown(shape)} and {plain(str(dtype))}; {_REMEDY}")
     if dtype.itemsize == 0 or dtype.shape:
         raise InputError(f"{where}: its entries are {plain(str(dtype))}, no plain numbers; {_REMEDY}")

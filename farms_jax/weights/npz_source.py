@@ -11,11 +11,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from farms_jax._matrices import FLAX_AXES
+from farms_jax._axes import FLAX_AXES
 from farms_jax.errors import InputError
-from farms_jax.weights.content import plain, reason, shown
 from farms_jax.weights.npy_file import NpyHeader, read_npy_entries, read_npy_header
 from farms_jax.weights.safetensors_file import TensorInfo
+from farms_jax.weights.sanitise import plain, reason, shown
 from farms_jax.weights.source import WeightSource
 
 _REMEDY = "write it again with numpy.savez"

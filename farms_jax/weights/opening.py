@@ -4,7 +4,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from farms_jax._matrices import Axes
+from farms_jax._axes import Axes
 from farms_jax.errors import InputError
 from farms_jax.weights.gguf_source import GGUFSource
 from farms_jax.weights.lora import ADAPTER_CONFIG

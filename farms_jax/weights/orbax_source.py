@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from farms_jax._matrices import FLAX_AXES
+from farms_jax._axes import FLAX_AXES
 from farms_jax.errors import InputError
 from farms_jax.weights.orbax_tree import DATABASE, TABLE, Array, read_array, read_tree
 from farms_jax.weights.source import WeightSource

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.weights.content import can_be, check_name, reason, shown
 from farms_jax.weights.safetensors_file import TensorInfo
+from farms_jax.weights.sanitise import check_name, is_valid_shape, reason, shown
 from farms_jax.weights.shards import read_json
 
 TABLE = "_METADATA"
@@ -108,7 +108,7 @@ def _array(store: Any, most: int) -> Array:
     """Describe an array that the files can hold: the library ends the process where there is no memory for one."""
     info = TensorInfo(np.dtype(store.dtype.numpy_dtype), tuple(store.shape))
     for shape in (info.shape, store.chunk_layout.read_chunk.shape or (), store.chunk_layout.write_chunk.shape or ()):
-        if not can_be(shape, info.dtype.itemsize) or math.prod(shape) * info.dtype.itemsize > most:
+        if not is_valid_shape(shape, info.dtype.itemsize) or math.prod(shape) * info.dtype.itemsize > most:
             raise ValueError(f"its files cannot hold an array or a chunk of shape {shown(tuple(shape))}")
     return Array(info, store)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from farms_jax._names import natural_key
 from farms_jax.errors import InputError
-from farms_jax.files import CHECKSUMS, damaged_files
+from farms_jax.programs.files import CHECKSUMS, damaged_files
 from farms_jax.weights import orbax_source
 from farms_jax.weights.shards import WEIGHTS
 

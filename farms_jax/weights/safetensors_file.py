@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.weights.content import can_be, check_name, reason, shown
+from farms_jax.weights.sanitise import check_name, is_valid_shape, reason, shown
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 # Largest alignment last: files are laid out from the end of this table to its start, as the format's own writer does,
@@ -171,7 +171,7 @@ def _entry(fields: Any, data_start: int, where: str) -> Entry:
         raise InputError(f"{where}: unknown dtype {shown(code)}; give a checkpoint in float32, float16 or bfloat16")
     if not _are_sizes(shape):
         raise InputError(f"{where}: shape {shown(shape)} is not a list of whole numbers >= 0; {_REMEDY}")
-    if not can_be(shape, DTYPES[code].itemsize):
+    if not is_valid_shape(shape, DTYPES[code].itemsize):
         raise InputError(f"{where}: there can be no array of shape {shown(shape)}; {_REMEDY}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InputError(f"{where}: data_offsets {shown(offsets)} are not [start, stop]; {_REMEDY}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from farms_jax._matrices import TORCH_AXES
+from farms_jax._axes import TORCH_AXES
 from farms_jax.errors import InputError
 from farms_jax.weights.safetensors_file import TensorInfo, read_tensor
 from farms_jax.weights.shards import INDEX, WEIGHTS, Shards, read_files, read_indexed

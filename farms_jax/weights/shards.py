@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from farms_jax.errors import InputError
-from farms_jax.weights.content import plain, reason, shown
 from farms_jax.weights.safetensors_file import Header, read_header
+from farms_jax.weights.sanitise import plain, reason, shown
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -7,11 +7,11 @@ from typing import Self
 
 import numpy as np
 
-from farms_jax._matrices import Axes
+from farms_jax._axes import Axes
 from farms_jax._names import natural_key
 from farms_jax.errors import InputError
-from farms_jax.weights.content import check_name, plain
 from farms_jax.weights.safetensors_file import TensorInfo
+from farms_jax.weights.sanitise import check_name, plain
 from farms_jax.weights.skipped import not_weights
 
 

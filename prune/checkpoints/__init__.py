@@ -8,10 +8,11 @@ Opening reads headers only, and finds every fault of names, shapes and sizes bef
 """
 
 from farms_jax.weights.safetensors_file import TensorInfo as TensorInfo
-from prune.checkpoints.base import Checkpoint as Checkpoint, Shard as Shard
-from prune.checkpoints.folder import FolderCheckpoint as FolderCheckpoint
-from prune.checkpoints.gguf_checkpoint import GGUFCheckpoint as GGUFCheckpoint
-from prune.checkpoints.opening import (
+
+from .base import Checkpoint as Checkpoint, Shard as Shard
+from .folder import FolderCheckpoint as FolderCheckpoint
+from .gguf_checkpoint import GGUFCheckpoint as GGUFCheckpoint
+from .opening import (
     choose_tokenizer as choose_tokenizer,
     open_checkpoint as open_checkpoint,
     open_tokenizer as open_tokenizer,

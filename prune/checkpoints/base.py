@@ -11,9 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from farms_jax.errors import InputError
-from farms_jax.files import atomic
+from farms_jax.programs.files import atomic
 from farms_jax.weights.safetensors_file import TensorInfo
-from prune.models import Network, make_network
+
+from ..models import Network, make_network
 
 _PIECE = 1 << 24  # bytes read at a time for the hash
 

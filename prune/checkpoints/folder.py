@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.files import atomic
+from farms_jax.programs.files import atomic
 from farms_jax.weights.safetensors_file import TensorInfo, read_tensor
 from farms_jax.weights.shards import INDEX, WEIGHTS, Shards, read_files, read_indexed, read_json
-from prune.checkpoints.base import Checkpoint, Shard, save_tokenizer
-from prune.tokenizing import check_tokenizer, tokenizer_faults
+
+from ..tokenizing import check_tokenizer, tokenizer_faults
+from .base import Checkpoint, Shard, save_tokenizer
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _TOKENIZER_FILES = (

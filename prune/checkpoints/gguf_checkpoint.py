@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from farms_jax.files import write_json
+from farms_jax.programs.files import write_json
 from farms_jax.weights.gguf_file import read_gguf, read_tensor
 from farms_jax.weights.gguf_names import (
     ROPE_FACTORS,
@@ -16,9 +16,10 @@ from farms_jax.weights.gguf_names import (
 )
 from farms_jax.weights.safetensors_file import TensorInfo, make_header, parse_header
 from farms_jax.weights.shards import WEIGHTS
-from prune.checkpoints.base import Checkpoint, Shard, save_tokenizer
-from prune.checkpoints.gguf_model import make_config
-from prune.checkpoints.gguf_tokenizer import make_tokenizer
+
+from .base import Checkpoint, Shard, save_tokenizer
+from .gguf_model import make_config
+from .gguf_tokenizer import make_tokenizer
 
 _FLOAT32 = np.dtype(np.float32)
 

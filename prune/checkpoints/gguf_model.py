@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.weights.content import shown
 from farms_jax.weights.gguf_names import ROPE_FACTORS, architecture_of
+from farms_jax.weights.sanitise import shown
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",

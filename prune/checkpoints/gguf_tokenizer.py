@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from farms_jax.errors import InputError
-from farms_jax.weights.content import shown
-from prune.tokenizing import check_tokenizer, tokenizer_faults
+from farms_jax.weights.sanitise import shown
+
+from ..tokenizing import check_tokenizer, tokenizer_faults
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # token types of the format
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

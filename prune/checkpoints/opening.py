@@ -7,9 +7,10 @@ from typing import Any
 
 from farms_jax.errors import InputError
 from farms_jax.weights.shards import WEIGHTS
-from prune.checkpoints.base import Checkpoint
-from prune.checkpoints.folder import FolderCheckpoint, how_to_convert, load_tokenizer
-from prune.checkpoints.gguf_checkpoint import GGUFCheckpoint
+
+from .base import Checkpoint
+from .folder import FolderCheckpoint, how_to_convert, load_tokenizer
+from .gguf_checkpoint import GGUFCheckpoint
 
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "spiece.model")

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from prune.models import llama, opt
-from prune.models.conversion import Part as Part
-from prune.models.fields import Fields
-from prune.models.network import Family, Network as Network
+from . import llama, opt
+from .conversion import Part as Part
+from .fields import Fields
+from .network import Family, Network as Network
 
 
 class _Source(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from farms_jax.errors import InputError
-from farms_jax.weights.content import plain
+from farms_jax.weights.sanitise import plain
 
 _LISTED = 10  # tensors that an error names
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from farms_jax.errors import InputError
-from farms_jax.weights.content import shown
+from farms_jax.weights.sanitise import shown
 
 MOST_BLOCKS = 10_000  # ten times as deep as any network that was published
 _MOST = 2**31 - 1  # of any size; their products are sizes of arrays, which have 63 bits

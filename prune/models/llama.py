@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from farms_jax.errors import InputError
-from prune.models.conversion import Rule
-from prune.models.fields import MOST_BLOCKS, Fields
-from prune.models.layers import ACTIVATIONS, attend
-from prune.models.network import Family
-from prune.models.rope import Rope, read_rope, rotate
+
+from .conversion import Rule
+from .fields import MOST_BLOCKS, Fields
+from .layers import ACTIVATIONS, attend
+from .network import Family
+from .rope import Rope, read_rope, rotate
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 

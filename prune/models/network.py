@@ -16,8 +16,9 @@ from flax import nnx
 from jax import lax
 
 from farms_jax.errors import InputError
-from prune.models import conversion
-from prune.models.conversion import Kind, Part, Rule, Shape
+
+from . import conversion
+from .conversion import Kind, Part, Rule, Shape
 
 # On CPU, sequences of so many tokens go through a block one by one: the features of one stay in the cache. Measured on
 # 2 cores with blocks of 576 and 2048 features: 15 % faster, and neither better nor worse; shorter ones lose up to 25 %.

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from prune.models.conversion import Rule
-from prune.models.fields import MOST_BLOCKS, Fields
-from prune.models.layers import ACTIVATIONS, attend
-from prune.models.network import Family
+from .conversion import Rule
+from .fields import MOST_BLOCKS, Fields
+from .layers import ACTIVATIONS, attend
+from .network import Family
 
 OFFSET = 2  # rows of the position embedding that stand before that of the first position
 EPSILON = 1e-5  # of the norms

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from farms_jax.errors import InputError
-from prune.models.fields import Fields
+
+from .fields import Fields
 
 TYPES = ("default", "linear", "llama3")
 THETA = 10000.0  # RoFormer's base, and the default of every family here

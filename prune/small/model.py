@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from prune.models.network import Network
+from ..models.network import Network
 
 Params = dict[str, dict[str, Array]]  # `ends` by tensor name; `blocks` by the names of block 0, shapes (blocks, ...)
 

@@ -19,9 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from farms_jax.errors import InputError
-from prune import tokenizing
-from prune.texts.sources import Source, read
-from prune.tokenizing import tokenizer_faults
+
+from .. import tokenizing
+from ..tokenizing import tokenizer_faults
+from .sources import Source, read
 
 _log = logging.getLogger(__name__)
 

@@ -12,12 +12,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from farms_jax import files
 from farms_jax.errors import InputError
-from farms_jax.weights.content import plain, reason, shown
+from farms_jax.programs import files
 from farms_jax.weights.npy_file import read_npy
 from farms_jax.weights.npz_source import read_npz
-from prune.texts import hub
+from farms_jax.weights.sanitise import plain, reason, shown
+
+from . import hub
 
 NAMED = ("wikitext2", "c4")
 _IDS = (".npy", ".npz")

@@ -29,11 +29,11 @@ from farms_jax import (
     mappings,
     marchenko_pastur,
 )
-from farms_jax._host import spectra
-from farms_jax._matrices import FLAX_AXES, as_matrices
+from farms_jax._axes import FLAX_AXES, as_matrices
 from farms_jax._report import METRICS
 from farms_jax._sparsity import round_to_groups
 from farms_jax._windows import make_grid
+from farms_jax.solvers.cpu import spectra
 from tests.faults.drawing import dense, examples, kernels, numbers, tails, weights, windows
 from tests.faults.plain_search import check_fit
 

@@ -17,10 +17,10 @@ from prune_helpers import DATA, bytes_of, command, small_run
 import prune.experiment
 import prune.passes
 import prune.train_small
-from farms_jax.cache import Cache
 from farms_jax.errors import InputError
-from farms_jax.files import CHECKSUMS
-from farms_jax.locking import locked
+from farms_jax.programs.cache import Cache
+from farms_jax.programs.files import CHECKSUMS
+from farms_jax.programs.locking import locked
 from prune import llama
 from prune.experiment import run
 from prune.job import prepare

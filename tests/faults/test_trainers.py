@@ -23,10 +23,11 @@ from flax import nnx
 import sciml.experiment
 import sciml.model
 import train.experiment
-from farms_jax.errors import InputError, reported
-from farms_jax.finite import Recorder, call, first_not_finite
-from farms_jax.rundir import RunError, SeedDirectory, at_work, write_config
-from farms_jax.stopping import Stopped
+from farms_jax.errors import InputError
+from farms_jax.programs.exits import reported
+from farms_jax.programs.finite import Recorder, call, first_not_finite
+from farms_jax.programs.rundir import RunError, SeedDirectory, at_work, write_config
+from farms_jax.programs.stopping import Stopped
 from farms_jax.weights import open_weights
 from sciml import dpot
 from sciml.config import Config as DPOTConfig
@@ -368,7 +369,7 @@ def test_training_stopped_at_a_step_ends_as_one_that_was_not(digits, whole, tmp_
         train_digits(tmp_path, digits, steps=stopping_at(digits[2].steps, number))
     checkpoints = sorted(int(path.name) for path in (tmp_path / "checkpoints" / "last").iterdir())
     assert checkpoints[-1] == done
-    assert (tmp_path / "checkpoints" / "last" / str(done) / "so_far.json").is_file() == (done % STEPS > 0)
+    assert (tmp_path / "checkpoints" / "last" / str(done) / "partial_epoch.json").is_file() == (done % STEPS > 0)
     assert same(train_digits(tmp_path, digits), whole[1])
     assert lines_of(tmp_path) == lines_of(whole[0])
 

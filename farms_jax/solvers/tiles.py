@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from farms_jax._gram import shared_runs
 from farms_jax._windows import Grid
+from farms_jax.solvers.gram_matrices import shared_runs
 
 
 class Tiles(NamedTuple):

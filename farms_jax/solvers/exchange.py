@@ -23,12 +23,12 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from farms_jax import _esd
-from farms_jax._host import COARSE
-from farms_jax._matrices import Axes
-from farms_jax._meeting import solve_together
-from farms_jax._tiles import Tiles
+from farms_jax._axes import Axes
 from farms_jax._windows import Grid
+from farms_jax.solvers import accelerator
+from farms_jax.solvers.barrier import solve_together
+from farms_jax.solvers.cpu import COARSE
+from farms_jax.solvers.tiles import Tiles
 
 Layout = tuple[tuple[str, ...], ...]
 """Mesh axes over which each axis of a weight is sharded: `(("data", "model"), ())` for `P(("data", "model"), None)`."""
@@ -135,8 +135,9 @@ class Exchange:
             return self._pooled(turn, shards, finite, jnp.zeros((), jnp.int32))
         refined = self.way.solver == "gram" and self._real == np.float32
 
-        # As on one device (see `_host`): again in float64 where the upper half holds what float32 cannot tell. It is a
-        # loop of one pass or two because that is compiled once, and a loop even of one because XLA runs whatever does
+        # As on one device (see `solvers.cpu`): again in float64 where the upper half holds what float32 cannot tell. It
+        # is a loop of one pass or two because that is compiled once, and a loop even of one because XLA runs whatever
+        # does
         # not depend on each other at once, but never two loops with collectives in them: a program's other collectives
         # would take the threads that devices need to come to the solver.
         def unfinished(state: _Passes) -> Array:
@@ -248,7 +249,7 @@ class Exchange:
             )
         if self.tiles.rows > self.tiles.cols:
             tiles = tiles.swapaxes(1, 2)
-        values = _esd.batch_eigenvalues(tiles, svd=self.way.solver == "svd")
+        values = accelerator.batch_eigenvalues(tiles, svd=self.way.solver == "svd")
         return values[:, None, :], turn
 
 

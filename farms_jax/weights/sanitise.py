@@ -73,7 +73,7 @@ def check_name(name: str, where: str) -> None:
         )
 
 
-def can_be(shape: Sequence[int], itemsize: int) -> bool:
+def is_valid_shape(shape: Sequence[int], itemsize: int) -> bool:
     """Return whether there can be an array of a shape, on any machine: also one without entries has its limits."""
     if len(shape) > _MOST_AXES or any(size >= _MOST_BYTES for size in shape):
         return False

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import tyro
 
-from farms_jax.errors import InputError, reported
+from farms_jax.errors import InputError
+from farms_jax.programs.exits import reported
 
 Config = TypeVar("Config")
 

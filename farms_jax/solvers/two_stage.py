@@ -9,7 +9,7 @@ matrices, and the band stays in the caches (Bischof, Lang and Sun, "A framework 
 import numpy as np
 from scipy.linalg import cython_blas, cython_lapack  # pyright: ignore[reportAttributeAccessIssue]
 
-from farms_jax._lapack import call
+from farms_jax.solvers.lapack import call
 
 _FROM_ROWS = 1800  # with fewer, the band costs more than the passes that it saves
 _WIDTH = 24  # a wider band takes longer to reduce, a narrower one is longer in coming

@@ -19,7 +19,7 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def hold_less_memory() -> None:
+def return_freed_memory() -> None:
     """Have arrays of 4 MiB and more go back to the system when they are freed, for all of this process.
 
     GNU's allocator learns from the first large arrays that are freed to keep later ones, a set for each thread: an

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from farms_jax.files import write_json
+from farms_jax.programs.files import write_json
 
 
 def default_folder() -> Path:

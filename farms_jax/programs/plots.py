@@ -10,36 +10,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from farms_jax.files import atomic
+from farms_jax._figures import figure
+from farms_jax.programs.files import atomic
 
-SIZE = (10.0, 4.2)  # inches
 _DPI = 130
-
-
-def figure(
-    title: str, columns: int, *, epochs: bool = True, size: tuple[float, float] = SIZE
-) -> tuple[Figure, Sequence[Any]]:
-    """Make an empty figure.
-
-    Args:
-        title: above all columns.
-        columns: plots side by side.
-        epochs: along the horizontal axes, ticked at whole numbers.
-        size: width and height in inches.
-
-    Returns:
-        The figure and its axes, with grids.
-    """
-    figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        if epochs:
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure, axes
 
 
 def layer_history(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:

@@ -11,7 +11,7 @@ A checkpoint is written after every epoch, and at the step where a run is stoppe
 whole or not at all, and holds
 
     default/                                the arrays, by Orbax
-    so_far.json                             sums of an unfinished epoch, where it is in the middle of one
+    partial_epoch.json                             sums of an unfinished epoch, where it is in the middle of one
     metrics.jsonl, layers.csv               the lines up to there
     SHA256SUMS                              checksums of all these
 
@@ -43,13 +43,13 @@ import orbax.checkpoint as ocp
 from farms_jax._names import named_leaves
 from farms_jax._report import LayerReport
 from farms_jax.errors import InputError
-from farms_jax.files import atomic, damaged_files, write_checksums, write_json
-from farms_jax.locking import locked
-from farms_jax.stopping import Stopped
+from farms_jax.programs.files import atomic, damaged_files, write_checksums, write_json
+from farms_jax.programs.locking import locked
+from farms_jax.programs.stopping import Stopped
 
 LAYER_FIELDS = ("epoch", "layer", "alpha", "lr_scale", "learning_rate")
 _LINES = ("metrics.jsonl", "layers.csv")
-_ARRAYS, _SO_FAR = "default", "so_far.json"  # in a checkpoint
+_ARRAYS, _SO_FAR = "default", "partial_epoch.json"  # in a checkpoint
 _ROOM = 2**20  # bytes of a checkpoint beside its arrays, at most
 _KEPT_LAST, _KEPT_BEST = 2, 1  # the last but one is there for when the last is damaged
 # What reading JSON or CSV of another shape comes to.

@@ -16,11 +16,11 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from farms_jax import _esd
-from farms_jax._exchange import Exchange, Kind, Layout, Way
-from farms_jax._matrices import Axes
-from farms_jax._tiles import Tiles, make_tiles
+from farms_jax._axes import Axes
 from farms_jax._windows import Grid
+from farms_jax.solvers import dispatch
+from farms_jax.solvers.exchange import Exchange, Kind, Layout, Way
+from farms_jax.solvers.tiles import Tiles, make_tiles
 
 _IDLE = 1 / 8  # of the devices' time at most, for which fewer layers are solved together
 
@@ -72,11 +72,11 @@ def pooled_eigenvalues(
     *,
     mesh: Mesh,
     platform: str,
-    solver: _esd.Solver,
+    solver: dispatch.Solver,
     exact: bool,
     max_batch_bytes: int,
 ) -> list[Array]:
-    """Eigenvalues of all windows of each layer, as `_esd.pooled_eigenvalues`; on every device of the mesh.
+    """Eigenvalues of all windows of each layer, as `dispatch.pooled_eigenvalues`; on every device of the mesh.
 
     Layers of one shape, layout and grid are solved together, as many as keep all devices busy. Eagerly, each shape is
     compiled once.
@@ -88,7 +88,7 @@ def pooled_eigenvalues(
         mesh: of `common_mesh`.
         platform: of the mesh's devices.
         solver: see `analyze`.
-        exact: see `_esd.pooled_eigenvalues`.
+        exact: see `dispatch.pooled_eigenvalues`.
         max_batch_bytes: see `analyze`; of each device, on CPU of all devices of a process together.
 
     Returns:
@@ -97,7 +97,7 @@ def pooled_eigenvalues(
     Raises:
         ValueError: `"gram64"` on an accelerator without `jax_enable_x64`.
     """
-    way = Way(axes, platform, _esd.chosen_solver(solver, platform=platform, exact=exact), max_batch_bytes)
+    way = Way(axes, platform, dispatch.chosen_solver(solver, platform=platform, exact=exact), max_batch_bytes)
     kinds: dict[Kind, list[int]] = {}
     for layer, (weight, grid) in enumerate(zip(weights, grids, strict=True)):
         kinds.setdefault(_kind(weight, grid, mesh), []).append(layer)

@@ -3,7 +3,7 @@
 Each device of a CPU mesh is a thread of this process, and all threads reach the solver. They meet there: the last to
 come solves the tiles of all, on all cores, while the others wait, and all leave together. This form cannot stand still:
 
-- A `pure_callback` would (see `_esd`). `buffer_callback` gives the memory itself.
+- A `pure_callback` would (see `dispatch`). `buffer_callback` gives the memory itself.
 - Nobody waits long inside XLA. A collective in which one device is 40 seconds late ends the process; here they wait
   before it, in Python, for as long as it takes.
 - No two meetings cross. Each gives out a zero that the next exchange of tiles needs, so all devices come to the same
@@ -19,9 +19,9 @@ import numpy as np
 from jax import Array
 from jax.experimental.buffer_callback import buffer_callback
 
-from farms_jax import _host
-from farms_jax._esd import SOLVING, read_only
 from farms_jax._windows import Grid
+from farms_jax.solvers import cpu
+from farms_jax.solvers.dispatch import SOLVING, read_only
 
 _PATIENCE = 600  # seconds that a device waits for the others to come; a solver at work is not counted
 
@@ -100,7 +100,7 @@ class _Meeting:
             for solver in {visit.solver for visit in visits}:  # two where two runs of a program are under way at once
                 alike = [visit for visit in visits if visit.solver == solver]
                 with SOLVING:
-                    found = _host.solve(
+                    found = cpu.solve(
                         [visit.stack for visit in alike],
                         [self._inner] * len(alike),
                         self._max_bytes,

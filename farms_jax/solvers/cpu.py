@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from farms_jax import _gram
 from farms_jax._windows import Grid
+from farms_jax.solvers import gram_matrices
 
 COARSE = 1e-3  # of the largest eigenvalue: a median below it is not exact enough in float32
 _LARGE = 1000  # rows of a window from which on a thread is worth its start for it alone
@@ -33,7 +33,7 @@ class _Task(NamedTuple):
     first: int
     last: int
     cost: float
-    run: _gram.Run | None = None
+    run: gram_matrices.Run | None = None
 
 
 def spectra(stacks: Sequence[np.ndarray], grids: Sequence[Grid], *, solver: str, max_bytes: int) -> list[np.ndarray]:
@@ -122,10 +122,10 @@ def solve(
     ]
     runs = [_runs(grid, _words(stack), max_bytes) if gram else [] for stack, grid in zip(stacks, grids, strict=True)]
     # A Gram matrix of one large window needs no copy of it, only a few columns in another precision.
-    most = _gram.BLOCK_ENTRIES if gram else None
+    most = gram_matrices.BLOCK_ENTRIES if gram else None
     sizes = [_bytes(grid, _words(stack), most) for stack, grid in zip(stacks, grids, strict=True)]
     sizes += [
-        _gram.bytes_of_run(run, grid, 8 * _words(stack))
+        gram_matrices.bytes_of_run(run, grid, 8 * _words(stack))
         for stack, grid, of_layer in zip(stacks, grids, runs, strict=True)
         for run in of_layer
     ]
@@ -144,12 +144,12 @@ def solve(
         stack, grid = stacks[layer], grids[layer]
         if run is not None:
             matrix = stack[task.first // len(grid.starts)]
-            values = _gram.run_eigenvalues(matrix, run, grid, precision, one_thread=threads == 1)
+            values = gram_matrices.run_eigenvalues(matrix, run, grid, precision, one_thread=threads == 1)
             flat[layer][task.first + np.array(run.windows)] = values
             return
         windows = _cut(stack, grid, task)
         if gram:
-            values = _gram.gram_eigenvalues(windows, precision, one_thread=threads == 1)
+            values = gram_matrices.gram_eigenvalues(windows, precision, one_thread=threads == 1)
         else:
             values = _singular_values_squared(windows)
         flat[layer][task.first : task.last] = values
@@ -159,10 +159,10 @@ def solve(
     return flat
 
 
-def _runs(grid: Grid, words: int, max_bytes: int) -> list[_gram.Run]:
+def _runs(grid: Grid, words: int, max_bytes: int) -> list[gram_matrices.Run]:
     """Runs of windows that share a product; none where that would be larger than the bound."""
-    runs = _gram.shared_runs(grid)
-    return runs if all(_gram.bytes_of_run(run, grid, 8 * words) <= max_bytes for run in runs) else []
+    runs = gram_matrices.shared_runs(grid)
+    return runs if all(gram_matrices.bytes_of_run(run, grid, 8 * words) <= max_bytes for run in runs) else []
 
 
 def _in_threads(workers: int, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
@@ -201,7 +201,7 @@ def _bytes(grid: Grid, words: int, most_entries: int | None = None) -> int:
 def _tasks(
     stacks: Sequence[np.ndarray],
     grids: Sequence[Grid],
-    runs: Sequence[list[_gram.Run]],
+    runs: Sequence[list[gram_matrices.Run]],
     workers: int,
     max_bytes: int,
 ) -> Iterator[_Task]:

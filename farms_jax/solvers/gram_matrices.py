@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from farms_jax import _two_stage
-from farms_jax._lapack import add_products, symmetric_eigenvalues
 from farms_jax._windows import Grid
+from farms_jax.solvers import two_stage
+from farms_jax.solvers.lapack import add_products, symmetric_eigenvalues
 
 BLOCK_ENTRIES = 2**22  # of a copy in another precision
 _MIN_BLOCK = 256  # columns: narrower ones make slow products
@@ -111,8 +111,8 @@ def gram_eigenvalues(windows: np.ndarray, precision: type[np.floating] | None, *
 
 
 def _eigenvalues(grams: np.ndarray, *, one_thread: bool) -> np.ndarray:
-    in_two = one_thread and _two_stage.pays(grams.dtype, grams.shape[1])
-    values = (_two_stage.symmetric_eigenvalues if in_two else symmetric_eigenvalues)(grams)
+    in_two = one_thread and two_stage.pays(grams.dtype, grams.shape[1])
+    values = (two_stage.symmetric_eigenvalues if in_two else symmetric_eigenvalues)(grams)
     # Below this a value is rounding of the largest one: a matrix without full rank gets exact zeros.
     floor = values[:, -1:] * (values.shape[-1] * np.finfo(values.dtype).eps)
     return np.where(values > floor, values, 0)

@@ -1,0 +1,136 @@
+"""Windows -> pooled eigenvalues: the empirical spectral density (ESD) of every layer, in one traced call."""
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental.buffer_callback import buffer_callback
+
+from farms_jax._axes import Axes, as_matrices
+from farms_jax._windows import Grid
+from farms_jax.solvers import accelerator, cpu
+
+Solver = Literal["auto", "gram", "gram64", "svd"]
+
+SOLVING = threading.Lock()
+"""Held while the host solves: each solver takes all cores, and two would put BLAS's threads back in the wrong order."""
+
+
+def pooled_eigenvalues(
+    weights: Sequence[Array],
+    axes: Axes,
+    grids: Sequence[Grid],
+    *,
+    platform: str,
+    solver: Solver,
+    exact: bool,
+    max_batch_bytes: int,
+) -> list[Array]:
+    """Eigenvalues (squared singular values, no division by a dimension) of all windows of each layer.
+
+    Args:
+        weights: L weights, all of one precision, real or complex.
+        axes: rows and columns of the weights.
+        grids: L grids.
+        platform: `"cpu"` solves on the host; any other in batches, on the device.
+        solver: see `analyze`.
+        exact: the small eigenvalues count too; decides what `"auto"` means.
+        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
+
+    Returns:
+        L arrays (D, E), ascending, real, not negative.
+
+    Raises:
+        ValueError: `"gram64"` on an accelerator without `jax_enable_x64`.
+    """
+    if not weights:
+        return []
+    dtype = np.dtype(weights[0].real.dtype)
+    chosen = chosen_solver(solver, platform=platform, exact=exact)
+    if platform != "cpu":
+        stacks = [as_matrices(weight, axes) for weight in weights]
+        return accelerator.batched_spectra(stacks, grids, svd=chosen == "svd", max_batch_bytes=max_batch_bytes)
+
+    def on_host(context: Any, spectra: Sequence[Any], arrays: Sequence[Any]) -> None:
+        del context
+        stacks = [as_matrices(read_only(array), axes) for array in arrays]
+        with SOLVING:
+            found = cpu.spectra(stacks, grids, solver=chosen, max_bytes=max_batch_bytes)
+        for out, values in zip(spectra, found, strict=True):
+            np.asarray(out)[...] = values
+
+    positions = [axes.stack_shape(weight.shape)[0] for weight in weights]
+    shapes = [
+        jax.ShapeDtypeStruct((grid.divisions, grid.num_eigenvalues(count)), dtype)
+        for grid, count in zip(grids, positions, strict=True)
+    ]
+    # Not a `pure_callback`: that copies its arguments in a thread of XLA's pool, which has one for each core or device,
+    # and all of them may be in callbacks that wait for such a copy; on a single core one is enough for a standstill.
+    return buffer_callback(on_host, shapes, vmap_method="sequential")(list(weights))
+
+
+def read_only(buffer: Any) -> np.ndarray:
+    """XLA's own memory, which a callback is shown, as an array that nobody can write to by mistake."""
+    array = np.asarray(buffer)
+    array.setflags(write=False)
+    return array
+
+
+def chosen_solver(solver: Solver, *, platform: str, exact: bool) -> Literal["gram", "gram64", "svd"]:
+    """Choose the solver that `"auto"` stands for, and see that the platform has it.
+
+    Args:
+        solver: see `analyze`.
+        platform: see `pooled_eigenvalues`.
+        exact: see `pooled_eigenvalues`.
+
+    Returns:
+        The solver.
+
+    Raises:
+        ValueError: `"gram64"` on an accelerator without `jax_enable_x64`.
+    """
+    if solver == "auto":
+        return "gram" if not exact else "gram64" if platform == "cpu" else "svd"
+    if solver == "gram64" and platform != "cpu" and jnp.result_type(float) != np.float64:
+        raise ValueError(f"solver 'gram64' on {platform} needs jax_enable_x64; take 'svd' without it")
+    return solver
+
+
+def window_eigenvalues(
+    stacks: Sequence[Any], grids: Sequence[Grid], *, platform: str, solver: Solver, max_batch_bytes: int
+) -> list[np.ndarray]:
+    """Eigenvalues of all windows of each layer, window by window; eager only.
+
+    Args:
+        stacks: L stacks (K, R, C), of numpy or of jax, real or complex.
+        grids: L grids.
+        platform: `"cpu"` solves on the host; any other in batches, on the default device.
+        solver: `"gram"`, `"gram64"` or `"svd"`, see `analyze`; `"gram64"` needs no `jax_enable_x64` here.
+        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
+
+    Returns:
+        L arrays (K * W, n), kernel position after position, each row ascending; real, not negative, in float64 by
+        `"gram64"`, else in the stack's precision.
+    """
+    if platform == "cpu":
+        on_host = [np.asarray(stack) for stack in stacks]
+        return cpu.window_spectra(on_host, grids, solver=solver, max_bytes=max_batch_bytes)
+    double = solver == "gram64"
+    with jax.enable_x64(True) if double else contextlib.nullcontext():
+        # One call for each layer: it is compiled for each shape of a layer, not for each selection of layers.
+        values = [
+            accelerator.device_windows(
+                jnp.asarray(stack, np.result_type(stack.dtype, np.float64) if double else None),
+                grid,
+                svd=solver == "svd",
+                max_batch_bytes=max_batch_bytes,
+            )
+            for stack, grid in zip(stacks, grids, strict=True)
+        ]
+        return [np.asarray(part) for part in values]
