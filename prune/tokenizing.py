@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import reason
+from farms_jax.weights.sanitise import one_line
 
 _GAPS = 1_000_000  # ids without a token that a tokenizer may have
 
@@ -31,7 +31,7 @@ def tokenizer_faults(what: str, remedy: str) -> Generator[None]:
     except BaseException as error:  # these packages promise no type, and an error of Rust is no `Exception`
         if isinstance(error, InputError | KeyboardInterrupt | SystemExit | GeneratorExit):
             raise
-        raise InputError(f"{what} ({reason(error)}); {remedy}") from error
+        raise InputError(f"{what} ({one_line(error)}); {remedy}") from error
 
 
 def check_tokenizer(tokenizer: Any) -> None:

@@ -18,7 +18,7 @@ from farms_jax import named_leaves
 from farms_jax.errors import InputError
 from farms_jax.programs import files
 from farms_jax.weights.safetensors_file import read_header, read_tensor
-from farms_jax.weights.sanitise import check_name, plain, reason, shown
+from farms_jax.weights.sanitise import check_name, one_line, printable, short_repr
 
 from .conversion import COMPONENTS, component_of, place_of, place_of_path
 from .model import NAMED, ModelConfig, Params, make_network
@@ -75,7 +75,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
                 f"{path}: holds more than tensors, such as code, which is never run, or is damaged; get a checkpoint "
                 "with the weights alone"
             ) from error
-        raise InputError(f"{path}: damaged, or no Torch file ({reason(error)}); download it again") from error
+        raise InputError(f"{path}: damaged, or no Torch file ({one_line(error)}); download it again") from error
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f'{path}: holds no state dict, by itself or under "model"; give a checkpoint of DPOT')
@@ -116,19 +116,19 @@ class Faults(NamedTuple):
 def _faults(
     arrays: Mapping[str, np.ndarray], unknown: Iterable[str], expected: Mapping[str, tuple[int, ...]]
 ) -> Faults:
-    lines, components = [f"unknown {plain(name)}" for name in unknown], set()
+    lines, components = [f"unknown {printable(name)}" for name in unknown], set()
     depth, depth_expected = _depth(arrays), _depth(expected)
     if depth != depth_expected and depth:
         lines.append(f"{depth} blocks, the model has {depth_expected}")
     for path in sorted({*arrays, *expected}):
         place = place_of_path(path)
-        name = plain(place.name if place else path)
+        name = printable(place.name if place else path)
         if path not in expected:
             lines.append(f"extra {name}")
         elif path not in arrays:
             lines.append(f"missing {name}")
         elif arrays[path].shape != expected[path]:
-            lines.append(f"{name} is {shown(arrays[path].shape)}, the model's {expected[path]} ({path})")
+            lines.append(f"{name} is {short_repr(arrays[path].shape)}, the model's {expected[path]} ({path})")
         else:
             continue
         components.add(component_of(path))
@@ -283,7 +283,7 @@ def _differences(path: Path, config: ModelConfig) -> list[str]:
         return []
     names = ("modes", "activation")
     return [
-        f"{name}: the checkpoint was trained with {plain(str(saved[name]))}, the model has {getattr(config, name)}"
+        f"{name}: the checkpoint was trained with {printable(str(saved[name]))}, the model has {getattr(config, name)}"
         for name in names
         if isinstance(saved, dict) and name in saved and saved[name] != getattr(config, name)
     ]
@@ -328,7 +328,7 @@ def infer_config(state: Mapping[str, np.ndarray]) -> ModelConfig:
             time_aggregation="exp_mlp" if "time_agg/gamma" in arrays else "mlp",
         )
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        fault = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else reason(error)
+        fault = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else one_line(error)
         raise InputError(f"not of a DPOT model: {fault}; give a whole checkpoint of DPOT") from error
     config.check()
     return config

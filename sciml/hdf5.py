@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import plain, reason, shown
+from farms_jax.weights.sanitise import one_line, printable, short_repr
 
 CHANNELS = ("Vx", "Vy", "density", "pressure")  # in the order DPOT was trained with
 LAYOUTS = (
@@ -175,8 +175,8 @@ class _Scattered(Source):
         data = _dataset(self.file(index), file, "data", (4, 3))
         if _with_channel(data.shape) != self.shape:
             raise InputError(
-                f"{self.file(index)}, dataset data: shape {shown(data.shape)}, but data_0.hdf5 holds {self.shape}; "
-                "keep trajectories of one size in a folder"
+                f"{self.file(index)}, dataset data: shape {short_repr(data.shape)}, but data_0.hdf5 holds "
+                f"{self.shape}; keep trajectories of one size in a folder"
             )
         return data
 
@@ -221,7 +221,7 @@ def _damage(fault: str, remedy: str) -> Generator[None]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{fault} ({reason(error)}); {remedy}") from error
+        raise InputError(f"{fault} ({one_line(error)}); {remedy}") from error
 
 
 def _contents(path: Path) -> contextlib.AbstractContextManager[None]:
@@ -233,7 +233,7 @@ def _count_scattered(folder: Path) -> int:
     names = [entry.name for entry in folder.iterdir()]
     numbers = {int(match[1]) for name in names if (match := re.fullmatch(r"data_(0|[1-9]\d*)\.hdf5", name))}
     if not numbers:
-        there = ", ".join(map(plain, sorted(names)[:_LISTED])) or "nothing"
+        there = ", ".join(map(printable, sorted(names)[:_LISTED])) or "nothing"
         raise InputError(
             f"{folder}: holds neither data_0.hdf5, data_1.hdf5, ... nor train and test; it holds {there}. Give the "
             "folder of the trajectories, or an HDF5 file"
@@ -268,10 +268,14 @@ def _dataset(path: Path, file: h5py.File, name: str, axes: tuple[int, ...]) -> h
         raise InputError(f"{path}: no dataset {name}; it has {_listing(file)}, and expected are {LAYOUTS}")
     where, shape = f"{path}, dataset {name}", data.shape or ()
     if data.dtype.kind != "f":
-        raise InputError(f"{where}: holds {plain(str(data.dtype))}, not floating point numbers; store it as float32")
+        raise InputError(
+            f"{where}: holds {printable(str(data.dtype))}, not floating point numbers; store it as float32"
+        )
     if len(shape) not in axes:
         wanted = " or ".join(map(str, axes))
-        raise InputError(f"{where}: shape {shown(shape)} has {len(shape)} axes, not {wanted}; expected are {LAYOUTS}")
+        raise InputError(
+            f"{where}: shape {short_repr(shape)} has {len(shape)} axes, not {wanted}; expected are {LAYOUTS}"
+        )
     if 0 in shape:
         raise InputError(f"{where}: shape {shape} is empty; write the file again with at least one entry on each axis")
     _check_storage(where, path, data)
@@ -288,8 +292,8 @@ def _check_storage(where: str, path: Path, data: h5py.Dataset) -> None:
     stored, size = data.id.get_storage_size(), math.prod(data.shape) * data.dtype.itemsize
     if stored > end or size > packed * stored + (_SLACK if filters else 0) or not stored:
         raise InputError(
-            f"{where}: shape {shown(data.shape)} of {plain(str(data.dtype))} needs {size} bytes, which the {stored} "
-            f"bytes that are stored in a file of {end} cannot hold; fetch or write the file again"
+            f"{where}: shape {short_repr(data.shape)} of {printable(str(data.dtype))} needs {size} bytes, which the "
+            f"{stored} bytes that are stored in a file of {end} cannot hold; fetch or write the file again"
         )
     if data.chunks is not None:
         _check_chunks(where, end, data, data.chunks, packed)
@@ -306,7 +310,7 @@ def _check_chunks(where: str, end: int, data: h5py.Dataset, shape: tuple[int, ..
 
     if data.id.chunk_iter(is_bad):
         raise InputError(
-            f"{where}: a chunk of shape {shown(shape)} is not whole in the file; fetch or write the file again"
+            f"{where}: a chunk of shape {short_repr(shape)} is not whole in the file; fetch or write the file again"
         )
 
 
@@ -320,7 +324,7 @@ def _listing(file: h5py.File) -> str:
     """Datasets and groups at the top of a file, with shapes; the first ones if there are many."""
     items = ((name, file.get(name)) for name in islice(file, _LISTED))
     listed = [
-        f"{plain(name)} {shown(item.shape)}" if isinstance(item, h5py.Dataset) else f"{plain(name)}/"
+        f"{printable(name)} {short_repr(item.shape)}" if isinstance(item, h5py.Dataset) else f"{printable(name)}/"
         for name, item in items
     ]
     return ", ".join(listed) + (", ..." if len(file) > _LISTED else "") if listed else "no datasets"

@@ -16,7 +16,7 @@ import numpy as np
 from farms_jax.errors import InputError
 from farms_jax.weights.cursor import Cursor
 from farms_jax.weights.safetensors_file import read_bytes
-from farms_jax.weights.sanitise import check_name, is_valid_shape, plain, reason, shown
+from farms_jax.weights.sanitise import check_name, is_valid_shape, one_line, printable, short_repr
 
 _REMEDY = Cursor.remedy
 # The format's own numbers for types of values, in the words of `struct`; text and array stand between them.
@@ -120,7 +120,7 @@ def read_gguf(path: Path, *, long_arrays: bool = False) -> GGUFFile:
     except InputError:
         raise
     except (ValueError, OverflowError) as error:
-        raise InputError(f"{path}: its metadata is damaged ({reason(error)}); {_REMEDY}") from error
+        raise InputError(f"{path}: its metadata is damaged ({one_line(error)}); {_REMEDY}") from error
 
 
 def _read(cursor: _Cursor, *, long_arrays: bool) -> GGUFFile:
@@ -134,7 +134,7 @@ def _read(cursor: _Cursor, *, long_arrays: bool) -> GGUFFile:
     for _ in range(key_count):
         key = cursor.text()
         if key in metadata:
-            raise InputError(f"{path}: {plain(key)} is in the metadata twice; {_REMEDY}")
+            raise InputError(f"{path}: {printable(key)} is in the metadata twice; {_REMEDY}")
         metadata[key] = cursor.value(long_arrays=long_arrays)
     if metadata.get("split.count", 1) != 1:
         raise InputError(f"{path}: one part of a split model; put it together with `llama-gguf-split --merge` first")
@@ -147,7 +147,7 @@ def _read(cursor: _Cursor, *, long_arrays: bool) -> GGUFFile:
         raise InputError(f"{path}: a tensor's name is there twice; {_REMEDY}")
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0:
-        raise InputError(f"{path}: general.alignment {shown(alignment)} is not a positive number; {_REMEDY}")
+        raise InputError(f"{path}: general.alignment {short_repr(alignment)} is not a positive number; {_REMEDY}")
     start = -(-cursor.file.tell() // alignment) * alignment
     tensors = {
         name: _tensor(f"{path}: {name}", shape, kind, start + offset, cursor.size)
@@ -164,11 +164,12 @@ def _tensor(where: str, shape: tuple[int, ...], number: int, start: int, size: i
         gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise InputError(
-            f"{where}: quantisation {number} cannot be undone here ({reason(error)}); give a file in F16, F32 or Q8_0"
+            f"{where}: quantisation {number} cannot be undone here ({one_line(error)}); give a file in F16, F32 or Q8_0"
         ) from error
     if not shape or 0 in shape or shape[-1] % block or not is_valid_shape(shape, _FLOAT32.itemsize):
         raise InputError(
-            f"{where}: shape {shown(shape)} is not one of {kind.name}, whose rows have blocks of {block}; {_REMEDY}"
+            f"{where}: shape {short_repr(shape)} is not one of {kind.name}, whose rows have blocks of {block}; "
+            f"{_REMEDY}"
         )
     row_bytes = shape[-1] // block * block_bytes
     if start + math.prod(shape[:-1]) * row_bytes > size:

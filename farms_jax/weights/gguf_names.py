@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import plain, shown
+from farms_jax.weights.sanitise import printable, short_repr
 
 ROPE_FACTORS = "rope_freqs.weight"
 _NAME = re.compile(r"(?:blk\.(?P<block>0|[1-9]\d*)\.)?(?P<module>\w+)\.(?P<kind>weight|bias)")
@@ -46,7 +46,7 @@ def architecture_of(metadata: Mapping[str, Any], where: str) -> str:
     """
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in _BLOCKS:
-        raise InputError(f"{where}: unknown architecture {shown(architecture)}; known are {', '.join(_BLOCKS)}")
+        raise InputError(f"{where}: unknown architecture {short_repr(architecture)}; known are {', '.join(_BLOCKS)}")
     return architecture
 
 
@@ -78,7 +78,7 @@ def hugging_face_names(architecture: str, names: Iterable[str], where: str) -> d
     if unknown:
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
         raise InputError(
-            f"{where}: unknown tensors for {architecture}: {', '.join(map(plain, unknown[:10]))}{more}; "
+            f"{where}: unknown tensors for {architecture}: {', '.join(map(printable, unknown[:10]))}{more}; "
             "give the model as a Hugging Face folder"
         )
     return found

@@ -14,7 +14,7 @@ import numpy as np
 from farms_jax.errors import InputError
 from farms_jax.weights.safetensors_file import TensorInfo
 from farms_jax.weights.safetensors_source import open_safetensors
-from farms_jax.weights.sanitise import plain, shown
+from farms_jax.weights.sanitise import printable, short_repr
 from farms_jax.weights.shards import read_json
 from farms_jax.weights.source import WeightSource
 
@@ -131,7 +131,7 @@ class LoraSource(WeightSource):
 
     @property
     def _trained_on(self) -> str:
-        return plain(str(self._config.get("base_model_name_or_path")))
+        return printable(str(self._config.get("base_model_name_or_path")))
 
     def _misfit(self, name: str, target: str) -> InputError:
         found, has = self._adapter.tensors[name].shape, self._base.tensors[target].shape
@@ -170,17 +170,18 @@ def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
     where = path / ADAPTER_CONFIG
     if config.get("peft_type") != "LORA":
         raise InputError(
-            f"{where}: an adapter of the kind {plain(str(config.get('peft_type')))}, only LORA is known; {_MERGE}"
+            f"{where}: an adapter of the kind {printable(str(config.get('peft_type')))}, only LORA is known; {_MERGE}"
         )
     if config.get("use_dora"):
         raise InputError(f"{where}: DoRA rescales rows besides, which is not known here; {_MERGE}")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise InputError(f"{where}: alpha_pattern {shown(patterns)} is no table; save the adapter again")
+        raise InputError(f"{where}: alpha_pattern {short_repr(patterns)} is no table; save the adapter again")
     for pattern, alpha in {"": config.get("lora_alpha"), **patterns}.items():
         if not _is_number(alpha) or not _is_pattern(pattern):
             raise InputError(
-                f"{where}: lora_alpha or alpha_pattern has {shown(pattern)}: {shown(alpha)}; save the adapter again"
+                f"{where}: lora_alpha or alpha_pattern has {short_repr(pattern)}: {short_repr(alpha)}; save the "
+                "adapter again"
             )
 
 

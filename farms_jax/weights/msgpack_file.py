@@ -14,7 +14,7 @@ import numpy as np
 
 from farms_jax.errors import InputError
 from farms_jax.weights.cursor import Cursor
-from farms_jax.weights.sanitise import is_valid_shape, reason, shown
+from farms_jax.weights.sanitise import is_valid_shape, one_line, short_repr
 
 _REMEDY = "write it again with flax.serialization.to_bytes"
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # Flax's extensions
@@ -73,7 +73,7 @@ def read_tree(path: Path) -> Tree:
             f"{path}: cannot be read ({error.strerror or error}); check the path and its rights"
         ) from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: a text in it is damaged ({reason(error)}); {_REMEDY}") from error
+        raise InputError(f"{path}: a text in it is damaged ({one_line(error)}); {_REMEDY}") from error
 
 
 class _Walker(Cursor):
@@ -113,7 +113,7 @@ class _Walker(Cursor):
         for _ in range(count):
             key = self.value()
             if not isinstance(key, str) or key in tree:
-                raise InputError(f"{self.path}: key {shown(key)} of a map is no text, or there twice; {_REMEDY}")
+                raise InputError(f"{self.path}: key {short_repr(key)} of a map is no text, or there twice; {_REMEDY}")
             tree[key] = self.value()
         self.depth -= 1
         return tree
@@ -145,17 +145,17 @@ class _Walker(Cursor):
             raise self.damaged("is not (shape, dtype, bytes)")
         shape, name, kind = self.value(), self.value(), self.take(1)[0]
         if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-            raise self.damaged(f"has the shape {shown(shape)}")
+            raise self.damaged(f"has the shape {short_repr(shape)}")
         if kind not in _BYTES:
             raise self.damaged("has no bytes")
         size, start, dtype = self.number(_BYTES[kind]), self.file.tell(), self.dtype(name)
         fits = is_valid_shape(shape, dtype.itemsize) and math.prod(shape) * dtype.itemsize == size
         if start + size != end or not fits:
-            raise self.damaged(f"of shape {shown(tuple(shape))} and {dtype} has {size} bytes")
+            raise self.damaged(f"of shape {short_repr(tuple(shape))} and {dtype} has {size} bytes")
         return ArrayAt(dtype, tuple(shape), start, size)
 
     def dtype(self, name: Any) -> np.dtype[Any]:
-        fault = self.damaged(f"has the dtype {shown(name)}, which is no kind of number")
+        fault = self.damaged(f"has the dtype {short_repr(name)}, which is no kind of number")
         if not isinstance(name, str) or not re.fullmatch(r"[a-z]\w*", name):
             raise fault
         try:

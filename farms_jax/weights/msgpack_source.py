@@ -16,7 +16,7 @@ from farms_jax._axes import FLAX_AXES
 from farms_jax.errors import InputError
 from farms_jax.weights.msgpack_file import ArrayAt, Tree, read_tree
 from farms_jax.weights.safetensors_file import TensorInfo, read_bytes
-from farms_jax.weights.sanitise import is_valid_shape, plain, shown
+from farms_jax.weights.sanitise import is_valid_shape, printable, short_repr
 from farms_jax.weights.source import WeightSource
 
 _PIECES = "__msgpack_chunked_array__"
@@ -59,7 +59,7 @@ def _named(tree: Tree, path: tuple[str, ...], where: str) -> Iterator[tuple[str,
         if isinstance(value, ArrayAt):
             yield "/".join(here), _Place(TensorInfo(value.dtype, value.shape), (value,))
         elif isinstance(value, dict) and _PIECES in value:
-            yield "/".join(here), _joined(value, f"{where}: {plain('/'.join(here))}")
+            yield "/".join(here), _joined(value, f"{where}: {printable('/'.join(here))}")
         elif isinstance(value, dict):
             yield from _named(value, here, where)
 
@@ -74,7 +74,7 @@ def _joined(node: Mapping[str, Any], where: str) -> _Place:
     found = sum(math.prod(piece.shape) for piece in pieces)
     if len(dtypes) != 1 or not is_valid_shape(shape, pieces[0].dtype.itemsize) or found != math.prod(shape):
         raise InputError(
-            f"{where}: its pieces have {found} entries, its shape {shown(shape)} another number; write it again"
+            f"{where}: its pieces have {found} entries, its shape {short_repr(shape)} another number; write it again"
         )
     return _Place(TensorInfo(dtypes.pop(), shape), pieces)
 

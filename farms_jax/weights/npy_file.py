@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import is_valid_shape, plain, reason, shown
+from farms_jax.weights.sanitise import is_valid_shape, one_line, printable, short_repr
 
 _REMEDY = "write it again with numpy.save or numpy.savez"
 _PIECE = 1 << 18  # bytes; a zip archive gives what is asked for in one copy more
@@ -53,21 +53,23 @@ def read_npy_header(stream: IO[bytes], where: str) -> NpyHeader:
     try:
         version = npy.read_magic(stream)
     except ValueError as error:
-        raise InputError(f"{where}: damaged, or no array of numpy ({reason(error)}); {_REMEDY}") from error
+        raise InputError(f"{where}: damaged, or no array of numpy ({one_line(error)}); {_REMEDY}") from error
     if version not in _READERS:
         raise InputError(f"{where}: version {version} of the npy format holds no plain numbers; {_REMEDY}")
     try:
         shape, fortran, dtype = _READERS[version](stream)
     except Exception as error:  # of any kind: a header is an expression of Python, taken apart by Python's own parser
-        raise InputError(f"{where}: its header is damaged ({reason(error)}); {_REMEDY}") from error
+        raise InputError(f"{where}: its header is damaged ({one_line(error)}); {_REMEDY}") from error
     if dtype.hasobject:
         raise InputError(f"{where} holds Python objects, that is pickles, which are never loaded; save numbers instead")
     # type(), not isinstance(): True is an int to Python.
     sizes: Sequence[Any] = shape
     if not all(type(size) is int and size >= 0 for size in sizes) or not is_valid_shape(shape, max(1, dtype.itemsize)):
-        raise InputError(f"{where}: there can be no array of shape {shown(shape)} and {plain(str(dtype))}; {_REMEDY}")
+        raise InputError(
+            f"{where}: there can be no array of shape {short_repr(shape)} and {printable(str(dtype))}; {_REMEDY}"
+        )
     if dtype.itemsize == 0 or dtype.shape:
-        raise InputError(f"{where}: its entries are {plain(str(dtype))}, no plain numbers; {_REMEDY}")
+        raise InputError(f"{where}: its entries are {printable(str(dtype))}, no plain numbers; {_REMEDY}")
     return NpyHeader(dtype, shape, fortran, stream.tell(), math.prod(shape) * dtype.itemsize)
 
 
@@ -112,7 +114,7 @@ def read_npy(path: Path) -> np.ndarray:
         header, size = read_npy_header(file, str(path)), path.stat().st_size
         if header.start + header.size != size:
             raise InputError(
-                f"{path}: shape {shown(header.shape)} of {plain(str(header.dtype))} needs {header.size} bytes, the "
-                f"file gives {size - header.start}; {_REMEDY}"
+                f"{path}: shape {short_repr(header.shape)} of {printable(str(header.dtype))} needs {header.size} "
+                f"bytes, the file gives {size - header.start}; {_REMEDY}"
             )
         return read_npy_entries(file, header, str(path))

@@ -15,7 +15,7 @@ from farms_jax._axes import FLAX_AXES
 from farms_jax.errors import InputError
 from farms_jax.weights.npy_file import NpyHeader, read_npy_entries, read_npy_header
 from farms_jax.weights.safetensors_file import TensorInfo
-from farms_jax.weights.sanitise import plain, reason, shown
+from farms_jax.weights.sanitise import one_line, printable, short_repr
 from farms_jax.weights.source import WeightSource
 
 _REMEDY = "write it again with numpy.savez"
@@ -46,7 +46,7 @@ class NpzSource(WeightSource):
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
                 if name in tensors:
-                    raise InputError(f"{path}: {plain(name)} is in it twice; {_REMEDY}")
+                    raise InputError(f"{path}: {printable(name)} is in it twice; {_REMEDY}")
                 header = _read_header(path, archive, member)
                 tensors[name] = TensorInfo(_stored(header.dtype), header.shape)
         super().__init__(path, path.stem, "npz", FLAX_AXES, tensors)
@@ -74,16 +74,16 @@ def read_npz(path: Path, name: str) -> np.ndarray:
     try:
         with _archive(path) as archive:
             if f"{name}.npy" not in (names := archive.namelist()):
-                listed = ", ".join(plain(member.removesuffix(".npy")) for member in names[:_LISTED])
-                raise InputError(f"{path}: has no array {plain(name)}, only {listed}; {_REMEDY}")
+                listed = ", ".join(printable(member.removesuffix(".npy")) for member in names[:_LISTED])
+                raise InputError(f"{path}: has no array {printable(name)}, only {listed}; {_REMEDY}")
             member = archive.getinfo(f"{name}.npy")
             header = _read_header(path, archive, member)
             with archive.open(member) as stream:
                 stream.seek(header.start)
-                array = read_npy_entries(stream, header, f"{path}: {plain(name)}")
+                array = read_npy_entries(stream, header, f"{path}: {printable(name)}")
     except OSError as error:
         raise InputError(
-            f"{path}: {plain(name)} cannot be read ({error.strerror or reason(error)}); check the disk"
+            f"{path}: {printable(name)} cannot be read ({error.strerror or one_line(error)}); check the disk"
         ) from error
     return array.view(_stored(array.dtype))
 
@@ -96,11 +96,11 @@ def _archive(path: Path) -> Generator[zipfile.ZipFile]:
     except _DAMAGED as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: damaged, or no npz archive ({reason(error)}); {_REMEDY}") from error
+        raise InputError(f"{path}: damaged, or no npz archive ({one_line(error)}); {_REMEDY}") from error
 
 
 def _read_header(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NpyHeader:
-    where = f"{path}: {plain(member.filename)}"
+    where = f"{path}: {printable(member.filename)}"
     if not member.filename.endswith(".npy"):
         raise InputError(f"{where} is no array; {_REMEDY}")
     if member.compress_type not in _METHODS:
@@ -110,8 +110,8 @@ def _read_header(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) 
     whole = header.start + header.size == member.file_size
     if not whole or member.file_size > _MOST_DEFLATED * member.compress_size + _SLACK:
         raise InputError(
-            f"{where}: shape {shown(header.shape)} of {plain(str(header.dtype))} needs {header.size} bytes, which its "
-            f"{member.compress_size} bytes in the archive cannot hold; {_REMEDY}"
+            f"{where}: shape {short_repr(header.shape)} of {printable(str(header.dtype))} needs {header.size} bytes, "
+            f"which its {member.compress_size} bytes in the archive cannot hold; {_REMEDY}"
         )
     return header
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from farms_jax.errors import InputError
 from farms_jax.weights.safetensors_file import TensorInfo
-from farms_jax.weights.sanitise import check_name, is_valid_shape, reason, shown
+from farms_jax.weights.sanitise import check_name, is_valid_shape, one_line, short_repr
 from farms_jax.weights.shards import read_json
 
 TABLE = "_METADATA"
@@ -62,7 +62,7 @@ def read_tree(folder: Path) -> dict[str, Array]:
             "fill_missing_data_reads": not table.get("store_array_data_equal_to_fill_value", False),
         }
     except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / TABLE}: not a table of Orbax ({reason(error)}); {_REMEDY}") from error
+        raise InputError(f"{folder / TABLE}: not a table of Orbax ({one_line(error)}); {_REMEDY}") from error
     return _open_all(folder, spec, leaves)
 
 
@@ -109,7 +109,7 @@ def _array(store: Any, most: int) -> Array:
     info = TensorInfo(np.dtype(store.dtype.numpy_dtype), tuple(store.shape))
     for shape in (info.shape, store.chunk_layout.read_chunk.shape or (), store.chunk_layout.write_chunk.shape or ()):
         if not is_valid_shape(shape, info.dtype.itemsize) or math.prod(shape) * info.dtype.itemsize > most:
-            raise ValueError(f"its files cannot hold an array or a chunk of shape {shown(tuple(shape))}")
+            raise ValueError(f"its files cannot hold an array or a chunk of shape {short_repr(tuple(shape))}")
     return Array(info, store)
 
 
@@ -141,4 +141,4 @@ def read_array(folder: Path, name: str, array: Array) -> np.ndarray:
 
 def _reason(error: Exception) -> str:
     # What follows the bracket is the specification of the array, which nobody wrote.
-    return reason(error).partition(" [")[0]
+    return one_line(error).partition(" [")[0]

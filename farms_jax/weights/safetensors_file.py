@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import check_name, is_valid_shape, reason, shown
+from farms_jax.weights.sanitise import check_name, is_valid_shape, one_line, short_repr
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 # Largest alignment last: files are laid out from the end of this table to its start, as the format's own writer does,
@@ -127,7 +127,7 @@ def parse_header(raw: bytes, size: int, name: str) -> Header:
     try:
         content = json.loads(raw[8:].decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}: the safetensors header is not valid JSON ({reason(error)}); {_REMEDY}") from error
+        raise InputError(f"{name}: the safetensors header is not valid JSON ({one_line(error)}); {_REMEDY}") from error
     if not isinstance(content, dict):
         raise InputError(f"{name}: the safetensors header is not a JSON object; {_REMEDY}")
     metadata = content.pop("__metadata__", {})
@@ -141,13 +141,13 @@ def parse_header(raw: bytes, size: int, name: str) -> Header:
     for tensor, entry in ordered.items():
         if entry.stop > size:
             raise InputError(
-                f"{name}: {tensor} should end at byte {shown(entry.stop)}, but the file has {size}: truncated; "
+                f"{name}: {tensor} should end at byte {short_repr(entry.stop)}, but the file has {size}: truncated; "
                 f"{_REMEDY}"
             )
         if entry.start != end:
             fault = "overlaps another tensor" if entry.start < end else "leaves bytes before it that no tensor owns"
             raise InputError(
-                f"{name}: {tensor} {fault} (starts at byte {shown(entry.start)}, expected {end}); {_REMEDY}"
+                f"{name}: {tensor} {fault} (starts at byte {short_repr(entry.start)}, expected {end}); {_REMEDY}"
             )
         end = entry.stop
     if end != size:
@@ -168,17 +168,20 @@ def _entry(fields: Any, data_start: int, where: str) -> Entry:
         raise InputError(f"{where}: its entry needs exactly dtype, shape and data_offsets; {_REMEDY}")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise InputError(f"{where}: unknown dtype {shown(code)}; give a checkpoint in float32, float16 or bfloat16")
+        raise InputError(
+            f"{where}: unknown dtype {short_repr(code)}; give a checkpoint in float32, float16 or bfloat16"
+        )
     if not _are_sizes(shape):
-        raise InputError(f"{where}: shape {shown(shape)} is not a list of whole numbers >= 0; {_REMEDY}")
+        raise InputError(f"{where}: shape {short_repr(shape)} is not a list of whole numbers >= 0; {_REMEDY}")
     if not is_valid_shape(shape, DTYPES[code].itemsize):
-        raise InputError(f"{where}: there can be no array of shape {shown(shape)}; {_REMEDY}")
+        raise InputError(f"{where}: there can be no array of shape {short_repr(shape)}; {_REMEDY}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise InputError(f"{where}: data_offsets {shown(offsets)} are not [start, stop]; {_REMEDY}")
+        raise InputError(f"{where}: data_offsets {short_repr(offsets)} are not [start, stop]; {_REMEDY}")
     needed, given = math.prod(shape) * DTYPES[code].itemsize, offsets[1] - offsets[0]
     if needed != given:
         raise InputError(
-            f"{where}: shape {shown(shape)} of {code} needs {needed} bytes, the file gives {shown(given)}; {_REMEDY}"
+            f"{where}: shape {short_repr(shape)} of {code} needs {needed} bytes, the file gives "
+            f"{short_repr(given)}; {_REMEDY}"
         )
     return Entry(DTYPES[code], tuple(shape), data_start + offsets[0], data_start + offsets[1])
 

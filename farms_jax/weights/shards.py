@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from farms_jax.errors import InputError
 from farms_jax.weights.safetensors_file import Header, read_header
-from farms_jax.weights.sanitise import plain, reason, shown
+from farms_jax.weights.sanitise import one_line, printable, short_repr
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -47,7 +47,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
             f"{path}: cannot be read ({error.strerror or error}); check the path and its rights"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({reason(error)}); download it again") from error
+        raise InputError(f"{path}: not valid JSON ({one_line(error)}); download it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object; download it again")
     return content
@@ -107,7 +107,9 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, filename in weight_map.items():
         # A name with a folder in it would make an export write outside its own.
         if not isinstance(filename, str) or Path(filename).name != filename or not _can_be_file(filename):
-            raise InputError(f"{path}: {plain(name)} is in {shown(filename)}, no plain file name; download it again")
+            raise InputError(
+                f"{path}: {printable(name)} is in {short_repr(filename)}, no plain file name; download it again"
+            )
     return weight_map
 
 
@@ -117,10 +119,12 @@ def _can_be_file(name: str) -> bool:
 
 def _check_index(path: Path, index: Mapping[str, str], home: Mapping[str, str]) -> None:
     missing = [
-        f"{plain(name)} (not in {plain(filename)})" for name, filename in index.items() if home.get(name) != filename
+        f"{printable(name)} (not in {printable(filename)})"
+        for name, filename in index.items()
+        if home.get(name) != filename
     ]
     unlisted = [
-        f"{plain(name)} (in {plain(filename)}, not in the index)"
+        f"{printable(name)} (in {printable(filename)}, not in the index)"
         for name, filename in home.items()
         if name not in index
     ]

@@ -11,7 +11,7 @@ from farms_jax._axes import Axes
 from farms_jax._names import natural_key
 from farms_jax.errors import InputError
 from farms_jax.weights.safetensors_file import TensorInfo
-from farms_jax.weights.sanitise import check_name, plain
+from farms_jax.weights.sanitise import check_name, printable
 from farms_jax.weights.skipped import not_weights
 
 
@@ -62,7 +62,7 @@ class WeightSource(ABC):
         """
         if name not in self.tensors:
             raise InputError(
-                f"{self.path}: there is no tensor {plain(name)} among its {len(self.tensors)}; check the name"
+                f"{self.path}: there is no tensor {printable(name)} among its {len(self.tensors)}; check the name"
             )
         return self._read(name)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from farms_jax.errors import InputError
 from farms_jax.weights.gguf_names import ROPE_FACTORS, architecture_of
-from farms_jax.weights.sanitise import shown
+from farms_jax.weights.sanitise import short_repr
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -108,7 +108,7 @@ class _Facts:
             value = value[0]
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise InputError(
-                f"{self.where}: {self.architecture}.{key} is {shown(value)}, no number > 0 for all blocks; "
+                f"{self.where}: {self.architecture}.{key} is {short_repr(value)}, no number > 0 for all blocks; "
                 "not supported"
             )
         return value
@@ -117,7 +117,7 @@ class _Facts:
         value = self.get(key, *default)
         if not isinstance(value, int | float) or not _SMALLEST <= value <= _LARGEST:
             raise InputError(
-                f"{self.where}: {self.architecture}.{key} is {shown(value)}, no number > 0; convert the model anew"
+                f"{self.where}: {self.architecture}.{key} is {short_repr(value)}, no number > 0; convert the model anew"
             )
         return value
 
@@ -131,7 +131,9 @@ def _rope_scaling(facts: _Facts, theta: float, head_dim: int, factors: np.ndarra
     linear = facts.real("rope.scale_linear", 1.0)  # the older key
     kind = facts.get("rope.scaling.type", "none" if linear == 1 else "linear")
     if kind != "none" and (kind != "linear" or factors is not None):
-        raise InputError(f"{facts.where}: rotary scaling {shown(kind)} is not supported; none, linear and llama3 are")
+        raise InputError(
+            f"{facts.where}: rotary scaling {short_repr(kind)} is not supported; none, linear and llama3 are"
+        )
     if factors is not None:
         return _llama3_scaling(factors, theta, head_dim, facts.where)
     if kind == "none":
@@ -145,7 +147,7 @@ def _llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str
     # thus gives the original length; all of them must then agree.
     if factors.shape != (head_dim // 2,):
         raise InputError(
-            f"{where}: {ROPE_FACTORS} has shape {shown(factors.shape)}, not ({head_dim // 2},); download it again"
+            f"{where}: {ROPE_FACTORS} has shape {short_repr(factors.shape)}, not ({head_dim // 2},); download it again"
         )
     if np.all(factors == 1):
         return None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import shown
+from farms_jax.weights.sanitise import short_repr
 
 from ..tokenizing import check_tokenizer, tokenizer_faults
 
@@ -59,7 +59,9 @@ def make_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
     makers = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = metadata.get("tokenizer.ggml.model")
     if not isinstance(kind, str) or kind not in makers:
-        raise InputError(f"{where}: tokenizer.ggml.model {shown(kind)} is not one of {', '.join(makers)}; {_OTHER}")
+        raise InputError(
+            f"{where}: tokenizer.ggml.model {short_repr(kind)} is not one of {', '.join(makers)}; {_OTHER}"
+        )
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or len(set(tokens)) != len(tokens):
         raise InputError(f"{where}: tokenizer.ggml.tokens is missing, or has a token twice; {_OTHER}")
@@ -80,7 +82,7 @@ def _byte_level(
     del types
     rule = metadata.get("tokenizer.ggml.pre")
     if not isinstance(rule, str) or rule not in _WORDS:
-        raise InputError(f"{where}: tokenizer.ggml.pre {shown(rule)} is not one of {', '.join(_WORDS)}; {_OTHER}")
+        raise InputError(f"{where}: tokenizer.ggml.pre {short_repr(rule)} is not one of {', '.join(_WORDS)}; {_OTHER}")
     words = _WORDS[rule]
     # Not split(" ") alone: the first half may begin with a space.
     merges = [

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import plain
+from farms_jax.weights.sanitise import printable
 
 _LISTED = 10  # tensors that an error names
 
@@ -75,17 +75,17 @@ def check(rules: Iterable[Rule], expected: Mapping[str, Shape], found: Mapping[s
         InputError: one for all tensors that are unknown, missing or of another shape; it lists the first ones.
     """
     rules = list(rules)
-    faults = [f"missing: {plain(name)} {list(shape)}" for name, shape in expected.items() if name not in found]
+    faults = [f"missing: {printable(name)} {list(shape)}" for name, shape in expected.items() if name not in found]
     for name, shape in found.items():
         if name in expected:
             if tuple(shape) != tuple(expected[name]):
-                faults.append(f"of another shape: {plain(name)} is {list(shape)}, must be {list(expected[name])}")
+                faults.append(f"of another shape: {printable(name)} is {list(shape)}, must be {list(expected[name])}")
             continue
         target = place(rules, name)
         if target is None:
-            faults.append(f"unknown: {plain(name)} {list(shape)}")
+            faults.append(f"unknown: {printable(name)} {list(shape)}")
         elif target.parts:
-            faults.append(f"not in a network of this config.json: {plain(name)} {list(shape)}")
+            faults.append(f"not in a network of this config.json: {printable(name)} {list(shape)}")
     if faults:
         more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
         raise InputError(

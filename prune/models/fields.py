@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import shown
+from farms_jax.weights.sanitise import short_repr
 
 MOST_BLOCKS = 10_000  # ten times as deep as any network that was published
 _MOST = 2**31 - 1  # of any size; their products are sizes of arrays, which have 63 bits
@@ -72,7 +72,7 @@ class Fields:
             InputError: if the field has another value.
         """
         if name in self and self.content[name] != harmless:
-            raise InputError(f"{self.where}: `{name}` is {shown(self.content[name])}: {why}")
+            raise InputError(f"{self.where}: `{name}` is {short_repr(self.content[name])}: {why}")
 
     def is_null(self, name: str) -> bool:
         """Return whether the field is there, as null."""
@@ -80,7 +80,7 @@ class Fields:
 
     def error(self, name: str, expected: str, value: Any) -> InputError:
         """Return the error for a value that is not what it must be."""
-        return InputError(f"{self.where}: `{name}` must be {expected}, got {shown(value)}")
+        return InputError(f"{self.where}: `{name}` must be {expected}, got {short_repr(value)}")
 
     def _get(self, name: str, default: Any) -> Any:
         value = self.content.get(name)

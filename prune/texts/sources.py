@@ -16,7 +16,7 @@ from farms_jax.errors import InputError
 from farms_jax.programs import files
 from farms_jax.weights.npy_file import read_npy
 from farms_jax.weights.npz_source import read_npz
-from farms_jax.weights.sanitise import plain, reason, shown
+from farms_jax.weights.sanitise import one_line, printable, short_repr
 
 from . import hub
 
@@ -73,7 +73,7 @@ def read(source: str, flag: Flag) -> Source:
             raise InputError(f"{where}: holds no text; give another file")
         return found._replace(sha256=files.sha256(path))
     except OSError as error:
-        raise InputError(f"{where}: cannot be read ({error.strerror or reason(error)}); check the file") from error
+        raise InputError(f"{where}: cannot be read ({error.strerror or one_line(error)}); check the file") from error
 
 
 def are_token_ids(*sources: str) -> bool:
@@ -133,7 +133,7 @@ def _text_of(line: str, where: str) -> str:
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({reason(error)}); correct or remove it") from error
+        raise InputError(f"{where} is not JSON ({one_line(error)}); correct or remove it") from error
     text = document.get("text") if isinstance(document, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{where} is not an object with a string "text"; correct or remove it')
@@ -154,12 +154,14 @@ def _read_parquet(path: Path, where: str) -> Source:
         with parquet.ParquetFile(path) as file:
             columns = {field.name: str(field.type) for field in file.schema_arrow}
             if columns.get("text") not in {"string", "large_string", "string_view"}:
-                have = ", ".join(f"{plain(name)} ({plain(kind)})" for name, kind in list(columns.items())[:_LISTED])
+                have = ", ".join(
+                    f"{printable(name)} ({printable(kind)})" for name, kind in list(columns.items())[:_LISTED]
+                )
                 raise InputError(f'{where}: needs a column "text" of strings, has {have}; rename the text column')
             texts = file.read(columns=["text"])["text"].to_pylist()
             return Source("documents", [text for text in texts if text is not None])
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{where}: not a readable parquet file ({reason(error)}); download it again") from error
+        raise InputError(f"{where}: not a readable parquet file ({one_line(error)}); download it again") from error
 
 
 def _read_tokens(path: Path, where: str) -> Source:
@@ -167,7 +169,7 @@ def _read_tokens(path: Path, where: str) -> Source:
     if ids.dtype.kind not in "iu" or ids.ndim not in {1, 2} or not ids.size:
         raise InputError(
             f"{where}: token ids must be integers of shape (samples, length) or (tokens,), "
-            f"got {plain(str(ids.dtype))} {shown(ids.shape)}; save them as such"
+            f"got {printable(str(ids.dtype))} {short_repr(ids.shape)}; save them as such"
         )
     return Source("tokens", (), ids)
 
