@@ -1,6 +1,5 @@
 """Pruning under faults: one process per run, stops by signals, and damage on the disk between two processes."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -10,13 +9,11 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 from prune_helpers import DATA, bytes_of, command, small_run
 
 import prune.experiment
 import prune.passes
-import prune.train_small
 from farms_jax.errors import InputError
 from farms_jax.programs.cache import Cache
 from farms_jax.programs.files import CHECKSUMS
@@ -157,16 +154,6 @@ def test_two_processes_may_measure_the_same_weights(tmp_path):
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(work, range(4)))
     assert [path.name for path in tmp_path.iterdir()] == ["key.json"]
-
-
-def test_one_training_of_a_small_model_per_folder(tmp_path):
-    text, out = tmp_path / "text.txt", tmp_path / "out"
-    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 300)
-    sizes = {"heldout_bytes": 900, "validation_bytes": 900, "calibration_bytes": 900, "vocab_size": 300}
-    config = prune.train_small.Config((text,), out, length=16, blocks=1, hidden_size=24, **sizes)
-    with locked(out / "unfinished"), pytest.raises(InputError, match="unfinished: another process is at work there"):
-        prune.train_small.train(config)
-    assert [path.name for path in out.iterdir()] == ["unfinished"]
 
 
 # --- Stopped by a signal ---------------------------------------------------------------------------------------------
@@ -331,16 +318,3 @@ def test_damaged_alphas_are_measured_again(damage, whole, tmp_path, monkeypatch)
     run(prepare(dataclasses.replace(config, allocation="alphapruning")))  # another analysis: nothing of it is there
     run(prepare(dataclasses.replace(config, method="magnitude")))  # the same one, by what was written again
     assert len(analysed) == BLOCKS
-
-
-def test_a_training_of_a_small_model_does_not_go_on_from_damage(tmp_path):
-    path = tmp_path / prune.train_small.CHECKPOINT
-    state, facts = prune.train_small.TrainState({}, (), {}, np.float32(1), np.int32(2)), {"text": "x"}
-    prune.train_small._save(path, state, prune.train_small.Progress(3), facts)
-    assert prune.train_small._restore(path, state, facts)[1].step == 3
-    content = path.read_bytes()
-    for place in range(len(content)):
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
-        with contextlib.suppress(InputError):  # a bit that nothing depends on, such as one of a date
-            restored, progress = prune.train_small._restore(path, state, facts)
-            assert (restored, progress.step) == (state, 3)

@@ -50,46 +50,35 @@ def clean(text: str) -> str:
     return text.strip() + "\n"
 
 
-def read_corpus(paths: Sequence[Path], heldout: int, validation: int, calibration: int) -> Corpus:
-    """Read text files and cut the parts that are not trained on from the end of the last.
+def read_corpus(paths: Sequence[Path], *, heldout: int, validation: int, calibration: int) -> Corpus:
+    """Read text files, and cut the parts that are not trained on from the end of the last.
 
     Args:
         paths: UTF-8 files, in order.
-        heldout: bytes of the held-out text at least, the very end.
-        validation: bytes of the validation text at least, before it.
-        calibration: bytes of the calibration text at least, before that; it stays in the training text.
+        heldout: minimum bytes of the held-out text, the very end.
+        validation: minimum bytes of the validation text, before it.
+        calibration: minimum bytes of the calibration text, before that; it stays in the training text.
 
     Returns:
         The texts; each begins with an article, or with a line where there are no articles.
 
     Raises:
-        InputError: a file is not there, is not UTF-8, or the last one is too short.
+        InputError: the last file is too short.
     """
-    texts = []
-    for path in paths:
-        try:
-            texts.append(clean(path.read_text(encoding="utf-8")))
-        except FileNotFoundError as error:
-            raise InputError(f"--text: there is no file {path}") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"--text: {path} is not UTF-8 text ({error})") from error
-    if not texts:
-        raise InputError("--text: no file given")
-    rest, kept_out = _cut(texts[-1], heldout, paths[-1])
-    rest, chosen_by = _cut(rest, validation, paths[-1])
-    _, calibrated_on = _cut(rest, calibration, paths[-1])
-    return Corpus("".join([*texts[:-1], rest]), chosen_by, calibrated_on, kept_out)
+    *texts, last = [clean(path.read_text(encoding="utf-8")) for path in paths]
+    last, heldout_text = _split_end(last, heldout)
+    last, validation_text = _split_end(last, validation)
+    _, calibration_text = _split_end(last, calibration)
+    return Corpus("".join([*texts, last]), validation_text, calibration_text, heldout_text)
 
 
-def _cut(text: str, size: int, path: Path) -> tuple[str, str]:
-    """Text before and from the last article (or line) that leaves at least `size` bytes behind it."""
+def _split_end(text: str, size: int) -> tuple[str, str]:
+    """Split at the last article (or line) that has at least `size` bytes from there to the end."""
     for boundary in (_ARTICLE, _LINE):
         for start in reversed([match.start() for match in boundary.finditer(text)][1:]):
             if len(text[start:].encode()) >= size:
                 return text[:start], text[start:]
-    raise InputError(
-        f"--text: {path} is too short for {size} bytes beside the training text; lower --heldout-bytes etc."
-    )
+    raise InputError(f"--text: the last file is too short for {size} bytes apart; lower --heldout-bytes etc.")
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
@@ -97,16 +86,11 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
 
     Args:
         text: to learn from.
-        vocab_size: tokens at most, the 256 bytes and `END` among them.
+        vocab_size: maximum number of tokens, the 256 bytes and `END` among them.
 
     Returns:
         The tokenizer; it adds no special tokens of itself.
-
-    Raises:
-        InputError: the vocabulary cannot even hold the bytes.
     """
-    if vocab_size < 257:
-        raise InputError(f"--vocab-size must be at least 257, the bytes and {END}, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -121,15 +105,7 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Tokenise a text, with `END` before every article.
-
-    Args:
-        tokenizer: of `train_tokenizer`.
-        text: any.
-
-    Returns:
-        Shape (N,), int32.
-    """
+    """Return the tokens of a text (N,), int32, with `END` before every article."""
     starts = [0, *(match.start() for match in _ARTICLE.finditer(text) if match.start()), len(text)]
     articles = [text[start:end] for start, end in zip(starts[:-1], starts[1:], strict=True)]
     end = tokenizer.token_to_id(END)

@@ -1,4 +1,4 @@
-"""The small LLaMA as a thing to train: its config, its parameters by Hugging Face name, its loss.
+"""The small LLaMA as a model to train: its config, its parameters with the blocks stacked, its loss.
 
 The forward pass is that of `prune.models`, so what is trained here is by construction what is pruned later.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from ..models.network import Network
+from prune.models import Network
 
 Params = dict[str, dict[str, Array]]  # `ends` by tensor name; `blocks` by the names of block 0, shapes (blocks, ...)
 
@@ -20,19 +20,19 @@ Params = dict[str, dict[str, Array]]  # `ends` by tensor name; `blocks` by the n
 def llama_config(
     *, vocab_size: int, hidden_size: int, intermediate_size: int, blocks: int, heads: int, kv_heads: int, length: int
 ) -> dict[str, Any]:
-    """Make the Hugging Face `config.json` of a LLaMA with tied embeddings.
+    """Return the Hugging Face `config.json` of a LLaMA with tied embeddings, for old and new `transformers`.
 
     Args:
         vocab_size: number of tokens; number 0 marks begin and end.
         hidden_size: features between blocks.
         intermediate_size: features inside the feed-forward network.
         blocks: number of decoder blocks.
-        heads: of queries.
-        kv_heads: of keys and values.
+        heads: number of query heads.
+        kv_heads: number of key and value heads.
         length: longest sequence.
 
     Returns:
-        The file's content, in the keys that old and new versions of `transformers` read.
+        The file's content.
     """
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -63,8 +63,8 @@ def initial_params(network: Network, seed: int) -> Params:
     """Draw parameters: norms 1, linears of variance 1 / inputs, less with depth where they end in the residual stream.
 
     Args:
-        network: of the model.
-        seed: of all draws.
+        network: the model.
+        seed: seed of all draws.
 
     Returns:
         Float32 arrays.
@@ -86,14 +86,14 @@ def initial_params(network: Network, seed: int) -> Params:
 
 
 def from_tensors(network: Network, tensors: dict[str, Any]) -> Params:
-    """Arrange a model's tensors for training: the blocks stacked, so that one compiled block serves all.
+    """Stack the tensors of the blocks, so that one compiled block serves all.
 
     Args:
-        network: of the model.
+        network: the model.
         tensors: by Hugging Face name.
 
     Returns:
-        Parameters, of the tensors' types.
+        Parameters, of the tensors' dtypes.
     """
     ends = network.tensors("embed") | network.tensors("head")
     by_block = [list(network.tensors(block)) for block in range(network.num_blocks)]
@@ -113,15 +113,15 @@ def to_tensors(network: Network, params: Params) -> dict[str, Array]:
 
 
 def losses(network: Network, params: Params, ids: Array) -> Array:
-    """Cross-entropy of every token but the first of each sequence.
+    """Return the cross-entropy, in nats, of every token but the first of each sequence.
 
     Args:
-        network: of the model.
-        params: of `from_tensors`.
-        ids: shape (B, T), int32.
+        network: the model.
+        params: from `from_tensors`.
+        ids: (B, T), int32.
 
     Returns:
-        Shape (B, T - 1), in nats.
+        (B, T - 1).
     """
 
     def block(x: Array, tensors: dict[str, Array]) -> tuple[Array, None]:
@@ -139,10 +139,10 @@ def losses(network: Network, params: Params, ids: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def evaluation_loss(network: Network, params: Params, ids: Array) -> Array:
-    """Mean loss over blocks of tokens; see `losses`."""
-    return lax.map(lambda block: losses(network, params, block[None])[0], ids, batch_size=8).mean()
+    """Return the mean of `losses` over sequences (N, T)."""
+    return lax.map(lambda sequence: losses(network, params, sequence[None])[0], ids, batch_size=8).mean()
 
 
-def blocks_of(ids: np.ndarray, length: int) -> np.ndarray:
-    """Cut tokens (N,) into non-overlapping blocks (N // length, length)."""
+def consecutive(ids: np.ndarray, length: int) -> np.ndarray:
+    """Cut tokens (N,) into consecutive sequences (N // length, length)."""
     return ids[: ids.size // length * length].reshape(-1, length)

@@ -1,1 +1,0 @@
-"""The small LLaMA that ships: its texts, and its shape and loss; `prune.train_small` trains it."""
