@@ -80,7 +80,7 @@ def bench(model: str, layers: int | None, repeats: int, *, randomize: bool) -> d
     }
     seconds = {name: statistics.median(values) for name, values in interleave(runs, repeats).items()}
     expected = theirs()["alpha"].to_numpy()
-    found = np.array([row["alpha"] for row in ours.values()])
+    found = np.array([row["ww_alpha"] for row in ours.values()])
     result = {"ratio": seconds["weightwatcher"] / seconds["same"]}
     if randomize:
         for name, run in (

@@ -88,7 +88,7 @@ def coverage(
     settings = Settings(window=window, tail=Tail(rule), whole=False, randomize=False)
     weights = {str(i): KINDS[kind](rng, shape).astype(np.float32) for i in range(draws)}
     rows = [found.row for found in measure(weights, FLAX_AXES, settings).values()]
-    alpha, low, high = (np.array([row[name] for row in rows]) for name in ("farms_alpha", "farms_low", "farms_high"))
+    alpha, low, high = (np.array([row[name] for row in rows]) for name in ("alpha", "alpha_low", "alpha_high"))
     mean, deviation = float(alpha.mean()), float(alpha.std())
     return {
         "alpha": mean,

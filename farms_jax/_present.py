@@ -66,23 +66,19 @@ def common_prefix(names: Sequence[str]) -> str:
     return match[0] if match and len(names) > 1 else ""
 
 
-def text_table(
-    heads: Sequence[str], cells: Iterable[Sequence[str]], *, left: Collection[int] = (0,), least: Sequence[int] = ()
-) -> str:
+def text_table(heads: Sequence[str], cells: Iterable[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
     """Set a table in plain text.
 
     Args:
         heads: of the columns.
         cells: row by row.
         left: indices of the columns that are set to the left; numbers are set to the right.
-        least: widths that the columns have at least, in characters.
 
     Returns:
         Lines, the heads first; two spaces between columns, none at the ends of lines.
     """
     lines = [list(heads), *map(list, cells)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    widths = [max(pair) for pair in zip(widths, least or widths, strict=True)]
     return "\n".join(
         "  ".join(
             f"{cell:<{width}}" if i in left else f"{cell:>{width}}"

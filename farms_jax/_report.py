@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 METRICS = ("alpha", "ks_distance", "xmin", "largest_eigenvalue", "norm", "stable_rank", "alpha_hat", "num_eigenvalues")
 _HEADS = {
     "alpha": "exponent of the tail; smaller is heavier",
-    "KS": "Kolmogorov-Smirnov distance of the fit, in [0, 1]",
+    "ks_distance": "Kolmogorov-Smirnov distance of the fit, in [0, 1]",
     "xmin": "eigenvalue where the tail starts",
-    "largest": "largest eigenvalue",
-    "rank": "stable rank: sum of the eigenvalues over the largest",
-    "count": "eigenvalues",
+    "largest_eigenvalue": "largest eigenvalue",
+    "stable_rank": "sum of the eigenvalues over the largest",
+    "num_eigenvalues": "eigenvalues of all windows",
 }
 
 
@@ -134,7 +134,7 @@ class LayerReport:
 
     def __str__(self) -> str:
         """Return the report as a table, and what was left out below it."""
-        table = text_table(["layer", *_HEADS], self._cells(), least=[len("layer"), 7, 5, 9, 9, 6, 7])
+        table = text_table(["layer", *_HEADS], self._cells())
         return "\n".join([table, *left_out_lines(self.left_out)])
 
     def __repr__(self) -> str:

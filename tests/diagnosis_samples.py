@@ -32,7 +32,7 @@ def diagnosis(blocks=4, bins=60, model="SmolLM2 <135M>", seed=0):
             alpha, status, reason = 0.0, "degenerate", "rank 1 of 576: constant"
         layers.append(_row(name, shape, alpha, status, reason, rng, windows))
         histograms[name] = histogram
-    order = np.argsort([row["farms_alpha"] for row in layers])
+    order = np.argsort([row["alpha"] for row in layers])
     for rank, i in enumerate(order, start=1):
         low, high = max(1, rank - 2), min(len(layers), rank + 2)
         layers[i] |= {"rank": rank, "rank_low": low, "rank_high": high, "rank_flips": float(rng.random())}
@@ -67,13 +67,13 @@ def _row(name, shape, alpha, status, reason, rng, windows):
     row = {column.name: float(rng.random() * 100) for column in COLUMNS if column.format}
     row |= {column.name: int(row[column.name]) for column in COLUMNS if column.format == "d"}
     row |= {"layer": name, "status": status, "reason": reason, "shape": shape, "num_params": longer * shorter}
-    row |= {"N": longer, "M": shorter, "Q": longer / shorter, "farms_alpha": alpha, "noise_alpha": NOISE}
-    row |= {"farms_low": alpha and alpha - 0.03, "farms_high": alpha and alpha + 0.05, "farms_xmin": 1.6}
+    row |= {"N": longer, "M": shorter, "Q": longer / shorter, "alpha": alpha, "noise_alpha": NOISE}
+    row |= {"alpha_low": alpha and alpha - 0.03, "alpha_high": alpha and alpha + 0.05, "xmin": 1.6}
     row |= {
-        "farms_D": 0.05,
+        "ks_distance": 0.05,
         "whole_alpha": whole,
         "aspect_ratio_bias": whole - alpha,
-        "alpha": whole + 1.2,
-        "xmin": 9.0,
+        "ww_alpha": whole + 1.2,
+        "ww_xmin": 9.0,
     }
     return row | ({"sv_min": None, "rand_distance": float("nan")} if status == "degenerate" else {})

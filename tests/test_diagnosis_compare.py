@@ -37,14 +37,14 @@ def test_what_moved_most_comes_first():
     comparison = compare(before, after, **FAST)
     assert comparison.layers[0]["layer"] == "layer_1"
     rows = {row["layer"]: row for row in comparison.layers}
-    assert rows["layer_1"]["farms_alpha_change"] < -0.1
+    assert rows["layer_1"]["alpha_change"] < -0.1
     assert rows["layer_1"]["beyond_error"]
-    assert (rows["layer_0"]["moved"], rows["layer_0"]["farms_alpha_change"]) == (0, 0)
+    assert (rows["layer_0"]["moved"], rows["layer_0"]["alpha_change"]) == (0, 0)
     assert not rows["layer_0"]["beyond_error"]
     assert rows["layer_2"]["moved"] == pytest.approx(0.5)
-    assert rows["layer_2"]["farms_alpha_change"] == pytest.approx(0, abs=1e-4)
+    assert rows["layer_2"]["alpha_change"] == pytest.approx(0, abs=1e-4)
     for row in comparison.layers:
-        assert row["farms_alpha_change"] == pytest.approx(row["farms_alpha_b"] - row["farms_alpha_a"])
+        assert row["alpha_change"] == pytest.approx(row["alpha_b"] - row["alpha_a"])
 
 
 def test_layers_of_one_model_only_and_of_another_shape():
@@ -69,8 +69,8 @@ def test_written_diagnoses_can_be_compared(tmp_path):
     for name, model in (("a", before), ("b", after)):
         diagnose(model, **FAST).write_json(tmp_path / f"{name}.json")
     written, direct = compare(tmp_path / "a.json", tmp_path / "b.json"), compare(before, after, **FAST)
-    changes = {row["layer"]: row["farms_alpha_change"] for row in direct.layers}
-    assert {row["layer"]: row["farms_alpha_change"] for row in written.layers} == pytest.approx(changes)
+    changes = {row["layer"]: row["alpha_change"] for row in direct.layers}
+    assert {row["layer"]: row["alpha_change"] for row in written.layers} == pytest.approx(changes)
     assert "moved" not in written.layers[0]
 
 
@@ -91,7 +91,7 @@ def test_a_lora_adapter_is_its_base_with_the_change_added(tmp_path):
     assert [row["layer"] for row in comparison.layers] == [row["layer"] for row in expected.layers]
     for mine, theirs in zip(comparison.layers, expected.layers, strict=True):
         assert mine["moved"] == pytest.approx(theirs["moved"], rel=1e-5)
-        assert mine["farms_alpha_b"] == pytest.approx(theirs["farms_alpha_b"], rel=1e-5)
+        assert mine["alpha_b"] == pytest.approx(theirs["alpha_b"], rel=1e-5)
     assert comparison.layers[0]["moved"] > 0.5
     assert comparison.layers[1]["moved"] == 0
     with pytest.raises(InputError, match="needs the weights of its base model"):

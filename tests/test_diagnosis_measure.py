@@ -44,10 +44,10 @@ def test_alphas_are_those_of_analyze(settings):
     assert list(found) == list(WEIGHTS)
     for i, name in enumerate(windows.names):
         row = found[name].row
-        measured = [row["farms_alpha"], row["farms_D"], row["farms_xmin"], row["whole_alpha"]]
+        measured = [row["alpha"], row["ks_distance"], row["xmin"], row["whole_alpha"]]
         expected = [windows.alpha[i], windows.ks_distance[i], windows.xmin[i], whole.alpha[i]]
         np.testing.assert_allclose(measured, expected, rtol=2e-5, err_msg=name)
-        assert abs(row["aspect_ratio_bias"] - (row["whole_alpha"] - row["farms_alpha"])) < 1e-12
+        assert abs(row["aspect_ratio_bias"] - (row["whole_alpha"] - row["alpha"])) < 1e-12
 
 
 def test_every_column_is_there_and_ready_for_json():
@@ -57,17 +57,17 @@ def test_every_column_is_there_and_ready_for_json():
         assert set(found.row) == set(BY_NAME) - of_the_network, name
         assert all(type(value) in {int, float, str, type(None)} for value in found.row.values()), name
         assert found.deviations.shape == (20,)
-        low, high = found.row["farms_low"], found.row["farms_high"]
-        assert 1 <= low <= found.row["farms_alpha"] <= high
+        low, high = found.row["alpha_low"], found.row["alpha_high"]
+        assert 1 <= low <= found.row["alpha"] <= high
     kernel = results["kernel"].row
     assert (kernel["shape"], kernel["M"], kernel["N"], kernel["num_windows"]) == ("40x16x3x3", 16, 40, 18)
-    assert (kernel["num_evals"], kernel["num_params"]) == (144, 40 * 16 * 9)
+    assert (kernel["whole_num_eigenvalues"], kernel["num_params"]) == (144, 40 * 16 * 9)
 
 
 def test_without_whole_matrices_their_columns_are_missing():
     (found,) = measure({"a": WEIGHTS["wide"]}, TORCH_AXES, dataclasses.replace(QUICK, whole=False)).values()
-    assert "farms_alpha" in found.row
-    assert not {"alpha", "whole_alpha", "norm", "mp_sigma", "ww_softrank", "farms_low"} & set(found.row)
+    assert "alpha" in found.row
+    assert not {"ww_alpha", "whole_alpha", "whole_norm", "mp_sigma", "ww_softrank", "alpha_low"} & set(found.row)
     assert found.histogram.whole == ()
 
 
@@ -80,12 +80,14 @@ def test_measures_of_a_known_spectrum():
     (found,) = measure({"a": weight}, TORCH_AXES, QUICK).values()
     row, norm = found.row, (singular**2).sum()
     assert (row["matrix_rank"], row["rank_loss"], row["weak_rank_loss"]) == (28, 2, 6)
-    np.testing.assert_allclose([row["norm"], row["spectral_norm"], row["sv_max"]], [norm, 16, 4], rtol=1e-12)
-    np.testing.assert_allclose(row["stable_rank"], norm / 16, rtol=1e-12)
+    np.testing.assert_allclose(
+        [row["whole_norm"], row["whole_largest_eigenvalue"], row["sv_max"]], [norm, 16, 4], rtol=1e-12
+    )
+    np.testing.assert_allclose(row["whole_stable_rank"], norm / 16, rtol=1e-12)
     shares = singular[:28] / singular.sum()
     np.testing.assert_allclose(row["effective_rank"], np.exp(-(shares * np.log(shares)).sum()), rtol=1e-9)
-    powers = (singular[singular > 0] ** (2 * row["alpha"])).sum()
-    np.testing.assert_allclose(row["log_alpha_norm"], np.log10(powers), rtol=1e-9)
+    powers = (singular[singular > 0] ** (2 * row["ww_alpha"])).sum()
+    np.testing.assert_allclose(row["ww_log_alpha_norm"], np.log10(powers), rtol=1e-9)
     assert row["sv_min"] < 1e-13
 
 
@@ -100,8 +102,16 @@ def test_small_singular_values_are_exact():
 def test_a_layer_of_zeros_has_no_numbers_but_counts():
     found = measure({"zero": np.zeros((20, 30), np.float32)}, TORCH_AXES, Settings(resamples=5))["zero"]
     missing = {name for name, value in found.row.items() if value is None}
-    assert {"farms_alpha", "farms_low", "whole_alpha", "alpha", "log_norm", "stable_rank", "ww_softrank"} <= missing
-    assert (found.row["norm"], found.row["matrix_rank"], found.row["weak_rank_loss"]) == (0, 0, 20)
+    assert {
+        "alpha",
+        "alpha_low",
+        "whole_alpha",
+        "ww_alpha",
+        "whole_log_norm",
+        "whole_stable_rank",
+        "ww_softrank",
+    } <= missing
+    assert (found.row["whole_norm"], found.row["matrix_rank"], found.row["weak_rank_loss"]) == (0, 0, 20)
     assert not found.deviations.any()
 
 
@@ -123,8 +133,8 @@ def test_transposed_axes_give_the_same_layer():
     flax = {name: np.moveaxis(weight, (0, 1), (-1, -2)) for name, weight in WEIGHTS.items()}
     ours, theirs = measure(flax, FLAX_AXES, QUICK), measure(WEIGHTS, TORCH_AXES, QUICK)
     for name in WEIGHTS:
+        assert ours[name].row["ww_alpha"] == theirs[name].row["ww_alpha"]
         assert ours[name].row["alpha"] == theirs[name].row["alpha"]
-        assert ours[name].row["farms_alpha"] == theirs[name].row["farms_alpha"]
 
 
 def test_shuffling_tells_structure_from_noise():
@@ -147,7 +157,7 @@ def test_histograms_hold_the_whole_spectrum():
         for density in (found.histogram.windows, found.histogram.whole):
             assert len(density) == len(edges) - 1
             assert abs(sum(density) * width - 1) < 1e-9, name
-        assert abs(10 ** edges[-1] / found.row["spectral_norm"] - 1) < 1e-5
+        assert abs(10 ** edges[-1] / found.row["whole_largest_eigenvalue"] - 1) < 1e-5
 
 
 def test_no_windows_are_solved_twice(monkeypatch):
@@ -199,5 +209,5 @@ def test_a_bound_on_memory_leaves_one_worker(monkeypatch):
 def test_few_eigenvalues_are_measured_without_error():
     for count in (1, 2, 5):
         row = spectrum_measures(np.arange(1.0, count + 1), count, 7)
-        assert row["num_evals"] == count
-        assert (row["alpha"] is None) == (count == 1)
+        assert row["whole_num_eigenvalues"] == count
+        assert (row["ww_alpha"] is None) == (count == 1)

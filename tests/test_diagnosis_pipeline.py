@@ -39,7 +39,7 @@ def rows_equal(one, other):
 def test_layers_are_those_of_analyze_in_network_order():
     diagnosis, report = diagnose(model(), **FAST), farms_jax.analyze(model())
     assert diagnosis.names == report.names == ("block_2/kernel", "block_10/kernel", "conv/kernel")
-    np.testing.assert_allclose(diagnosis.column("farms_alpha"), report.alpha, rtol=1e-4)
+    np.testing.assert_allclose(diagnosis.column("alpha"), report.alpha, rtol=1e-4)
     whole = farms_jax.analyze(model(), window=None)
     np.testing.assert_allclose(diagnosis.column("whole_alpha"), whole.alpha, rtol=1e-4)
     assert diagnosis.left_out == (
@@ -77,8 +77,8 @@ def test_patterns_choose_layers():
 @pytest.mark.parametrize(
     ("settings", "absent", "present"),
     [
-        ({"resamples": 0, "randomize": False}, {"rank", "farms_low"}, {"alpha", "mp_spikes"}),
-        ({"whole": False, "resamples": 20}, {"alpha", "whole_alpha", "rand_distance"}, {"farms_alpha", "rank_flips"}),
+        ({"resamples": 0, "randomize": False}, {"rank", "alpha_low"}, {"ww_alpha", "mp_spikes"}),
+        ({"whole": False, "resamples": 20}, {"ww_alpha", "whole_alpha", "rand_distance"}, {"alpha", "rank_flips"}),
         ({"resamples": 0}, {"rank_flips"}, {"rand_distance", "ww_softrank"}),
     ],
 )
@@ -98,7 +98,7 @@ def test_only_what_changed_is_measured_again(tmp_path):
     weights["block_10"]["kernel"] = weights["block_10"]["kernel"] * 2
     changed = diagnose(weights, cache=cache, **FAST)
     assert changed.facts["from_cache"] == 2
-    assert changed.column("norm")[1] == pytest.approx(4 * first.column("norm")[1])
+    assert changed.column("whole_norm")[1] == pytest.approx(4 * first.column("whole_norm")[1])
     assert diagnose(weights, cache=cache, **FAST | {"seed": 1}).facts["from_cache"] == 0
 
 

@@ -13,7 +13,10 @@ import pytest
 from diagnosis_samples import HOSTILE, NOISE, diagnosis
 
 import farms_jax
+from farms_jax._report import METRICS
 from farms_jax.diagnosis.charts import spectrum, tail_line
+from farms_jax.diagnosis.columns import COLUMNS, find_column
+from farms_jax.diagnosis.comparison import Comparison
 from farms_jax.diagnosis.diagnosis import Diagnosis, Histogram
 from farms_jax.diagnosis.page import page
 from farms_jax.diagnosis.status import MEANINGS
@@ -101,19 +104,35 @@ def test_plain_and_complete_where_the_output_is_no_terminal(sample):
 def test_attention_goes_by_status_then_by_alpha(sample):
     found = [row["status"] for row in attention(sample.layers)]
     assert found == ["degenerate", "over-correlated", "undertrained", "undertrained"]
-    alphas = [row["farms_alpha"] for row in attention(sample.layers) if row["status"] == "undertrained"]
+    alphas = [row["alpha"] for row in attention(sample.layers) if row["status"] == "undertrained"]
     assert alphas == sorted(alphas, reverse=True)
     assert list(counts(sample.layers)) == ["degenerate", "over-correlated", "undertrained", "well trained"]
 
 
 def test_columns_and_order(sample):
     assert len(sample) == len(sample.names) == 16
-    assert sample.column("farms_alpha") == [row["farms_alpha"] for row in sample.layers]
+    assert sample.column("alpha") == [row["alpha"] for row in sample.layers]
     assert sample.sort("status").column("status")[:2] == ["degenerate", "over-correlated"]
     assert sample.sort("rank").column("rank") == list(range(1, 17))
     assert sample.sort("sv_min", descending=True).column("sv_min")[-1] is None
+    assert sample.sort("noise").names == sample.sort("noise_alpha").names
     with pytest.raises(InputError, match="no column 'alfa'"):
         sample.column("alfa")
+
+
+@pytest.mark.parametrize("columns", [Diagnosis.possible, Comparison.possible])
+def test_a_head_names_one_column(columns):
+    for column in columns:
+        assert find_column(column.name, columns) == find_column(column.head or column.name, columns) == column
+    heads = [column.head for column in columns if column.head]
+    assert len(heads) == len(set(heads))
+
+
+def test_names_of_the_report_mean_the_same_here():
+    shared = set(METRICS) & {column.name for column in COLUMNS}
+    assert shared == {"alpha", "ks_distance", "xmin"}
+    whole = {column.name for column in COLUMNS if column.name.startswith("whole_")}
+    assert {f"whole_{name}" for name in ("norm", "largest_eigenvalue", "stable_rank", "num_eigenvalues")} <= whole
 
 
 def test_csv_and_data_frame_have_every_digit(sample, tmp_path):
@@ -125,7 +144,7 @@ def test_csv_and_data_frame_have_every_digit(sample, tmp_path):
     for row, ours in zip(rows, sample.layers, strict=True):
         assert row["layer"] == ours["layer"]
         assert row["shape"] == "x".join(map(str, ours["shape"]))
-        assert float(row["farms_alpha"]) == ours["farms_alpha"] == frame.loc[ours["layer"], "farms_alpha"]
+        assert float(row["alpha"]) == ours["alpha"] == frame.loc[ours["layer"], "alpha"]
     assert rows[-1]["sv_min"] == rows[-1]["rand_distance"] == ""
 
 
@@ -139,7 +158,7 @@ def test_json_comes_back(sample, tmp_path):
     assert page(again) == page(sample)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "no json", '{"format": "farms_jax diagnosis 1"}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "no json", '{"format": "farms_jax diagnosis 2"}', "[" * 100_000])
 def test_another_file_is_no_diagnosis(text, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(InputError, match="a.json: no diagnosis; make one with"):
@@ -155,8 +174,8 @@ def test_page_is_complete_without_its_script(sample, tmp_path):
     for row in sample.layers:
         shown = dict(zip(heads, by_name[row["layer"]], strict=True))
         assert shown["status"] == row["status"]
-        if row["farms_alpha"]:
-            assert shown["farms_alpha"] == f"{row['farms_alpha']:.2f} ±0.04"
+        if row["alpha"]:
+            assert shown["alpha"] == f"{row['alpha']:.2f} ±0.04"
             assert shown["whole_alpha"] == f"{row['whole_alpha']:.3f}"
     details = [row[0] for row in found.rows if len(row) == 1]
     assert all(row["reason"] in text for row, text in zip(sample.layers, details, strict=True))
@@ -189,7 +208,7 @@ def test_page_of_many_layers_stays_small():
 
 
 def test_page_without_whole_matrices_statuses_and_spectra(sample):
-    rows = tuple({name: row[name] for name in ("layer", "shape", "farms_alpha")} for row in sample.layers)
+    rows = tuple({name: row[name] for name in ("layer", "shape", "alpha")} for row in sample.layers)
     bare = Diagnosis(model="bare", layers=rows, left_out=(), settings={}, facts={}, histograms={})
     found = Page(page(bare))
     assert len([row for row in found.rows if row[0] in bare.names]) == len(bare)
@@ -211,7 +230,7 @@ def test_fitted_line_holds_the_share_of_the_tail():
     share = 10 ** ((1 - alpha) * edges)
     densities = (share[:-1] - share[1:]) / np.diff(edges)
     histogram = Histogram(tuple(edges.tolist()), tuple(densities.tolist()))
-    start, top, end, bottom = tail_line({"farms_alpha": alpha, "farms_xmin": 10.0}, histogram) or pytest.fail()
+    start, top, end, bottom = tail_line({"alpha": alpha, "xmin": 10.0}, histogram) or pytest.fail()
     assert start == 1
     np.testing.assert_allclose([10**top, 10**bottom], densities[[50, 299]], rtol=0.05)
     assert math.isclose(end, 6)
@@ -219,7 +238,7 @@ def test_fitted_line_holds_the_share_of_the_tail():
 
 def test_spectrum_of_a_layer_without_tail_or_eigenvalues():
     histogram = Histogram((0.0, 1.0, 2.0), (0.5, 0.5))
-    assert 'class="law"' not in spectrum({"layer": "a", "farms_alpha": 0.0, "farms_xmin": 0.0}, histogram)
+    assert 'class="law"' not in spectrum({"layer": "a", "alpha": 0.0, "xmin": 0.0}, histogram)
     assert not spectrum({"layer": "a"}, histogram._replace(windows=(0.0, 0.0)))
 
 

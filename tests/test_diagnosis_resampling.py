@@ -33,8 +33,8 @@ def test_a_narrower_level_covers_less():
     rng = np.random.default_rng(0)
     weights = {str(i): KINDS["student t, 3"](rng, (24, 48, 3, 3)) for i in range(150)}
     rows = [found.row for found in measure(weights, TORCH_AXES, Settings(whole=False, level=0.5)).values()]
-    mean = np.mean([row["farms_alpha"] for row in rows])
-    assert 0.35 < np.mean([row["farms_low"] <= mean <= row["farms_high"] for row in rows]) < 0.75
+    mean = np.mean([row["alpha"] for row in rows])
+    assert 0.35 < np.mean([row["alpha_low"] <= mean <= row["alpha_high"] for row in rows]) < 0.75
 
 
 @pytest.mark.parametrize("rule", ["peak", "ks"])
@@ -94,9 +94,9 @@ def test_adaptive_windows_stop_early_and_agree():
     loose = measure(weights, TORCH_AXES, Settings(**options, tolerance=0.2))["a"].row
     tight = measure(weights, TORCH_AXES, Settings(**options, tolerance=1e-6))["a"].row
     assert loose["num_windows"] < 144 == whole["num_windows"] == tight["num_windows"]
-    assert (loose["farms_high"] - loose["farms_low"]) / 2 <= 0.2
-    assert abs(loose["farms_alpha"] - whole["farms_alpha"]) < 0.2
-    assert tight["farms_alpha"] == pytest.approx(whole["farms_alpha"], rel=1e-6)
+    assert (loose["alpha_high"] - loose["alpha_low"]) / 2 <= 0.2
+    assert abs(loose["alpha"] - whole["alpha"]) < 0.2
+    assert tight["alpha"] == pytest.approx(whole["alpha"], rel=1e-6)
 
 
 def test_windows_too_large_to_differ_are_not_adapted():

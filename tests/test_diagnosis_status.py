@@ -5,15 +5,15 @@ import pytest
 from farms_jax.diagnosis.status import MEANINGS, status_of
 
 TRAINED = {
-    "farms_alpha": 1.8,
-    "farms_low": 1.75,
-    "farms_high": 1.85,
+    "alpha": 1.8,
+    "alpha_low": 1.75,
+    "alpha_high": 1.85,
     "noise_alpha": 2.12,
-    "alpha": 3.5,
-    "stable_rank": 20.0,
-    "spectral_norm": 4.0,
+    "ww_alpha": 3.5,
+    "whole_stable_rank": 20.0,
+    "whole_largest_eigenvalue": 4.0,
     "matrix_rank": 64,
-    "num_evals": 64,
+    "whole_num_eigenvalues": 64,
     "mp_spikes": 12,
 }
 
@@ -23,23 +23,23 @@ TRAINED = {
     [
         ({}, "well trained", "alpha 1.80 (1.75 to 1.85) of the windows is below that of noise, 2.12; 12 eigenvalues"),
         ({"mp_spikes": 1}, "well trained", "1 eigenvalue beyond"),
-        ({"farms_alpha": 2.1, "farms_high": 2.14}, "undertrained", "is that of noise, 2.12"),
-        ({"farms_alpha": 2.03, "farms_high": 2.1}, "undertrained", "is that of noise"),
-        ({"farms_alpha": 1.9, "farms_high": 2.1}, "well trained", "noise, 2.12, but too uncertain to exclude it"),
-        ({"farms_alpha": 2.0, "farms_low": None, "farms_high": None}, "well trained", "alpha 2.00 of the windows"),
+        ({"alpha": 2.1, "alpha_high": 2.14}, "undertrained", "is that of noise, 2.12"),
+        ({"alpha": 2.03, "alpha_high": 2.1}, "undertrained", "is that of noise"),
+        ({"alpha": 1.9, "alpha_high": 2.1}, "well trained", "noise, 2.12, but too uncertain to exclude it"),
+        ({"alpha": 2.0, "alpha_low": None, "alpha_high": None}, "well trained", "alpha 2.00 of the windows"),
         (
-            {"alpha": 1.6, "stable_rank": 4.0},
+            {"ww_alpha": 1.6, "whole_stable_rank": 4.0},
             "over-correlated",
             "below 2; the largest eigenvalue holds 25% of the norm",
         ),
-        ({"alpha": 2.0}, "well trained", "below that of noise"),
-        ({"spectral_norm": 0, "farms_alpha": None, "alpha": None}, "degenerate", "every weight is zero"),
+        ({"ww_alpha": 2.0}, "well trained", "below that of noise"),
+        ({"whole_largest_eigenvalue": 0, "alpha": None, "ww_alpha": None}, "degenerate", "every weight is zero"),
         ({"matrix_rank": 1}, "degenerate", "rank 1 of 64: constant"),
-        ({"matrix_rank": 31, "alpha": 1.5}, "degenerate", "rank 31 of 64: most directions are missing"),
+        ({"matrix_rank": 31, "ww_alpha": 1.5}, "degenerate", "rank 31 of 64: most directions are missing"),
         ({"matrix_rank": 32}, "well trained", "below"),
-        ({"farms_alpha": None}, "degenerate", "no tail to fit"),
-        ({"noise_alpha": None, "farms_alpha": 7.0}, "undertrained", "above 6"),
-        ({"noise_alpha": None, "farms_alpha": 4.0}, "well trained", "below 6"),
+        ({"alpha": None}, "degenerate", "no tail to fit"),
+        ({"noise_alpha": None, "alpha": 7.0}, "undertrained", "above 6"),
+        ({"noise_alpha": None, "alpha": 4.0}, "well trained", "below 6"),
     ],
 )
 def test_status(changes, status, reason):
@@ -50,5 +50,5 @@ def test_status(changes, status, reason):
 
 
 def test_without_the_whole_matrix():
-    row = {key: TRAINED[key] for key in ("farms_alpha", "farms_low", "farms_high", "noise_alpha")}
+    row = {key: TRAINED[key] for key in ("alpha", "alpha_low", "alpha_high", "noise_alpha")}
     assert status_of(row) == ("well trained", "alpha 1.80 (1.75 to 1.85) of the windows is below that of noise, 2.12")

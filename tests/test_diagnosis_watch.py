@@ -31,8 +31,8 @@ def test_alerts_once_when_a_rule_is_broken(tmp_path):
 def test_alpha_below_its_bound(tmp_path):
     write(tmp_path, 1, a=NOISE)
     assert found(tmp_path) == [[]]
-    (alerts,) = [seen.alerts for seen in watch(tmp_path, rules=Rules(alpha_below=1000.0), **FAST)]
-    assert [alert.rule for alert in alerts] == ["alpha"]
+    (alerts,) = [seen.alerts for seen in watch(tmp_path, rules=Rules(ww_alpha_below=1000.0), **FAST)]
+    assert [alert.rule for alert in alerts] == ["ww_alpha"]
     assert "is below 1000" in alerts[0].message
     assert alerts[0].checkpoint.endswith("step_1") or alerts[0].checkpoint.endswith("model.npz")
 

@@ -85,8 +85,8 @@ def test_windows_and_patterns_are_those_asked_for(monkeypatch, capsys, model, tm
     ("flags", "order"),
     [
         ((), "abc"),
-        (("--sort", "norm"), "cab"),
-        (("--sort", "norm", "--ascending"), "bac"),
+        (("--sort", "whole_norm"), "cab"),
+        (("--sort", "whole_norm", "--ascending"), "bac"),
         (("--sort", "layer"), "abc"),
     ],
 )

@@ -42,7 +42,7 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
 
 
 def alphas_by_depth(rows: Sequence[Row]) -> str:
-    """Draw `farms_alpha` with its intervals, `whole_alpha` and the noise level of every layer.
+    """Draw `alpha` with its intervals, `whole_alpha` and the noise level of every layer.
 
     Args:
         rows: one per layer, in network order.
@@ -50,7 +50,7 @@ def alphas_by_depth(rows: Sequence[Row]) -> str:
     Returns:
         SVG; empty where no layer has a tail. A point links to its layer's row.
     """
-    shown = [(i, row) for i, row in enumerate(rows) if number(row, "farms_alpha") is not None]
+    shown = [(i, row) for i, row in enumerate(rows) if number(row, "alpha") is not None]
     if not shown:
         return ""
     low, high = alpha_limits(rows)
@@ -68,8 +68,8 @@ def alphas_by_depth(rows: Sequence[Row]) -> str:
     for i, row in shown:
         if half_width(row):
             place = _place(row.get("status"))
-            parts.append(f'<path class="s{place} bar" d="M{x(i)} {y(row["farms_low"])}V{y(row["farms_high"])}"/>')
-    parts += _linked([(i, row, x(i), y(row["farms_alpha"])) for i, row in shown], len(rows))
+            parts.append(f'<path class="s{place} bar" d="M{x(i)} {y(row["alpha_low"])}V{y(row["alpha_high"])}"/>')
+    parts += _linked([(i, row, x(i), y(row["alpha"])) for i, row in shown], len(rows))
     return drawing(*_WIDE, "alpha of every layer with its interval, that of the whole matrix, and that of noise", parts)
 
 
@@ -82,7 +82,7 @@ def alpha_limits(rows: Sequence[Row]) -> tuple[float, float]:
     Returns:
         The lower and the upper end. Each kind's far points are cut off by themselves (see `limits`).
     """
-    kinds = (("farms_alpha", "farms_low", "farms_high"), ("whole_alpha",), ("noise_alpha",))
+    kinds = (("alpha", "alpha_low", "alpha_high"), ("whole_alpha",), ("noise_alpha",))
     found = [[v for row in rows for name in names if (v := number(row, name)) is not None] for names in kinds]
     ends = [limits(values) for values in found if values]
     return min(low for low, _ in ends), max(high for _, high in ends)
@@ -90,13 +90,13 @@ def alpha_limits(rows: Sequence[Row]) -> tuple[float, float]:
 
 def beyond(rows: Sequence[Row]) -> int:
     """Count the alphas that the axis of `alphas_by_depth` does not reach: they stand on its edge."""
-    alphas = [v for row in rows for name in ("farms_alpha", "whole_alpha") if (v := number(row, name)) is not None]
+    alphas = [v for row in rows for name in ("alpha", "whole_alpha") if (v := number(row, name)) is not None]
     low, high = alpha_limits(rows) if alphas else (0.0, 0.0)
     return sum(not low <= alpha <= high for alpha in alphas)
 
 
 def alpha_histogram(rows: Sequence[Row]) -> str:
-    """Draw how many layers have which `farms_alpha` and `whole_alpha`.
+    """Draw how many layers have which `alpha` and `whole_alpha`.
 
     Args:
         rows: one per layer.
@@ -104,9 +104,9 @@ def alpha_histogram(rows: Sequence[Row]) -> str:
     Returns:
         SVG; empty where no layer has a tail.
     """
-    names = ("farms_alpha", "whole_alpha")
+    names = ("alpha", "whole_alpha")
     values = {name: [v for row in rows if (v := number(row, name)) is not None] for name in names}
-    if not values["farms_alpha"]:
+    if not values["alpha"]:
         return ""
     levels = sorted(level for row in rows if (level := number(row, "noise_alpha")) is not None)
     low, high = alpha_limits(rows)
@@ -116,7 +116,7 @@ def alpha_histogram(rows: Sequence[Row]) -> str:
     x, y = _scales(_NARROW, (low, high), (0, 1.08 * max(count or 0 for found in counts.values() for count in found)))
     whole_numbers = [(v, f"{v:.0f}") for v, _ in ticks(0, y.high, 5) if v == round(v)]
     parts = [frame(x, y, ticks(low, high), whole_numbers, "alpha", "layers")]
-    parts.append(f'<path class="fill" d="{steps(x, y, edges, counts["farms_alpha"], close=True)}"/>')
+    parts.append(f'<path class="fill" d="{steps(x, y, edges, counts["alpha"], close=True)}"/>')
     parts.append(f'<path class="whole" d="{steps(x, y, edges, counts["whole_alpha"], close=False)}"/>')
     if levels:
         parts.append(f'<path class="noise" d="M{x(levels[len(levels) // 2])} {y.start}V{y.end}"/>')
@@ -135,7 +135,7 @@ def bias_by_aspect_ratio(rows: Sequence[Row]) -> str:
     shown = [
         (i, row, math.log2(ratio), row["aspect_ratio_bias"])
         for i, row in enumerate(rows)
-        if (ratio := number(row, "Q")) and number(row, "farms_alpha") and number(row, "whole_alpha")
+        if (ratio := number(row, "Q")) and number(row, "alpha") and number(row, "whole_alpha")
     ]
     if not shown:
         return ""
@@ -174,7 +174,7 @@ def spectrum(row: Row, histogram: "Histogram") -> str:
 
 
 def tail_line(row: Row, histogram: "Histogram") -> tuple[float, float, float, float] | None:
-    """Fitted power law on logarithmic axes, scaled to the share of the windows' eigenvalues beyond `farms_xmin`.
+    """Fitted power law on logarithmic axes, scaled to the share of the windows' eigenvalues beyond `xmin`.
 
     A density x^-alpha is x^(1 - alpha) over log10(x).
 
@@ -185,7 +185,7 @@ def tail_line(row: Row, histogram: "Histogram") -> tuple[float, float, float, fl
     Returns:
         log10 of eigenvalue and density where the tail starts, and where the spectrum ends; `None` without a tail.
     """
-    alpha, xmin = number(row, "farms_alpha"), number(row, "farms_xmin")
+    alpha, xmin = number(row, "alpha"), number(row, "xmin")
     if alpha is None or not xmin or alpha <= 1:
         return None
     edges, width, start = histogram.edges, histogram.edges[1] - histogram.edges[0], math.log10(xmin)
@@ -255,7 +255,7 @@ def _linked(points: Sequence[tuple[int, Row, float, float]], layers: int) -> lis
     for i, row, x, y in sorted(points, key=lambda point: -_place(point[1].get("status"))):
         whole = number(row, "whole_alpha")
         more = "" if whole is None else f", whole matrix {whole:.2f}"
-        alpha = with_interval(row, BY_NAME["farms_alpha"])
+        alpha = with_interval(row, BY_NAME["alpha"])
         label = escape(f"{row['layer']}: alpha {alpha}{more}; {row.get('status') or 'not judged'}")
         point = mark(row.get("status"), x, y, size)
         parts.append(f'<a href="#l{i}" tabindex="-1"><title>{label}</title>{point}</a>')

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +22,7 @@ from farms_jax._axes import FLAX_AXES, TORCH_AXES
 from farms_jax._present import text_table
 from farms_jax._tail import Tail
 from farms_jax._windows import Window
-from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column
+from farms_jax.diagnosis.columns import COLUMNS, Column, find_column
 from farms_jax.diagnosis.compare import compare
 from farms_jax.diagnosis.comparison import Comparison
 from farms_jax.diagnosis.diagnosis import Diagnosis
@@ -119,7 +119,8 @@ class Analyze(Measuring):
     json: Path | None = None
     """Write everything as JSON; `farms compare` reads it."""
     sort: str | None = None
-    """Column to sort the table by, largest first, names and statuses in their order; by default network order."""
+    """Column to sort the table by, as the table heads it or by its full name: the largest first, names and statuses in
+    their order. By default the order of the network."""
     ascending: _Flag = False
     """Sort the smallest first."""
     explain: _Flag = False
@@ -128,16 +129,15 @@ class Analyze(Measuring):
     def run(self) -> None:
         """Measure, print, write."""
         outputs = _checked({"--html": self.html, "--csv": self.csv, "--json": self.json})
-        if self.sort is not None:
-            _check_column("--sort", self.sort, COLUMNS)
+        sort = None if self.sort is None else _column("--sort", self.sort, COLUMNS)
         options = self.options()
         with open_weights(self.model, axes=options["axes"]) as source:
             if self.explain:
                 _explain(source, *layers_of(source, self.settings(), self.include, self.exclude))
                 return
             diagnosis = diagnose(source, **options)
-        if self.sort is not None:
-            diagnosis = diagnosis.sort(self.sort, descending=bool(BY_NAME[self.sort].format) and not self.ascending)
+        if sort is not None:
+            diagnosis = diagnosis.sort(sort.name, descending=bool(sort.format) and not self.ascending)
         diagnosis.show()
         _write(diagnosis, outputs)
         _tell_written(outputs, hint="--html report.html writes the whole report")
@@ -155,13 +155,13 @@ class Compare(Measuring):
     """Write all columns as CSV."""
     json: Path | None = None
     """Write everything as JSON."""
-    sort: str = "farms_alpha_change"
+    sort: str = "alpha_change"
     """Column to sort by, largest magnitude first."""
 
     def run(self) -> None:
         """Measure both, print, write."""
         outputs = _checked({"--csv": self.csv, "--json": self.json})
-        _check_column("--sort", self.sort, Comparison.possible)
+        _column("--sort", self.sort, Comparison.possible)
         comparison = compare(self.a, self.b, **self.options()).sort(self.sort, descending=True, magnitude=True)
         comparison.show()
         _write(comparison, outputs)
@@ -178,8 +178,8 @@ class Watch(Measuring):
     """Seconds from one look at the directory to the next."""
     once: _Flag = False
     """Look at what is there, and end."""
-    alpha_below: float = Rules.alpha_below
-    """Alert when the whole matrix's alpha falls below this."""
+    ww_alpha_below: Annotated[float, tyro.conf.arg(aliases=("--alpha-below",))] = Rules.ww_alpha_below
+    """Alert when WeightWatcher's alpha of the whole matrix falls below this."""
     spikes: int = Rules.spikes
     """Alert when so many eigenvalues stand beyond the bulk of noise, where none did before."""
     out: Path | None = None
@@ -188,7 +188,7 @@ class Watch(Measuring):
     def run(self) -> None:
         """Look, print, write, again and again."""
         out = self.out or Path(self.run_dir) / "farms"
-        rules = Rules(alpha_below=self.alpha_below, spikes=self.spikes)
+        rules = Rules(ww_alpha_below=self.ww_alpha_below, spikes=self.spikes)
         every = None if self.once else self.every
         alerts: list[Alert] = []
         for seen in watch(Path(self.run_dir), rules=rules, every=every, **self.options()):
@@ -227,9 +227,11 @@ def _write(result: Diagnosis | Comparison, outputs: Mapping[str, Path]) -> None:
             raise InputError(f"{flag} {path}: cannot be written ({error.strerror or error}); {remedy}") from error
 
 
-def _check_column(flag: str, name: str, columns: Iterable[Column]) -> None:
-    if name not in (names := [column.name for column in columns]):
-        raise InputError(f"{flag}: there is no column {name!r}; columns are {', '.join(names)}")
+def _column(flag: str, name: str, columns: Sequence[Column]) -> Column:
+    try:
+        return find_column(name, columns)
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from error
 
 
 def _explain(source: WeightSource, layers: list[str], left_out: Iterable[tuple[str, str]]) -> None:

@@ -1,10 +1,14 @@
-"""The columns of a diagnosis: one place for their names, order, meaning and format.
+"""The columns of a diagnosis: their names, order, meanings and formats, and their names in WeightWatcher.
 
-Columns that mean the same as one of WeightWatcher's have its name and its value (whole matrices; power law with the
-threshold of the smallest KS distance among eigenvalues above 1e-5).
+The names say what is measured. Without a prefix, `alpha` and its companions are those of FARMS's windows, as in
+`LayerReport`. The same measure of the whole matrix begins with `whole_`. What follows from WeightWatcher's own fit of
+the whole matrix (the threshold of the smallest KS distance among eigenvalues above 1e-5) begins with `ww_`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from farms_jax.errors import InputError
 
 
 class Column(NamedTuple):
@@ -13,79 +17,142 @@ class Column(NamedTuple):
     Attributes:
         name: key of a row.
         meaning: one line, for people; tooltips and documentation show it.
-        format: of a number, for `format()`; empty for text.
-        short: head of the column in the terminal; empty where the terminal does not show it.
+        format: format of a number, for `format()`; empty for text.
+        head: short name, which the terminal shows and `find_column` knows; empty where the terminal leaves it out.
         group: heading under which reports list it.
+        weightwatcher: name of the column with the same value in WeightWatcher; empty where it has none.
     """
 
     name: str
     meaning: str
     format: str = ".4g"
-    short: str = ""
+    head: str = ""
     group: str = ""
+    weightwatcher: str = ""
 
 
-_LAYER = "layer"
-_FARMS = "FARMS windows"
-_WHOLE = "whole matrix"
-_NOISE = "against noise"
+def _group(title: str, *columns: Column) -> tuple[Column, ...]:
+    return tuple(column._replace(group=title) for column in columns)
+
 
 COLUMNS: tuple[Column, ...] = (
-    Column("layer", "full path of the weight", "", "layer", _LAYER),
-    Column("status", "undertrained, well trained, over-correlated or degenerate", "", "status", _LAYER),
-    Column("reason", "why, in plain words", "", "", _LAYER),
-    Column("shape", "shape of the stored array", "", "shape", _LAYER),
-    Column("num_params", "entries of the array", "d", "", _LAYER),
-    Column("N", "longer axis of its matrices", "d", "", _LAYER),
-    Column("M", "shorter axis of its matrices", "d", "", _LAYER),
-    Column("Q", "aspect ratio N / M, at least 1", ".3g", "", _LAYER),
-    Column(
-        "farms_alpha",
-        "exponent of the tail over windows of one aspect ratio; smaller is heavier",
-        ".3f",
-        "alpha",
-        _FARMS,
+    *_group(
+        "layer",
+        Column("layer", "full path of the weight", "", "layer"),
+        Column("status", "undertrained, well trained, over-correlated or degenerate", "", "status"),
+        Column("reason", "why, in plain words", ""),
+        Column("shape", "shape of the stored array", "", "shape"),
+        Column("num_params", "entries of the array", "d"),
+        Column("N", "longer axis of its matrices", "d", weightwatcher="N"),
+        Column("M", "shorter axis of its matrices", "d", weightwatcher="M"),
+        Column("Q", "aspect ratio N / M, at least 1", ".3g", weightwatcher="Q"),
     ),
-    Column("farms_low", "lower end of its confidence interval", ".3f", "", _FARMS),
-    Column("farms_high", "upper end of its confidence interval", ".3f", "", _FARMS),
-    Column("rank", "place of the layer by farms_alpha; 1 is the heaviest tail", "d", "rank", _FARMS),
-    Column("rank_low", "lower end of the confidence interval of the place", "d", "", _FARMS),
-    Column("rank_high", "upper end of the confidence interval of the place", "d", "", _FARMS),
-    Column("rank_flips", "share of resamples in which the place is another, in [0, 1]", ".2f", "flips", _FARMS),
-    Column("noise_alpha", "farms_alpha of a matrix of independent entries (Marchenko-Pastur)", ".3f", "noise", _FARMS),
-    Column("num_windows", "windows measured, over all kernel positions", "d", "", _FARMS),
-    Column("farms_D", "KS distance of the tail of the windows, in [0, 1]", ".3f", "KS", _FARMS),
-    Column("farms_xmin", "eigenvalue where that tail starts", ".4g", "", _FARMS),
-    Column("farms_num_pl_spikes", "eigenvalues in that tail", "d", "", _FARMS),
-    Column("whole_alpha", "exponent by the same rule over the whole matrix", ".3f", "whole", _WHOLE),
-    Column("aspect_ratio_bias", "whole_alpha - farms_alpha", "+.3f", "bias", _WHOLE),
-    Column("alpha", "exponent with the best threshold by KS distance, as WeightWatcher's", ".3f", "ww", _WHOLE),
-    Column("D", "KS distance of that fit, in [0, 1]", ".3f", "", _WHOLE),
-    Column("xmin", "eigenvalue where that tail starts", ".4g", "", _WHOLE),
-    Column("xmax", "largest eigenvalue of that fit", ".4g", "", _WHOLE),
-    Column("sigma", "standard error of alpha, (alpha - 1) / sqrt(tail size)", ".3g", "", _WHOLE),
-    Column("num_pl_spikes", "eigenvalues in that tail", "d", "", _WHOLE),
-    Column("alpha_weighted", "alpha-hat: alpha times log10 of the largest eigenvalue", ".3f", "", _WHOLE),
-    Column("log_alpha_norm", "log10 of the sum of eigenvalues to the power alpha", ".3f", "", _WHOLE),
-    Column("num_evals", "eigenvalues, over all kernel positions", "d", "", _WHOLE),
-    Column("norm", "sum of the eigenvalues: squared Frobenius norm", ".4g", "", _WHOLE),
-    Column("log_norm", "log10 of norm", ".3f", "", _WHOLE),
-    Column("spectral_norm", "largest eigenvalue", ".4g", "", _WHOLE),
-    Column("log_spectral_norm", "log10 of spectral_norm", ".3f", "", _WHOLE),
-    Column("stable_rank", "norm / spectral_norm", ".1f", "stable", _WHOLE),
-    Column("effective_rank", "exp of the entropy of the singular values (Roy and Vetterli 2007)", ".1f", "", _WHOLE),
-    Column("entropy", "entropy of the eigenvalues over log of the rank, in [0, 1]", ".3f", "", _WHOLE),
-    Column("matrix_rank", "singular values above the largest times N times machine epsilon", "d", "", _WHOLE),
-    Column("rank_loss", "singular values at or below that", "d", "", _WHOLE),
-    Column("weak_rank_loss", "eigenvalues below 1e-6", "d", "", _WHOLE),
-    Column("sv_max", "largest singular value", ".4g", "", _WHOLE),
-    Column("sv_min", "smallest singular value", ".3g", "", _WHOLE),
-    Column("mp_sigma", "deviation of an entry that fits the bulk to the Marchenko-Pastur law", ".3g", "", _NOISE),
-    Column("mp_min", "lower edge of that bulk", ".4g", "", _NOISE),
-    Column("mp_max", "upper edge of that bulk", ".4g", "", _NOISE),
-    Column("mp_spikes", "eigenvalues beyond it, by more than its fluctuation", "d", "spikes", _NOISE),
-    Column("rand_distance", "Jensen-Shannon distance from the spectrum of the shuffled matrix", ".3f", "", _NOISE),
-    Column("max_rand_eval", "largest eigenvalue of the shuffled matrix", ".4g", "", _NOISE),
-    Column("ww_softrank", "max_rand_eval / spectral_norm", ".3f", "", _NOISE),
+    *_group(
+        "FARMS windows",
+        Column("alpha", "exponent of the tail over windows of one aspect ratio; smaller is heavier", ".3f", "alpha"),
+        Column("alpha_low", "lower end of its confidence interval", ".3f"),
+        Column("alpha_high", "upper end of its confidence interval", ".3f"),
+        Column("rank", "place of the layer by alpha; 1 is the heaviest tail", "d", "rank"),
+        Column("rank_low", "lower end of the confidence interval of the place", "d"),
+        Column("rank_high", "upper end of the confidence interval of the place", "d"),
+        Column("rank_flips", "share of resamples in which the place is another, in [0, 1]", ".2f", "flips"),
+        Column("noise_alpha", "alpha of a matrix of independent entries (Marchenko-Pastur)", ".3f", "noise"),
+        Column("num_windows", "windows measured, over all kernel positions", "d"),
+        Column("ks_distance", "KS distance of the tail of the windows, in [0, 1]", ".3f", "KS"),
+        Column("xmin", "eigenvalue where that tail starts"),
+        Column("num_tail", "eigenvalues in that tail", "d"),
+    ),
+    *_group(
+        "whole matrix",
+        Column("whole_alpha", "exponent by the same rule over the whole matrix", ".3f", "whole"),
+        Column("aspect_ratio_bias", "whole_alpha - alpha", "+.3f", "bias"),
+        Column("whole_num_eigenvalues", "eigenvalues, over all kernel positions", "d", weightwatcher="num_evals"),
+        Column("whole_norm", "sum of the eigenvalues: squared Frobenius norm", weightwatcher="norm"),
+        Column("whole_log_norm", "log10 of whole_norm", ".3f", weightwatcher="log_norm"),
+        Column("whole_largest_eigenvalue", "largest eigenvalue", weightwatcher="spectral_norm"),
+        Column(
+            "whole_log_largest_eigenvalue",
+            "log10 of whole_largest_eigenvalue",
+            ".3f",
+            weightwatcher="log_spectral_norm",
+        ),
+        Column(
+            "whole_stable_rank",
+            "whole_norm / whole_largest_eigenvalue",
+            ".1f",
+            "stable",
+            weightwatcher="stable_rank",
+        ),
+        Column("effective_rank", "exp of the entropy of the singular values (Roy and Vetterli 2007)", ".1f"),
+        Column("entropy", "entropy of the eigenvalues over log of the rank, in [0, 1]", ".3f", weightwatcher="entropy"),
+        Column(
+            "matrix_rank",
+            "singular values above the largest times N times machine epsilon",
+            "d",
+            weightwatcher="matrix_rank",
+        ),
+        Column("rank_loss", "singular values at or below that", "d", weightwatcher="rank_loss"),
+        Column("weak_rank_loss", "eigenvalues below 1e-6", "d", weightwatcher="weak_rank_loss"),
+        Column("sv_max", "largest singular value", weightwatcher="sv_max"),
+        Column("sv_min", "smallest singular value", ".3g", weightwatcher="sv_min"),
+    ),
+    *_group(
+        "WeightWatcher's fit",
+        Column("ww_alpha", "exponent with the best threshold by KS distance", ".3f", "ww", weightwatcher="alpha"),
+        Column("ww_ks_distance", "KS distance of that fit, in [0, 1]", ".3f", weightwatcher="D"),
+        Column("ww_xmin", "eigenvalue where that tail starts", weightwatcher="xmin"),
+        Column("ww_xmax", "largest eigenvalue of that fit", weightwatcher="xmax"),
+        Column("ww_sigma", "standard error of ww_alpha, (ww_alpha - 1) / sqrt(ww_num_tail)", ".3g", "", "", "sigma"),
+        Column("ww_num_tail", "eigenvalues in that tail", "d", weightwatcher="num_pl_spikes"),
+        Column(
+            "ww_alpha_hat",
+            "ww_alpha times log10 of the largest eigenvalue",
+            ".3f",
+            weightwatcher="alpha_weighted",
+        ),
+        Column(
+            "ww_log_alpha_norm",
+            "log10 of the sum of eigenvalues to the power ww_alpha",
+            ".3f",
+            weightwatcher="log_alpha_norm",
+        ),
+    ),
+    *_group(
+        "against noise",
+        Column("mp_sigma", "deviation of an entry that fits the bulk to the Marchenko-Pastur law", ".3g"),
+        Column("mp_min", "lower edge of that bulk"),
+        Column("mp_max", "upper edge of that bulk"),
+        Column("mp_spikes", "eigenvalues beyond it, by more than its fluctuation", "d", "spikes"),
+        Column(
+            "rand_distance",
+            "Jensen-Shannon distance from the spectrum of the shuffled matrix",
+            ".3f",
+            weightwatcher="rand_distance",
+        ),
+        Column("max_rand_eval", "largest eigenvalue of the shuffled matrix", weightwatcher="max_rand_eval"),
+        Column("ww_softrank", "max_rand_eval / whole_largest_eigenvalue", ".3f", weightwatcher="ww_softrank"),
+    ),
 )
 BY_NAME = {column.name: column for column in COLUMNS}
+
+
+def find_column(name: str, columns: Sequence[Column]) -> Column:
+    """Return the column of a name, or of a head as the terminal shows it.
+
+    >>> find_column("whole", COLUMNS).name
+    'whole_alpha'
+
+    Args:
+        name: name or head of a column.
+        columns: the columns that there are.
+
+    Returns:
+        The column.
+
+    Raises:
+        InputError: there is no such column.
+    """
+    for column in columns:
+        if name and name in {column.name, column.head}:
+            return column
+    raise InputError(f"there is no column {name!r}; columns are {', '.join(column.name for column in columns)}")

@@ -81,7 +81,7 @@ def _compared(before: Side, after: Side, *, progress: bool) -> Comparison:
         only_a=tuple(name for name in rows_a if name not in rows_b),
         only_b=tuple(name for name in rows_b if name not in rows_a),
     )
-    return comparison.sort("farms_alpha_change", descending=True, magnitude=True)
+    return comparison.sort("alpha_change", descending=True, magnitude=True)
 
 
 def _moved(a: WeightSource, b: WeightSource, names: list[str], *, progress: bool) -> Iterator[tuple[str, float]]:
@@ -103,8 +103,8 @@ def _row(a: Mapping[str, Any], b: Mapping[str, Any], moved: float | None) -> Row
         row[name] = before if before == after else f"{before} -> {after}"
     if moved is not None:
         row["moved"] = moved
-    alphas = a["farms_alpha"], b["farms_alpha"]
-    row["farms_alpha_change"] = change = None if None in alphas else alphas[1] - alphas[0]
+    alphas = a["alpha"], b["alpha"]
+    row["alpha_change"] = change = None if None in alphas else alphas[1] - alphas[0]
     widths = [width for side in (a, b) if (width := half_width(side)) is not None]
     if change is not None and len(widths) == 2:
         row["error"] = float(np.linalg.norm(widths))

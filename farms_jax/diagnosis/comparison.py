@@ -6,16 +6,15 @@ from typing import ClassVar
 from farms_jax.diagnosis.columns import BY_NAME, Column
 from farms_jax.diagnosis.layer_table import LayerTable
 
-BEFORE_AND_AFTER = ("farms_alpha", "whole_alpha", "alpha", "farms_D", "stable_rank", "mp_spikes", "rank")
-_SHOWN = {"farms_alpha_a": "alpha A", "farms_alpha_b": "alpha B", "mp_spikes_a": "spikes A", "mp_spikes_b": "spikes B"}
+BEFORE_AND_AFTER = ("alpha", "whole_alpha", "ww_alpha", "ks_distance", "whole_stable_rank", "mp_spikes", "rank")
+_SHOWN = {"alpha", "mp_spikes"}
 
 
 def _sides(name: str) -> tuple[Column, ...]:
     column = BY_NAME[name]
+    head = column.head if name in _SHOWN else ""
     return tuple(
-        Column(
-            f"{name}_{side}", f"{column.meaning}; of {side.upper()}", column.format, _SHOWN.get(f"{name}_{side}", "")
-        )
+        Column(f"{name}_{side}", f"{column.meaning}; of {side.upper()}", column.format, head and f"{head}_{side}")
         for side in ("a", "b")
     )
 
@@ -35,7 +34,7 @@ class Comparison(LayerTable):
         Column("status", "status, in A -> in B where it changed", "", "status"),
         BY_NAME["shape"],
         Column("moved", "difference of the weights over their size: |B - A| / |A|, Frobenius", ".3g", "moved"),
-        Column("farms_alpha_change", "farms_alpha of B less that of A", "+.3f", "change"),
+        Column("alpha_change", "alpha of B less that of A", "+.3f", "change"),
         Column("error", "half the confidence interval of that change", ".3f", "error"),
         Column("beyond_error", "whether the change is larger than its error", ""),
         *(column for name in BEFORE_AND_AFTER for column in _sides(name)),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-_FORMAT = "farms_jax diagnosis 1"
+_FORMAT = "farms_jax diagnosis 2"
 
 
 class Histogram(NamedTuple):

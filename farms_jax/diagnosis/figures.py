@@ -54,8 +54,8 @@ def _alphas(diagnosis: "Diagnosis") -> "Figure":
     wholes = _numbers(rows, "whole_alpha")
     if np.isfinite(wholes).any():
         axis.plot(wholes, "o", mfc="none", color=_WHOLE, ms=4, mew=0.9, label="whole matrix", zorder=2)
-    alphas = _numbers(rows, "farms_alpha")
-    below, above = alphas - _numbers(rows, "farms_low"), _numbers(rows, "farms_high") - alphas
+    alphas = _numbers(rows, "alpha")
+    below, above = alphas - _numbers(rows, "alpha_low"), _numbers(rows, "alpha_high") - alphas
     errors = np.maximum(0, [below, above])
     for places, (colour, mark), label in _by_status(rows):
         bars = None if np.isnan(errors[:, places]).all() else errors[:, places]
@@ -71,7 +71,7 @@ def _alphas(diagnosis: "Diagnosis") -> "Figure":
 
 def _bias(diagnosis: "Diagnosis") -> "Figure":
     rows = diagnosis.layers
-    tails = _numbers(rows, "farms_alpha") + _numbers(rows, "whole_alpha")  # NaN where one of them has none
+    tails = _numbers(rows, "alpha") + _numbers(rows, "whole_alpha")  # NaN where one of them has none
     ratios, biases = _numbers(rows, "Q"), _numbers(rows, "aspect_ratio_bias") + 0 * tails
     if not np.isfinite(biases).any():
         raise InputError("plot: the bias needs whole matrices; measure with whole=True")
@@ -102,7 +102,7 @@ def _spectrum(diagnosis: "Diagnosis", layer: str | None) -> "Figure":
     if (line := tail_line(row, histogram)) is not None:
         start, top, end, bottom = line
         axis.axvline(10**start, color="black", ls=":", lw=1, label="start of the tail")
-        label = f"power law, alpha {row['farms_alpha']:.2f}"
+        label = f"power law, alpha {row['alpha']:.2f}"
         axis.plot([10**start, 10**end], [10**top, 10**bottom], color=_LOOKS["degenerate"][0], label=label)
     densities = np.array([*histogram.windows, *histogram.whole])
     if (densities > 0).any():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from farms_jax._present import data_frame, html_table
-from farms_jax.diagnosis.columns import BY_NAME, Column
+from farms_jax.diagnosis.columns import BY_NAME, Column, find_column
 from farms_jax.diagnosis.summary import severity
 from farms_jax.diagnosis.table import measured, plain, sheet, text
 from farms_jax.diagnosis.terminal import plain_text, show_table
@@ -60,11 +60,13 @@ class LayerTable:
     def column(self, name: str) -> list[Any]:
         """Return one column, L values; `None` where a layer has none.
 
+        Args:
+            name: name of the column, or its head in the terminal.
+
         Raises:
             InputError: there is no such column, or it was not measured.
         """
-        if name not in (names := [column.name for column in self.possible]):
-            raise InputError(f"there is no column {name!r}; there are {', '.join(names)}")
+        name = find_column(name, self.possible).name
         if not any(name in row for row in self.layers):
             raise InputError(f"column {name!r} was not measured; it needs other settings (whole, randomize, resamples)")
         return [row.get(name) for row in self.layers]
@@ -73,7 +75,7 @@ class LayerTable:
         """Order the layers by a column; equal ones keep their order, layers without a value come last.
 
         Args:
-            name: of the column; by `status`, those that need attention come first.
+            name: name of the column, or its head in the terminal; by `status`, those that need attention come first.
             descending: the largest first.
             magnitude: whatever the sign.
 
@@ -131,6 +133,6 @@ class LayerTable:
 
     def _repr_html_(self) -> str:
         shown = sheet(self.layers, self.columns, None)
-        heads = {column.short: column.meaning for column in shown.columns}
+        heads = {column.head: column.meaning for column in shown.columns}
         lines = [*shown.notes, *self.closing()]
         return html_table(heads, shown.cells, lines, title=self.headline(), left=shown.left)

@@ -135,9 +135,9 @@ def _measured(layer: _Layer, values: _Values, shuffled: np.ndarray | None, setti
     scatter = np.zeros(0)
     if settings.resamples:
         scatter = _scatter(layer, values[layer.name, layer.intervals], settings)
-        row |= _interval_columns(row["farms_alpha"], scatter, settings)
+        row |= _interval_columns(row["alpha"], scatter, settings)
     if whole is not None:
-        row |= _whole_columns(layer, whole, row["farms_alpha"], scale, settings)
+        row |= _whole_columns(layer, whole, row["alpha"], scale, settings)
     if whole is not None and shuffled is not None:
         row |= shuffled_measures(whole, shuffled * scale)
     return Measured(row, scatter, histogram(windows.ravel(), whole))
@@ -159,12 +159,12 @@ def _window_columns(layer: _Layer, windows: np.ndarray, settings: Settings) -> d
     alphas, distances, starts = (np.asarray(part) for part in fits[:3])
     tails = alphas > 0
     return {
-        "farms_alpha": float(alphas[tails].mean()) if tails.any() else None,
+        "alpha": float(alphas[tails].mean()) if tails.any() else None,
         "noise_alpha": _noise_alpha(layer.grid, settings.tail),
         "num_windows": windows.shape[0],
-        "farms_D": float(distances.mean()),
-        "farms_xmin": float(starts[tails].mean()) if tails.any() else None,
-        "farms_num_pl_spikes": int((pooled[tails] >= starts[tails, None]).sum()),
+        "ks_distance": float(distances.mean()),
+        "xmin": float(starts[tails].mean()) if tails.any() else None,
+        "num_tail": int((pooled[tails] >= starts[tails, None]).sum()),
     }
 
 
@@ -178,19 +178,19 @@ def _noise_alpha(grid: Grid, tail: Tail) -> float | None:
 
 def _interval_columns(alpha: float | None, scatter: np.ndarray, settings: Settings) -> dict[str, Any]:
     if alpha is None or not scatter.any():
-        return {"farms_low": None, "farms_high": None}
+        return {"alpha_low": None, "alpha_high": None}
     low, high = interval(alpha, scatter, settings.level)
-    return {"farms_low": max(low, 1.0), "farms_high": high}  # no alpha is below 1
+    return {"alpha_low": max(low, 1.0), "alpha_high": high}  # no alpha is below 1
 
 
 def _whole_columns(
-    layer: _Layer, whole: np.ndarray, farms_alpha: float | None, scale: float, settings: Settings
+    layer: _Layer, whole: np.ndarray, window_alpha: float | None, scale: float, settings: Settings
 ) -> dict[str, Any]:
     row = spectrum_measures(whole, *layer.stack.shape[1:])
     if row["mp_sigma"]:
         row["mp_sigma"] /= scale**0.5  # of the weight's own entries
     alpha = float(np.asarray(fit_spectra(resolved(whole)[None], settings.tail).alpha)[0]) or None
-    bias = alpha - farms_alpha if alpha and farms_alpha else None
+    bias = alpha - window_alpha if alpha and window_alpha else None
     return {"whole_alpha": alpha, "aspect_ratio_bias": bias, **row}
 
 

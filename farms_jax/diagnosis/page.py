@@ -95,7 +95,7 @@ def flat(value: Any) -> str:
 
 
 def _cards(rows: Sequence[Row]) -> str:
-    alphas = sorted(alpha for row in rows if (alpha := number(row, "farms_alpha")) is not None)
+    alphas = sorted(alpha for row in rows if (alpha := number(row, "alpha")) is not None)
     params = sum(int(number(row, "num_params") or 0) for row in rows)
     cards = f'<div class="card"><b>{len(rows)}</b><span>layers</span><p>{params:,} parameters</p></div>'
     if alphas:
@@ -155,8 +155,8 @@ def _figures(rows: Sequence[Row]) -> str:
 
 def _table(diagnosis: "Diagnosis") -> str:
     columns = [column for column in diagnosis.columns if column.name != "reason"]
-    chosen = [column for column in columns if column.short]
-    others = [column for column in columns if not column.short]
+    chosen = [column for column in columns if column.head]
+    others = [column for column in columns if not column.head]
     ordered = [*chosen, *others]
     printed = {row["layer"] for row in attention(diagnosis.layers)[:_PRINTED]}
     bodies = "".join(
@@ -222,13 +222,13 @@ def _details(diagnosis: "Diagnosis", row: Row) -> str:
     drawing = charts.spectrum(row, histogram) if histogram else ""
     reason = f"<p>{escape(str(row['reason']))}</p>" if row.get("reason") else ""
     said = (
-        ("alpha", "{farms_alpha}, between {farms_low} and {farms_high}"),
+        ("alpha", "{alpha}, between {alpha_low} and {alpha_high}"),
         (
             "tail",
-            "{farms_num_pl_spikes} eigenvalues from {farms_xmin} on; KS {farms_D}; windows: {num_windows}",
+            "{num_tail} eigenvalues from {xmin} on; KS {ks_distance}; windows: {num_windows}",
         ),
         ("place", "{rank}, between {rank_low} and {rank_high}"),
-        ("whole matrix", "{whole_alpha}; WeightWatcher's rule {alpha} with {num_pl_spikes} eigenvalues"),
+        ("whole matrix", "{whole_alpha}; WeightWatcher's rule {ww_alpha} with {ww_num_tail} eigenvalues"),
         ("noise", "alpha {noise_alpha}; {mp_spikes} eigenvalues beyond the bulk, which ends at {mp_max}"),
     )
     values = {name: text(row, column) for name, column in BY_NAME.items()}

@@ -26,7 +26,7 @@ from farms_jax.programs.cache import Cache, weights_key
 from farms_jax.weights import WeightSource, open_weights
 
 _CHUNK = 2**25  # bytes of weights measured at once, where a single layer is not larger: enough for all cores
-_CACHE_FORMAT = 1  # raised when a measure changes its meaning
+_CACHE_FORMAT = 2  # raised when a measure changes its name or its meaning
 
 
 class _Layer(NamedTuple):
@@ -222,7 +222,7 @@ def _chunks(source: WeightSource, layers: list[_Layer]) -> Iterator[list[_Layer]
 def _rows(layers: list[_Layer], found: Mapping[str, Measured], settings: Settings) -> tuple[Row, ...]:
     rows: list[Row] = [{"layer": layer.name, **found[layer.name].row} for layer in layers]
     if settings.resamples:
-        alphas = np.array([row["farms_alpha"] for row in rows], float)
+        alphas = np.array([row["alpha"] for row in rows], float)
         draws = np.stack([found[layer.name].deviations for layer in layers])
         ranks = rank_flips(alphas, draws, settings.level)
         for row, rank, low, high, flips in zip(rows, *ranks, strict=True):

@@ -12,7 +12,7 @@ class Settings:
 
     Attributes:
         window: windows of FARMS; `None` takes whole matrices in their place.
-        tail: where the power-law tail starts, for `farms_alpha` and `whole_alpha`; `alpha` is WeightWatcher's, whatever
+        tail: where the power-law tail starts, for `alpha` and `whole_alpha`; `ww_alpha` is WeightWatcher's, whatever
             this says.
         kernel_scale: factor on the eigenvalues of 4-D kernels; 0.5 as in the reference and in WeightWatcher.
         whole: measure whole matrices too; without it only the columns of the windows are there.

@@ -3,10 +3,10 @@
 Eigenvalues are those of W W^T, ascending, pooled over kernel positions and scaled as the reference and WeightWatcher do
 it. Numbers that do not exist for a spectrum, such as the logarithm of a norm of 0, are `None`.
 
-The columns that WeightWatcher has too equal those of its version 0.7.7, but for these: `sv_min` and `rank_loss` of a
-kernel are of all positions together, where WeightWatcher takes the largest of the positions' `sv_min` and a threshold
-for each position; a spectrum with fewer than 20 eigenvalues above 1e-5 is fitted as any other, where WeightWatcher
-corrects for the bias of small samples; `entropy` has no 1e-10 added to its shares.
+The columns that WeightWatcher has too (`Column.weightwatcher`) equal those of its version 0.7.7, but for these:
+`sv_min` and `rank_loss` of a kernel are of all positions together, where WeightWatcher takes the largest of the
+positions' `sv_min` and a threshold for each position; a spectrum with fewer than 20 eigenvalues above 1e-5 is fitted as
+any other, where WeightWatcher corrects for the bias of small samples; `entropy` has no 1e-10 added to its shares.
 """
 
 import functools
@@ -21,6 +21,10 @@ from farms_jax._tail import Tail, TailFit, fit_tail
 from farms_jax.diagnosis.diagnosis import Histogram
 
 WEIGHTWATCHER = Tail("ks", min_eigenvalue=1e-5)
+_POWER_LAW = (
+    *("ww_alpha", "ww_ks_distance", "ww_xmin", "ww_xmax", "ww_sigma", "ww_num_tail"),
+    *("ww_alpha_hat", "ww_log_alpha_norm"),
+)
 _WEAK = 1e-6  # eigenvalues below it count as a weak loss of rank, as in WeightWatcher
 _BINS = 60
 _DRAWN = 1e-8  # of the largest eigenvalue: what is smaller, rounding or no rank, is not drawn
@@ -78,7 +82,7 @@ def spectrum_measures(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str
         cols: of one matrix.
 
     Returns:
-        The columns `alpha` to `sv_min` and `mp_sigma` to `mp_spikes` of `columns.COLUMNS`, all in the scale of the
+        The columns `ww_alpha` to `sv_min` and `mp_sigma` to `mp_spikes` of `columns.COLUMNS`, all in the scale of the
         eigenvalues.
     """
     norm, largest = float(eigenvalues.sum()), float(eigenvalues[-1])
@@ -86,12 +90,12 @@ def spectrum_measures(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str
     rank = int((singular > singular[-1] * max(rows, cols) * np.finfo(np.float64).eps).sum())
     measures = {
         **_power_law(eigenvalues),
-        "num_evals": eigenvalues.size,
-        "norm": norm,
-        "log_norm": _log10(norm),
-        "spectral_norm": largest,
-        "log_spectral_norm": _log10(largest),
-        "stable_rank": norm / largest if largest > 0 else None,
+        "whole_num_eigenvalues": eigenvalues.size,
+        "whole_norm": norm,
+        "whole_log_norm": _log10(norm),
+        "whole_largest_eigenvalue": largest,
+        "whole_log_largest_eigenvalue": _log10(largest),
+        "whole_stable_rank": norm / largest if largest > 0 else None,
         "effective_rank": float(np.exp(_entropy(singular))) if largest > 0 else None,
         "entropy": _entropy(eigenvalues) / float(np.log(rank)) if rank > 1 else None,
         "matrix_rank": rank,
@@ -108,20 +112,19 @@ def _power_law(eigenvalues: np.ndarray) -> dict[str, Any]:
     fit = fit_spectra(eigenvalues[None], WEIGHTWATCHER)
     alpha, distance, xmin = (float(part[0]) for part in fit[:3])
     if alpha == 0:
-        names = ("alpha", "D", "xmin", "xmax", "sigma", "num_pl_spikes", "alpha_weighted", "log_alpha_norm")
-        return dict.fromkeys(names)
+        return dict.fromkeys(_POWER_LAW)
     largest = float(eigenvalues[-1])
     spikes = int((eigenvalues >= xmin).sum())
     relative = eigenvalues[eigenvalues > 0] / largest  # powers of these do not overflow
     return {
-        "alpha": alpha,
-        "D": distance,
-        "xmin": xmin,
-        "xmax": largest,
-        "sigma": (alpha - 1) / spikes**0.5,
-        "num_pl_spikes": spikes,
-        "alpha_weighted": alpha * float(np.log10(largest)),
-        "log_alpha_norm": float(np.log10((relative**alpha).sum()) + alpha * np.log10(largest)),
+        "ww_alpha": alpha,
+        "ww_ks_distance": distance,
+        "ww_xmin": xmin,
+        "ww_xmax": largest,
+        "ww_sigma": (alpha - 1) / spikes**0.5,
+        "ww_num_tail": spikes,
+        "ww_alpha_hat": alpha * float(np.log10(largest)),
+        "ww_log_alpha_norm": float(np.log10((relative**alpha).sum()) + alpha * np.log10(largest)),
     }
 
 

@@ -27,37 +27,37 @@ def status_of(row: Mapping[str, Any]) -> tuple[str, str]:
     """
     if reason := _degenerate(row):
         return "degenerate", reason
-    alpha, largest = row.get("alpha"), row.get("stable_rank")
+    alpha, largest = row.get("ww_alpha"), row.get("whole_stable_rank")
     if alpha is not None and 1 < alpha < OVER_CORRELATED:
         share = f"; the largest eigenvalue holds {1 / largest:.0%} of the norm" if largest else ""
-        return "over-correlated", f"alpha {alpha:.2f} of the whole matrix is below {OVER_CORRELATED:g}{share}"
+        return "over-correlated", f"ww_alpha {alpha:.2f} of the whole matrix is below {OVER_CORRELATED:g}{share}"
     measured, noise = _measured(row), row.get("noise_alpha")
     if noise is None:
-        if row["farms_alpha"] > UNDERTRAINED:
+        if row["alpha"] > UNDERTRAINED:
             return "undertrained", f"{measured} is above {UNDERTRAINED:g}{_spikes(row)}"
         return "well trained", f"{measured} is below {UNDERTRAINED:g}{_spikes(row)}"
-    reaches = (row.get("farms_high") or row["farms_alpha"]) >= AT_NOISE * noise
-    if reaches and row["farms_alpha"] >= NEAR_NOISE * noise:
+    reaches = (row.get("alpha_high") or row["alpha"]) >= AT_NOISE * noise
+    if reaches and row["alpha"] >= NEAR_NOISE * noise:
         return "undertrained", f"{measured} is that of noise, {noise:.2f}{_spikes(row)}"
     unsure = ", but too uncertain to exclude it" if reaches else ""
     return "well trained", f"{measured} is below that of noise, {noise:.2f}{unsure}{_spikes(row)}"
 
 
 def _degenerate(row: Mapping[str, Any]) -> str | None:
-    rank, count = row.get("matrix_rank"), row.get("num_evals")
-    if row.get("spectral_norm") == 0:
+    rank, count = row.get("matrix_rank"), row.get("whole_num_eigenvalues")
+    if row.get("whole_largest_eigenvalue") == 0:
         return "every weight is zero"
     if rank is not None and count and 2 * rank < count:
         return f"rank {rank} of {count}: {'constant' if rank <= 1 else 'most directions are missing'}"
-    if row["farms_alpha"] is None:
+    if row["alpha"] is None:
         return "its eigenvalues are zero or equal: there is no tail to fit"
     return None
 
 
 def _measured(row: Mapping[str, Any]) -> str:
-    low, high = row.get("farms_low"), row.get("farms_high")
+    low, high = row.get("alpha_low"), row.get("alpha_high")
     interval = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
-    return f"alpha {row['farms_alpha']:.2f}{interval} of the windows"
+    return f"alpha {row['alpha']:.2f}{interval} of the windows"
 
 
 def _spikes(row: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ def attention(rows: Sequence[Row]) -> list[Row]:
     """
 
     def worst(row: Row) -> tuple[int, float]:
-        alpha = number(row, "farms_alpha") or 0.0
+        alpha = number(row, "alpha") or 0.0
         return severity(row.get("status")), -alpha if row.get("status") == "undertrained" else alpha
 
     return sorted((row for row in rows if row.get("status") in MEANINGS and row["status"] != GOOD), key=worst)
@@ -41,7 +41,7 @@ def attention(rows: Sequence[Row]) -> list[Row]:
 def summary(model: str, rows: Sequence[Row]) -> str:
     """Say in one line what needs attention.
 
-    >>> summary("net", [{"layer": "head", "status": "undertrained", "farms_alpha": 2.13}])
+    >>> summary("net", [{"layer": "head", "status": "undertrained", "alpha": 2.13}])
     'net: 1 layer, 1 undertrained; look first at head (undertrained, alpha 2.130)'
 
     Args:
@@ -55,7 +55,7 @@ def summary(model: str, rows: Sequence[Row]) -> str:
     parts += [f"{count} {status}" for status, count in counts(rows).items()]
     line = f"{model}: {', '.join(parts)}"
     for row in attention(rows)[:1]:
-        alpha = f", alpha {with_interval(row, BY_NAME['farms_alpha'])}" if number(row, "farms_alpha") else ""
+        alpha = f", alpha {with_interval(row, BY_NAME['alpha'])}" if number(row, "alpha") else ""
         line += f"; look first at {row['layer']} ({row['status']}{alpha})"
     return line
 

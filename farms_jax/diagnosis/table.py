@@ -13,12 +13,12 @@ Row = Mapping[str, Any]
 MISSING = "–"
 NO_TAIL = "no tail"
 # Of a tail, and of models A and B in a comparison: above 1, and 0 where there is no tail.
-_EXPONENT = re.compile(r"((farms_|whole_)?alpha|farms_low|farms_high)(_[ab])?")
+_EXPONENT = re.compile(r"((whole_|ww_)?alpha|alpha_low|alpha_high)(_[ab])?")
 _GAP = 2  # spaces between columns
 _LEAST_NAME = 24  # characters that a shortened name keeps, where the table can give up columns instead
 # Where the table is too wide, these go first; columns that stand nowhere here stay.
 _GIVEN_UP = (
-    *("stable_rank", "farms_D", "alpha", "mp_spikes", "shape", "rank_flips", "rank", "whole_alpha"),
+    *("whole_stable_rank", "ks_distance", "ww_alpha", "mp_spikes", "shape", "rank_flips", "rank", "whole_alpha"),
     *("aspect_ratio_bias", "noise_alpha"),
 )
 _LEFT = {"layer", "status", "shape", "reason"}
@@ -62,8 +62,8 @@ def number(row: Row, name: str) -> float | None:
 
 
 def half_width(row: Row) -> float | None:
-    """Return half the confidence interval of `farms_alpha`; `None` where there is none."""
-    low, high = number(row, "farms_low"), number(row, "farms_high")
+    """Return half the confidence interval of `alpha`; `None` where there is none."""
+    low, high = number(row, "alpha_low"), number(row, "alpha_high")
     return None if low is None or high is None else (high - low) / 2
 
 
@@ -93,8 +93,8 @@ def text(row: Row, column: Column) -> str:
 
 
 def with_interval(row: Row, column: Column) -> str:
-    """Format one value, `farms_alpha` with half its confidence interval: `1.87 ±0.03`."""
-    half = half_width(row) if column.name == "farms_alpha" else None
+    """Format one value, `alpha` with half its confidence interval: `1.87 ±0.03`."""
+    half = half_width(row) if column.name == "alpha" else None
     if half is None or number(row, column.name) is None:
         return text(row, column)
     return f"{row[column.name]:.2f} ±{half:.2f}"
@@ -119,14 +119,14 @@ def sheet(rows: Sequence[Row], columns: Sequence[Column], width: int | None) -> 
     Returns:
         The sheet.
     """
-    shown = [column for column in measured(rows, columns) if column.short]
+    shown = [column for column in measured(rows, columns) if column.head]
     notes = []
     levels = {text(row, BY_NAME["noise_alpha"]) for row in rows} - {MISSING}
     if len(levels) == 1:
         shown = [column for column in shown if column.name != "noise_alpha"]
         notes.append(f"alpha of noise: {levels.pop()}")
     cells = {column.name: [with_interval(row, column) for row in rows] for column in shown}
-    needs = {c.name: max(map(len, [c.short, *cells[c.name]])) + _GAP for c in shown if c.name != "layer"}
+    needs = {c.name: max(map(len, [c.head, *cells[c.name]])) + _GAP for c in shown if c.name != "layer"}
     names = cells.get("layer", [])
     longest = max([len("layer"), *map(len, names)])
     if width is not None and longest + sum(needs.values()) > width:
@@ -143,7 +143,7 @@ def sheet(rows: Sequence[Row], columns: Sequence[Column], width: int | None) -> 
     cells["layer"] = names
     return Sheet(
         columns=kept,
-        heads=[column.short for column in kept],
+        heads=[column.head for column in kept],
         cells=[list(line) for line in zip(*(cells[column.name] for column in kept), strict=True)],
         left={i for i, column in enumerate(kept) if column.name in _LEFT},
         notes=notes,

@@ -21,11 +21,11 @@ class Rules:
     Besides these: a layer that becomes degenerate, and a checkpoint that cannot be measured, NaN in it above all.
 
     Attributes:
-        alpha_below: the whole matrix's alpha is below this.
+        ww_alpha_below: WeightWatcher's alpha of the whole matrix is below this.
         spikes: so many eigenvalues stand beyond the bulk of noise, where none did in the checkpoint before.
     """
 
-    alpha_below: float = OVER_CORRELATED
+    ww_alpha_below: float = OVER_CORRELATED
     spikes: int = 1
 
 
@@ -35,7 +35,7 @@ class Alert(NamedTuple):
     Attributes:
         checkpoint: path of it.
         layer: which; empty where it is the whole checkpoint.
-        rule: `"alpha"`, `"degenerate"`, `"spikes"` or `"checkpoint"`.
+        rule: `"ww_alpha"`, `"degenerate"`, `"spikes"` or `"checkpoint"`.
         message: in plain words.
     """
 
@@ -120,13 +120,13 @@ def alerts_of(checkpoint: Path, before: Diagnosis | None, now: Diagnosis, rules:
 
 def _broken(row: Row, then: Mapping[str, Any] | None, rules: Rules) -> Iterator[tuple[str, str]]:
     def low(measured: Mapping[str, Any] | None) -> bool:
-        return measured is not None and 1 < (measured.get("alpha") or 0) < rules.alpha_below
+        return measured is not None and 1 < (measured.get("ww_alpha") or 0) < rules.ww_alpha_below
 
     if row["status"] == "degenerate" and (then is None or then["status"] != "degenerate"):
         yield "degenerate", row["reason"]
     if low(row) and not low(then):
-        was = f", was {then['alpha']:.2f}" if then and then.get("alpha") else ""
-        yield "alpha", f"alpha {row['alpha']:.2f} is below {rules.alpha_below:g}{was}"
+        was = f", was {then['ww_alpha']:.2f}" if then and then.get("ww_alpha") else ""
+        yield "ww_alpha", f"ww_alpha {row['ww_alpha']:.2f} is below {rules.ww_alpha_below:g}{was}"
     spikes = row.get("mp_spikes") or 0
     if then is not None and then.get("mp_spikes") == 0 and spikes >= rules.spikes:
         yield (

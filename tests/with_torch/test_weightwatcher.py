@@ -8,15 +8,15 @@ import torch
 import weightwatcher
 
 from farms_jax import TORCH_AXES
+from farms_jax.diagnosis.columns import COLUMNS
 from farms_jax.diagnosis.measure import measure
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import shuffled_measures
 
-COLUMNS = [
-    *("N", "M", "Q", "alpha", "D", "xmin", "xmax", "sigma", "num_pl_spikes", "alpha_weighted", "log_alpha_norm"),
-    *("num_evals", "norm", "log_norm", "spectral_norm", "log_spectral_norm", "stable_rank", "entropy"),
-    *("matrix_rank", "weak_rank_loss", "sv_max"),
-]
+_SHUFFLED = {"rand_distance", "max_rand_eval", "ww_softrank"}  # but for the draw
+_OF_SINGLE_MATRICES = {"rank_loss", "sv_min"}  # WeightWatcher's of a kernel are of its positions one by one
+THEIRS = {column.name: column.weightwatcher for column in COLUMNS if column.weightwatcher}
+EQUAL = set(THEIRS) - _SHUFFLED - _OF_SINGLE_MATRICES
 
 
 def linear(rows, cols):
@@ -83,11 +83,11 @@ def both(analysed):
 @pytest.mark.parametrize("name", LAYERS)
 def test_columns_are_equal(both, name):
     ours, theirs = both[name]
-    for column in COLUMNS:
-        expected = max(theirs["N"], theirs["M"]) if column == "N" else theirs[column]
-        expected = min(theirs["N"], theirs["M"]) if column == "M" else expected
-        expected = ours["N"] / ours["M"] if column == "Q" else expected
-        np.testing.assert_allclose(ours[column], expected, rtol=1e-5, err_msg=column)
+    theirs = theirs | {"N": max(theirs["N"], theirs["M"]), "M": min(theirs["N"], theirs["M"])}
+    theirs["Q"] = theirs["N"] / theirs["M"]
+    assert len(EQUAL) == 21
+    for column in EQUAL:
+        np.testing.assert_allclose(ours[column], theirs[THEIRS[column]], rtol=1e-5, err_msg=column)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if "kernel" not in name])
