@@ -35,6 +35,7 @@ def arguments(module, *given):
     return parser.parse_args([str(word) for word in given])
 
 
+@pytest.mark.slow
 def test_at_random_init_width_moves_the_baseline_and_not_farms():
     args = arguments(random_init, "--models", "vgg16", "--widths", 0.25, 1, "--seeds", 2)
     result = random_init.experiment(args)
@@ -64,6 +65,7 @@ def test_noise_follows_the_law_and_only_the_baseline_sees_its_shape():
     assert row["alpha_farms"] == pytest.approx(hill_alpha(1.0), rel=0.02)
 
 
+@pytest.mark.slow
 def test_alpha_of_farms_falls_where_the_student_is_aligned():
     small = ["--inputs", 100, "--widths", 25, 50, 100, 400, "--window", 20, "--seeds", 2, "--batch", 400]
     result = teacher_student.experiment(arguments(teacher_student, *small))
@@ -113,6 +115,7 @@ def test_coloured_digits_are_of_their_labels_and_splits():
     assert not any(image.max(-1).tobytes() in drawn for image in images.test_images)
 
 
+@pytest.mark.slow
 def test_the_grid_is_filled_once_and_its_ends_are_marked(tmp_path, monkeypatch):
     grid = ["--rows", 16, "--per-axis", 2, 3, "--xmin", "median", "--cache", tmp_path, "--out", tmp_path]
     tiny = [*grid, "--samples", 1, "--length", 16, "--limit", 2]

@@ -124,6 +124,7 @@ def test_rules_on_names(case):
         assert all(flat[n].shape[0] == flat[target].shape[-1] for n, target in targets.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "vgg19"])
 def test_deeper_networks_run(name):
     def build_and_run(x):
@@ -136,6 +137,7 @@ def test_deeper_networks_run(name):
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_float32_parameters():
     model = MODELS["resnet18"].build(num_classes=10, width=0.0625, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     model.train()

@@ -193,6 +193,7 @@ def test_spilled_activations_change_no_bit(finished, tmp_path):
     assert list(spill.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_block_not_of_the_model(tmp_path):
     peaks = []
     for blocks in (4, 44):

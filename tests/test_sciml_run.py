@@ -63,6 +63,7 @@ def command(*arguments):
     return [sys.executable, "-m", "sciml.dpot", *map(str, arguments)]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_files(finished):
     run, printed = finished
     assert str(run) in printed
@@ -84,6 +85,7 @@ def test_a_run_leaves_its_files(finished):
     assert {path.stem for path in run.glob("*.png")} == pictures
 
 
+@pytest.mark.slow
 def test_predictions_are_there_as_numbers(finished, files):
     run, _ = finished
     shown = np.load(run / "prediction_farms.npz")
@@ -93,6 +95,7 @@ def test_predictions_are_there_as_numbers(finished, files):
         np.testing.assert_array_equal(shown["true"][..., 2], file["density"][9, 10:].transpose(1, 2, 0))
 
 
+@pytest.mark.slow
 def test_every_setting_starts_from_the_pretrained_weights(finished):
     run, _ = finished
     pretrained = checkpoints.read(run / "pretrain" / "model.safetensors")
@@ -103,6 +106,7 @@ def test_every_setting_starts_from_the_pretrained_weights(finished):
     np.testing.assert_array_equal(pretrained["cls_head.0.weight"], final["cls_head.0.weight"])
 
 
+@pytest.mark.slow
 def test_exported_weights_start_another_run(finished, files, environment, tmp_path):
     run, _ = finished
     weights = run / "farms" / "seed0" / "model.safetensors"
@@ -116,6 +120,7 @@ def test_exported_weights_start_another_run(finished, files, environment, tmp_pa
     assert before == pytest.approx(last, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused(finished, tmp_path, monkeypatch, capsys):
     run, _ = finished
     weights = tmp_path / "model.safetensors"
@@ -130,6 +135,7 @@ def test_other_weights_are_refused(finished, tmp_path, monkeypatch, capsys):
     assert "--resume: the weights are not those" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_generated_data_are_made_for_all_settings(tmp_path, monkeypatch):
     for name, seed in (("PRETRAIN_FLOW", 1), ("FINETUNE_FLOW", 2)):
         flow = FlowConfig(mach=0.1, eta=0.1 / seed, zeta=0.1, size=16, count=10, steps=12, end=0.1, seed=seed)
@@ -180,6 +186,7 @@ def test_mistakes_are_one_line(arguments, message, files, tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_other_data_are_refused(finished, files, tmp_path, monkeypatch, capsys):
     run, _ = finished
     facts = json.loads((run / "config.json").read_text())

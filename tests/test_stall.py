@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import numpy as np
+import pytest
 import threadpoolctl
 
 import farms_jax
@@ -30,6 +31,7 @@ def _spin():
         pass
 
 
+@pytest.mark.slow
 def test_twenty_analyses_of_a_full_resnet18_beside_a_busy_core():
     busy = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
     busy.start()
@@ -43,6 +45,7 @@ def test_twenty_analyses_of_a_full_resnet18_beside_a_busy_core():
     assert done.stdout.strip() == "finished", done.stderr
 
 
+@pytest.mark.slow
 def test_one_core_is_enough():
     program = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n" + PROGRAM.replace(
         "range(20)", "range(2)"

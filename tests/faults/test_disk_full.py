@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 PAGE = 4096  # what a file takes of the disk at least, and grows by
 SIZES = {"prune": 6 * MIB, "generate": 2 * MIB, "analyze": 8 * MIB, "train": 32 * MIB, "export": MIB}

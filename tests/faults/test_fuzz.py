@@ -11,6 +11,8 @@ import pytest
 from tests.faults.fuzz import Samples, fuzz
 from tests.faults.targets import TARGETS
 
+pytestmark = pytest.mark.slow
+
 SEED = int(os.environ.get("FARMS_FUZZ_SEED", "0"))
 FUZZED = {name: target.files for name, target in TARGETS.items() if target.files}
 
