@@ -3,9 +3,9 @@
     python -m benchmarks.dpot_step --repeats 7
 
 A step is forward, backward and an update of Adam (betas 0.9, weight decay 1e-6 in the gradient, gradient clipped) on
-one batch of random fields, float32; ours is `sciml.loop.make_step`, as `python -m sciml.dpot` runs it. A refresh is the
-analysis of every Linear and Conv2d by FARMS windows and the layers' new rates, which the paper times in Table 12; the
-loop takes one `torch.linalg.svdvals` per window.
+one batch of random fields, float32; ours is `sciml.steps.make_step`, as `python -m sciml.dpot` runs it. A refresh is
+the analysis of every Linear and Conv2d by FARMS windows and the layers' new rates, which the paper times in Table 12;
+the loop takes one `torch.linalg.svdvals` per window.
 """
 
 import argparse
@@ -22,12 +22,12 @@ import farms_jax
 from benchmarks._common import interleave, machine, timed, write
 from benchmarks.spectral import torch_layout, torch_loop
 from benchmarks.torch_dpot import TorchDPOT
+from sciml.balanced_layers import measure
 from sciml.checkpoints import to_torch
 from sciml.config import Config, resolve
-from sciml.layers import measure
-from sciml.loop import TrainState, make_step
 from sciml.model import NAMED, ModelConfig, make_network
 from sciml.optimizer import BETAS, make_optimizer
+from sciml.steps import TrainState, make_step
 
 WINDOW = farms_jax.Window(per_axis=9)
 

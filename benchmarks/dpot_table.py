@@ -17,8 +17,8 @@ from tqdm import tqdm
 from benchmarks._common import machine, write
 from sciml.config import Config
 from sciml.dpot import resume, start
-from sciml.experiment import PRETRAIN_FLOW
 from sciml.generate import FlowConfig, file_name, generate
+from sciml.preparation import PRETRAIN_FLOW
 
 RATIOS = (0.05, 0.1, 0.25, 0.5, 1.0)
 FLOW = FlowConfig(mach=1.0, eta=0.01, zeta=0.01, size=32, count=400, seed=2)

@@ -36,8 +36,8 @@ from prune.checkpoints import choose_tokenizer, open_checkpoint
 from prune.config import BUNDLED
 from tests.weights_helpers import write as write_weights
 from train.config import Config, resolve
-from train.experiment import make_refresh
-from train.loop import TrainState, make_network, make_optimizer
+from train.steps import TrainState, make_network, make_optimizer
+from train.training import make_refresh
 
 MIB = 2**20
 WIDTH = 0.125  # of the ResNet-18: 0.7 MB of weights
@@ -168,7 +168,7 @@ def refresh_calls(folder: Path) -> Call:
 
     def call(number: int) -> None:
         nonlocal state
-        state, _, _ = refresh(state._replace(params=_moved(start, number)), number)
+        state = refresh(state._replace(params=_moved(start, number))).state
 
     return call
 

@@ -24,9 +24,9 @@ from torch.nn import functional
 import farms_jax
 from benchmarks._common import interleave, machine, write
 from train.config import Config, resolve
-from train.layers import compiler_options
-from train.loop import Normalise, TrainState, make_network, make_optimizer, make_steps
+from train.cpu_gradients import compiler_options
 from train.resnet import STAGES, ResNet
+from train.steps import Normalise, TrainState, make_network, make_optimizer, make_steps
 
 SCANNED = 3  # steps of one loop
 LEARNING_RATE, MOMENTUM, DECAY = 0.1, 0.9, 5e-4

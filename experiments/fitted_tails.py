@@ -27,11 +27,11 @@ import farms_jax
 from experiments._common import BASELINE, FARMS, Result, figure, label, positive, run
 from experiments.coloured_digits import coloured_digits
 from farms_jax.errors import InputError
-from farms_jax.programs.rundir import read_config, write_config
+from farms_jax.programs.config_file import read_config, write_config
 from farms_jax.weights import open_weights
 from train.config import Config, resolve
-from train.experiment import check_same_data, facts, train_run
 from train.models import MODELS
+from train.training import check_same_data, facts, train_run
 
 WINDOWS = {"baseline": None, "FARMS": farms_jax.Window(per_axis=9)}  # nine for the final layer: paper, Table 15
 _COLOURS = {"baseline": BASELINE, "FARMS": FARMS}

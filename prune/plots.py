@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from farms_jax.programs import plots
+from farms_jax.programs import layer_plots
 
 
 def plot_run(run: Path, rows: Sequence[dict[str, Any]], title: str) -> list[Path]:
@@ -25,7 +25,7 @@ def plot_run(run: Path, rows: Sequence[dict[str, Any]], title: str) -> list[Path
     figures = {"sparsity.png": _sparsity(rows, title)}
     if rows[0]["alpha_after"] is not None:
         figures["alphas.png"] = _alphas(rows, title)
-    return plots.save(run, figures)
+    return layer_plots.save(run, figures)
 
 
 def _sparsity(rows: Sequence[dict[str, Any]], title: str) -> Figure:

@@ -8,11 +8,13 @@ python -m sciml.dpot --resume runs/NAME                       go on with a run t
 from pathlib import Path
 
 from farms_jax.programs.command_line import run_name, run_program
+from farms_jax.programs.config_file import read_config, write_config
 from farms_jax.programs.exits import run_and_end
-from farms_jax.programs.rundir import at_work, read_config, write_config
+from farms_jax.programs.run_directory import at_work
 
 from .config import RECIPES, Config
-from .experiment import complete, prepare, run_experiment
+from .fine_tuning import run_experiment
+from .preparation import complete, prepare
 
 
 def main() -> None:

@@ -2,42 +2,38 @@
 
 import contextlib
 import functools
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 import farms_jax
-from farms_jax.errors import InputError
-from farms_jax.programs.finite import not_finite
-from farms_jax.programs.rundir import Progress, SeedDirectory, layer_rows
-from farms_jax.programs.stopping import StopRequest, hold_stops
+from farms_jax.programs.epoch_loop import Epochs, Refreshed, StepsTaken, run_epochs
+from farms_jax.programs.run_directory import SeedDirectory
 
+from .balanced_layers import ENDS, FOLLOW, measure
 from .batches import test_batches, train_batches
 from .config import TB, Config
 from .fields import FieldData, Fields
-from .layers import ENDS, FOLLOW, measure
-from .loop import Evaluate, Step, TrainState, make_fault, make_step
 from .model import Network
 from .optimizer import make_optimizer, schedules
+from .steps import Evaluate, Step, TrainState, make_fault, make_step
 
-SUMS = ("train_l2re_step", "train_l2re")  # of the first two numbers that a step measures
+_SUMS = ("train_l2re_step", "train_l2re")  # the first two numbers that a step measures
 
 
 class Stage(NamedTuple):
     """What one training needs.
 
     Attributes:
-        name: for the progress bar.
+        name: name for the progress bar.
         tb: how the layers get their rates.
-        seed: of order, start steps and noise.
-        config: resolved; its epochs, rate and batch are this stage's.
+        seed: seed of order, start steps and noise.
+        config: resolved settings; epochs, rate and batch are this stage's.
         data: trajectories.
-        params: to start from.
+        params: parameters to start from.
     """
 
     name: str
@@ -62,10 +58,10 @@ def make_functions(network: Network, config: Config, data: FieldData, evaluate: 
     """Make the functions that train on `data`; each compiles at its first call.
 
     Args:
-        network: of `sciml.model`.
-        config: resolved.
-        data: what to train on.
-        evaluate: of `sciml.loop.make_evaluate`.
+        network: pure functions of the model.
+        config: resolved settings.
+        data: trajectories to train on.
+        evaluate: compiled test of a batch.
 
     Returns:
         The functions.
@@ -77,12 +73,12 @@ def make_functions(network: Network, config: Config, data: FieldData, evaluate: 
 
 
 def train_stage(directory: SeedDirectory, stage: Stage, functions: Functions) -> TrainState:
-    """Train, from where the directory stands; every epoch ends with a test, its lines and a checkpoint.
+    """Train, from where the directory stands.
 
     Args:
-        directory: of the stage.
+        directory: run directory of the stage.
         stage: what to train.
-        functions: of `make_functions`.
+        functions: compiled functions.
 
     Returns:
         The final state.
@@ -95,38 +91,29 @@ def train_stage(directory: SeedDirectory, stage: Stage, functions: Functions) ->
     assert config.epochs is not None
     params = jax.tree.map(jnp.array, stage.params)  # a copy: the step donates it
     at = directory.restore(TrainState(params, functions.optimizer.init(params)))
-    rate_at, refresh = schedules(config, steps)[0], make_refresh(config, stage.tb)
-    best, total = min((line["test_l2re"] for line in directory.metrics()), default=np.inf), config.epochs * steps
-    bar = tqdm(total=total, initial=at.done, desc=stage.name, unit="step", dynamic_ncols=True)
-    with bar, hold_stops() as stop:
-        for epoch in range(at.done // steps, config.epochs):
-            rate = float(rate_at(epoch * steps))
-            if not at.so_far:
-                state, layers, seconds = refresh(at.state, epoch, rate)
-                directory.append_layers(layers)
-                sums = dict.fromkeys(SUMS, 0.0)
-                at = Progress(state, at.done, {**sums, "seconds": seconds, "refresh_seconds": seconds})
-            at = _run_epoch(directory, stage, functions, at, stop, bar)
-            line = {"epoch": epoch, "learning_rate": rate, **_measure(stage, functions, at)}
-            directory.append_metrics(line)
-            at = Progress(at.state, at.done, {})
-            if line["test_l2re"] < best:
-                best = line["test_l2re"]
-                directory.save_best(at.state, at.done)
-            directory.save(*at)
-            bar.set_postfix(train=f"{line['train_l2re_step']:.4f}", test=f"{line['test_l2re']:.4f}")
-            stop.obey()
-    directory.append_layers(refresh(at.state, config.epochs, float(rate_at(total)))[1])
-    return at.state
+    rate_at = schedules(config, steps)[0]
+    epochs = Epochs(
+        name=stage.name,
+        count=config.epochs,
+        steps=steps,
+        sums=_SUMS,
+        divisor=len(stage.data.train),
+        rate=lambda epoch: float(rate_at(epoch * steps)),
+        refresh=make_refresh(config, stage.tb),
+        take_steps=functools.partial(_take_steps, stage, functions),
+        test=lambda state: run_test(state.params, stage.data.test, config, functions.evaluate),
+        score=lambda line: -line["test_l2re"],
+        show=lambda bar, line: bar.set_postfix(train=f"{line['train_l2re_step']:.4f}", test=f"{line['test_l2re']:.4f}"),
+        advice="a lower --learning-rate (--pretrain-rate in pretraining) or --clip",
+    )
+    return run_epochs(directory, at, epochs)
 
 
-def _run_epoch(
-    directory: SeedDirectory, stage: Stage, functions: Functions, at: Progress, stop: StopRequest, bar: tqdm
-) -> Progress:
-    """Train on every trajectory once, or on those that are left of a broken epoch; `so_far` has the sums over them."""
-    steps, config = functions.steps_per_epoch, stage.config
-    epoch, first = divmod(at.done, steps)
-    key = jax.random.fold_in(jax.random.key(stage.seed), epoch)
+def _take_steps(
+    stage: Stage, functions: Functions, state: TrainState, epoch: int, first: int, sums: np.ndarray
+) -> Generator[StepsTaken]:
+    """Train on every trajectory once, from batch `first` of the epoch on."""
+    config, key = stage.config, jax.random.fold_in(jax.random.key(stage.seed), epoch)
     drawn = train_batches(
         stage.data.train,
         batch_size=_batch_size(config, stage.data.train),
@@ -135,55 +122,20 @@ def _run_epoch(
         epoch=epoch,
         first=first,
     )
-    start = time.perf_counter() - at.so_far["seconds"]
     with contextlib.closing(drawn):
         batches = map(jax.device_put, drawn)
         batch = next(batches, None)
         while batch is not None:
-            step_key, used = jax.random.fold_in(key, at.done % steps), batch
-            state, measured = functions.step(at.state, step_key, *used)
+            inputs = (jax.random.fold_in(key, first), *batch)
+            state, measured = functions.step(state, *inputs)
             batch = next(batches, None)  # goes to the device while the step runs
             measured = np.asarray(measured)
-            if not np.isfinite(measured).all():
-                inputs = step_key, *used
-                raise _not_finite(directory, stage, functions, at._replace(state=state), measured, inputs)
-            sums = {name: float(np.float32(at.so_far[name]) + part) for name, part in zip(SUMS, measured, strict=False)}
-            at = Progress(state, at.done + 1, {**at.so_far, **sums, "seconds": time.perf_counter() - start})
-            bar.update()
-            if stop and batch is not None:  # after the last one the test and the epoch's lines come first
-                directory.save(*at)
-                stop.obey()
-    return at
-
-
-def _not_finite(
-    directory: SeedDirectory,
-    stage: Stage,
-    functions: Functions,
-    at: Progress,
-    measured: np.ndarray,
-    inputs: tuple[Any, ...],
-) -> InputError:
-    """Keep the state before the step, and find out what went wrong in it."""
-    epoch, step = divmod(at.done, functions.steps_per_epoch)
-    return not_finite(
-        stage.name,
-        (epoch + 1, step + 1),
-        at.done + 1,
-        loss=float(measured[:2].sum()),
-        kept=directory.save(*at),
-        first=functions.fault(at.state.params, *inputs),
-        advice="a lower --learning-rate (--pretrain-rate in pretraining) or --clip",
-    )
-
-
-def _measure(stage: Stage, functions: Functions, at: Progress) -> dict[str, Any]:
-    """What `metrics.jsonl` says of a finished epoch, its test included."""
-    start = time.perf_counter()
-    trained = {name: at.so_far[name] / len(stage.data.train) for name in SUMS}
-    tested = run_test(at.state.params, stage.data.test, stage.config, functions.evaluate)
-    seconds = at.so_far["seconds"] + time.perf_counter() - start
-    return {**trained, **tested, "seconds": seconds, "refresh_seconds": at.so_far["refresh_seconds"]}
+            loss, find_fault = float(measured[:2].sum()), None
+            if np.isfinite(measured).all():
+                first, sums = first + 1, sums + measured[:2]
+            else:
+                find_fault = functools.partial(functions.fault, state.params, *inputs)
+            yield StepsTaken(state, first, sums, loss, find_fault)
 
 
 def run_test(params: Any, fields: Fields, config: Config, evaluate: Evaluate) -> dict[str, Any]:
@@ -193,10 +145,10 @@ def run_test(params: Any, fields: Fields, config: Config, evaluate: Evaluate) ->
     at the resolution of the data, as in the paper, there are none.
 
     Args:
-        params: of the network.
+        params: parameters of the network.
         fields: test trajectories.
-        config: resolved.
-        evaluate: of `make_evaluate`.
+        config: resolved settings.
+        evaluate: compiled test of a batch.
 
     Returns:
         `test_l2re` over whole rollouts, `test_l2re_step` the mean of its steps, and `test_l2re_by_step`, a list; means
@@ -217,7 +169,7 @@ def run_test(params: Any, fields: Fields, config: Config, evaluate: Evaluate) ->
 
 
 def _batch_size(config: Config, fields: Fields) -> int:
-    """Trajectories in a step: no more than there are, as the rest would be padding."""
+    """Return the trajectories in a step: no more than there are, as the rest would be padding."""
     assert config.batch_size is not None
     return min(config.batch_size, len(fields))
 
@@ -228,22 +180,19 @@ def _scale_of(low: float, high: float, slope: float) -> Callable[..., Any]:
     return jax.jit(functools.partial(farms_jax.lr_scale, low=low, high=high, mapping=sigmoid, follow=FOLLOW))
 
 
-def make_refresh(
-    config: Config, tb: TB
-) -> Callable[[TrainState, int, float], tuple[TrainState, list[dict[str, Any]], float]]:
+def make_refresh(config: Config, tb: TB) -> Callable[[TrainState], Refreshed]:
     """Make the function that measures the layers and sets their rates, at the start of an epoch.
 
     Args:
-        config: resolved.
-        tb: none leaves the rates alone and measures only.
+        config: resolved settings.
+        tb: how the layers get their rates; "none" leaves the rates alone and measures only.
 
     Returns:
-        `refresh(state, epoch, rate) -> (state, rows of layers.csv, seconds)`.
+        `refresh(state)`.
     """
     scale_of = _scale_of(*config.bounds(), config.slope)
 
-    def refresh(state: TrainState, epoch: int, rate: float) -> tuple[TrainState, list[dict[str, Any]], float]:
-        start = time.perf_counter()
+    def refresh(state: TrainState) -> Refreshed:
         report = measure(state.params, analyse=config.layers, window=config.window_of(tb), tail=config.tail())
         scale = jax.tree.map(lambda _: jnp.ones((), jnp.float32), state.params)
         if tb != "none":
@@ -252,7 +201,6 @@ def make_refresh(
             scale = scale_of(report.drop(ends), state.params)
         state = state._replace(opt_state=farms_jax.refresh(state.opt_state, scale))
         # Arrays that were never put on a device by name would have the step compiled anew after its first call.
-        state = jax.block_until_ready(jax.device_put(state, jax.devices()[0]))
-        return state, layer_rows(report, scale, rate, epoch), time.perf_counter() - start
+        return Refreshed(jax.device_put(state, jax.devices()[0]), report, scale)
 
     return refresh

@@ -12,8 +12,8 @@ import numpy as np
 
 from farms_jax.errors import InputError
 from train.config import Config
-from train.loop import Normalise, TrainState, make_evaluate, make_network, make_optimizer, make_steps
 from train.parallel import make_mesh, on_all, spread_over
+from train.steps import Normalise, TrainState, make_evaluate, make_network, make_optimizer, make_steps
 
 STEPS = 4
 # A low rate: rounding grows with every step, the faster the higher the rate.

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from tests.torch_weights import from_torch, leaves, load
-from train import layers
+from train import cpu_gradients
 from train.models import MODELS
 
 DATA = Path(__file__).parent / "data"
@@ -172,11 +172,11 @@ def test_convolution_equals_plain_one(stride, size, side):
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (4, side, side, 5))
     kernel = jax.random.normal(keys[1], (size, size, 5, 6))
-    y, pull = jax.vjp(partial(layers.conv2d, stride=stride), x, kernel)
-    expected, plain_pull = jax.vjp(partial(layers.plain_conv2d, stride=stride), x, kernel)
+    y, pull = jax.vjp(partial(cpu_gradients.conv2d, stride=stride), x, kernel)
+    expected, plain_pull = jax.vjp(partial(cpu_gradients.plain_conv2d, stride=stride), x, kernel)
     np.testing.assert_array_equal(y, expected)
     dy = jax.random.normal(keys[2], y.shape)
-    for written_out in (pull(dy), layers.conv2d_gradients(x, kernel, dy, stride=stride)):
+    for written_out in (pull(dy), cpu_gradients.conv2d_gradients(x, kernel, dy, stride=stride)):
         for gradient, plain in zip(written_out, plain_pull(dy), strict=True):
             np.testing.assert_allclose(gradient, plain, rtol=1e-5, atol=1e-4)
 
@@ -187,9 +187,9 @@ def test_batch_norm_gradient_equals_plain_one():
     scale, bias = jax.random.normal(keys[1], (2, 7))
 
     def plain(x, scale, bias):
-        return scale * (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + layers.EPSILON) + bias
+        return scale * (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + cpu_gradients.EPSILON) + bias
 
-    y, pull = jax.vjp(lambda *inputs: layers.batch_norm(*inputs)[0], x, scale, bias)
+    y, pull = jax.vjp(lambda *inputs: cpu_gradients.batch_norm(*inputs)[0], x, scale, bias)
     expected, plain_pull = jax.vjp(plain, x, scale, bias)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     dy = jax.random.normal(keys[3], y.shape)
@@ -203,9 +203,11 @@ def test_two_ways_to_sum_agree():
     def term(a, b):
         return a, a * b
 
-    for by_rows, at_once in zip(layers.sums_by_rows(term, a, b), layers.sums_at_once(term, a, b), strict=True):
+    for by_rows, at_once in zip(
+        cpu_gradients.sums_by_rows(term, a, b), cpu_gradients.sums_at_once(term, a, b), strict=True
+    ):
         np.testing.assert_allclose(by_rows, at_once, rtol=1e-5, atol=1e-5)
 
 
 def test_compiler_options_are_accepted():
-    np.testing.assert_array_equal(jax.jit(jnp.sin, compiler_options=layers.compiler_options())(0.0), 0.0)
+    np.testing.assert_array_equal(jax.jit(jnp.sin, compiler_options=cpu_gradients.compiler_options())(0.0), 0.0)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from dpot_helpers import write_fields
 
-from sciml import checkpoints, dpot, experiment
+from sciml import checkpoints, dpot, preparation
 from sciml.config import Config
 from sciml.generate import FlowConfig
 from sciml.model import ModelConfig, make_network
@@ -139,9 +139,9 @@ def test_other_weights_are_refused(finished, tmp_path, monkeypatch, capsys):
 def test_generated_data_are_made_for_all_settings(tmp_path, monkeypatch):
     for name, seed in (("PRETRAIN_FLOW", 1), ("FINETUNE_FLOW", 2)):
         flow = FlowConfig(mach=0.1, eta=0.1 / seed, zeta=0.1, size=16, count=10, steps=12, end=0.1, seed=seed)
-        monkeypatch.setattr(experiment, name, flow)
-    config = experiment.complete(Config(data_dir=tmp_path))
-    prepared = experiment.prepare(config)
+        monkeypatch.setattr(preparation, name, flow)
+    config = preparation.complete(Config(data_dir=tmp_path))
+    prepared = preparation.prepare(config)
     assert config.settings() == ("none", "sigmoid", "farms")
     assert "Eta0.05" in prepared.finetune.name
     assert "Eta0.1_" in prepared.pretrain.name

@@ -9,13 +9,14 @@ import pytest
 
 import farms_jax
 from farms_jax.errors import InputError
+from farms_jax.programs.epoch_loop import layer_rows
+from sciml.balanced_layers import ENDS, measure, spectral_view
 from sciml.config import RECIPES, SETTINGS, TABLE_14, Config, resolve
-from sciml.layers import ENDS, measure, spectral_view
-from sciml.loop import TrainState, add_noise, make_evaluate, make_step, rollout
 from sciml.losses import relative_l2, relative_l2_by_step
 from sciml.model import NAMED, ModelConfig, make_network
 from sciml.optimizer import make_optimizer, one_cycle, schedules
 from sciml.stage import make_refresh
+from sciml.steps import TrainState, add_noise, make_evaluate, make_step, rollout
 
 MODEL = ModelConfig(
     image_size=8, patch_size=2, in_steps=3, width=16, depth=1, num_blocks=2, modes=2, out_width=8, num_classes=3
@@ -222,7 +223,8 @@ def test_fourier_weights_have_the_singular_values_of_their_complex_blocks(networ
 def rates_of(params, tb, **changes):
     config = dataclasses.replace(CONFIG, **changes)
     state = TrainState(params, make_optimizer(config, 2).init(params))
-    state, rows, _ = make_refresh(config, tb)(state, 0, 1e-3)
+    state, report, scale = make_refresh(config, tb)(state)
+    rows = layer_rows(report, scale, 1e-3, 0)
     return dict(farms_jax.named_leaves(state.opt_state[-1].hyperparams["lr_scale"])), rows
 
 

@@ -8,7 +8,8 @@ import pytest
 from weights_helpers import arrays, write, write_orbax
 
 from farms_jax.errors import InputError
-from farms_jax.programs.rundir import SeedDirectory
+from farms_jax.programs.checkpoints import Progress
+from farms_jax.programs.run_directory import SeedDirectory
 from farms_jax.weights import checkpoints, open_weights
 
 
@@ -24,8 +25,8 @@ def train(seed_folder, *, best, last):
     with SeedDirectory(seed_folder) as directory:
         for epoch in range(1, last + 1):
             if epoch <= best:
-                directory.save_best(state(epoch), epoch)
-            directory.save(state(epoch), epoch)
+                directory.save_best(Progress(state(epoch), epoch, {}))
+            directory.save(Progress(state(epoch), epoch, {}))
 
 
 def run_of(folder, seeds, *, best=1, last=2):

@@ -8,12 +8,13 @@ python -m train.cifar --resume runs/NAME           go on with a run that was sto
 from pathlib import Path
 
 from farms_jax.programs.command_line import run_name, run_program
+from farms_jax.programs.config_file import read_config, write_config
 from farms_jax.programs.exits import run_and_end
-from farms_jax.programs.rundir import at_work, read_config, write_config
+from farms_jax.programs.run_directory import at_work
 
 from .config import RECIPES, Config, resolve
 from .data import load
-from .experiment import check_same_data, facts, train_run
+from .training import check_same_data, facts, train_run
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .layers import BatchNorm, Conv, Linear
+from .modules import BatchNorm, Conv, Linear
 
 # Regexes on parameter names, for re.fullmatch. EXCLUDE: the first and the last layer, which the papers' layer
 # selection leaves unscaled. FOLLOW: from a norm's parameter to the kernel it follows by name, which leaves the

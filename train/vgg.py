@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .layers import BatchNorm, Conv, Linear
+from .modules import BatchNorm, Conv, Linear
 
 # As in `train.resnet`; here every norm has a convolution of its name.
 EXCLUDE = (r"features/conv_1/kernel", r"linear/kernel")

@@ -42,7 +42,7 @@ def run_program(
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR")
     parser.add_argument("--recipe", metavar="NAME")
     special, settings = parser.parse_known_args()
-    with reported(name):  # a stop inside a run says how to go on, see `rundir.at_work`
+    with reported(name):  # a stop inside a run says how to go on, see `run_directory.at_work`
         if special.recipe == "list":
             result = "\n".join(recipes)
         elif special.resume is None:

@@ -12,7 +12,6 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +20,6 @@ import numpy as np
 from flax import nnx
 
 from farms_jax._names import named_leaves
-from farms_jax.errors import InputError
 
 Call = Callable[..., Any]
 
@@ -136,28 +134,3 @@ def _in_order(tree: Any, modules: list[str]) -> list[tuple[str, Any]]:
         return next((modules.index(name) for name in around if name in modules), -1)
 
     return sorted(named_leaves(tree), key=place)
-
-
-def not_finite(
-    stage: str, step: tuple[int, int], total: int, *, loss: float, first: str, kept: Path, advice: str
-) -> InputError:
-    """Make the error that ends a training whose loss or gradient is not finite.
-
-    Args:
-        stage: what was trained.
-        step: epoch and step in it, both from 1.
-        total: number of the step in all, from 1.
-        loss: of that step.
-        first: of `first_not_finite`.
-        kept: checkpoint of the state before that step.
-        advice: what to start anew with.
-
-    Returns:
-        The error.
-    """
-    what = "the gradient is not finite" if np.isfinite(loss) else f"the loss is {loss}"
-    return InputError(
-        f"{stage}: {what} at step {step[1]} of epoch {step[0]} (step {total} in all); first not finite: {first}; the "
-        f"state before that step is kept in {kept}; --resume takes the step again, and if it ends the same, start anew "
-        f"with {advice}"
-    )

@@ -76,7 +76,8 @@ def _read_dpot(path: Path) -> None:
 
 
 def _runs(folder: Path) -> list[Path]:
-    from farms_jax.programs.rundir import LAYER_FIELDS, write_config
+    from farms_jax.programs.config_file import write_config
+    from farms_jax.programs.run_directory import LAYER_FIELDS
     from sciml.config import Config
 
     write_config(folder / "run", Config(against=("none",), seeds=(1, 2)), {"data": {"name": "made"}, "versions": {}})
@@ -88,7 +89,8 @@ def _runs(folder: Path) -> list[Path]:
 
 
 def _read_run(path: Path) -> None:
-    from farms_jax.programs.rundir import SeedDirectory, read_config
+    from farms_jax.programs.config_file import read_config
+    from farms_jax.programs.run_directory import SeedDirectory
     from sciml.config import Config
 
     def lines() -> None:

@@ -20,23 +20,26 @@ import pytest
 from dpot_helpers import write_fields
 from flax import nnx
 
-import sciml.experiment
+import sciml.fine_tuning
 import sciml.model
-import train.experiment
+import sciml.preparation
+import train.training
 from farms_jax.errors import InputError
+from farms_jax.programs.checkpoints import Progress
+from farms_jax.programs.config_file import write_config
 from farms_jax.programs.exits import reported
 from farms_jax.programs.finite import Recorder, call, first_not_finite
-from farms_jax.programs.rundir import RunError, SeedDirectory, at_work, write_config
+from farms_jax.programs.run_directory import SeedDirectory, at_work
 from farms_jax.programs.stopping import Stopped
 from farms_jax.weights import open_weights
 from sciml import dpot
 from sciml.config import Config as DPOTConfig
-from sciml.loop import make_evaluate
 from sciml.stage import Stage, make_functions as make_dpot_functions, train_stage
+from sciml.steps import make_evaluate
 from train import cifar, vgg
 from train.config import Config, resolve
 from train.data import load
-from train.experiment import make_functions, train_seed
+from train.training import make_functions, train_seed
 
 ROOT = Path(__file__).parent.parent.parent
 # Networks with fewer layers than the programs have: compiling takes most of the time here.
@@ -53,7 +56,7 @@ sciml.model.NAMED["mini"] = {MINI}
 @pytest.fixture(scope="module", autouse=True)
 def small_and_even():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.experiment, "_PIECE_SECONDS", 1e9)  # calls take 1, 2, 4, ... steps, however slow
+        patch.setattr(train.training, "_PIECE_SECONDS", 1e9)  # calls take 1, 2, 4, ... steps, however slow
         patch.setattr(vgg, "CONVOLUTIONS", CONVOLUTIONS)
         patch.setitem(sciml.model.NAMED, "mini", MINI)
         yield
@@ -68,8 +71,9 @@ def same(a, b):
 STATE = {"params": {"dense": {"kernel": jnp.arange(12.0).reshape(4, 3)}}, "opt_state": {"count": jnp.zeros((), int)}}
 
 
-def state_after(done):
-    return jax.tree.map(lambda leaf: leaf + done, STATE)
+def state_after(done, **partial_epoch):
+    """Where a training stands after so many steps."""
+    return Progress(jax.tree.map(lambda leaf: leaf + done, STATE), done, partial_epoch)
 
 
 def line_of(epoch):
@@ -83,8 +87,8 @@ def train_toy(folder, epochs):
             metrics, layers = line_of(epoch)
             directory.append_layers(layers)
             directory.append_metrics(metrics)
-            directory.save_best(state_after(10 * (epoch + 1)), 10 * (epoch + 1))
-            directory.save(state_after(10 * (epoch + 1)), 10 * (epoch + 1))
+            directory.save_best(state_after(10 * (epoch + 1)))
+            directory.save(state_after(10 * (epoch + 1)))
     return folder
 
 
@@ -127,13 +131,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(toy, tmp_path,
         seed = shutil.copytree(toy / "seed1", tmp_path / str(number))
         damage(seed / last / file)
         with SeedDirectory(seed) as directory:
-            state, done, so_far = directory.restore(STATE)
-            assert (done, so_far) == (20, {})
-            assert same(state, state_after(20))
+            assert same(directory.restore(STATE), state_after(20))
             assert [line["epoch"] for line in directory.metrics()] == [0, 1]
             assert [row["epoch"] for row in directory.layers()] == [0, 1]
-            directory.save(state_after(30), 30)
-            assert same(directory.restore(STATE).state, state_after(30))
+            directory.save(state_after(30))
+            assert same(directory.restore(STATE), state_after(30))
         error = capsys.readouterr().err
         named = re.fullmatch(rf"{seed / last}: damaged \((.*)\); going on from 20, the checkpoint before it\n", error)
         assert file.name == "SHA256SUMS" or named[1] == str(file)
@@ -146,7 +148,7 @@ def test_without_a_whole_checkpoint_a_run_does_not_go_on(toy, tmp_path):
     (last / "20" / "SHA256SUMS").unlink()
     flip(last / "30" / "default" / "_METADATA")
     message = f"no checkpoint is whole: {last}/30 (default/_METADATA); {last}/20 (SHA256SUMS); put these files back"
-    with SeedDirectory(seed) as directory, pytest.raises(RunError, match=re.escape(message)):
+    with SeedDirectory(seed) as directory, pytest.raises(InputError, match=re.escape(message)):
         directory.restore(STATE)
     assert sorted(path.name for path in last.iterdir()) == ["20", "30"]
 
@@ -159,8 +161,8 @@ def test_what_a_killed_process_left_half_written_is_not_there(toy, tmp_path):
     (last / "10.old.part" / "SHA256SUMS").unlink()
     with SeedDirectory(seed) as directory:
         assert directory.restore(STATE).done == 30
-        directory.save(state_after(35), 35, {"train_loss": 0.1})
-        assert directory.restore(STATE)[1:] == (35, {"train_loss": 0.1})
+        directory.save(state_after(35, train_loss=0.1))
+        assert same(directory.restore(STATE), state_after(35, train_loss=0.1))
     assert sorted(path.name for path in last.iterdir()) == ["30", "35"]
 
 
@@ -168,17 +170,19 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path):
     noise = {"w": jnp.asarray(np.random.default_rng(0).standard_normal(100_000, dtype=np.float32))}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with SeedDirectory(tmp_path) as directory:
-        directory.save(noise, 10)
+        directory.save(Progress(noise, 10, {}))
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         try:
-            with pytest.raises(RunError, match=r"last/20: cannot be written \(.*\); make room, then --resume") as error:
-                directory.save(noise, 20)
+            with pytest.raises(
+                InputError, match=r"last/20: cannot be written \(.*\); make room, then --resume"
+            ) as error:
+                directory.save(Progress(noise, 20, {}))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert "\n" not in str(error.value)
         assert [path.name for path in (tmp_path / "checkpoints" / "last").iterdir()] == ["10"]
         assert same(directory.restore(noise).state, noise)
-        directory.save(noise, 20)
+        directory.save(Progress(noise, 20, {}))
         assert directory.restore(noise).done == 20
 
 
@@ -204,7 +208,7 @@ def test_lines_without_a_checkpoint_are_dropped(tmp_path):
 def test_a_checkpoint_of_other_settings_is_refused(toy):
     with (
         SeedDirectory(toy / "seed1") as directory,
-        pytest.raises(RunError, match="30 is not of these settings") as error,
+        pytest.raises(InputError, match="30 is not of these settings") as error,
     ):
         directory.restore({**STATE, "params": {"dense": {"kernel": jnp.zeros((4, 4))}}})
     assert "\n" not in str(error.value)
@@ -215,7 +219,9 @@ def test_a_checkpoint_of_other_settings_is_refused(toy):
 def test_a_damaged_best_checkpoint_is_named_where_it_is_read(toy, tmp_path, damage, inside):
     best = toy / "seed1" / "checkpoints" / "best" / "30"
     with open_weights(toy / inside) as source:
-        np.testing.assert_array_equal(source.read("params/dense/kernel"), state_after(30)["params"]["dense"]["kernel"])
+        np.testing.assert_array_equal(
+            source.read("params/dense/kernel"), state_after(30).state["params"]["dense"]["kernel"]
+        )
     for number, file in enumerate(file for file in files_of(best) if file.name != "SHA256SUMS"):
         run = shutil.copytree(toy, tmp_path / str(number))
         path = run / best.relative_to(toy) / file
@@ -454,7 +460,7 @@ def test_the_program_stops_at_a_step_and_goes_on(digits, whole, tmp_path, monkey
     assert error.endswith(f"\ntrain.cifar: stopped by SIGTERM; go on with --resume {run}\n")
     (checkpoint,) = (run / "seed43" / "checkpoints" / "last").iterdir()
     assert 0 < int(checkpoint.name) < STEPS
-    monkeypatch.setattr(train.experiment, "make_functions", lambda *_: digits[2])
+    monkeypatch.setattr(train.training, "make_functions", lambda *_: digits[2])
     cifar.main()
     assert f"run: {run}" in capsys.readouterr().out
     with SeedDirectory(run / "seed43") as directory:
@@ -474,7 +480,7 @@ def waves(tmp_path_factory):
     """A prepared experiment, its stage, and compiled functions."""
     file = write_fields(tmp_path_factory.mktemp("fields") / "waves.hdf5")
     config = DPOTConfig(data=str(file), resolution=8, patch_size=4, batch_size=4, epochs=2, model="mini", noise=1e-3)
-    experiment = sciml.experiment.prepare(sciml.experiment.complete(config))
+    experiment = sciml.preparation.prepare(sciml.preparation.complete(config))
     config, network, data = experiment.config, experiment.network, experiment.finetune
     functions = make_dpot_functions(network, config, data, make_evaluate(network, config))
     return experiment, Stage("farms, seed 0", "farms", 0, config, data, experiment.initial(0)), functions
@@ -536,8 +542,8 @@ def test_the_fine_tuning_program_stops_at_a_step_and_goes_on(waves, whole_waves,
     assert error.endswith(f"\nsciml.dpot: stopped by SIGINT; go on with --resume {run}\n")
     (checkpoint,) = (run / "farms" / "seed0" / "checkpoints" / "last").iterdir()
     assert 0 < int(checkpoint.name) < DPOT_STEPS
-    monkeypatch.setattr(sciml.experiment, "make_functions", lambda *_: functions)
-    monkeypatch.setattr(sciml.experiment, "make_evaluate", lambda *_: functions.evaluate)
+    monkeypatch.setattr(sciml.fine_tuning, "make_functions", lambda *_: functions)
+    monkeypatch.setattr(sciml.fine_tuning, "make_evaluate", lambda *_: functions.evaluate)
     monkeypatch.setattr(sys, "argv", ["sciml.dpot", "--resume", str(run)])
     dpot.main()
     assert str(run) in capsys.readouterr().out

@@ -12,9 +12,9 @@ from benchmarks.dpot_step import time_refresh, time_step
 from benchmarks.torch_dpot import TorchDPOT
 from sciml.checkpoints import to_torch
 from sciml.config import Config, resolve
-from sciml.loop import TrainState, make_step
 from sciml.model import ModelConfig, make_network
 from sciml.optimizer import make_optimizer
+from sciml.steps import TrainState, make_step
 
 MODEL = ModelConfig(image_size=8, patch_size=2, in_steps=3, width=16, depth=2, num_blocks=2, modes=2, out_width=8)
 STEPS, PER_EPOCH = 12, 3

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +11,20 @@ from matplotlib.figure import Figure
 
 from farms_jax._figures import figure
 from farms_jax.programs.files import atomic
-from farms_jax.programs.plots import alpha_distribution, layer_history, save
+from farms_jax.programs.layer_plots import alpha_distribution, layer_history, save
 
+from .balanced_layers import measure
 from .config import TB, Config
 from .hdf5 import CHANNELS
-from .layers import measure
-from .loop import rollout
-from .summary import Results
-
-if TYPE_CHECKING:
-    from .experiment import Experiment
+from .preparation import Experiment
+from .results import Results
+from .steps import rollout
 
 _SHOWN = ("Vx", "density")
 _COLUMNS = 4  # times
 
 
-def plot_run(run: Path, experiment: "Experiment", results: dict[tuple[TB, int], Results], before: Any) -> list[Path]:
+def plot_run(run: Path, experiment: Experiment, results: dict[tuple[TB, int], Results], before: Any) -> list[Path]:
     """Draw the plots of a run, and write what they show.
 
     Args:
@@ -62,7 +60,7 @@ def _alphas(params: Any, config: Config) -> list[dict[str, Any]]:
     return [{"epoch": 0, "layer": name, "alpha": row["alpha"]} for name, row in report.to_dict().items()]
 
 
-def _predict(experiment: "Experiment", params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def _predict(experiment: Experiment, params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Steps (S,), and true and predicted fields (X, Y, S, C) of the first test trajectory."""
     config, fields = experiment.config, experiment.finetune.test
     steps = min(config.test_steps or fields.steps, fields.steps - config.in_steps)

@@ -1,20 +1,18 @@
-"""Convolution, batch norm and linear layer with PyTorch's numerics, for images as (N, H, W, C).
+"""Convolution and batch norm with gradients written out for XLA's CPU backend; elsewhere JAX's own are used.
 
-Parameters are named `kernel`, `bias` and `scale`; kernels are (height, width, in, out) and (in, out).
+Why not `lax.conv_general_dilated` and a mean alone: in a loop over batches JAX's gradient of a convolution makes a
+training step on CPU more than twenty times slower, and its reductions to channels are not vectorised; see
+`conv2d_gradients`, `_channel_sums` and `compiler_options` for what each costs. `benchmarks.train_step` measures a step.
 """
 
 import functools
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
-from jax.typing import DTypeLike
 
 EPSILON = 1e-5  # torch.nn.BatchNorm2d's eps
-MOMENTUM = 0.1  # share of the new batch in the running statistics, torch.nn.BatchNorm2d's momentum
 
 
 def plain_conv2d(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -105,97 +103,6 @@ def _strided_input_gradient(kernel, dy):
 conv2d.defvjp(_conv2d_forward, _conv2d_backward)
 
 
-class Conv(nnx.Module):
-    """Square convolution with torch's padding and initial values."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        size: int,
-        *,
-        stride: int = 1,
-        bias: bool = False,
-        dtype: DTypeLike | None = None,
-        rngs: nnx.Rngs,
-    ) -> None:
-        """Draws the parameters.
-
-        Args:
-            inputs: channels in.
-            outputs: channels out.
-            size: side of the kernel.
-            stride: of both image axes.
-            bias: whether to add one.
-            dtype: to compute in; parameters stay float32.
-            rngs: with a `params` stream.
-        """
-        self.kernel = nnx.Param(uniform(rngs.params(), (size, size, inputs, outputs), size * size * inputs))
-        self.bias = nnx.Param(uniform(rngs.params(), (outputs,), size * size * inputs)) if bias else None
-        self.stride = stride
-        self.dtype = dtype
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (N, H', W', outputs) for x (N, H, W, inputs)."""
-        dtype = self.dtype or self.kernel.dtype
-        y = conv2d(x.astype(dtype), self.kernel[...].astype(dtype), self.stride)
-        return y if self.bias is None else y + self.bias[...].astype(dtype)
-
-
-class Linear(nnx.Module):
-    """Affine map with torch's initial values."""
-
-    def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs) -> None:
-        """Draws the parameters.
-
-        Args:
-            inputs: features in.
-            outputs: features out.
-            dtype: to compute in; parameters stay float32.
-            rngs: with a `params` stream.
-        """
-        self.kernel = nnx.Param(uniform(rngs.params(), (inputs, outputs), inputs))
-        self.bias = nnx.Param(uniform(rngs.params(), (outputs,), inputs))
-        self.dtype = dtype
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (N, outputs) for x (N, inputs)."""
-        dtype = self.dtype or self.kernel.dtype
-        return x.astype(dtype) @ self.kernel[...].astype(dtype) + self.bias[...].astype(dtype)
-
-
-class BatchNorm(nnx.Module):
-    """Norm over (N, H, W) per channel, with torch's running statistics: the variance in them is the unbiased one."""
-
-    def __init__(self, channels: int) -> None:
-        """Starts as the identity, with running statistics of mean 0 and variance 1, all of shape (channels,)."""
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
-        self.mean = nnx.BatchStat(jnp.zeros(channels))
-        self.var = nnx.BatchStat(jnp.ones(channels))
-        self.use_running_average = False  # the name that model.train() and model.eval() set
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (N, H, W, C), normalised in float32 and given back in x's dtype."""
-        if self.use_running_average:
-            factor = self.scale[...] * lax.rsqrt(self.var[...] + EPSILON)
-            return (x * factor + (self.bias[...] - self.mean[...] * factor)).astype(x.dtype)
-        y, mean, var = batch_norm(x, self.scale[...], self.bias[...])
-        count = x.size // x.shape[-1]
-        self._remember(self.mean, mean)
-        self._remember(self.var, var * (count / (count - 1)))
-        return y
-
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """Lets `nnx.view` choose the statistics, as it does for Flax's own layer."""
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
-
-    @staticmethod
-    def _remember(running: nnx.BatchStat, new: jax.Array) -> None:
-        running[...] = (1 - MOMENTUM) * running[...] + MOMENTUM * lax.stop_gradient(new)
-
-
 @jax.custom_vjp
 def batch_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises with the batch's own statistics.
@@ -276,9 +183,3 @@ def compiler_options() -> dict[str, str]:
     except jax.errors.JaxRuntimeError:
         return {}
     return options
-
-
-def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """Draws from U(-b, b) with b = 1 / sqrt(fan_in): torch's default for weight and bias, of convolutions too."""
-    bound = 1 / math.sqrt(fan_in)
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)

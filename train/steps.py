@@ -18,7 +18,7 @@ import farms_jax
 from farms_jax.programs.finite import Call, call, first_not_finite, norm
 
 from .config import Config
-from .layers import compiler_options
+from .cpu_gradients import compiler_options
 from .models import MODELS
 from .parallel import Spread, alone
 

@@ -1,6 +1,6 @@
 """Figures that every program draws: alpha and rate of the layers over epochs, the distribution of alpha.
 
-Rows are those of `layers.csv`, with `epoch`, `layer`, `alpha` and `learning_rate` (see `rundir`).
+Rows are those of `layers.csv`, with `epoch`, `layer`, `alpha` and `learning_rate` (see `run_directory`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,26 +1,20 @@
-"""A run: weights and data, pretraining, fine-tuning with each setting and seed, table and plots."""
+"""What a run rests on: weights, network and data, opened and checked before anything is computed."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from tqdm import tqdm
 
 from farms_jax.errors import InputError
-from farms_jax.programs.files import sha256, write_json
-from farms_jax.programs.rundir import RunError, SeedDirectory, environment
+from farms_jax.programs.environment import environment
+from farms_jax.programs.files import sha256
 
 from . import checkpoints
-from .config import TB, Config, resolve
+from .config import Config, resolve
 from .fields import FieldData, open_fields
 from .generate import FlowConfig, file_name, generate
-from .loop import Evaluate, make_evaluate
 from .model import NAMED, ModelConfig, Network, make_network
-from .plots import plot_run
-from .stage import Functions, Stage, make_functions, run_test, train_stage
-from .summary import Results, summarise, table
 
 # Small enough for two cores: the flow to pretrain on is more viscous and slower than the one to fine-tune on.
 PRETRAIN_FLOW = FlowConfig(mach=0.1, eta=0.1, zeta=0.1, size=32, count=400, seed=1)
@@ -56,15 +50,11 @@ class Experiment(NamedTuple):
         }
 
     def check_same(self, before: dict[str, Any]) -> None:
-        """Refuse to go on with other data or weights than those in the facts of `before`.
-
-        Raises:
-            RunError: one of them is not what the run began with.
-        """
+        """Raise an InputError if data or weights are not those of the run whose facts are given."""
         now = self.facts()
         for what in ("data", "weights"):
             if now[what] != before.get(what):
-                raise RunError(
+                raise InputError(
                     f"--resume: the {what} are not those that the run began with (then {before.get(what)}, "
                     f"now {now[what]}); put those back, or start anew"
                 )
@@ -181,65 +171,3 @@ def _model_config(config: Config) -> ModelConfig:
     )
     model.check()
     return model
-
-
-def run_experiment(run: Path, experiment: Experiment) -> str:
-    """Pretrain where asked, fine-tune with every setting and seed, write summary and plots.
-
-    Args:
-        run: directory, with `config.json` written.
-        experiment: of `prepare`.
-
-    Returns:
-        A table of the results, and where they are.
-    """
-    for line in (*experiment.notes, f"{experiment.title()} -> {run}"):
-        tqdm.write(line)
-    config, network, data = experiment.config, experiment.network, experiment.finetune
-    evaluate = make_evaluate(network, config)
-    pretrained = _pretrain(run, experiment, evaluate)
-    starts = {seed: experiment.initial(seed) if pretrained is None else pretrained for seed in config.seeds}
-    results = dict(_finetune(run, experiment, starts, evaluate))
-    before = run_test(starts[config.seeds[0]], data.test, config, evaluate)
-    summary = summarise(results, before)
-    plots = plot_run(run, experiment, results, before)
-    write_json(run / "summary.json", {"run": experiment.title(), **summary})
-    return table(summary, run, plots)
-
-
-def _pretrain(run: Path, experiment: Experiment, evaluate: Evaluate) -> Any:
-    """Parameters after pretraining, or `None` where there is none."""
-    config, model, network, data = experiment.config, experiment.model, experiment.network, experiment.pretrain
-    if data is None or not config.pretrain_epochs:
-        return None
-    pretrain = dataclasses.replace(
-        config,
-        epochs=config.pretrain_epochs,
-        learning_rate=config.pretrain_rate,
-        warmup_epochs=config.pretrain_epochs // 5,
-        schedule="cycle",
-    )
-    seed = config.seeds[0]
-    stage = Stage("pretrain", "none", seed, pretrain, data, experiment.initial(seed))
-    return _train(run / "pretrain", stage, make_functions(network, pretrain, data, evaluate), model).params
-
-
-def _finetune(
-    run: Path, experiment: Experiment, starts: dict[int, Any], evaluate: Evaluate
-) -> Iterator[tuple[tuple[TB, int], Results]]:
-    config, model, network, data = experiment.config, experiment.model, experiment.network, experiment.finetune
-    functions = make_functions(network, config, data, evaluate)
-    for tb in config.settings():
-        for seed, params in starts.items():
-            stage = Stage(f"{tb}, seed {seed}", tb, seed, config, data, params)
-            results = _train(run / tb / f"seed{seed}", stage, functions, model)
-            # Plots are of the first seed; a large model's parameters times all seeds would fill the memory.
-            yield (tb, seed), results if seed == config.seeds[0] else results._replace(params=None)
-
-
-def _train(folder: Path, stage: Stage, functions: Functions, model: ModelConfig) -> Results:
-    with SeedDirectory(folder) as directory:
-        state = train_stage(directory, stage, functions)
-        results = Results(state.params, directory.metrics(), directory.layers())
-    checkpoints.save(folder / "model.safetensors", state.params, model)
-    return results

@@ -1,0 +1,36 @@
+"""What a run's numbers depend on besides its settings and data: versions, Python, devices."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+
+PACKAGES = ("farms-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def installed_versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those of the packages that are installed."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Describe what is installed and which devices JAX sees.
+
+    Args:
+        packages: names of the packages whose versions are recorded; by default `PACKAGES`.
+
+    Returns:
+        `versions` by package, `python` and `devices`, ready for JSON.
+    """
+    return {
+        "versions": installed_versions(*(packages or PACKAGES)),
+        "python": platform.python_version(),
+        "devices": [device.device_kind for device in jax.devices()],
+    }

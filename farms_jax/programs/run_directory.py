@@ -1,0 +1,207 @@
+"""The run directory: what a training writes, and how it resumes.
+
+    RUN/.lock                               held by the one process that works here
+    RUN/config.json                         settings, data set and its fingerprint, versions
+    RUN/seed43/metrics.jsonl                one line per epoch
+    RUN/seed43/layers.csv                   epoch, layer, alpha, lr_scale, learning_rate
+    RUN/seed43/checkpoints/last/390         after 390 steps; the last two checkpoints are kept
+    RUN/seed43/checkpoints/best/390         of the best epoch by the program's own measure
+
+A checkpoint is written after every epoch, and at the step where a run is stopped or its loss is not finite. A run
+resumes from the newest checkpoint whose checksums are right, with the lines that are in it: none is lost, repeated or
+damaged. See `checkpoints` for what a checkpoint holds.
+"""
+
+import contextlib
+import csv
+import json
+import shlex
+import shutil
+from collections.abc import Generator, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from farms_jax.errors import InputError
+from farms_jax.programs.checkpoints import Checkpoints, Progress
+from farms_jax.programs.config_file import PARSE_ERRORS, one_line
+from farms_jax.programs.files import atomic
+from farms_jax.programs.locking import locked
+from farms_jax.programs.stopping import Stopped
+
+LAYER_FIELDS = ("epoch", "layer", "alpha", "lr_scale", "learning_rate")
+_LINES = ("metrics.jsonl", "layers.csv")
+
+
+class StoppedRun(Stopped):
+    """A run was stopped by a signal; the message says how to resume it."""
+
+    def __init__(self, number: int, run: Path) -> None:
+        """Keep the signal's number and the run's directory."""
+        super().__init__(number)
+        self.run = run
+
+    def __str__(self) -> str:
+        """Return the signal's name and the option that resumes the run."""
+        return f"{super().__str__()}; go on with --resume {shlex.quote(str(self.run))}"
+
+
+@contextlib.contextmanager
+def at_work(run: Path) -> Generator[None]:
+    """Lock a run directory, and say how to resume where the work inside is stopped.
+
+    Args:
+        run: run directory, made where there is none.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InputError: another process is at work there.
+        StoppedRun: the work was stopped by Ctrl-C or SIGTERM.
+    """
+    with locked(run):
+        try:
+            yield
+        except Stopped as stopped:
+            raise StoppedRun(stopped.signal, run) from stopped
+
+
+class SeedDirectory:
+    """Files of one seed's training; closed at the end of a `with` block."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the directory, made where there is none.
+
+        Args:
+            path: directory of the seed.
+        """
+        self.path = path
+        self._last = Checkpoints(path / "checkpoints" / "last", keep=2)  # the one before is for when it is damaged
+        self._best = Checkpoints(path / "checkpoints" / "best", keep=1)
+
+    def __enter__(self) -> Self:
+        """Return the directory itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Release what the checkpoints hold."""
+        self._last.close()
+        self._best.close()
+
+    def restore(self, like: Any) -> Progress:
+        """Read the newest checkpoint that is not damaged, and put the lines of that moment back.
+
+        Args:
+            like: state of the same shapes, returned where there is no checkpoint.
+
+        Returns:
+            Where the training stands.
+
+        Raises:
+            InputError: all checkpoints are damaged, or one is of other settings.
+        """
+        checkpoint, progress = self._last.restore(like)
+        for name in _LINES:
+            if checkpoint is not None and (checkpoint / name).is_file():
+                with atomic(self.path / name) as part:
+                    shutil.copyfile(checkpoint / name, part)
+            else:
+                (self.path / name).unlink(missing_ok=True)
+        return progress
+
+    def save(self, progress: Progress) -> Path:
+        """Write a checkpoint to resume from, with the lines so far; complete or not at all.
+
+        Args:
+            progress: where the training stands.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            InputError: it cannot be written; the checkpoints before it are unchanged.
+        """
+        return self._last.save(progress, self._files())
+
+    def save_best(self, progress: Progress) -> Path:
+        """Write the checkpoint of the best epoch; complete or not at all.
+
+        Args:
+            progress: where the training stands.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            InputError: it cannot be written; the one before it is unchanged.
+        """
+        return self._best.save(progress, self._files())
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Append a line to `metrics.jsonl`.
+
+        Args:
+            metrics: `epoch`, counted from 0, and whatever else was measured.
+        """
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def append_layers(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append lines to `layers.csv`.
+
+        Args:
+            rows: `LAYER_FIELDS` of every layer.
+        """
+        path = self.path / "layers.csv"
+        new = not path.exists() or path.stat().st_size == 0
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer: csv.DictWriter[str] = csv.DictWriter(file, LAYER_FIELDS)
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read `metrics.jsonl`.
+
+        Returns:
+            Its lines.
+
+        Raises:
+            InputError: a line is damaged.
+        """
+        with self._parsing("metrics.jsonl") as lines:
+            return [json.loads(line) for line in lines]
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Read `layers.csv`.
+
+        Returns:
+            Its lines, numbers as float (`epoch` as int).
+
+        Raises:
+            InputError: a line is damaged.
+        """
+        with self._parsing("layers.csv") as lines:
+            return [
+                {**row, "epoch": int(row["epoch"]), **{field: float(row[field]) for field in LAYER_FIELDS[2:]}}
+                for row in csv.DictReader(lines)
+            ]
+
+    def _files(self) -> list[Path]:
+        return [self.path / name for name in _LINES if (self.path / name).is_file()]
+
+    @contextlib.contextmanager
+    def _parsing(self, name: str) -> Generator[list[str]]:
+        """Give the lines of a file, none if there is no file; errors inside become one that names the file."""
+        path = self.path / name
+        try:
+            yield path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        except PARSE_ERRORS as error:
+            why = one_line(error)
+            raise InputError(
+                f"{path} is damaged ({why}); --resume puts it back as the last checkpoint has it"
+            ) from error

@@ -1,0 +1,82 @@
+"""A run: pretraining where asked, fine-tuning with each setting and seed, table and plots."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from farms_jax.programs.files import write_json
+from farms_jax.programs.run_directory import SeedDirectory
+
+from . import checkpoints
+from .config import TB
+from .model import ModelConfig
+from .preparation import Experiment
+from .results import Results, summarise, table
+from .rollout_plots import plot_run
+from .stage import Functions, Stage, make_functions, run_test, train_stage
+from .steps import Evaluate, make_evaluate
+
+
+def run_experiment(run: Path, experiment: Experiment) -> str:
+    """Pretrain where asked, fine-tune with every setting and seed, write summary and plots.
+
+    Args:
+        run: run directory, with `config.json` written.
+        experiment: what the run rests on.
+
+    Returns:
+        A table of the results, and where they are.
+    """
+    for line in (*experiment.notes, f"{experiment.title()} -> {run}"):
+        tqdm.write(line)
+    config, network, data = experiment.config, experiment.network, experiment.finetune
+    evaluate = make_evaluate(network, config)
+    pretrained = _pretrain(run, experiment, evaluate)
+    starts = {seed: experiment.initial(seed) if pretrained is None else pretrained for seed in config.seeds}
+    results = dict(_finetune(run, experiment, starts, evaluate))
+    before = run_test(starts[config.seeds[0]], data.test, config, evaluate)
+    summary = summarise(results, before)
+    plots = plot_run(run, experiment, results, before)
+    write_json(run / "summary.json", {"run": experiment.title(), **summary})
+    return table(summary, run, plots)
+
+
+def _pretrain(run: Path, experiment: Experiment, evaluate: Evaluate) -> Any:
+    """Parameters after pretraining, or `None` where there is none."""
+    config, model, network, data = experiment.config, experiment.model, experiment.network, experiment.pretrain
+    if data is None or not config.pretrain_epochs:
+        return None
+    pretrain = dataclasses.replace(
+        config,
+        epochs=config.pretrain_epochs,
+        learning_rate=config.pretrain_rate,
+        warmup_epochs=config.pretrain_epochs // 5,
+        schedule="cycle",
+    )
+    seed = config.seeds[0]
+    stage = Stage("pretrain", "none", seed, pretrain, data, experiment.initial(seed))
+    return _train(run / "pretrain", stage, make_functions(network, pretrain, data, evaluate), model).params
+
+
+def _finetune(
+    run: Path, experiment: Experiment, starts: dict[int, Any], evaluate: Evaluate
+) -> Iterator[tuple[tuple[TB, int], Results]]:
+    config, model, network, data = experiment.config, experiment.model, experiment.network, experiment.finetune
+    functions = make_functions(network, config, data, evaluate)
+    for tb in config.settings():
+        for seed, params in starts.items():
+            stage = Stage(f"{tb}, seed {seed}", tb, seed, config, data, params)
+            results = _train(run / tb / f"seed{seed}", stage, functions, model)
+            # Plots are of the first seed; a large model's parameters times all seeds would fill the memory.
+            yield (tb, seed), results if seed == config.seeds[0] else results._replace(params=None)
+
+
+def _train(folder: Path, stage: Stage, functions: Functions, model: ModelConfig) -> Results:
+    with SeedDirectory(folder) as directory:
+        state = train_stage(directory, stage, functions)
+        results = Results(state.params, directory.metrics(), directory.layers())
+    checkpoints.save(folder / "model.safetensors", state.params, model)
+    return results
