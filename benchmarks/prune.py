@@ -20,10 +20,10 @@ from threadpoolctl import threadpool_limits
 from benchmarks._common import interleave, machine, write
 from benchmarks.torch_prune import LINEARS, Method, TorchBlock, prune_block as torch_prune_block
 from prune.activations import Activations
-from prune.allocation import shapes_of
-from prune.blocks import STATISTIC, Plan, prune_block
+from prune.allocation import Plan
+from prune.forward import run_blocks
 from prune.models import make_network
-from prune.walk import walk
+from prune.pruning import STATISTIC, prune_block
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def time_method(method: Method, args: argparse.Namespace) -> dict[str, Any]:
         for name, shape in network.tensors(0).items()
     }
     x = generator.standard_normal((args.samples, args.length, args.hidden), np.float32)
-    plan = Plan(method, dict.fromkeys(shapes_of(network), float(args.sparsity)))
+    plan = Plan(method, dict.fromkeys(network.layer_shapes(), float(args.sparsity)))
     needed = x if STATISTIC[method] else x[:0]
     kept: dict[str, np.ndarray] = {}
 
@@ -88,7 +88,7 @@ def time_method(method: Method, args: argparse.Namespace) -> dict[str, Any]:
 
         statistic = STATISTIC[method]
         read = lambda part: tensors  # noqa: E731
-        walk(network, read, activations, title=method, visit=visit, statistic=statistic, calibration=len(needed))
+        run_blocks(network, read, activations, title=method, visit=visit, statistic=statistic, calibration=len(needed))
 
     blocks: list[TorchBlock] = []
 

@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from benchmarks._common import machine, write
 from benchmarks.smollm2 import find_model
-from prune.allocation import plan_of, shapes_of, sizes_of, sparsities
+from prune.allocation import plan_of, sparsities
 from prune.config import EPSILON, Config
 from prune.job import Job, prepare
-from prune.passes import score, simulate
 from prune.perplexity import perplexity
+from prune.pruning import simulate
+from prune.scores import score_layers
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 ALLOCATIONS = ("uniform", "alphapruning", "farms", "owl", "atp")
@@ -69,7 +70,7 @@ def fill(args: argparse.Namespace) -> dict[str, Any]:
     results["machine"] = machine()
     jobs = {seed: prepare(config_of(args, seed)) for seed in args.seeds}
     scores = {
-        seed: {allocation: score(under(job, allocation=allocation)) for allocation in args.allocations}
+        seed: {allocation: score_layers(under(job, allocation=allocation)) for allocation in args.allocations}
         for seed, job in jobs.items()
     }
     first = jobs[args.seeds[0]]
@@ -82,10 +83,10 @@ def fill(args: argparse.Namespace) -> dict[str, Any]:
         if name in results["cells"] or (not depends and seed != args.seeds[0]):
             continue
         start, job = time.perf_counter(), under(jobs[seed], method=method, allocation=allocation, sparsity=sparsity)
-        sizes, epsilon = sizes_of(job.network), EPSILON.get(allocation, 0)
-        wanted = sparsities(job.config, scores[seed][allocation], sizes, epsilon)
-        found = simulate(job, plan_of(job.config, wanted, shapes_of(job.network)), job.evaluation.ids, name)
-        results["cells"][name] = {key: found[key] for key in ("perplexity", "sparsity")}
+        shapes, epsilon = job.network.layer_shapes(), EPSILON.get(allocation, 0)
+        wanted = sparsities(job.config, scores[seed][allocation], shapes, epsilon)
+        found = simulate(job, plan_of(job.config, wanted, shapes), job.evaluation.ids, name)
+        results["cells"][name] = {"perplexity": found.perplexity, "sparsity": found.sparsity}
         results["cells"][name]["seconds"] = time.perf_counter() - start
         write(path, results)
     return results

@@ -20,14 +20,15 @@ from threadpoolctl import threadpool_limits
 
 import farms_jax
 from benchmarks._common import machine, write
+from farms_jax._sparsity import impute_alphas
 from prune.activations import Activations
-from prune.allocation import sizes_of
-from prune.analysis import alphas_of, measure
-from prune.blocks import STATISTIC, Plan, prune_block
+from prune.allocation import Plan
 from prune.checkpoints import Checkpoint, open_checkpoint
+from prune.forward import embed, reader, run_blocks
 from prune.models import Network
 from prune.perplexity import losses, perplexity
-from prune.walk import embed, reader, walk
+from prune.pruning import STATISTIC, prune_block
+from prune.scores import measure_alphas
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
 TOLERANCE = {"magnitude": 1e-3, "wanda": 0.03, "sparsegpt": 0.03}  # of the perplexity; rounding flips masks
@@ -108,7 +109,7 @@ def check_dense(network: Network, checkpoint: Checkpoint, reference: dict[str, A
     read = reader(checkpoint.read, network)
     ids = arrays["test_ids"].astype(np.int32)
     first = embed(network, read, ids[:1])
-    walk(network, read, first, title="logits")
+    run_blocks(network, read, first, title="logits")
     logits = np.asarray(network.head(network.to_state("head", read("head")), jnp.asarray(first.read(slice(0, 1)))))[0]
     expected = arrays["dense/logits_chunk0_pos_0_1_255_511_vocab_first256"]
     difference = float(np.abs(logits[[0, 1, 255, 511], :256] - expected).max())
@@ -125,11 +126,12 @@ def check_dense(network: Network, checkpoint: Checkpoint, reference: dict[str, A
 def check_alphas(network: Network, checkpoint: Checkpoint, reference: dict[str, Any]) -> list[dict[str, Any]]:
     """Compares the alphas of the first 15 blocks; where the reference's own float64 differs none can be asked for."""
     rows, read = [], reader(checkpoint.read, network)
-    blocks = dict.fromkeys([f"model.layers.{name}" for name in reference["layer_names"][:105]], 1)
+    layers = [f"model.layers.{name}" for name in reference["layer_names"][:105]]
     for key, (window, rule) in ALPHAS.items():
         tail = farms_jax.Tail("peak" if rule == "peak" else "median")
         cache = Path("runs/cache/alphas")
-        found = np.array(list(alphas_of(measure(network, read, window, tail, cache, key), blocks).values()))
+        alphas = measure_alphas(network, read, window, tail, cache, key)
+        found = impute_alphas(np.array([alphas[layer] for layer in layers]))
         expected = reference["arrays"][f"alphas/{key}/alpha"]
         exact = reference["arrays"].get(f"alphas/{key}/alpha_f64", expected)
         defined = np.abs(expected / exact - 1) < 1e-4
@@ -144,7 +146,7 @@ def check_pruned(
     network: Network, checkpoint: Checkpoint, reference: dict[str, Any], run: dict[str, Any]
 ) -> dict[str, Any]:
     """Prunes with the reference's sparsities, and compares perplexity."""
-    layers = list(sizes_of(network))
+    layers = list(network.layer_shapes())
     ratios = run["ratios"] or [run["sparsity"]] * len(layers)
     plan = Plan(run["method"], dict(zip(layers, ratios, strict=True)))
     ids = reference["arrays"]["test_ids"].astype(np.int32)
@@ -160,8 +162,8 @@ def check_pruned(
 
     activations: Activations = embed(network, read, np.concatenate([seen, ids]))
     title = f"{run['method']} {run['allocation']}"
-    walk(network, read, activations, title=title, visit=visit, statistic=statistic, calibration=len(seen))
-    nll = losses(network, network.to_state("head", read("head")), activations, ids, len(seen))
+    run_blocks(network, read, activations, title=title, visit=visit, statistic=statistic, calibration=len(seen))
+    nll = losses(network, network.to_state("head", read("head")), activations, ids)
     found, tolerance = float(np.exp(nll.mean())), TOLERANCE[run["method"]]
     sparsity = {"sparsity": removed[0] / removed[1], "reference_sparsity": run["achieved_sparsity"]}
     twin = run.get("perplexity_rounding_twin")

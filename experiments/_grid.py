@@ -11,10 +11,10 @@ import numpy as np
 from experiments._common import positive
 from farms_jax import block_of, natural_key
 from farms_jax.errors import InputError
-from prune.allocation import shapes_of, sizes_of, sparsities
+from prune.allocation import sparsities
 from prune.config import BUNDLED, Config
 from prune.job import Job
-from prune.passes import score
+from prune.scores import score_layers
 
 PER_AXIS = (5, 10, 15, 20)  # the paper's
 _SHARES = (8, 4, 2, 1)  # the paper's 500, 1000, 2000 and 4096 rows are about so many parts of LLaMA-7B's 4096
@@ -70,7 +70,7 @@ def config_of(args: argparse.Namespace) -> Config:
 
 def grid(args: argparse.Namespace, job: Job) -> list[Setting]:
     """Return the baselines, then all windows."""
-    least = min(min(shape) for shape in shapes_of(job.network).values())
+    least = min(min(shape) for shape in job.network.layer_shapes().values())
     rows = args.rows or [max(1, least // share) for share in _SHARES]
     windows = [Setting("farms", size, count) for size in rows for count in args.per_axis]
     return [Setting("uniform"), Setting("alphapruning"), *windows]
@@ -87,7 +87,7 @@ def allocate(job: Job) -> dict[str, float]:
     """Return the sparsity of every layer under the job's allocation."""
     epsilon = job.config.half_range()
     assert epsilon is not None
-    return sparsities(job.config, score(job), sizes_of(job.network), epsilon)
+    return sparsities(job.config, score_layers(job), job.network.layer_shapes(), epsilon)
 
 
 def read_json(path: Path) -> dict[str, Any]:

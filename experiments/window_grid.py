@@ -26,11 +26,11 @@ from experiments._common import Result, figure, label, positive, run
 from experiments._grid import Setting
 from farms_jax.errors import InputError
 from farms_jax.programs.files import write_json
-from prune.allocation import plan_of, shapes_of
+from prune.allocation import plan_of
 from prune.config import BUNDLED
 from prune.job import Job, prepare
-from prune.passes import simulate
 from prune.perplexity import perplexity
+from prune.pruning import simulate
 
 _SAME = ("sparsity", "epsilon", "xmin", "method", "samples", "length", "limit", "calibration", "text")
 
@@ -118,9 +118,9 @@ def cell(job: Job, title: str) -> dict[str, float]:
     Returns:
         The `perplexity`, and the `sparsity` reached.
     """
-    plan = plan_of(job.config, _grid.allocate(job), shapes_of(job.network))
+    plan = plan_of(job.config, _grid.allocate(job), job.network.layer_shapes())
     found = simulate(job, plan, job.evaluation.ids, title)
-    return {key: found[key] for key in ("perplexity", "sparsity")}
+    return {"perplexity": found.perplexity, "sparsity": found.sparsity}
 
 
 def summarise(setting: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -154,9 +154,7 @@ def _read(
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Layers, their scores and their sizes, float64."""
     if isinstance(scores, LayerReport):
-        layers, values = list(scores.names), np.asarray(scores.alpha, np.float64)
-        fitted = values > 0
-        values = np.where(fitted, values, values[fitted].mean() if fitted.any() else 1.0)
+        layers, values = list(scores.names), impute_alphas(np.asarray(scores.alpha, np.float64))
         num_params = num_params or dict(zip(scores.names, scores.num_params, strict=True))
     else:
         layers, values = list(scores), np.array(list(scores.values()), np.float64)
@@ -169,6 +167,12 @@ def _read(
     if missing := [layer for layer in layers if num_params.get(layer, 0) < 1]:
         raise ValueError(f"allocate_sparsity: num_params has no size for {', '.join(missing)}")
     return layers, values, np.array([num_params[layer] for layer in layers], np.float64)
+
+
+def impute_alphas(alphas: np.ndarray) -> np.ndarray:
+    """Give layers without a tail (alpha 0) the mean alpha of the others, or 1 where no layer has one."""
+    fitted = alphas > 0
+    return np.where(fitted, alphas, alphas[fitted].mean() if fitted.any() else 1.0)
 
 
 def _meet(at: Callable[[float], np.ndarray], ends: np.ndarray, weights: np.ndarray, sparsity: float) -> np.ndarray:

@@ -106,14 +106,12 @@ class Config:
             raise InputError("--length must be at least 2: perplexity predicts tokens from those before them")
         if self.seed < 0:
             raise InputError(f"--seed must not be below 0, got {self.seed}")
-        epsilon = self.half_range()
-        if epsilon is not None and not 0 <= epsilon < 1:
-            raise InputError(f"--epsilon must be in [0, 1) or auto, got {self.epsilon}")
         if self.method == "wanda_variant" and (self.allocation != "uniform" or self.groups):
             raise InputError("--method wanda_variant chooses its own rows: it needs --allocation uniform, no --groups")
         if self.budget == "reference" and self.allocation not in {*SPECTRAL, "uniform"}:
             raise InputError("--budget reference is defined for farms and alphapruning; leave it out")
-        self.window(1)  # makes its own checks
+        self.half_range()  # these two make their own checks
+        self.window(1)
 
     @property
     def target(self) -> float:
@@ -124,19 +122,22 @@ class Config:
         return groups.removed / groups.size if groups else 0.5
 
     def half_range(self) -> float | None:
-        """Return epsilon as a number; `None` for auto.
+        """Return epsilon as a number, 0 for an allocation that has none; `None` where it is to be searched.
 
         Raises:
-            InputError: it is neither.
+            InputError: it is neither a number in [0, 1) nor auto.
         """
-        if self.epsilon is None:
-            return EPSILON.get(self.allocation, 0.0)
-        if self.epsilon == "auto":
-            return None
         try:
-            return float(self.epsilon)
+            given = None if self.epsilon in {None, "auto"} else float(str(self.epsilon))
         except ValueError:
             raise InputError(f"--epsilon must be a number in [0, 1) or auto, got {self.epsilon!r}") from None
+        if given is not None and not 0 <= given < 1:
+            raise InputError(f"--epsilon must be in [0, 1) or auto, got {self.epsilon}")
+        if self.allocation not in EPSILON:
+            return 0.0
+        if self.epsilon == "auto":
+            return None
+        return EPSILON[self.allocation] if given is None else given
 
     def groups_of(self) -> Groups | None:
         """Return N:M as numbers.

@@ -136,7 +136,7 @@ def run(config: Config) -> dict[str, Any]:
         found = perplexity(network, checkpoint, samples.ids)
         if np.isnan(found.value):
             raise InputError("the network gives NaN; its weights are damaged, or too large for float32")
-        numbers = {"value": found.value, "seconds": found.seconds, "nll": found.nll.tolist()}
+        numbers = {"value": found.value, "seconds": found.seconds, "nll": found.nll}
         result["perplexity"] = {**numbers, **samples.record}
     if loaded is not None:
         start = time.perf_counter()

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from farms_jax.errors import InputError
 
 from .checkpoints import Checkpoint, open_checkpoint
+from .forward import apply_block, apply_embed, reader
 from .models import Network, Part
-from .walk import apply_block, apply_embed, reader
 
 _log = logging.getLogger(__name__)
 

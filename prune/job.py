@@ -3,23 +3,20 @@
 import dataclasses
 import hashlib
 import json
-import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
 from farms_jax.errors import InputError
 
 from .checkpoints import Checkpoint, choose_tokenizer, open_checkpoint
-from .config import BUNDLED, EPSILON, Config, resolve
+from .config import BUNDLED, Config, resolve
 from .models import Network
+from .record import FORMAT
 from .texts import Samples, are_token_ids, calibration_samples, evaluation_blocks
-
-_PACKAGES = ("farms-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Job:
     @property
     def key(self) -> str:
         """Hash of all that the pruned weights and the figures depend on: the same key, the same run."""
-        facts = [self.config.numbers(), self.weights, version("farms-jax"), version("jax")]
+        facts = [FORMAT, self.config.numbers(), self.weights, version("farms-jax"), version("jax")]
         facts += [samples.record["ids_sha256"] for samples in (self.calibration, self.evaluation)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -68,26 +65,6 @@ class Job:
         kind = f"{config.groups.replace(':', 'of')}-" if config.groups else ""
         name = f"{self.checkpoint.name}-{config.method}-{config.allocation}-{kind}{config.sparsity:g}-{self.key[:8]}"
         return config.out / "".join(c if c.isalnum() or c in "-._" else "-" for c in name)
-
-    def facts(self) -> dict[str, Any]:
-        """What the numbers depend on, for the card."""
-        settings = {key: value for key, value in dataclasses.asdict(self.config).items() if key != "out"}
-        return {
-            "key": self.key,
-            "settings": settings,
-            "model": {
-                "name": self.checkpoint.name,
-                "source": self.config.model or "bundled",
-                "tensors_sha256": self.weights,
-                "config": self.checkpoint.config,
-            },
-            "tokenizer_sha256": self.evaluation.record.get("tokenizer_sha256"),
-            "calibration": self.calibration.record,
-            "evaluation": self.evaluation.record,
-            "versions": {name: version(name) for name in _PACKAGES},
-            "python": platform.python_version(),
-            "devices": [device.device_kind for device in jax.devices()],
-        }
 
 
 def prepare(config: Config) -> Job:
@@ -112,7 +89,7 @@ def prepare(config: Config) -> Job:
     tokenizer = choose_tokenizer(checkpoint, config.tokenizer, needed=not in_ids)
     common = {"length": config.length, "special_tokens": config.special_tokens, "vocab_size": network.vocab_size}
     evaluation = evaluation_blocks(config.text, tokenizer, limit=config.limit, **common)
-    needed = config.samples + (max(config.samples // 4, 1) if epsilon_of(config) is None else 0)
+    needed = config.samples + (max(config.samples // 4, 1) if config.half_range() is None else 0)
     calibration = calibration_samples(config.calibration, tokenizer, count=needed, seed=config.seed, **common)
     return Job(config, checkpoint, network, calibration, evaluation, tokenizer, _hash(checkpoint))
 
@@ -146,8 +123,3 @@ def _hash(checkpoint: Checkpoint) -> str:
             f"{checkpoint.name}: NaN or Inf in {', '.join(bad[:8])}{more}; the checkpoint is damaged, get it again"
         )
     return digest.hexdigest()
-
-
-def epsilon_of(config: Config) -> float | None:
-    """Return half the range of sparsities, 0 for uniform; `None` where it is to be searched."""
-    return 0.0 if config.allocation not in EPSILON else config.half_range()

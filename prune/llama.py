@@ -13,8 +13,8 @@ from threadpoolctl import threadpool_limits
 from farms_jax.programs.exits import reported, run_and_end
 
 from .config import Config
-from .experiment import run
 from .job import prepare
+from .run import run
 
 
 def main(default: Config | None = None) -> None:

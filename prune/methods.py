@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .select import lowest, lowest_of_groups, lowest_of_rows
+from .lowest import lowest, lowest_of_groups, lowest_of_rows
 
 
 class Groups(NamedTuple):

@@ -1,9 +1,9 @@
 """Perplexity as the pruning papers measure it: blocks of one text that do not overlap, each from its own start."""
 
+import dataclasses
 import functools
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +13,24 @@ from jax import Array, lax
 
 from .activations import Activations
 from .checkpoints import Checkpoint
+from .forward import batches, embed, reader, run_blocks
 from .models import Network
-from .walk import batches, embed, reader, walk
 
 _LOGITS = 2**24  # numbers alive at once
 
 
-class Perplexity(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
     """Result of an evaluation.
 
     Attributes:
         value: exp of the mean over blocks of a block's mean negative log-likelihood.
-        nll: (N,) float64, the mean over the T - 1 predictions of each block, in nats.
-        seconds: it took.
+        nll: mean over the T - 1 predictions of each block, in nats.
+        seconds: time of the evaluation.
     """
 
     value: float
-    nll: np.ndarray
+    nll: list[float]
     seconds: float
 
 
@@ -51,26 +52,25 @@ def perplexity(
     start = time.perf_counter()
     read = reader(checkpoint.read, network)
     activations = embed(network, read, ids, spill)
-    walk(network, read, activations, title=title)
+    run_blocks(network, read, activations, title=title)
     nll = losses(network, network.to_state("head", read("head")), activations, ids)
-    return Perplexity(float(np.exp(nll.mean())), nll, time.perf_counter() - start)
+    return Perplexity(float(np.exp(nll.mean())), nll.tolist(), time.perf_counter() - start)
 
 
-def losses(network: Network, head: nnx.State, activations: Activations, ids: np.ndarray, first: int = 0) -> np.ndarray:
-    """Mean loss of each sequence, from the outputs of the last block.
+def losses(network: Network, head: nnx.State, activations: Activations, ids: np.ndarray) -> np.ndarray:
+    """Return the mean loss of each of the last sequences, from the outputs of the last block.
 
     Args:
         network: the model.
         head: state of its head.
-        activations: (first + N, T, D).
-        ids: (N, T) tokens of the sequences from `first` on.
-        first: sequence where they begin.
+        activations: (M, T, D), M >= N.
+        ids: tokens (N, T) of the last N sequences.
 
     Returns:
         (N,) float64, in nats.
     """
-    found = []
-    for rows in batches(0, len(ids), ids.shape[1]):
+    first, found = len(activations) - len(ids), []
+    for rows in batches(len(ids), ids.shape[1]):
         x = activations.read(slice(first + rows.start, first + rows.stop))
         found.append(np.asarray(_losses(network, head, x, jnp.asarray(ids[rows], jnp.int32)), np.float64))
     return np.concatenate(found)

@@ -13,8 +13,8 @@ from jax import Array, lax
 
 from farms_jax.errors import InputError
 
+from .lowest import lowest, lowest_of_groups
 from .methods import Groups
-from .select import lowest, lowest_of_groups
 
 _PART = 16  # columns at a time
 _LEAF = 256  # size of the triangles that are inverted whole

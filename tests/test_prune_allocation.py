@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 from prune_helpers import bytes_of, small_run
 
-import prune.experiment
+import prune.run
 from farms_jax import block_of
-from prune.allocation import sizes_of
 from prune.checkpoints import open_checkpoint
-from prune.experiment import run
 from prune.job import prepare
 from prune.output import read_masks
-from prune.passes import score
 from prune.perplexity import perplexity
+from prune.run import run
+from prune.scores import score_layers
 
 
 def card_of(config):
@@ -68,8 +67,8 @@ def test_scores_of_owl_and_dlp(model, granularity, tmp_path):
         for allocation in ("owl", "dlp")
     }
     expected = wanda_scores(jobs["owl"])
-    found = {allocation: score(job) for allocation, job in jobs.items()}
-    assert list(found["owl"]) == list(found["dlp"]) == list(sizes_of(jobs["owl"].network))
+    found = {allocation: score_layers(job) for allocation, job in jobs.items()}
+    assert list(found["owl"]) == list(found["dlp"]) == list(jobs["owl"].network.layer_shapes())
     for layer in expected:
         group = (
             [layer] if granularity == "layer" else [other for other in expected if block_of(other) == block_of(layer)]
@@ -207,7 +206,7 @@ def test_auto_takes_the_epsilon_of_the_lowest_perplexity_on_held_out_text(tmp_pa
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_statistics_never_see_the_held_out_text(method, tmp_path, monkeypatch):
-    monkeypatch.setattr(prune.experiment, "epsilons", lambda allocation: (0.1,))
+    monkeypatch.setattr(prune.run, "candidates", lambda allocation: (0.1,))
     config = small_run(tmp_path, method=method, allocation="owl", epsilon="auto")
     ids = np.load(tmp_path / "calibration.npy").ravel()[:400].reshape(10, 40)
     np.save(tmp_path / "calibration.npy", ids)

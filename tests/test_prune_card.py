@@ -24,9 +24,9 @@ from safetensors.numpy import load_file
 
 from farms_jax.programs.memory import peak_memory
 from prune.config import Config
-from prune.experiment import run
 from prune.job import prepare
 from prune.output import read_masks
+from prune.run import run
 
 MIB = 2**20
 

@@ -12,14 +12,15 @@ import pytest
 from prune_helpers import DATA, bytes_of, command, small_run, weights_of, write_folder
 
 import farms_jax.programs.cache
-import prune.experiment
 import prune.output
-import prune.passes
 import prune.perplexity
-import prune.rundir
+import prune.pruning
+import prune.record
+import prune.run
+import prune.scores
 from farms_jax.errors import InputError
-from prune.experiment import run
 from prune.job import prepare
+from prune.run import run
 
 ROOT = DATA.parent.parent
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -33,10 +34,10 @@ def no_long_work(monkeypatch):
     def reached(*arguments, **keywords):
         pytest.fail("long work began")
 
-    for module in (prune.passes, prune.perplexity):
+    for module in (prune.pruning, prune.scores, prune.perplexity):
         monkeypatch.setattr(module, "embed", reached)
-        monkeypatch.setattr(module, "walk", reached)
-    monkeypatch.setattr(prune.passes, "measure", reached)
+        monkeypatch.setattr(module, "run_blocks", reached)
+    monkeypatch.setattr(prune.scores, "measure_alphas", reached)
 
 
 def assert_refused(config, message):
@@ -232,9 +233,9 @@ MAIN = "from prune.llama import main; main()"
 PLACES = {
     "weights of block 1": (prune.output.os, "fsync", 6),
     "masks of block 2": (prune.output.os, "fsync", 9),
-    "record": (prune.rundir, "write_json", 20),
+    "record": (prune.record, "write_json", 20),
     "cache": (farms_jax.programs.cache, "write_json", 3),
-    "card": (prune.experiment, "write_json", 1),
+    "card": (prune.run, "write_json", 1),
 }
 
 
@@ -244,8 +245,8 @@ def test_no_space_on_the_way_keeps_what_is_done(place, whole, tmp_path, monkeypa
     source = bytes_of(DATA / "llama_tiny")
     config = dataclasses.replace(whole[0], out=tmp_path / "out")
     pruned = []
-    prune_block = prune.passes.prune_block
-    monkeypatch.setattr(prune.passes, "prune_block", lambda *a: pruned.append(a[1]) or prune_block(*a))
+    prune_block = prune.pruning.prune_block
+    monkeypatch.setattr(prune.pruning, "prune_block", lambda *a: pruned.append(a[1]) or prune_block(*a))
     with monkeypatch.context() as patch:
         patch.setattr(module, name, fail_at(getattr(module, name), number))
         with pytest.raises(InputError, match=r"No space left on device.*free space.* the same command"):

@@ -8,13 +8,13 @@ import pytest
 
 import farms_jax
 from farms_jax import Tail, Window, allocate_sparsity
-from prune.allocation import sizes_of
-from prune.analysis import alphas_of, measure
-from prune.blocks import STATISTIC, Plan, prune_block
+from prune.allocation import Plan, sizes_of
 from prune.checkpoints import open_checkpoint
+from prune.forward import embed, reader, run_blocks
 from prune.methods import Groups
 from prune.models import make_network
-from prune.walk import embed, reader, walk
+from prune.pruning import STATISTIC, prune_block
+from prune.scores import measure_alphas
 from tests.helpers import DATA, load_cases
 
 MODELS = ("llama_tiny", "opt_tiny")
@@ -71,9 +71,9 @@ def prune(model, tag):
     changed = {}
     activations = embed(network, read, ids)
     statistic = STATISTIC[plan.method]
-    walk(network, read, activations, title="prune", visit=visit, statistic=statistic, calibration=len(ids))
+    run_blocks(network, read, activations, title="prune", visit=visit, statistic=statistic, calibration=len(ids))
     first = embed(network, read, arrays[f"{model}/ids"][:1])
-    walk(network, lambda part: changed[part], first, title="logits")
+    run_blocks(network, lambda part: changed[part], first, title="logits")
     logits = network.head(network.to_state("head", read("head")), jnp.asarray(first.read(slice(0, 1))))
     return masks, weights, seen, np.asarray(logits)
 
@@ -122,9 +122,7 @@ def test_alphas_and_ratios_equal_the_reference(key, windows, rule, tmp_path):
     network, read = model_of("llama_tiny")
     farms = settings["pruning"]["farms"]
     window = Window(farms["num_row_samples"], farms["Q_ratio"], per_axis=farms["sampling_ops_per_dim"])
-    measures = measure(network, read, window if windows else None, Tail(rule), tmp_path, "alphas")
-    sizes = sizes_of(network)
-    alphas = alphas_of(measures, sizes)
+    alphas = measure_alphas(network, read, window if windows else None, Tail(rule), tmp_path, "alphas")
     assert list(alphas) == list(layers_of("llama_tiny").values())
     np.testing.assert_allclose(list(alphas.values()), arrays[f"prune/alphas_{key}"], rtol=1e-3)
     if key == "farms_peak":
@@ -133,7 +131,7 @@ def test_alphas_and_ratios_equal_the_reference(key, windows, rule, tmp_path):
             sparsity=settings["pruning"]["sparsity"],
             epsilon=settings["pruning"]["epsilon"],
             block_of=farms_jax.block_of,
-            num_params=sizes,
+            num_params=sizes_of(network.layer_shapes()),
         )
         np.testing.assert_allclose(list(found.values()), arrays["prune/ratios"], rtol=1e-3)
 
@@ -146,7 +144,7 @@ def test_alphas_are_kept_by_the_weights(tmp_path, monkeypatch):
 
     def again(read, window=None):
         analyses.clear()
-        found = measure(network, read, window, Tail(), tmp_path, "alphas")
+        found = measure_alphas(network, read, window, Tail(), tmp_path, "alphas")
         return len(analyses), found
 
     count, first = again(read)

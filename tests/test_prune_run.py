@@ -19,13 +19,14 @@ from prune_helpers import (
     write_random_llama,
 )
 
-import prune.experiment
 import prune.output
-import prune.passes
 import prune.perplexity
-import prune.rundir
-from prune.experiment import run
+import prune.pruning
+import prune.record
+import prune.run
+import prune.scores
 from prune.job import prepare
+from prune.run import run
 
 ROOT = DATA.parent.parent
 MIB = 2**20
@@ -91,11 +92,11 @@ def test_stopped_between_any_two_writes(when, steps, finished, tmp_path, monkeyp
 
         return stop_at_last
 
-    monkeypatch.setattr(prune.rundir, "write_json", counted(prune.rundir.write_json))
+    monkeypatch.setattr(prune.record, "write_json", counted(prune.record.write_json))
     of_its_own = types.SimpleNamespace(fsync=counted(os.fsync), replace=os.replace, strerror=os.strerror)
     monkeypatch.setattr(prune.output, "os", of_its_own)  # not the module that write_json uses too
     monkeypatch.setattr(prune.output.Output, "finish", counted(prune.output.Output.finish))
-    monkeypatch.setattr(prune.experiment, "plot_run", counted(lambda *_: []))
+    monkeypatch.setattr(prune.run, "plot_run", counted(lambda *_: []))
     config = dataclasses.replace(finished[0].config, out=tmp_path / "out")
     for stops in itertools.count():
         left = steps
@@ -112,10 +113,10 @@ def test_stopped_between_any_two_writes(when, steps, finished, tmp_path, monkeyp
 
 
 def test_a_finished_run_given_again_says_the_same_and_computes_nothing(finished, finished_copy, monkeypatch):
-    for module in (prune.passes, prune.perplexity):
-        monkeypatch.setattr(module, "walk", never)
-    monkeypatch.setattr(prune.passes, "measure", never)
-    monkeypatch.setattr(prune.experiment, "make_card", never)  # would say that these versions had computed it
+    for module in (prune.pruning, prune.scores, prune.perplexity):
+        monkeypatch.setattr(module, "run_blocks", never)
+    monkeypatch.setattr(prune.scores, "measure_alphas", never)
+    monkeypatch.setattr(prune.run, "make_card", never)  # would say that these versions had computed it
     job = prepare(finished_copy)
     card = (job.path / "run.json").read_bytes()
     text = run(job)
@@ -163,11 +164,9 @@ def test_dry_run_says_what_a_run_would_do_and_saves_it_the_analysis(finished, tm
     assert f"size: {4 * everything / MIB:.1f} MiB dense; {kept / MIB:.1f} MiB with" in table
 
     measured, evaluated = [], []
-    measure, perplexity = prune.passes.measure, prune.experiment.perplexity
-    monkeypatch.setattr(prune.passes, "measure", lambda *a: measured.append(a[-1]) or measure(*a))
-    monkeypatch.setattr(
-        prune.experiment, "perplexity", lambda *a, title, **k: evaluated.append(title) or perplexity(*a, **k)
-    )
+    measure, perplexity = prune.scores.measure_alphas, prune.run.perplexity
+    monkeypatch.setattr(prune.scores, "measure_alphas", lambda *a: measured.append(a[-1]) or measure(*a))
+    monkeypatch.setattr(prune.run, "perplexity", lambda *a, title, **k: evaluated.append(title) or perplexity(*a, **k))
     capsys.readouterr()
     run(prepare(config))
     assert (measured, evaluated) == (["alphas after pruning"], ["pruned perplexity"])

@@ -82,6 +82,16 @@ class Network:
         """Return the full name of a linear, without `.weight`: `model.layers.3.self_attn.q_proj`."""
         return f"{self.config.prefix}layers.{block}.{linear}"
 
+    def layer_shapes(self) -> dict[str, tuple[int, int]]:
+        """Return the shape (out, in) of every linear of all blocks, by full name, in network order."""
+        shapes = {}
+        for block in range(self.num_blocks):
+            tensors = self.tensors(block)
+            for layer in (self.layer_name(block, linear) for linear in self.linears):
+                rows, columns = tensors[f"{layer}.weight"]
+                shapes[layer] = (rows, columns)
+        return shapes
+
     def tensors(self, part: Part) -> dict[str, Shape]:
         """Return the shapes of a part's tensors by their names, both as in the checkpoint.
 

@@ -136,9 +136,9 @@ def prune_run(disk, elsewhere):
     from matplotlib.figure import Figure  # noqa: PLC0415
     from prune_helpers import byte_tokenizer, small_run  # noqa: PLC0415
 
-    from prune import llama, plots  # noqa: PLC0415
-    from prune.experiment import run  # noqa: PLC0415
+    from prune import llama, sparsity_plots as plots  # noqa: PLC0415
     from prune.job import prepare  # noqa: PLC0415
+    from prune.run import run  # noqa: PLC0415
 
     plots._sparsity = plots._alphas = lambda *_: Figure((1, 1))  # quickly drawn, and as a file like any other
     byte_tokenizer().save_pretrained(elsewhere / "tokenizer")

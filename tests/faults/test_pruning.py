@@ -12,15 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from prune_helpers import DATA, bytes_of, command, small_run
 
-import prune.experiment
-import prune.passes
+import prune.pruning
+import prune.record
+import prune.run
+import prune.scores
 from farms_jax.errors import InputError
 from farms_jax.programs.cache import Cache
 from farms_jax.programs.files import CHECKSUMS
 from farms_jax.programs.locking import locked
 from prune import llama
-from prune.experiment import run
 from prune.job import prepare
+from prune.run import run
 
 ROOT = DATA.parent.parent
 BLOCKS = 4
@@ -32,7 +34,7 @@ class Killed(BaseException):
 
 def killed_at(block):
     """`prune_block`, but the process ends at this block."""
-    prune_block = prune.passes.prune_block
+    prune_block = prune.pruning.prune_block
 
     def prune_or_die(network, number, *arguments):
         if number == block:
@@ -55,7 +57,7 @@ def half(whole, tmp_path_factory):
     """The output of a run whose process ended at its last block."""
     config = dataclasses.replace(whole.config, out=tmp_path_factory.mktemp("half"))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(prune.passes, "prune_block", killed_at(BLOCKS - 1))
+        patch.setattr(prune.pruning, "prune_block", killed_at(BLOCKS - 1))
         run(prepare(config))
     return config
 
@@ -77,8 +79,8 @@ def finished(whole, tmp_path):
 @pytest.fixture
 def pruned(monkeypatch):
     """Numbers of the blocks that are pruned, in order."""
-    numbers, prune_block = [], prune.passes.prune_block
-    monkeypatch.setattr(prune.passes, "prune_block", lambda *a: numbers.append(a[1]) or prune_block(*a))
+    numbers, prune_block = [], prune.pruning.prune_block
+    monkeypatch.setattr(prune.pruning, "prune_block", lambda *a: numbers.append(a[1]) or prune_block(*a))
     return numbers
 
 
@@ -127,7 +129,7 @@ def test_the_second_program_says_so_in_one_line(stopped):
 
 def test_fresh_removes_all_but_the_lock_that_it_holds(finished, whole, monkeypatch):
     seen = []
-    prune_block = prune.passes.prune_block
+    prune_block = prune.pruning.prune_block
 
     def look(*arguments):
         with pytest.raises(InputError, match="another process"), locked(finished.path):
@@ -135,7 +137,7 @@ def test_fresh_removes_all_but_the_lock_that_it_holds(finished, whole, monkeypat
         seen.append(sorted(path.name for path in finished.path.iterdir()))
         return prune_block(*arguments)
 
-    monkeypatch.setattr(prune.passes, "prune_block", look)
+    monkeypatch.setattr(prune.pruning, "prune_block", look)
     (finished.path / "model" / "mine.txt").write_text("of an earlier run")
     run(prepare(dataclasses.replace(finished.config, fresh=True)))
     assert seen == [[".lock", "model.part", "progress.json"]] * BLOCKS
@@ -163,7 +165,7 @@ def test_two_processes_may_measure_the_same_weights(tmp_path):
 @pytest.mark.parametrize("when", ["in a block", "after its weights are written"])
 def test_a_stop_costs_the_block_alone(number, status, when, whole, tmp_path, monkeypatch, capsys, pruned):
     config = dataclasses.replace(whole.config, out=tmp_path / "out")
-    module, name = {"in a block": (prune.passes, "prune_block")}.get(when, (prune.rundir.RunDirectory, "put"))
+    module, name = {"in a block": (prune.pruning, "prune_block")}.get(when, (prune.record.Record, "put"))
     call = getattr(module, name)
 
     def stop(*arguments):
@@ -289,7 +291,7 @@ def test_the_card_is_written_again_from_the_record(content, finished, monkeypatc
     path = finished.path / "run.json"
     before = path.read_bytes()
     path.unlink() if content is None else path.write_text(content)
-    monkeypatch.setattr(prune.experiment, "make_card", lambda *_: pytest.fail("with the versions of today"))
+    monkeypatch.setattr(prune.run, "make_card", lambda *_: pytest.fail("with the versions of today"))
     run(finished)
     assert path.read_bytes() == before
 
@@ -308,8 +310,8 @@ def test_damaged_alphas_are_measured_again(damage, whole, tmp_path, monkeypatch)
     shutil.copytree(whole.config.out / "cache", config.out / "cache")
     damaged_entries(config.out / "cache" / "alphas", damage)
     analysed = []
-    analyze = prune.analysis.farms_jax.analyze
-    monkeypatch.setattr(prune.analysis.farms_jax, "analyze", lambda *a, **k: analysed.append(1) or analyze(*a, **k))
+    analyze = prune.scores.farms_jax.analyze
+    monkeypatch.setattr(prune.scores.farms_jax, "analyze", lambda *a, **k: analysed.append(1) or analyze(*a, **k))
     run(prepare(config))
     assert len(analysed) == BLOCKS
     stages = [json.loads((prepare(c).path / "progress.json").read_text()) for c in (config, whole.config)]

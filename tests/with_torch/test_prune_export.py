@@ -21,9 +21,9 @@ from prune_helpers import (
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prune.experiment import run
 from prune.job import prepare
 from prune.output import read_masks
+from prune.run import run
 
 TEXT = "Pruning takes weights away. What is left must do the work of all: \n\n say the same, to the same people. " * 6
 

@@ -1,0 +1,77 @@
+"""Statistics of the layers' inputs over the calibration sequences: what Wanda, SparseGPT, OWL and DLP go by."""
+
+import functools
+from collections.abc import Iterable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from .models import Network
+
+_BANDS = 4
+
+Statistic = Literal["squares", "hessian"]
+Statistics = dict[str, Array]
+
+
+def input_statistics(
+    network: Network, block: int, state: nnx.State, batches: Iterable[np.ndarray], count: int, statistic: Statistic
+) -> Statistics:
+    """Compute a statistic of the input of every linear of a block.
+
+    Args:
+        network: the model.
+        block: number of the block.
+        state: its weights.
+        batches: inputs of the block, (B, T, D) each.
+        count: number of sequences in all batches.
+        statistic: `"squares"`, the mean over sequences of the sum over tokens of x^2, (in,); `"hessian"`,
+            2 / sequences * sum of x x^T, (in, in).
+
+    Returns:
+        The statistic by layer, float32; linears that share an input share the array.
+    """
+    shapes = network.tensors(block)
+    sums = []
+    for group in network.input_groups:
+        size = shapes[f"{network.layer_name(block, group[0])}.weight"][1]
+        sums.append(jnp.zeros((size,) if statistic == "squares" else (size, size), jnp.float32))
+    for x in batches:
+        sums = _accumulate(network, statistic, state, x, sums)
+    if statistic == "hessian":
+        sums = [_symmetric(total) for total in sums]
+    scale = (1 if statistic == "squares" else 2) / count
+    return {
+        network.layer_name(block, linear): total * scale
+        for group, total in zip(network.input_groups, sums, strict=True)
+        for linear in group
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("network", "statistic"), donate_argnames="sums")
+def _accumulate(network: Network, statistic: Statistic, state: nnx.State, x: Array, sums: list[Array]) -> list[Array]:
+    inputs = network.inputs(state, x)
+    sum_of = _sum_of_squares if statistic == "squares" else _sum_of_products
+    return [total + sum_of(inputs[group[0]]) for group, total in zip(network.input_groups, sums, strict=True)]
+
+
+def _sum_of_squares(x: Array) -> Array:
+    return jnp.square(x).sum((0, 1))
+
+
+def _sum_of_products(x: Array) -> Array:
+    """Upper triangle of x^T x, and some of the lower: a symmetric product costs 5/8 in four bands of rows."""
+    x = x.reshape(-1, x.shape[-1])
+    size = -(-x.shape[1] // _BANDS)
+    starts = range(0, x.shape[1], size)
+    bands = [jnp.matmul(x[:, at : at + size].T, x[:, at:], precision="highest") for at in starts]
+    return jnp.concatenate([jnp.pad(band, ((0, 0), (at, 0))) for at, band in zip(starts, bands, strict=True)])
+
+
+@jax.jit
+def _symmetric(upper: Array) -> Array:
+    return jnp.triu(upper) + jnp.triu(upper, 1).T

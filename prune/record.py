@@ -1,0 +1,140 @@
+"""The record of a run: every finished stage is on disk, so that the same command goes on where it stopped.
+
+RUN/run.json          the card: everything that the numbers depend on, and the numbers
+RUN/progress.json     finished stages and blocks, and their checksums: what the card is made from
+RUN/layers.csv        layer, weights, score, alpha before and after, sparsity asked for and reached
+RUN/model/            the pruned model, a Hugging Face folder; `model.part` until it is whole
+RUN/*.png             plots
+RUN/.lock             held by the process at work
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from farms_jax.errors import InputError
+from farms_jax.programs.cache import with_checksum, without_checksum
+from farms_jax.programs.files import write_json
+from farms_jax.programs.locking import locked
+from farms_jax.programs.memory import peak_memory
+
+FORMAT = 2  # of progress.json; part of the key of a run, so that none goes on from a record that it cannot read
+
+Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def opened(path: Path, *, fresh: bool = False) -> Generator["Record"]:
+    """Open a run's directory for this process alone, for as long as the `with` block lasts.
+
+    Args:
+        path: directory of the run; its name tells the run from all others. It is made where there is none.
+        fresh: forget what was done before.
+
+    Yields:
+        The record.
+
+    Raises:
+        InputError: another process is at work there, the directory cannot be written to, or its record is damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path))
+        except OSError as error:
+            raise InputError(f"--out: cannot make {path} ({error.strerror}); name another folder") from error
+        yield Record(path, fresh=fresh)
+
+
+class Record:
+    """Results of the finished stages of one run, by name; the one place where they turn into JSON and back."""
+
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        """Read what was done before.
+
+        Args:
+            path: directory of the run, held by this process.
+            fresh: remove what was done before, all but the lock.
+
+        Raises:
+            InputError: the record is damaged, or what is there cannot be removed.
+        """
+        self.path = path
+        self._file = path / "progress.json"
+        if fresh:
+            _empty(path, first=self._file)
+        try:
+            content = self._file.read_text(encoding="utf-8") if self._file.exists() else None
+            self._stages = {} if content is None else without_checksum(json.loads(content))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{self._file} is damaged ({error}); start anew with --fresh") from error
+
+    def stage(self, name: str, compute: Callable[[], Result], kind: type[Result] | None = None) -> Result:
+        """Return the result of a stage, computed where it is not on record.
+
+        Args:
+            name: name of the stage.
+            compute: computes the result: a dataclass, or what JSON knows.
+            kind: the dataclass.
+
+        Returns:
+            The result, as it is read from the record, so that a run that was stopped computes with the same.
+        """
+        if name not in self._stages:
+            start = time.perf_counter()
+            result = compute()
+            self.forget("card")  # which is of other results
+            self.put("seconds", {**self.get("seconds", {}), name: time.perf_counter() - start})
+            self.put("peak_memory_bytes", self.peak_memory())
+            self.put(name, result)  # last: a stage that is on record has all that the card says of it
+        content: Any = self._stages[name]
+        return content if kind is None else kind(**content)
+
+    def peak_memory(self) -> int:
+        """Return the most bytes of memory that any process of the run has held."""
+        return max(peak_memory(), self.get("peak_memory_bytes", 0))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return what is on record under a name, as JSON knows it; the default where there is nothing."""
+        return self._stages.get(name, default)
+
+    def put(self, name: str, result: Any) -> None:
+        """Put a result on record; a full disk is an `InputError`."""
+        before, self._stages[name] = self._stages.get(name), json.loads(json.dumps(result, default=_encode))
+        if self._stages[name] != before or not self._file.exists():
+            self._save()
+
+    def forget(self, *names: str) -> None:
+        """Take results from the record."""
+        if gone := set(names) & set(self._stages):
+            self._stages = {name: result for name, result in self._stages.items() if name not in gone}
+            self._save()
+
+    def _save(self) -> None:
+        try:
+            write_json(self._file, with_checksum(self._stages))
+        except OSError as error:
+            raise InputError(
+                f"{self._file}: cannot be written ({error.strerror}); free space, then give the same command again"
+            ) from error
+
+
+def _encode(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def _empty(path: Path, first: Path) -> None:
+    """Remove all but the lock that is held; `first` before the rest, a record of files that are half gone."""
+    try:
+        first.unlink(missing_ok=True)
+        for inside in path.iterdir():
+            if inside.is_dir() and not inside.is_symlink():
+                shutil.rmtree(inside)
+            elif inside.name != ".lock":
+                inside.unlink()
+    except OSError as error:
+        raise InputError(f"--fresh: cannot empty {path} ({error}); remove it, or name another --out") from error

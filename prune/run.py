@@ -1,0 +1,130 @@
+"""A run: dense perplexity, allocation, pruning block by block, perplexity of what was written, card and plots.
+
+Every stage is recorded when it is finished. A run that was stopped begins its unfinished stage again; pruning goes on
+with the first block that is not written, after the calibration text was taken through those that are.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+from farms_jax.errors import InputError
+from farms_jax.programs.files import write_json
+
+from .allocation import plan_of, sparsities
+from .card import layer_rows, make_card, write_layers
+from .checkpoints import Checkpoint, open_checkpoint
+from .config import EPSILONS_SCALE, EPSILONS_SHIFT, SPECTRAL, Allocation
+from .job import Job
+from .perplexity import Perplexity, perplexity
+from .pruning import Simulation, simulate
+from .record import Record, opened
+from .scores import score_layers, spectral_alphas
+from .sparsity_plots import plot_run
+from .tables import allocation_table, results_table
+from .writing import lay_out, write_pruned, written_blocks
+
+
+def run(job: Job) -> str:
+    """Carry out a job, from where an earlier run of the same command stopped.
+
+    Args:
+        job: what to do.
+
+    Returns:
+        Tables of what was found, and where it is.
+
+    Raises:
+        InputError: something given turned out not to be usable, the disk is full, or another process is at the same
+            run; what is done is kept.
+    """
+    config = job.config
+    # A dry run prunes nothing, and so must not take away what was pruned.
+    with opened(job.path, fresh=config.fresh and not config.dry_run) as record:
+        if (record.path / "run.json").exists() and not config.dry_run:
+            tqdm.write(f"this run is finished, these are its results; --fresh does it again: {record.path}")
+        else:
+            tqdm.write(f"{job.checkpoint.name}, {config.method}, {config.allocation} -> {record.path}")
+        try:
+            return _run(job, record)
+        except ValueError as error:  # of the core: an analysis or an allocation that cannot be made
+            raise error if isinstance(error, InputError) else InputError(str(error)) from error
+        except OSError as error:  # of a cache, a card or a plot; a model's own errors say more
+            remedy = "free space, or name another --out; the same command goes on from there"
+            raise InputError(f"{error.filename or record.path}: {error.strerror or error}; {remedy}") from error
+
+
+def _run(job: Job, record: Record) -> str:
+    config, shapes = job.config, job.network.layer_shapes()
+    # Before any long work, so that a full disk is known at once.
+    output = None if config.dry_run else lay_out(job, record)
+
+    dense = record.stage("dense", lambda: _evaluate(job, job.checkpoint, "dense perplexity"), Perplexity)
+    alphas = record.stage("alphas", lambda: spectral_alphas(job, job.checkpoint, "alphas"))
+    scores = record.stage("scores", lambda: score_layers(job, alphas))
+    epsilon = record.stage("epsilon", lambda: find_epsilon(job, scores, record))
+    sparsity = record.stage("sparsity", lambda: sparsities(config, scores, shapes, epsilon))
+    plan = plan_of(config, sparsity, shapes)
+    table = allocation_table(job, scores, epsilon, plan)
+    if config.dry_run:
+        return table
+    tqdm.write(table)
+
+    uniform = None
+    if config.baseline == "uniform":
+        uniform = record.stage("uniform", lambda: _prune_uniformly(job), Simulation)
+    record.stage("blocks", lambda: write_pruned(job, plan, record, output))
+    blocks = written_blocks(record)
+
+    written = open_checkpoint(str(record.path / "model"))
+    pruned = record.stage("pruned", lambda: _evaluate(job, written, "pruned perplexity"), Perplexity)
+    alphas_after = record.stage("alphas after", lambda: spectral_alphas(job, written, "alphas after pruning"))
+
+    rows = layer_rows(shapes, plan, scores, alphas, alphas_after, blocks)
+    plots = plot_run(record.path, rows, f"{job.checkpoint.name}, {config.method}")
+    write_layers(record.path, rows)
+    # The card on record has the versions that its numbers are of.
+    if record.get("card") is None:
+        record.put("card", make_card(job, record, rows, blocks, dense, uniform, pruned))
+    card = record.get("card")
+    write_json(record.path / "run.json", card)
+    return results_table(card, record.path, plots)
+
+
+def _evaluate(job: Job, checkpoint: Checkpoint, title: str) -> Perplexity:
+    return perplexity(job.network, checkpoint, job.evaluation.ids, spill=job.config.spill, title=title)
+
+
+def find_epsilon(job: Job, scores: Mapping[str, float], record: Record) -> float:
+    """Return half the range of sparsities; searched, where it is `auto`, on calibration text held out for it.
+
+    Args:
+        job: the run.
+        scores: score by layer.
+        record: keeps the perplexity of each trial.
+    """
+    config, shapes = job.config, job.network.layer_shapes()
+    given = config.half_range()
+    if given is not None:
+        return given
+    trials = dict(record.get("trials", {}))
+    for epsilon in candidates(config.allocation):
+        if str(epsilon) not in trials:
+            plan = plan_of(config, sparsities(config, scores, shapes, epsilon), shapes)
+            trials[str(epsilon)] = simulate(job, plan, job.unseen, f"epsilon {epsilon}").perplexity
+            record.put("trials", trials)
+    tqdm.write("held-out perplexity by epsilon: " + ", ".join(f"{k}: {v:.4g}" for k, v in trials.items()))
+    return float(min(trials, key=lambda epsilon: (math.isnan(trials[epsilon]), trials[epsilon])))
+
+
+def candidates(allocation: Allocation) -> tuple[float, ...]:
+    """Return the values that `--epsilon auto` tries."""
+    return EPSILONS_SCALE if allocation in SPECTRAL else EPSILONS_SHIFT
+
+
+def _prune_uniformly(job: Job) -> Simulation:
+    config, shapes = dataclasses.replace(job.config, allocation="uniform"), job.network.layer_shapes()
+    plan = plan_of(config, sparsities(config, {}, shapes, 0.0), shapes)
+    return simulate(job, plan, job.evaluation.ids, "prune uniformly")

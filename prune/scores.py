@@ -1,0 +1,149 @@
+"""The score of every layer: by the rule of the allocation, how dispensable its weights are."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+import farms_jax
+from farms_jax._sparsity import impute_alphas
+from farms_jax.programs.cache import Cache, weights_key
+
+from .calibration import Statistics
+from .checkpoints import Checkpoint
+from .config import SPECTRAL, Config
+from .forward import Read, Tensors, embed, reader, run_blocks, weights_of
+from .job import Job
+from .lowest import lowest
+from .methods import wanda_scores
+from .models import Network
+
+OUTLIER = 5.0  # OWL's M: an outlier is a score above this multiple of the mean
+
+
+def spectral_alphas(job: Job, checkpoint: Checkpoint, title: str) -> dict[str, float]:
+    """Measure the alphas of a model's layers, where the allocation goes by them.
+
+    Args:
+        job: the run; its network is the model's.
+        checkpoint: the model, dense or pruned.
+        title: title of the progress bar.
+
+    Returns:
+        Alpha by layer, 0 where there is no tail; empty under other allocations.
+    """
+    config, network = job.config, job.network
+    if config.allocation not in SPECTRAL:
+        return {}
+    window = config.window(min(min(shape) for shape in network.layer_shapes().values()))
+    read = reader(checkpoint.read, network)
+    return measure_alphas(network, read, window, config.tail(), config.out / "cache" / "alphas", title)
+
+
+def measure_alphas(
+    network: Network, read: Read, window: farms_jax.Window | None, tail: farms_jax.Tail, cache: Path, title: str
+) -> dict[str, float]:
+    """Measure the alphas of the linears of all blocks, one block in memory at a time.
+
+    Args:
+        network: the model.
+        read: returns the tensors of a block.
+        window: windows of the analysis; `None`: whole matrices.
+        tail: tail rule of the analysis.
+        cache: folder of earlier reports; what was measured before on the same weights is not measured again.
+        title: title of the progress bar.
+
+    Returns:
+        Alpha by layer, in network order, 0 where there is no tail; without layers that have too few eigenvalues.
+    """
+    alphas: dict[str, float] = {}
+    store = Cache(cache)
+    for block in tqdm(range(network.num_blocks), desc=title, unit="block"):
+        weights = weights_of(network, block, read(block))
+        key = weights_key(weights, farms_jax.__version__, window, tail)
+        measures = store.get(key)
+        if measures is None:
+            measures = farms_jax.analyze(weights, window=window, tail=tail, axes=farms_jax.TORCH_AXES).to_dict()
+            store.put(key, measures)
+        alphas |= {layer: measures[layer]["alpha"] for layer in weights if layer in measures}
+    return alphas
+
+
+def score_layers(job: Job, alphas: dict[str, float] | None = None) -> dict[str, float]:
+    """Score all layers of the dense model as the allocation asks for it.
+
+    Args:
+        job: the run.
+        alphas: those of `spectral_alphas`, where they are known.
+
+    Returns:
+        Score by layer; empty for uniform.
+
+    References:
+        Huang et al., Determining Layer-wise Sparsity for Large Language Models Through a Theoretical Perspective,
+        ICML 2025 (ATP): an arithmetic progression of sparsities.
+    """
+    config, network = job.config, job.network
+    layers = network.layer_shapes()
+    if config.allocation in SPECTRAL:
+        known = spectral_alphas(job, job.checkpoint, f"{config.allocation} scores") if alphas is None else alphas
+        filled = impute_alphas(np.array([known.get(layer, 0.0) for layer in layers]))
+        return dict(zip(layers, filled.tolist(), strict=True))
+    if config.allocation == "atp":
+        blocks = range(network.num_blocks)
+        return {network.layer_name(block, linear): float(block) for block in blocks for linear in network.linears}
+    return _score_by_activations(job) if config.allocation in {"owl", "dlp"} else {}
+
+
+def _score_by_activations(job: Job) -> dict[str, float]:
+    """Run the calibration sequences through the dense model, and score block by block."""
+    config, network, scores = job.config, job.network, {}
+
+    def visit(block: int, tensors: Tensors, squares: Statistics) -> None:
+        weights = weights_of(network, block, tensors)
+        scores.update(activation_scores(config, weights, squares))
+
+    read = reader(job.checkpoint.read, network)
+    activations = embed(network, read, job.seen, config.spill)
+    title = f"{config.allocation} scores"
+    run_blocks(network, read, activations, title=title, visit=visit, statistic="squares", calibration=len(activations))
+    return scores
+
+
+def activation_scores(config: Config, weights: Tensors, squares: Statistics) -> dict[str, float]:
+    """Score the layers of a block by Wanda's scores in the dense model; high means unimportant.
+
+    OWL takes minus the percentage of scores above five times their mean; DLP takes their median (its paper; its
+    code takes the mean).
+
+    Args:
+        config: allocation and granularity: over the block together, or layer by layer.
+        weights: (out, in) of each layer.
+        squares: statistics of `prune.calibration`.
+
+    Returns:
+        Score by layer.
+
+    References:
+        Yin et al., Outlier Weighed Layerwise Sparsity, ICML 2024; Chen et al., DLP: Dynamic Layerwise Pruning in
+        Large Language Models, ICML 2025.
+    """
+    summary = _outliers if config.allocation == "owl" else _median
+    scores = {layer: wanda_scores(jnp.asarray(weight), squares[layer]) for layer, weight in weights.items()}
+    if config.granularity == "layer":
+        return {layer: float(summary(score.ravel())) for layer, score in scores.items()}
+    return dict.fromkeys(scores, float(summary(jnp.concatenate([score.ravel() for score in scores.values()]))))
+
+
+@jax.jit
+def _outliers(scores: Array) -> Array:
+    return -100 * (scores > OUTLIER * scores.mean()).mean(dtype=jnp.float32)
+
+
+@jax.jit
+def _median(scores: Array) -> Array:
+    """Lower median, as in torch."""
+    return jnp.where(lowest(scores, (scores.size - 1) // 2), scores, 0).max()

@@ -1,0 +1,131 @@
+"""Writing the pruned model block by block, so that a run that was stopped goes on behind the last good block."""
+
+import dataclasses
+import sys
+import time
+
+from tqdm import tqdm
+
+from .allocation import Plan
+from .forward import Tensors
+from .job import Job
+from .models import Part
+from .output import Output
+from .pruning import PrunedBlock, prune_blocks
+from .record import Record
+
+_AFTER = ("blocks", "pruned", "alphas after", "card")  # stages that depend on the pruned model
+
+
+@dataclasses.dataclass(frozen=True)
+class WrittenBlock:
+    """The record of a block that is on disk.
+
+    Attributes:
+        sha256: hash of its tensors and masks.
+        seconds: time from the block before it.
+        reached: sparsity of each layer.
+        damping: damping that the Hessian of each layer needed, under SparseGPT.
+    """
+
+    sha256: str
+    seconds: float
+    reached: dict[str, float]
+    damping: dict[str, float]
+
+
+def written_blocks(record: Record) -> list[WrittenBlock]:
+    """Return the blocks that are on disk, from the first on."""
+    return [WrittenBlock(**block) for block in record.get("written", [])]
+
+
+def lay_out(job: Job, record: Record) -> Output | None:
+    """Take the space that the pruned model needs, and write all that no block holds.
+
+    What an earlier run wrote is read again and kept up to the first block that is not as it was written.
+
+    Args:
+        job: the run.
+        record: its list of written blocks is cut to those that are there.
+
+    Returns:
+        The output; `None` where the model is finished.
+
+    Raises:
+        InputError: the disk is full, or the finished model is not as it was written.
+    """
+    given = job.tokenizer if job.config.tokenizer else None
+    output = Output(record.path / "model", job.checkpoint, job.network.layer_shapes(), given)
+    if output.finished and len(written_blocks(record)) == job.network.num_blocks:
+        output.check()
+        return None
+    if not output.begun:
+        record.forget("outside", "written", *_AFTER)
+    for path in output.lay_out(keep=bool(written_blocks(record))):
+        _warn(f"{path} was missing or cut off; what is lost is made again")
+    _copy_outside(job, record, output)
+    written = written_blocks(record)
+    good = _count_good(job, written, output)
+    if good < len(written):
+        _warn(f"{record.path / 'model.part'}: block {good} is not as it was written; pruning goes on from there")
+        record.forget(*_AFTER)
+    record.put("written", written[:good])
+    return output
+
+
+def _copy_outside(job: Job, record: Record, output: Output) -> None:
+    """Copy the tensors that no block holds, where they are not there from an earlier run."""
+    inside = {name for block in range(job.network.num_blocks) for name in job.network.tensors(block)}
+    outside = [name for name in job.checkpoint.tensors if name not in inside]
+    sums = record.get("outside")
+    if sums is None or not all(output.holds([name], sum_) for name, sum_ in zip(outside, sums, strict=True)):
+        record.put("outside", output.copy(outside, job.checkpoint))
+
+
+def _count_good(job: Job, written: list[WrittenBlock], output: Output) -> int:
+    """Count the written blocks before the first that is damaged."""
+    with tqdm(written, desc="check blocks", unit="block", leave=False, disable=not written) as bar:
+        for number, block in enumerate(bar):
+            if not output.holds([*job.network.tensors(number), *block.reached], block.sha256):
+                return number
+    return len(written)
+
+
+def _warn(message: str) -> None:
+    tqdm.write(message, file=sys.stderr)
+
+
+def write_pruned(job: Job, plan: Plan, record: Record, output: Output | None) -> None:
+    """Prune, and write every block when it is done, after those that an earlier run wrote.
+
+    Args:
+        job: the run.
+        plan: how to prune.
+        record: gets every written block.
+        output: output of `lay_out`; nothing is done where it is `None`, a finished model.
+
+    Raises:
+        InputError: the disk is full, or a Hessian cannot be factorised; what is written stays.
+    """
+    if output is None:
+        return
+    done, last = written_blocks(record), time.perf_counter()
+    first = len(done)
+    if done:
+        tqdm.write(f"going on: {first} of {job.network.num_blocks} blocks are written")
+
+    def read(part: Part) -> Tensors:
+        source = output if isinstance(part, int) and part < first else job.checkpoint
+        return {name: source.read(name) for name in job.network.tensors(part)}
+
+    def keep(block: int, pruned: PrunedBlock) -> None:
+        nonlocal last
+        sha256 = output.write(pruned.tensors, pruned.masks)
+        now = time.perf_counter()
+        reached = {layer: float(1 - mask.mean()) for layer, mask in pruned.masks.items()}
+        done.append(WrittenBlock(sha256, now - last, reached, pruned.damping))
+        record.put("written", done)
+        last = now
+
+    prune_blocks(job, plan, read, keep, title="prune", first=first)
+    output.finish()
