@@ -12,7 +12,7 @@ import pytest
 from helpers import write_tar
 from PIL import Image
 
-from train import _folder
+from train import image_folder
 from train.data import DataError, load
 
 # Digits
@@ -126,7 +126,7 @@ def test_cache_is_used_and_follows_its_source(content, tmp_path, monkeypatch):
     path = _folder_of(tmp_path / "plain", content)
     first = _load_folder(path, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(_folder, "_pixels", lambda file: pytest.fail("decoded again"))
+        patch.setattr(image_folder, "_pixels", lambda file: pytest.fail("decoded again"))
         second = _load_folder(path, tmp_path)
     assert second.fingerprint == first.fingerprint and second.class_names == first.class_names
     (path / "train/dog/0001.jpg").write_bytes(_jpeg(99))

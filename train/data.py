@@ -15,9 +15,9 @@ import numpy as np
 import pooch
 from PIL import Image
 
-from ._cifar import Unavailable, load_cifar
-from ._folder import load_folder
-from ._splits import SIZE, DataError, Splits
+from .cifar_archive import Unavailable, load_cifar
+from .image_folder import load_folder
+from .sources import SIZE, DataError, Splits
 
 __all__ = ["CHOICES", "DataError", "Images", "load"]
 

@@ -1,20 +1,18 @@
 """CIFAR-10 and CIFAR-100 from the original binary archive, TensorFlow Datasets, or a download.
 
-The sources are tried in that order. All three give the same images in the same order, so the
-fingerprint of the data does not tell which one was used.
+The sources are tried in that order. All three give the same images in the same order, so the fingerprint of the data
+does not tell which one was used.
 """
 
-import hashlib
-import tarfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pooch
 
-from ._download import DownloadError, download
-from ._splits import SIZE, DataError, Splits
+from .download import DownloadError, download
+from .sources import SIZE, DataError, Splits, open_tar
 
 _PIXELS = 3 * SIZE * SIZE  # bytes of one image in a record, channel-major
 
@@ -35,17 +33,17 @@ class Source:
     """Where one CIFAR data set is found and how it is laid out.
 
     Attributes:
-        url: Address of the binary archive.
-        md5: Its checksum, as published at https://www.cs.toronto.edu/~kriz/cifar.html.
-        folder: Directory inside the archive.
-        pickled: Names under which the pickled Python version is found; never read, since
-            unpickling a file runs the code it holds.
-        train_files: Names of the files of training records.
-        test_files: Names of the files of test records.
-        num_train: Number of training records in all files.
-        num_test: Number of test records.
-        label_bytes: Bytes before the pixels of a record; the last one is the label.
-        class_names: One name per label.
+        url: address of the binary archive.
+        md5: its checksum, as published at https://www.cs.toronto.edu/~kriz/cifar.html.
+        folder: directory inside the archive.
+        pickled: names under which the pickled Python version is found; never read, since unpickling a file runs the
+            code it holds.
+        train_files: names of the files of training records.
+        test_files: names of the files of test records.
+        num_train: number of training records in all files.
+        num_test: number of test records.
+        label_bytes: bytes before the pixels of a record; the last one is the label.
+        class_names: one name per label.
     """
 
     url: str
@@ -97,7 +95,7 @@ class Unavailable(DataError):
     """No source has the data set: `reasons` says what was tried, `remedy` what to do."""
 
     def __init__(self, name: str, reasons: str, remedy: str):
-        """Composes the text shown to the user."""
+        """Compose the text shown to the user."""
         super().__init__(
             f"dataset={name!r} is neither on this machine nor could it be downloaded.\n{reasons}\n{remedy}\n"
             "`--dataset digits` works offline."
@@ -107,33 +105,23 @@ class Unavailable(DataError):
 
 
 def load_cifar(name: str, data_dir: Path) -> Splits:
-    """Reads CIFAR-10 or CIFAR-100 from the first source that has it.
+    """Read CIFAR-10 or CIFAR-100 from the first source that has it.
 
     Args:
-        name: A key of `SOURCES`.
-        data_dir: Directory of the archive or its extracted files; a download goes there too.
+        name: key of `SOURCES`.
+        data_dir: directory of the archive or its extracted files; a download goes there too.
 
     Returns:
         The images, in the order of the binary archive.
 
     Raises:
-        Unavailable: If no source has the data set. A damaged file in `data_dir` is a plain
-            `DataError`: it is not passed over.
+        Unavailable: no source has the data set. A damaged file in `data_dir` is a plain `DataError`: it is not passed
+            over.
     """
-    source = SOURCES[name]
-    splits = _local(source, data_dir)
-    if splits is not None:
-        return splits
-    pickled = [data_dir / entry for entry in source.pickled if (data_dir / entry).exists()]
-    reasons = [f"- {data_dir} holds neither {source.archive} nor its extracted directory {source.folder}."]
-    if pickled:
-        reasons[0] = (
-            f"- {pickled[0]} is the pickled Python version, which is never read (unpickling runs the code in the "
-            f"file); the binary version {source.archive} is not there."
-        )
-    splits = _tfds(name, reasons)
-    if splits is not None:
-        return splits
+    source, reasons = SOURCES[name], []
+    found = _read_local(source, data_dir, reasons) or _read_tfds(name, reasons)
+    if found is not None:
+        return found
     try:
         archive = download(source.url, data_dir, source.md5)
     except DownloadError as error:
@@ -143,23 +131,11 @@ def load_cifar(name: str, data_dir: Path) -> Splits:
     return _read_archive(source, archive)
 
 
-def _local(source: Source, data_dir: Path) -> Splits | None:
-    """Reads the archive or the extracted files in `data_dir`; None if there is neither.
-
-    Args:
-        source: The data set.
-        data_dir: Where to look.
-
-    Returns:
-        The images, or None.
-
-    Raises:
-        DataError: If the archive has another checksum or some of the extracted files are missing.
-    """
+def _read_local(source: Source, data_dir: Path, reasons: list[str]) -> Splits | None:
+    """Read the archive or the extracted files; `None` if there is neither, which is added to the reasons."""
     archive = data_dir / source.archive
     if archive.is_file():
-        with archive.open("rb") as file:
-            md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        md5 = pooch.file_hash(str(archive), alg="md5")
         if md5 != source.md5:
             raise DataError(
                 f"{archive}: the md5 checksum must be {source.md5}, got {md5}: the file is damaged, incomplete or "
@@ -175,40 +151,33 @@ def _local(source: Source, data_dir: Path) -> Splits | None:
             raise DataError(
                 f"{folder}: missing {', '.join(missing)}. Extract {source.archive} again, or delete the directory."
             )
+    reason = f"- {data_dir} holds neither {source.archive} nor its extracted directory {source.folder}."
+    if pickled := [data_dir / entry for entry in source.pickled if (data_dir / entry).exists()]:
+        reason = (
+            f"- {pickled[0]} is the pickled Python version, which is never read (unpickling runs the code in the "
+            f"file); the binary version {source.archive} is not there."
+        )
+    reasons.append(reason)
     return None
 
 
 def _read_archive(source: Source, archive: Path) -> Splits:
-    """Reads the record files out of the archive without extracting it to disk.
-
-    Args:
-        source: The data set.
-        archive: Path of the archive.
-
-    Returns:
-        The images.
-
-    Raises:
-        DataError: If the archive cannot be read or lacks a file.
-    """
+    """Read the record files out of the archive."""
     wanted = set(source.train_files + source.test_files)
     files: dict[str, bytes] = {}
-    try:
-        with tarfile.open(archive, "r|*") as tar:
-            for member in tar:
-                name = Path(member.name).name
-                stream = tar.extractfile(member) if name in wanted else None
-                if stream is not None:
-                    files[name] = stream.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{archive}: not a readable tar archive ({error}). Fetch {source.url} again.") from error
+    with open_tar(archive, f"Fetch {source.url} again.") as tar:
+        for member in tar:
+            name = Path(member.name).name
+            stream = tar.extractfile(member) if name in wanted else None
+            if stream is not None:
+                files[name] = stream.read()
     if missing := sorted(wanted - set(files)):
         raise DataError(f"{archive}: missing {', '.join(missing)}. Fetch {source.url} again.")
     return _decode(source, files, archive)
 
 
 def _decode(source: Source, files: dict[str, bytes], where: Path) -> Splits:
-    """Returns the arrays in the record files, given as bytes by name; `where` is named in errors."""
+    """Return the arrays in the record files, given as bytes by name; `where` is named in errors."""
     arrays = []
     for names, total in ((source.train_files, source.num_train), (source.test_files, source.num_test)):
         parts = [_records(source, files[name], total // len(names), f"{where}: {name}") for name in names]
@@ -217,20 +186,8 @@ def _decode(source: Source, files: dict[str, bytes], where: Path) -> Splits:
 
 
 def _records(source: Source, content: bytes, count: int, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes one file of records: label bytes, then 3072 bytes red, green, blue, row by row.
-
-    Args:
-        source: The data set.
-        content: The whole file.
-        count: Number of records it must hold.
-        where: Name of the file for errors.
-
-    Returns:
-        Images, uint8 (count, 32, 32, 3), and labels, int32 (count,).
-
-    Raises:
-        DataError: If the size or a label is wrong.
-    """
+    """Return images, uint8 (count, 32, 32, 3), and labels, int32 (count,), of one file of records."""
+    # A record: label bytes, then 3072 bytes red, green, blue, row by row.
     length = source.label_bytes + _PIXELS
     if len(content) != count * length:
         raise DataError(
@@ -248,19 +205,9 @@ def _records(source: Source, content: bytes, count: int, where: str) -> tuple[np
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)), labels
 
 
-def _tfds(name: str, reasons: list[str]) -> Splits | None:
-    """Reads a data set already prepared by TensorFlow Datasets, without TensorFlow.
-
-    Nothing is prepared here: that needs TensorFlow and would fetch the very archive that the
-    next source fetches without it.
-
-    Args:
-        name: Name of the data set, the same there as here.
-        reasons: Gets one line appended if the data set cannot be read.
-
-    Returns:
-        The images, in the order of the binary archive, or None.
-    """
+def _read_tfds(name: str, reasons: list[str]) -> Splits | None:
+    """Read a data set that TensorFlow Datasets has prepared; `None` if it cannot be read, with the reason added."""
+    # Nothing is prepared here: that needs TensorFlow, and would fetch the archive that the next source fetches anyway.
     try:
         import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -276,7 +223,7 @@ def _tfds(name: str, reasons: list[str]) -> Splits | None:
 
 
 def _tfds_split(examples: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images and labels of a TFDS source in the order of the archive, from ids like "train_00042"."""
+    """Return images and labels of a TFDS source in the order of the archive, from ids like "train_00042"."""
     ordered = sorted(examples, key=lambda example: example["id"])
     images = np.stack([np.asarray(example["image"], np.uint8) for example in ordered])
     return images, np.asarray([example["label"] for example in ordered], np.int32)
