@@ -6,7 +6,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from farms_jax._present import common_prefix, shorten
+
 SIZE = (10.0, 4.2)  # inches
+NAMED_TICKS = 60  # layers whose names still fit under a figure
 
 
 def figure(
@@ -31,3 +34,21 @@ def figure(
         if epochs:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure, axes
+
+
+def name_layers(axis: Any, names: Sequence[str]) -> None:
+    """Write the names of the layers under a figure whose layers stand at 0, 1, 2, ...; numbers where they are many.
+
+    Args:
+        axis: of Matplotlib.
+        names: of the layers.
+    """
+    axis.margins(x=0.02)
+    if len(names) > NAMED_TICKS:
+        axis.set_xlabel("layer, in network order")
+        return
+    prefix = common_prefix(names)
+    labels = [shorten(name[len(prefix) :], 30) for name in names]
+    upright = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
+    axis.set_xticks(range(len(names)), labels, fontsize="small", **upright)
+    axis.set_xlabel(f"layer of {prefix[:-1]}" if prefix else "layer")

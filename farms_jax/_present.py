@@ -15,8 +15,6 @@ from typing import Any
 
 from farms_jax.errors import InputError
 
-_NAMED_TICKS = 60  # layers whose names still fit under a figure
-
 
 def optional(module: str) -> Any:
     """Import a package that only reports need.
@@ -158,20 +156,3 @@ def data_frame(rows: Mapping[str, Mapping[str, Any]]) -> Any:
     """
     pandas = optional("pandas")
     return pandas.DataFrame(list(rows.values()), index=pandas.Index(list(rows), name="layer"))
-
-
-def name_layers(axis: Any, names: Sequence[str]) -> None:
-    """Write the names of the layers under a figure whose layers stand at 0, 1, 2, ...; numbers where they are many.
-
-    Args:
-        axis: of Matplotlib.
-        names: of the layers.
-    """
-    axis.margins(x=0.02)
-    if len(names) > _NAMED_TICKS:
-        axis.set_xlabel("layer, in network order")
-        return
-    prefix = common_prefix(names)
-    labels = [shorten(name[len(prefix) :], 30) for name in names]
-    axis.set_xticks(range(len(names)), labels, rotation=90, fontsize=7)
-    axis.set_xlabel(f"layer of {prefix[:-1]}" if prefix else "layer")

@@ -14,7 +14,7 @@ from jax import Array
 from jax.core import Tracer
 
 from farms_jax._names import matching
-from farms_jax._present import data_frame, html_table, left_out_lines, name_layers, optional, text_table
+from farms_jax._present import data_frame, html_table, left_out_lines, optional, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,7 +123,7 @@ class LayerReport:
             InputError: Matplotlib is not installed.
         """
         optional("matplotlib")
-        from farms_jax._figures import figure  # only here: the core needs no Matplotlib
+        from farms_jax._figures import figure, name_layers  # only here: the core needs no Matplotlib
 
         drawing, (axis,) = figure("alpha of the layers", 1, epochs=False)
         alphas = np.asarray(self.alpha, float)

@@ -1,7 +1,6 @@
 """Diagnosis of a model's layers: `diagnose` measures, `compare` sets two models side by side, `watch` follows a run."""
 
-from farms_jax.diagnosis.compare import compare as compare
-from farms_jax.diagnosis.comparison import Comparison as Comparison
+from farms_jax.diagnosis.compare import Comparison as Comparison, compare as compare
 from farms_jax.diagnosis.diagnosis import Diagnosis as Diagnosis
 from farms_jax.diagnosis.pipeline import diagnose as diagnose
 from farms_jax.diagnosis.settings import Settings as Settings

@@ -23,8 +23,7 @@ from farms_jax._present import text_table
 from farms_jax._tail import Tail
 from farms_jax._windows import Window
 from farms_jax.diagnosis.columns import COLUMNS, Column, find_column
-from farms_jax.diagnosis.compare import compare
-from farms_jax.diagnosis.comparison import Comparison
+from farms_jax.diagnosis.compare import Comparison, compare
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.pipeline import diagnose, layers_of
 from farms_jax.diagnosis.settings import Settings

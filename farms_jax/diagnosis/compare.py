@@ -1,24 +1,76 @@
 """compare(): what changed from one model to another, layer by layer."""
 
-from __future__ import annotations
-
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
 
-from farms_jax.diagnosis.columns import BY_NAME
-from farms_jax.diagnosis.comparison import BEFORE_AND_AFTER, Comparison
-from farms_jax.diagnosis.diagnosis import Diagnosis, Row
+from farms_jax.diagnosis.columns import BY_NAME, Column
+from farms_jax.diagnosis.diagnosis import Diagnosis
+from farms_jax.diagnosis.layer_table import LayerTable, Row
 from farms_jax.diagnosis.pipeline import diagnose, opened
 from farms_jax.diagnosis.table import half_width, text
 from farms_jax.errors import InputError
 from farms_jax.weights import WeightSource, is_lora, open_lora
 
-Side = tuple[Diagnosis, WeightSource | None]  # no weights where only a written diagnosis is at hand
+_Side = tuple[Diagnosis, WeightSource | None]  # no weights where only a written diagnosis is at hand
+_BEFORE_AND_AFTER = ("alpha", "whole_alpha", "ww_alpha", "ks_distance", "whole_stable_rank", "mp_spikes", "rank")
+_SHOWN = {"alpha", "mp_spikes"}
+
+
+def _sides(name: str) -> tuple[Column, ...]:
+    column = BY_NAME[name]
+    head = column.head if name in _SHOWN else ""
+    return tuple(
+        Column(f"{name}_{side}", f"{column.meaning}; of {side.upper()}", column.format, head and f"{head}_{side}")
+        for side in ("a", "b")
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Comparison(LayerTable):
+    """Two models, A before and B after; `layers` has what both have under one name.
+
+    Attributes:
+        models: names of A and B.
+        only_a: layers of A alone.
+        only_b: layers of B alone.
+    """
+
+    possible: ClassVar[tuple[Column, ...]] = (
+        BY_NAME["layer"],
+        Column("status", "status, in A -> in B where it changed", "", "status"),
+        BY_NAME["shape"],
+        Column("moved", "difference of the weights over their size: |B - A| / |A|, Frobenius", ".3g", "moved"),
+        Column("alpha_change", "alpha of B less that of A", "+.3f", "change"),
+        Column("error", "half the confidence interval of that change", ".3f", "error"),
+        Column("beyond_error", "whether the change is larger than its error", ""),
+        *(column for name in _BEFORE_AND_AFTER for column in _sides(name)),
+    )
+
+    models: tuple[str, str]
+    only_a: tuple[str, ...] = ()
+    only_b: tuple[str, ...] = ()
+
+    def headline(self) -> str:
+        """Return how many layers moved, in a line."""
+        tested = [row["beyond_error"] for row in self.layers if "beyond_error" in row]
+        beyond = f", {sum(tested)} with a change of alpha beyond its error" if tested else ""
+        same = sum(row.get("moved") == 0 for row in self.layers)
+        unchanged = f", {same} with the same weights" if same else ""
+        return f"A {self.models[0]}, B {self.models[1]}: {len(self)} layers of one name{beyond}{unchanged}"
+
+    def closing(self) -> list[str]:
+        """Return the layers that one model alone has."""
+        return [
+            f"only in {side}: {', '.join(names[:5])}{f', and {len(names) - 5} more' if len(names) > 5 else ''}"
+            for side, names in (("A", self.only_a), ("B", self.only_b))
+            if names
+        ]
 
 
 def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Comparison:
@@ -55,7 +107,7 @@ def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Compar
         return _compared(before, after, progress=progress)
 
 
-def _side(model: Any, stack: contextlib.ExitStack, **options: Any) -> Side:
+def _side(model: Any, stack: contextlib.ExitStack, **options: Any) -> _Side:
     if isinstance(model, Diagnosis):
         return model, None
     if isinstance(model, str | Path) and Path(model).suffix == ".json":
@@ -64,7 +116,7 @@ def _side(model: Any, stack: contextlib.ExitStack, **options: Any) -> Side:
     return diagnose(source, **options), source
 
 
-def _compared(before: Side, after: Side, *, progress: bool) -> Comparison:
+def _compared(before: _Side, after: _Side, *, progress: bool) -> Comparison:
     (a, source_a), (b, source_b) = before, after
     rows_a, rows_b = ({row["layer"]: row for row in side.layers} for side in (a, b))
     common = [name for name in rows_a if name in rows_b]
@@ -109,7 +161,7 @@ def _row(a: Mapping[str, Any], b: Mapping[str, Any], moved: float | None) -> Row
     if change is not None and len(widths) == 2:
         row["error"] = float(np.linalg.norm(widths))
         row["beyond_error"] = abs(change) > row["error"]
-    for name in BEFORE_AND_AFTER:
+    for name in _BEFORE_AND_AFTER:
         if name in a and name in b:
             row |= {f"{name}_a": a[name], f"{name}_b": b[name]}
     return row

@@ -6,34 +6,22 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from farms_jax.diagnosis.columns import COLUMNS, Column
-from farms_jax.diagnosis.layer_table import LayerTable
-from farms_jax.diagnosis.summary import closing, summary
-from farms_jax.diagnosis.table import plain
+from farms_jax._present import left_out_lines, optional
+from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column
+from farms_jax.diagnosis.layer_table import LayerTable, Row
+from farms_jax.diagnosis.spectrum import Histogram
+from farms_jax.diagnosis.status import MEANINGS, attention, counts
+from farms_jax.diagnosis.table import number, plain, with_interval
 from farms_jax.errors import InputError
 from farms_jax.programs.files import write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Row = dict[str, Any]
 _FORMAT = "farms_jax diagnosis 2"
-
-
-class Histogram(NamedTuple):
-    """Spectra of one layer on a logarithmic axis, ready to draw and for JSON.
-
-    Attributes:
-        edges: log10 of the bins' edges, B + 1 of them, evenly spaced.
-        windows: density over log10(eigenvalue) of the pooled windows, B numbers that sum to 1 / bin width.
-        whole: the same of the whole matrix; empty where it was not measured.
-    """
-
-    edges: tuple[float, ...]
-    windows: tuple[float, ...]
-    whole: tuple[float, ...] = ()
+_EXPLAINED = 5  # layers whose reason is given below the table
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -57,12 +45,21 @@ class Diagnosis(LayerTable):
     histograms: Mapping[str, Histogram]
 
     def headline(self) -> str:
-        """Return in one line what needs attention."""
-        return summary(self.model, self.layers)
+        """Return in one line how many layers there are of each status, and which to look at first."""
+        parts = [f"{len(self)} layer{'' if len(self) == 1 else 's'}"]
+        parts += [f"{count} {status}" for status, count in counts(self.layers).items()]
+        line = f"{self.model}: {', '.join(parts)}"
+        for row in attention(self.layers)[:1]:
+            alpha = f", alpha {with_interval(row, BY_NAME['alpha'])}" if number(row, "alpha") else ""
+            line += f"; look first at {row['layer']} ({row['status']}{alpha})"
+        return line
 
     def closing(self) -> list[str]:
         """Return what the statuses mean, the reasons of the worst layers, and what was left out."""
-        return closing(self.layers, self.left_out)
+        meanings = [f"{status}: {MEANINGS[status]}" for status in counts(self.layers) if status in MEANINGS]
+        worst = attention(self.layers)[:_EXPLAINED]
+        reasons = [f"{row['layer']}: {row['reason']}" for row in worst if row.get("reason")]
+        return [*meanings, *reasons, *left_out_lines(self.left_out)]
 
     def write_json(self, path: str | Path) -> None:
         """Write everything, for `read_json`."""
@@ -83,10 +80,24 @@ class Diagnosis(LayerTable):
             raise InputError(f"{path}: no diagnosis; make one with `farms analyze MODEL --json FILE`") from error
 
     def write_html(self, path: str | Path) -> None:
-        """Write one HTML file that needs nothing else: charts, table, spectra, what was left out."""
+        """Write one HTML file that needs nothing else: charts, table, spectra, what was left out.
+
+        Raises:
+            InputError: Matplotlib is not installed.
+        """
+        optional("matplotlib")
         from farms_jax.diagnosis.page import page
 
-        write_text(Path(path), page(self))
+        content = page(
+            self.layers,
+            self.columns,
+            self.histograms,
+            model=self.model,
+            headline=self.headline(),
+            facts={**self.facts, "settings": self.settings},
+            left_out=self.left_out,
+        )
+        write_text(Path(path), content)
 
     def plot(self, kind: Literal["alpha", "spectrum", "bias"] = "alpha", layer: str | None = None) -> Figure:
         """Draw a figure.
@@ -94,7 +105,7 @@ class Diagnosis(LayerTable):
         Args:
             kind: `alpha`: of all layers, with intervals, whole matrices and noise; `spectrum`: of one layer, with its
                 tail; `bias`: aspect-ratio bias against aspect ratio.
-            layer: whose spectrum; by default the one that needs attention most.
+            layer: name of the layer whose spectrum is drawn; by default the one that needs attention most.
 
         Returns:
             A Matplotlib figure.
@@ -103,9 +114,32 @@ class Diagnosis(LayerTable):
             InputError: there is no such kind or layer, or what it needs was not measured, or Matplotlib is not
                 installed.
         """
+        if kind not in {"alpha", "spectrum", "bias"}:
+            raise InputError(f"plot: there is no kind {kind!r}; there are 'alpha', 'spectrum' and 'bias'")
+        if layer is not None and kind != "spectrum":
+            raise InputError(f"plot: kind {kind!r} shows all layers; leave out `layer`, or take kind 'spectrum'")
+        optional("matplotlib")
         from farms_jax.diagnosis import figures
 
-        return figures.draw(self, kind, layer)
+        if kind == "alpha":
+            return figures.alphas_by_depth(self.layers, f"{self.model}: alpha of the layers")
+        if kind == "bias":
+            if not any(number(row, "aspect_ratio_bias") is not None for row in self.layers):
+                raise InputError("plot: the bias needs whole matrices; measure with whole=True")
+            return figures.bias_by_aspect_ratio(self.layers, f"{self.model}: what the whole matrix adds to alpha")
+        row = self._drawn(layer)
+        title = f"{row['layer']}: {row.get('status') or 'spectrum'}"
+        return figures.spectrum(row, self.histograms[row["layer"]], title)
+
+    def _drawn(self, layer: str | None) -> Row:
+        """The layer whose spectrum is drawn."""
+        rows = {row["layer"]: row for row in [*attention(self.layers), *self.layers]}
+        name = next(iter(rows), "") if layer is None else layer
+        if name not in rows:
+            raise InputError(f"plot: there is no layer {name!r}; `names` has those that there are")
+        if name not in self.histograms:
+            raise InputError(f"plot: {name} has no spectrum in this diagnosis")
+        return rows[name]
 
 
 def _fields(content: dict[str, Any]) -> dict[str, Any]:

@@ -1,134 +1,271 @@
-"""Figures of a diagnosis for notebooks and papers, in Matplotlib: the same three as on the HTML page."""
+"""Figures of a diagnosis, in Matplotlib: for notebooks and papers, and, through `svg`, for the HTML page.
+
+A mark of a layer is a link to its row of the page (`#l5` for the sixth): nothing follows it elsewhere.
+"""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from farms_jax._present import name_layers, optional
-from farms_jax.diagnosis.charts import alpha_limits, tail_line
-from farms_jax.diagnosis.summary import GOOD, SEVERITY, attention
+from farms_jax._figures import SIZE, figure, name_layers
+from farms_jax.diagnosis.spectrum import Histogram
+from farms_jax.diagnosis.status import GOOD, SEVERITY
 from farms_jax.diagnosis.table import Row, number
-from farms_jax.errors import InputError
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+# The page has each of them once more for dark screens, under these names.
+COLOURS = {
+    "s0": "#be123c",
+    "s1": "#7c3aed",
+    "s2": "#b45309",
+    "s3": "#0f766e",
+    "fill": "#5b8fb9",
+    "whole": "#4b5563",
+    "noise": "#c2410c",
+}
+MARKS = dict(zip(SEVERITY, "xs^o", strict=True))  # told apart by shape as well as by colour
+_FENCE = 3.0  # quartile distances beyond the quartiles: points farther out do not stretch the axis (Tukey's "far out")
+_MARGIN = 0.06  # of the range, free at both ends of an axis
+_MANY = 300  # layers, beyond which marks are smaller
+_NARROW = (6.0, SIZE[1])
+_WINDOWS = {"fill": True, "color": COLOURS["fill"], "alpha": 0.55, "label": "windows"}
+_WHOLE = {"color": COLOURS["whole"], "label": "whole matrix"}
 
-    from farms_jax.diagnosis.diagnosis import Diagnosis
 
-_LOOKS = {"degenerate": ("#be123c", "x"), "over-correlated": ("#7c3aed", "s"), "undertrained": ("#b45309", "^")}
-_LOOKS |= {GOOD: ("#0f766e", "o")}
-_NOISE, _WHOLE, _WINDOWS = "#c2410c", "#4b5563", "#5b8fb9"
+def limits(values: np.ndarray) -> tuple[float, float]:
+    """Choose the ends of an axis so that single far points do not flatten all others.
 
-
-def draw(diagnosis: "Diagnosis", kind: str, layer: str | None) -> "Figure":
-    """Draw one figure; see `Diagnosis.plot`.
+    >>> limits(np.array([2.0, 2.0])), limits(np.array([1.0, 2.0, 3.0, 4.0, 1000.0]))[1] < 11
+    ((1.5, 2.5), True)
 
     Args:
-        diagnosis: what it shows.
-        kind: `alpha`, `spectrum` or `bias`.
-        layer: whose spectrum.
+        values: what is shown, shape (N,), at least one.
+
+    Returns:
+        The lower and the upper end.
+    """
+    low, high = float(values.min()), float(values.max())
+    first, third = np.quantile(values, [0.25, 0.75])
+    if reach := _FENCE * float(third - first):
+        low, high = max(low, float(first) - reach), min(high, float(third) + reach)
+    room = _MARGIN * (high - low) or 0.5
+    return low - room, high + room
+
+
+def alpha_limits(rows: Sequence[Row]) -> tuple[float, float]:
+    """Choose the ends of an axis for the alphas of windows, of whole matrices and of noise.
+
+    Args:
+        rows: one per layer.
+
+    Returns:
+        The lower and the upper end. Each kind's far points are cut off by themselves (see `limits`).
+    """
+    kinds = (("alpha", "alpha_low", "alpha_high"), ("whole_alpha",), ("noise_alpha",))
+    found = [np.concatenate([numbers(rows, name) for name in names]) for names in kinds]
+    ends = [limits(values[np.isfinite(values)]) for values in found if np.isfinite(values).any()]
+    return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (1.0, 3.0)
+
+
+def alphas_by_depth(rows: Sequence[Row], title: str = "", size: tuple[float, float] = SIZE) -> Figure:
+    """Draw the alphas of windows with their intervals, of whole matrices and of noise, layer by layer.
+
+    Args:
+        rows: one per layer, in network order.
+        title: title of the figure.
+        size: width and height in inches.
+
+    Returns:
+        The figure; an alpha that its axis does not reach stands on the edge.
+    """
+    drawing, axis = _empty(title, size)
+    low, high = alpha_limits(rows)
+    levels, wholes, alphas = (numbers(rows, name) for name in ("noise_alpha", "whole_alpha", "alpha"))
+    if np.isfinite(levels).any():
+        axis.plot(levels, "--", color=COLOURS["noise"], lw=1.4, label="noise", zorder=1)
+    if np.isfinite(wholes).any():
+        style = {"mfc": "none", "color": COLOURS["whole"], "ms": 5.5, "mew": 1}
+        axis.plot(np.clip(wholes, low, high), "o", label="whole matrix", zorder=2, **style)
+    ends = np.clip([numbers(rows, "alpha_low"), numbers(rows, "alpha_high")], low, high)
+    known = np.flatnonzero(np.isfinite(ends).all(axis=0)).tolist()
+    axis.vlines(known, *ends[:, known], colors=[_colour(rows[i]) for i in known], lw=1.5, alpha=0.6, zorder=2.5)
+    _layers(axis, rows, np.arange(len(rows)), np.clip(alphas, low, high))
+    beyond = int(sum(((values < low) | (values > high)).sum() for values in (alphas, wholes)))
+    axis.set(ylim=(low, high), ylabel=f"alpha ({beyond} far away, on the edge)" if beyond else "alpha")
+    name_layers(axis, [row["layer"] for row in rows])
+    return drawing
+
+
+def alpha_histogram(rows: Sequence[Row], title: str = "", size: tuple[float, float] = SIZE) -> Figure:
+    """Draw how many layers have which alpha, by windows and by whole matrices.
+
+    Args:
+        rows: one per layer.
+        title: title of the figure.
+        size: width and height in inches.
 
     Returns:
         The figure.
-
-    Raises:
-        InputError: there is nothing to draw; the message says what is missing.
     """
-    if kind not in {"alpha", "spectrum", "bias"}:
-        raise InputError(f"plot: there is no kind {kind!r}; there are 'alpha', 'spectrum' and 'bias'")
-    if layer is not None and kind != "spectrum":
-        raise InputError(f"plot: kind {kind!r} shows all layers; leave out `layer`, or take kind 'spectrum'")
-    optional("matplotlib")
-    if kind == "spectrum":
-        return _spectrum(diagnosis, layer)
-    return _alphas(diagnosis) if kind == "alpha" else _bias(diagnosis)
-
-
-def _alphas(diagnosis: "Diagnosis") -> "Figure":
-    rows = diagnosis.layers
-    figure, axis = _figure(f"{diagnosis.model}: alpha of the layers")
-    levels = _numbers(rows, "noise_alpha")
+    drawing, axis = _empty(title, size)
+    low, high = alpha_limits(rows)
+    bins = min(40, max(12, round(2 * len(rows) ** 0.5)))  # few layers in many bins are no histogram
+    for name, style in (("alpha", _WINDOWS), ("whole_alpha", _WHOLE)):
+        values = numbers(rows, name)
+        if np.isfinite(values).any():
+            counts, edges = np.histogram(np.clip(values[np.isfinite(values)], low, high), bins, (low, high))
+            axis.stairs(counts, edges, **style)
+    levels = numbers(rows, "noise_alpha")
     if np.isfinite(levels).any():
-        axis.plot(levels, "--", color=_NOISE, lw=1.2, label="noise", zorder=1)
-    wholes = _numbers(rows, "whole_alpha")
-    if np.isfinite(wholes).any():
-        axis.plot(wholes, "o", mfc="none", color=_WHOLE, ms=4, mew=0.9, label="whole matrix", zorder=2)
-    alphas = _numbers(rows, "alpha")
-    below, above = alphas - _numbers(rows, "alpha_low"), _numbers(rows, "alpha_high") - alphas
-    errors = np.maximum(0, [below, above])
-    for places, (colour, mark), label in _by_status(rows):
-        bars = None if np.isnan(errors[:, places]).all() else errors[:, places]
-        style = {"fmt": mark, "color": colour, "ms": 4.5, "elinewidth": 1, "label": label, "zorder": 3}
-        axis.errorbar(places, alphas[places], yerr=bars, **style)
-    if np.isfinite(alphas).any():
-        axis.set_ylim(*alpha_limits(rows))
-    axis.set_ylabel("alpha")
-    name_layers(axis, diagnosis.names)
-    axis.legend(fontsize=8, ncols=6, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    return figure
+        axis.axvline(float(np.nanmedian(levels)), color=COLOURS["noise"], ls="--", lw=1.4, label="noise")
+    axis.set(xlim=(low, high), xlabel="alpha", ylabel="layers")
+    axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+    _legend(axis)
+    return drawing
 
 
-def _bias(diagnosis: "Diagnosis") -> "Figure":
-    rows = diagnosis.layers
-    tails = _numbers(rows, "alpha") + _numbers(rows, "whole_alpha")  # NaN where one of them has none
-    ratios, biases = _numbers(rows, "Q"), _numbers(rows, "aspect_ratio_bias") + 0 * tails
-    if not np.isfinite(biases).any():
-        raise InputError("plot: the bias needs whole matrices; measure with whole=True")
-    figure, axis = _figure(f"{diagnosis.model}: what the whole matrix adds to alpha", width=6.0)
-    axis.axhline(0, color=_WHOLE, lw=0.8)
-    for places, (colour, mark), label in _by_status(rows):
-        axis.plot(ratios[places], biases[places], mark, color=colour, alpha=0.8, ms=5, label=label)
+def bias_by_aspect_ratio(rows: Sequence[Row], title: str = "", size: tuple[float, float] = _NARROW) -> Figure:
+    """Draw what the whole matrix adds to alpha, against the aspect ratio.
+
+    Args:
+        rows: one per layer; at least one has a bias.
+        title: title of the figure.
+        size: width and height in inches.
+
+    Returns:
+        The figure; a bias that its axis does not reach stands on the edge.
+    """
+    drawing, axis = _empty(title, size)
+    ratios, biases = numbers(rows, "Q"), numbers(rows, "aspect_ratio_bias")
+    low, high = limits(np.append(biases[np.isfinite(biases)], 0.0))
+    axis.axhline(0, color=COLOURS["whole"], lw=1)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel="aspect ratio Q", ylabel="alpha of the whole matrix - alpha of the windows")
-    axis.legend(fontsize=8)
-    return figure
+    axis.set(xlim=(0.9, 1.1 * max(2.0, np.nanmax(ratios))), ylim=(low, high))
+    axis.set(xlabel="aspect ratio Q", ylabel="alpha of whole - of windows")
+    _layers(axis, rows, ratios, np.clip(biases, low, high))
+    return drawing
 
 
-def _spectrum(diagnosis: "Diagnosis", layer: str | None) -> "Figure":
-    rows = {row["layer"]: row for row in [*attention(diagnosis.layers), *diagnosis.layers]}
-    name = next(iter(rows), "") if layer is None else layer
-    if name not in rows:
-        raise InputError(f"plot: there is no layer {name!r}; `names` has those that there are")
-    if name not in diagnosis.histograms:
-        raise InputError(f"plot: {name} has no spectrum in this diagnosis")
-    histogram, row = diagnosis.histograms[name], rows[name]
-    figure, axis = _figure(f"{name}: {row.get('status') or 'spectrum'}", width=6.0)
-    edges = 10.0 ** np.array(histogram.edges)
-    axis.stairs(histogram.windows, edges, fill=True, color=_WINDOWS, alpha=0.55, label="windows")
-    if histogram.whole:
-        axis.stairs(histogram.whole, edges, color=_WHOLE, label="whole matrix")
-    if (line := tail_line(row, histogram)) is not None:
-        start, top, end, bottom = line
-        axis.axvline(10**start, color="black", ls=":", lw=1, label="start of the tail")
-        label = f"power law, alpha {row['alpha']:.2f}"
-        axis.plot([10**start, 10**end], [10**top, 10**bottom], color=_LOOKS["degenerate"][0], label=label)
-    densities = np.array([*histogram.windows, *histogram.whole])
-    if (densities > 0).any():
-        axis.set_ylim(densities[densities > 0].min() / 1.5, densities.max() * 1.5)
-    axis.set(xscale="log", yscale="log", xlabel="eigenvalue", ylabel="density over log10(eigenvalue)")
-    axis.legend(fontsize=8)
-    return figure
+def spectrum(row: Row, histogram: Histogram, title: str = "") -> Figure:
+    """Draw one layer's spectrum on logarithmic axes: windows, whole matrix, the tail's start and its fitted slope.
+
+    Args:
+        row: row of the layer.
+        histogram: its spectra.
+        title: title of the figure.
+
+    Returns:
+        The figure.
+    """
+    drawing, axis = spectrum_axes(title, _NARROW)
+    draw_spectrum(axis, row, histogram)
+    axis.legend(fontsize="small")
+    return drawing
 
 
-def _figure(title: str, width: float | None = None) -> tuple["Figure", Any]:
-    # Only here: a table is read without Matplotlib.
-    from farms_jax._figures import SIZE, figure
-
-    drawing, (axis,) = figure(title, 1, epochs=False, size=(width or SIZE[0], SIZE[1]))
+def spectrum_axes(title: str, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """Make a figure for spectra; `draw_spectrum` fills it, for many layers one after the other."""
+    drawing, axis = _empty(title, size)
+    axis.set(xscale="log", yscale="log", xlabel="eigenvalue", ylabel="density")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(LogLocator(numticks=6))
+        side.set_major_formatter("{x:g}")
+        side.set_minor_locator(NullLocator())
     return drawing, axis
 
 
-def _numbers(rows: Sequence[Row], name: str) -> np.ndarray:
+def draw_spectrum(axis: Any, row: Row, histogram: Histogram) -> None:
+    """Draw a layer's spectrum in place of what `axis` shows.
+
+    Args:
+        axis: axes of `spectrum_axes`.
+        row: row of the layer.
+        histogram: its spectra.
+    """
+    for artist in [*axis.lines, *axis.patches]:
+        artist.remove()
+    edges, densities = 10.0 ** np.array(histogram.edges), np.array([*histogram.windows, *histogram.whole])
+    filled = densities[densities > 0]
+    low, high = (filled.min() / 1.4, filled.max() * 1.4) if filled.size else (0.1, 1.0)
+    axis.set(xlim=edges[[0, -1]], ylim=(low, high))
+    for values, style in ((histogram.windows, _WINDOWS), (histogram.whole, _WHOLE)):
+        if values:
+            axis.stairs(np.maximum(values, low), edges, baseline=low, **style)
+    if (line := tail_line(row, histogram)) is not None:
+        start, top, end, bottom = line
+        axis.axvline(10**start, color=COLOURS["whole"], ls=":", lw=1.2, label="start of the tail")
+        cut = min(top, max(bottom, np.log10(low)))  # where the line meets the axis
+        end = start + (end - start) * (top - cut) / (top - bottom)
+        label = f"power law, alpha {row['alpha']:.2f}"
+        axis.plot([10**start, 10**end], [10**top, 10**cut], color=COLOURS["s0"], lw=2, label=label)
+
+
+def tail_line(row: Row, histogram: Histogram) -> tuple[float, float, float, float] | None:
+    """Fitted power law on logarithmic axes, scaled to the share of the windows' eigenvalues beyond `xmin`.
+
+    A density x^-alpha is x^(1 - alpha) over log10(x).
+
+    Args:
+        row: the layer's.
+        histogram: its spectra.
+
+    Returns:
+        log10 of eigenvalue and density where the tail starts, and where the spectrum ends; `None` without a tail, and
+        where it starts beyond the spectrum.
+    """
+    alpha, xmin = number(row, "alpha"), number(row, "xmin")
+    if alpha is None or not xmin or alpha <= 1:
+        return None
+    edges, values, start = np.array(histogram.edges), np.array(histogram.windows), np.log10(xmin)
+    inside = np.clip(edges[1:] - start, 0, edges[1] - edges[0])  # of each bin
+    share = float(values @ inside)
+    if share <= 0 or start < edges[0]:
+        return None
+    end = edges[1:][(values > 0) & (inside > 0)].max()
+    top = np.log10(np.log(10) * share * (alpha - 1))
+    return float(start), float(top), float(end), float(top - (alpha - 1) * (end - start))
+
+
+def numbers(rows: Sequence[Row], name: str) -> np.ndarray:
+    """Return a column as numbers to draw, shape (L,); NaN where there is none."""
     return np.array([np.nan if (value := number(row, name)) is None else value for row in rows])
 
 
-def _by_status(rows: Sequence[Row]) -> list[tuple[list[int], tuple[str, str], str]]:
-    """Places of the layers of each status, how they look, and the status; layers without one are `layers`."""
-    found = []
+def _empty(title: str, size: tuple[float, float]) -> tuple[Figure, Any]:
+    drawing, (axis,) = figure(title, 1, epochs=False, size=size)
+    axis.grid(visible=False, axis="x")
+    return drawing, axis
+
+
+def _layers(axis: Any, rows: Sequence[Row], x: np.ndarray, y: np.ndarray) -> None:
+    """Mark every layer by its status, those that need attention in front."""
     for status in (*reversed(SEVERITY), None):
-        places = [i for i, row in enumerate(rows) if (row.get("status") or None) == status]
+        places = [i for i, row in enumerate(rows) if (row.get("status") or None) == status and np.isfinite(y[i])]
         if places:
-            found.append((places, _LOOKS[status or GOOD], status or "layers"))
-    return found
+            marks = axis.scatter(
+                x[places],
+                y[places],
+                s=45 if len(rows) <= _MANY else 20,
+                marker=MARKS[status or GOOD],
+                color=_colour(rows[places[0]]),
+                linewidths=2 if status == "degenerate" else 0,
+                label=status or "layers",
+                clip_on=False,
+                zorder=3,
+            )
+            marks.set_urls([f"#l{i}" for i in places])
+    _legend(axis)
+
+
+def _colour(row: Row) -> str:
+    status = row.get("status")
+    return COLOURS[f"s{SEVERITY.index(status if status in SEVERITY else GOOD)}"]
+
+
+def _legend(axis: Any) -> None:
+    """Name what is drawn in one line above the axes."""
+    tight = {"columnspacing": 1.2, "handletextpad": 0.4}
+    axis.legend(ncols=6, loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, **tight)

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from farms_jax._present import data_frame, html_table
-from farms_jax.diagnosis.columns import BY_NAME, Column, find_column
-from farms_jax.diagnosis.summary import severity
-from farms_jax.diagnosis.table import measured, plain, sheet, text
-from farms_jax.diagnosis.terminal import plain_text, show_table
+from farms_jax.diagnosis.columns import Column, find_column
+from farms_jax.diagnosis.status import severity
+from farms_jax.diagnosis.table import measured, plain, plain_text, sheet, show_table
 from farms_jax.errors import InputError
 from farms_jax.programs.files import write_json, write_text
 
@@ -111,10 +110,8 @@ class LayerTable:
         lines = io.StringIO(newline="")
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(column.name for column in self.columns)
-        shape = BY_NAME["shape"]
         for row in self.layers:
-            values = {name: plain(value) for name, value in row.items()} | {"shape": text(row, shape)}
-            writer.writerow(values.get(column.name) for column in self.columns)
+            writer.writerow(plain(row.get(column.name)) for column in self.columns)
         write_text(Path(path), lines.getvalue())
 
     def write_json(self, path: str | Path) -> None:

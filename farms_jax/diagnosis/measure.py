@@ -14,10 +14,16 @@ from farms_jax._analyze import needs_small_eigenvalues
 from farms_jax._axes import Axes, as_matrices
 from farms_jax._tail import Tail
 from farms_jax._windows import Grid, make_grid
-from farms_jax.diagnosis.diagnosis import Histogram
 from farms_jax.diagnosis.resampling import deviations, interval, interval_grid
 from farms_jax.diagnosis.settings import Settings
-from farms_jax.diagnosis.spectrum import fit_spectra, histogram, resolved, shuffled_measures, spectrum_measures
+from farms_jax.diagnosis.spectrum import (
+    Histogram,
+    fit_spectra,
+    histogram,
+    resolved,
+    shuffled_measures,
+    spectrum_measures,
+)
 from farms_jax.solvers.cpu import cores
 from farms_jax.solvers.dispatch import Solver, window_eigenvalues
 

@@ -1,52 +1,73 @@
 """A diagnosis as one HTML file: styles, script and drawings inside, nothing to fetch, complete without the script."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib as mpl
+
+from farms_jax._figures import NAMED_TICKS
 from farms_jax._present import by_reason
-from farms_jax.diagnosis import charts
+from farms_jax.diagnosis import figures
 from farms_jax.diagnosis.columns import BY_NAME, Column
-from farms_jax.diagnosis.status import MEANINGS
-from farms_jax.diagnosis.summary import SEVERITY, attention, counts, summary
-from farms_jax.diagnosis.table import MISSING, NO_TAIL, Row, number, text, with_interval
-
-if TYPE_CHECKING:
-    from farms_jax.diagnosis.diagnosis import Diagnosis
+from farms_jax.diagnosis.spectrum import Histogram
+from farms_jax.diagnosis.status import MEANINGS, SEVERITY, attention, counts, severity
+from farms_jax.diagnosis.svg import STYLE, inline_svg
+from farms_jax.diagnosis.table import MISSING, Row, number, text, with_interval
 
 _PRINTED = 24  # spectra on paper: of the layers that need attention most
 _NAMED = 200  # left-out arrays that are named, of one reason
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _WITHOUT_SCRIPT = ".d{display:table-row}table:not(.all) tr>*{display:table-cell!important}.tools{display:none}"
+_SYMBOLS = dict(zip(SEVERITY, "✕■▲●", strict=True))  # the marks of the figures
+_WIDE, _NARROW, _SMALL = (16.4, 4.6), (8.0, 4.2), (5.8, 2.8)  # inches of 72 pixels
+_NAMES = 1.6  # inches for the names of layers
 
 
-def page(diagnosis: "Diagnosis") -> str:
+def page(
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    histograms: Mapping[str, Histogram],
+    *,
+    model: str,
+    headline: str,
+    facts: Mapping[str, Any],
+    left_out: Sequence[tuple[str, str]],
+) -> str:
     """Write the page.
 
     Args:
-        diagnosis: what it shows.
+        rows: one per layer, in network order.
+        columns: columns that were measured.
+        histograms: spectra by layer; layers without one are shown without.
+        model: name of the model.
+        headline: what needs attention, in a line that begins with the model's name.
+        facts: what stands below the headline, of what JSON knows.
+        left_out: (name, reason) of the arrays that are no layers.
 
     Returns:
         HTML. Whatever names and reasons hold is text, never markup.
     """
     style, script = _asset("page.css"), _asset("page.js")
+    with mpl.rc_context(STYLE):
+        charts, table = _charts(rows), _table(rows, columns, histograms)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{escape(diagnosis.model)}: layer diagnosis</title>
+<title>{escape(model)}: layer diagnosis</title>
 <style>{style}</style>
 <noscript><style>{_WITHOUT_SCRIPT}</style></noscript>
 </head><body>
-{_header(diagnosis)}
+{_header(model, headline.removeprefix(f"{model}: "), facts)}
 <main>
-{_cards(diagnosis.layers)}
-{_figures(diagnosis.layers)}
-{_table(diagnosis)}
-{_left_out(diagnosis.left_out)}
-{_glossary(diagnosis.columns)}
+{_cards(rows)}
+{charts}
+{table}
+{_left_out(left_out)}
+{_glossary(columns)}
 </main>
 <script>{script}</script>
 </body></html>
@@ -57,15 +78,14 @@ def _asset(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def _header(diagnosis: "Diagnosis") -> str:
-    entries = {**diagnosis.facts, "settings": diagnosis.settings}
+def _header(model: str, headline: str, facts: Mapping[str, Any]) -> str:
     items = "".join(
         f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(flat(value))}</dd></div>"
-        for name, value in entries.items()
+        for name, value in facts.items()
         if value is not None
     )
-    return f"""<header><p class="kind">Layer diagnosis</p><h1>{escape(diagnosis.model)}</h1>
-<p class="lead">{escape(summary("", diagnosis.layers).removeprefix(": "))}.</p><dl>{items}</dl></header>"""
+    return f"""<header><p class="kind">Layer diagnosis</p><h1>{escape(model)}</h1>
+<p class="lead">{escape(headline)}.</p><dl>{items}</dl></header>"""
 
 
 def flat(value: Any) -> str:
@@ -112,66 +132,67 @@ def _cards(rows: Sequence[Row]) -> str:
 
 
 def _symbol(status: str) -> str:
-    return f'<svg class="k" viewBox="-7 -7 14 14" aria-hidden="true">{charts.mark(status, 0, 0)}</svg>'
+    return f'<span class="k s{severity(status)}" aria-hidden="true">{_SYMBOLS[status]}</span>'
 
 
-def _key(entries: Iterable[tuple[str, str]]) -> str:
-    marks = {
-        "whole": '<path class="whole" d="M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0"/>',
-        "noise": '<path class="noise" d="M-7 0H7"/>',
-        "fill": '<path class="fill" d="M-6 5V-4H6V5"/>',
-        "outline": '<path class="whole" d="M-6 5V-4H6V5"/>',
-        "xmin": '<path class="xmin" d="M0 -7V7"/>',
-        "law": '<path class="law" d="M-6 -6L6 6"/>',
-    }
-    items = "".join(
-        f'<li><svg class="k" viewBox="-7 -7 14 14" aria-hidden="true">{marks[name]}</svg>{escape(label)}</li>'
-        for name, label in entries
-    )
-    return f'<ul class="key">{items}</ul>'
-
-
-def _figures(rows: Sequence[Row]) -> str:
-    whole = any(number(row, "whole_alpha") is not None for row in rows)
-    marks = "".join(f"<li>{_symbol(status)}{status}</li>" for status in reversed(SEVERITY) if status in counts(rows))
-    circles = [("whole", "whole matrix")] if whole else []
-    outline = [("outline", "whole matrix")] if whole else []
-    noise = [("noise", "noise")] if any(number(row, "noise_alpha") for row in rows) else []
-    depth = _key([*circles, *noise]).replace('<ul class="key">', f'<ul class="key">{marks}')
-    far = charts.beyond(rows)
-    note = "the smaller, the heavier the tail" + (f"; {far} far away, on the edge" if far else "")
-    figures = [
-        ("wide", "alpha by depth", note, charts.alphas_by_depth(rows), depth),
-        ("", "alphas", "how many layers", charts.alpha_histogram(rows), _key([("fill", "windows"), *outline, *noise])),
-        ("", "aspect-ratio bias", "what the whole matrix adds to alpha", charts.bias_by_aspect_ratio(rows), ""),
+def _charts(rows: Sequence[Row]) -> str:
+    if not any(number(row, "alpha") for row in rows):
+        return ""
+    wide = _WIDE if len(rows) > NAMED_TICKS else (_WIDE[0], _WIDE[1] + _NAMES)
+    charts = [
+        ("wide", "alpha by depth", "the smaller, the heavier the tail", figures.alphas_by_depth(rows, size=wide)),
+        ("", "alphas", "how many layers have which", figures.alpha_histogram(rows, size=_NARROW)),
     ]
+    if any(number(row, "aspect_ratio_bias") is not None for row in rows):
+        bias = figures.bias_by_aspect_ratio(rows, size=_NARROW)
+        charts.append(("", "aspect-ratio bias", "what the whole matrix adds to alpha", bias))
+    tooltips = {f"#l{i}": _tooltip(row) for i, row in enumerate(rows)}
     drawn = "".join(
-        f'<figure class="{kind}"><figcaption><b>{name}</b> <span>{note}</span>{key}</figcaption>{chart}</figure>'
-        for kind, name, note, chart, key in figures
-        if chart
+        f'<figure class="{kind}"><figcaption><b>{name}</b> <span>{note}</span></figcaption>'
+        f"{inline_svg(figure, f'{name}: {note}', tooltips)}</figure>"
+        for kind, name, note, figure in charts
     )
     return f'<section class="charts" aria-label="Charts">{drawn}</section>'
 
 
-def _table(diagnosis: "Diagnosis") -> str:
-    columns = [column for column in diagnosis.columns if column.name != "reason"]
+def _tooltip(row: Row) -> str:
+    whole = number(row, "whole_alpha")
+    more = "" if whole is None else f", whole matrix {whole:.2f}"
+    alpha = with_interval(row, BY_NAME["alpha"])
+    return f"{row['layer']}: alpha {alpha}{more}; {row.get('status') or 'not judged'}"
+
+
+def _spectra(rows: Sequence[Row], histograms: Mapping[str, Histogram]) -> Iterator[str]:
+    """Drawings, one per row; empty for a layer without a spectrum. One figure serves all: axes are slow to make."""
+    figure, axis = figures.spectrum_axes("", _SMALL)
+    figure.set_layout_engine("none")
+    axis.set_position((0.12, 0.19, 0.86, 0.78))
+    for row in rows:
+        histogram = histograms.get(row["layer"])
+        if histogram and any((*histogram.windows, *histogram.whole)):
+            figures.draw_spectrum(axis, row, histogram)
+            yield inline_svg(figure, f"spectrum of {row['layer']}", {})
+        else:
+            yield ""
+
+
+def _table(rows: Sequence[Row], columns: Sequence[Column], histograms: Mapping[str, Histogram]) -> str:
     chosen = [column for column in columns if column.head]
-    others = [column for column in columns if not column.head]
+    others = [column for column in columns if not column.head and column.name != "reason"]
     ordered = [*chosen, *others]
-    printed = {row["layer"] for row in attention(diagnosis.layers)[:_PRINTED]}
+    printed = {row["layer"] for row in attention(rows)[:_PRINTED]}
     bodies = "".join(
-        _layer(i, row, ordered, _details(diagnosis, row), printed=row["layer"] in printed)
-        for i, row in enumerate(diagnosis.layers)
+        _layer(i, row, ordered, _details(row, drawing), printed=row["layer"] in printed)
+        for i, (row, drawing) in enumerate(zip(rows, _spectra(rows, histograms), strict=True))
     )
-    options = "".join(f'<option value="{SEVERITY.index(s)}">{s}</option>' for s in counts(diagnosis.layers))
-    tail = [("xmin", "start of the tail"), ("law", "fitted power law")]
-    key = _key([("fill", "windows"), ("outline", "whole matrix"), *tail])
+    options = "".join(f'<option value="{severity(s)}">{s}</option>' for s in counts(rows) if s in SEVERITY)
     return f"""<section class="layers"><h2>Layers</h2>
 <div class="tools"><label>Find <input type="search" id="find" placeholder="part of a name"></label>
 <label>Status <select id="status"><option value="">all</option>{options}</select></label>
 <label><input type="checkbox" id="all"> all {len(ordered)} columns</label>
 <button type="button" id="open">Open those shown</button><output id="count" aria-live="polite"></output></div>
-<div class="hint"><span>A layer's name opens its spectrum, on logarithmic axes:</span>{key}</div>
+<p class="hint">A layer's name opens its spectrum, on logarithmic axes: <span class="fill">windows filled</span>, whole
+matrix as an outline, dotted where the tail starts, and <span class="s0">the fitted power law</span>.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="Table of layers">
 <style>table:not(.all) tr>:nth-child(n+{len(chosen) + 1}){{display:none}}</style>
 <table><thead>{_heads(chosen, others)}</thead>{bodies}</table></div></section>"""
@@ -217,16 +238,11 @@ def _layer(i: int, row: Row, columns: Sequence[Column], details: str, *, printed
     )
 
 
-def _details(diagnosis: "Diagnosis", row: Row) -> str:
-    histogram = diagnosis.histograms.get(row["layer"])
-    drawing = charts.spectrum(row, histogram) if histogram else ""
+def _details(row: Row, drawing: str) -> str:
     reason = f"<p>{escape(str(row['reason']))}</p>" if row.get("reason") else ""
     said = (
         ("alpha", "{alpha}, between {alpha_low} and {alpha_high}"),
-        (
-            "tail",
-            "{num_tail} eigenvalues from {xmin} on; KS {ks_distance}; windows: {num_windows}",
-        ),
+        ("tail", "{num_tail} eigenvalues from {xmin} on; KS {ks_distance}; windows: {num_windows}"),
         ("place", "{rank}, between {rank_low} and {rank_high}"),
         ("whole matrix", "{whole_alpha}; WeightWatcher's rule {ww_alpha} with {ww_num_tail} eigenvalues"),
         ("noise", "alpha {noise_alpha}; {mp_spikes} eigenvalues beyond the bulk, which ends at {mp_max}"),
@@ -235,7 +251,7 @@ def _details(diagnosis: "Diagnosis", row: Row) -> str:
     facts = "".join(
         f"<dt>{name}</dt><dd>{escape(sentence.format_map(values))}</dd>"
         for name, sentence in said
-        if not {MISSING, NO_TAIL} & {values[field] for field in re.findall(r"{(\w+)}", sentence)}
+        if MISSING not in {values[field] for field in re.findall(r"{(\w+)}", sentence)}
     )
     return f'<div class="w">{drawing}<div>{reason}<dl>{facts}</dl></div></div>'
 

@@ -16,10 +16,12 @@ from tqdm import tqdm
 from farms_jax._analyze import select_layers
 from farms_jax._axes import FLAX_AXES, Axes
 from farms_jax._names import matching, named_leaves, natural_key
-from farms_jax.diagnosis.diagnosis import Diagnosis, Histogram, Row
+from farms_jax.diagnosis.diagnosis import Diagnosis
+from farms_jax.diagnosis.layer_table import Row
 from farms_jax.diagnosis.measure import Measured, measure
 from farms_jax.diagnosis.resampling import rank_flips
 from farms_jax.diagnosis.settings import Settings
+from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import status_of
 from farms_jax.errors import InputError
 from farms_jax.programs.cache import Cache, weights_key

@@ -10,7 +10,7 @@ any other, where WeightWatcher corrects for the bias of small samples; `entropy`
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +18,6 @@ from jax import Array, lax
 
 from farms_jax import marchenko_pastur
 from farms_jax._tail import Tail, TailFit, fit_tail
-from farms_jax.diagnosis.diagnosis import Histogram
 
 WEIGHTWATCHER = Tail("ks", min_eigenvalue=1e-5)
 _POWER_LAW = (
@@ -28,6 +27,20 @@ _POWER_LAW = (
 _WEAK = 1e-6  # eigenvalues below it count as a weak loss of rank, as in WeightWatcher
 _BINS = 60
 _DRAWN = 1e-8  # of the largest eigenvalue: what is smaller, rounding or no rank, is not drawn
+
+
+class Histogram(NamedTuple):
+    """Spectra of one layer on a logarithmic axis, ready to draw and for JSON.
+
+    Attributes:
+        edges: log10 of the bins' edges, B + 1 of them, evenly spaced.
+        windows: density over log10(eigenvalue) of the pooled windows, B numbers that sum to 1 / bin width.
+        whole: the same of the whole matrix; empty where it was not measured.
+    """
+
+    edges: tuple[float, ...]
+    windows: tuple[float, ...]
+    whole: tuple[float, ...] = ()
 
 
 def fit_spectra(spectra: np.ndarray, tail: Tail) -> TailFit:
@@ -160,7 +173,7 @@ def shuffled_measures(eigenvalues: np.ndarray, shuffled: np.ndarray) -> dict[str
 
 
 def histogram(windows: np.ndarray, whole: np.ndarray | None) -> Histogram:
-    """Draw the spectra of a layer into common bins.
+    """Count the spectra of a layer in common bins.
 
     Args:
         windows: pooled eigenvalues of the windows, any order.

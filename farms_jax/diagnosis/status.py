@@ -1,6 +1,7 @@
-"""What a layer's measures say about it, in one word and one sentence."""
+"""What a layer's measures say about it, in one word and one sentence, and which layers need attention first."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 OVER_CORRELATED = 2.0  # alpha below it: Martin and Mahoney 2021 (JMLR 22), and WeightWatcher's "over-trained"
@@ -8,12 +9,15 @@ UNDERTRAINED = 6.0  # alpha above it: the same, for rules under which noise has 
 AT_NOISE = 0.98  # of noise_alpha: matrices of independent entries scatter by less than 2 % about it
 NEAR_NOISE = 0.95  # a layer further below is not called undertrained, however wide its interval
 
+GOOD = "well trained"
+# The faults that spoil results most come first.
 MEANINGS: dict[str, str] = {
-    "undertrained": "its spectrum is that of noise: training has hardly touched it, or not yet",
-    "well trained": "its tail is heavier than that of noise, and not too heavy",
-    "over-correlated": "its tail is very heavy (alpha below 2): it may be overfitted, or trained at too large a rate",
     "degenerate": "it has no tail to measure: zero, constant, or of low rank",
+    "over-correlated": "its tail is very heavy (ww_alpha below 2): perhaps overfitted, or trained at too large a rate",
+    "undertrained": "its spectrum is that of noise: training has hardly touched it, or not yet",
+    GOOD: "its tail is heavier than that of noise, and not too heavy",
 }
+SEVERITY = tuple(MEANINGS)
 
 
 def status_of(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -35,12 +39,36 @@ def status_of(row: Mapping[str, Any]) -> tuple[str, str]:
     if noise is None:
         if row["alpha"] > UNDERTRAINED:
             return "undertrained", f"{measured} is above {UNDERTRAINED:g}{_spikes(row)}"
-        return "well trained", f"{measured} is below {UNDERTRAINED:g}{_spikes(row)}"
+        return GOOD, f"{measured} is below {UNDERTRAINED:g}{_spikes(row)}"
     reaches = (row.get("alpha_high") or row["alpha"]) >= AT_NOISE * noise
     if reaches and row["alpha"] >= NEAR_NOISE * noise:
         return "undertrained", f"{measured} is that of noise, {noise:.2f}{_spikes(row)}"
     unsure = ", but too uncertain to exclude it" if reaches else ""
-    return "well trained", f"{measured} is below that of noise, {noise:.2f}{unsure}{_spikes(row)}"
+    return GOOD, f"{measured} is below that of noise, {noise:.2f}{unsure}{_spikes(row)}"
+
+
+def severity(status: str | None) -> int:
+    """Return the place of a status among all, 0 for the one that needs attention most; unknown ones come last."""
+    return SEVERITY.index(status) if status in SEVERITY else len(SEVERITY)
+
+
+def counts(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Count the layers of each status, those that need attention first; layers without one are not counted."""
+    found = Counter(str(row["status"]) for row in rows if row.get("status"))
+    return {status: found[status] for status in sorted(found, key=severity)}
+
+
+def attention(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the layers that are not well trained, the worst first.
+
+    Over-correlated layers start with the smallest alpha, undertrained ones with the largest.
+    """
+
+    def worst(row: Mapping[str, Any]) -> tuple[int, float]:
+        alpha = row.get("alpha") or 0.0
+        return severity(row["status"]), -alpha if row["status"] == "undertrained" else alpha
+
+    return sorted((row for row in rows if row.get("status") in MEANINGS and row["status"] != GOOD), key=worst)
 
 
 def _degenerate(row: Mapping[str, Any]) -> str | None:

@@ -1,142 +1,117 @@
-"""Axes of charts in SVG: scales, ticks, frames. Colours are those of the page's style sheet, by class."""
+"""Matplotlib figures as small SVG elements of an HTML page, in the page's colours, with tooltips.
 
-import math
-from collections.abc import Iterable, Sequence
+Matplotlib writes a document: with fonts, identifiers, clipping, nested groups and six decimals. A page of two hundred
+spectra keeps what is seen of it: a third of the size, and colours that a dark screen can change.
+"""
+
+import io
+import re
+from collections.abc import Mapping
 from html import escape
-from typing import NamedTuple
+from typing import Any
+from xml.etree import ElementTree
 
-Ticks = Sequence[tuple[float, str]]
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 
+from farms_jax.diagnosis.figures import COLOURS
 
-class Scale(NamedTuple):
-    """Numbers `low` to `high` on pixels `start` to `end`; what lies beyond is put on the edge."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        """Return the pixel of a number, to a tenth; an `int` where it is whole, which is shorter to write.
-
-        >>> Scale(0, 10, 100, 200)(2.5), Scale(0, 10, 100, 200)(11), Scale(0, 10, 100, 200)(3.333)
-        (125, 200, 133.3)
-        """
-        share = (min(max(value, self.low), self.high) - self.low) / ((self.high - self.low) or 1)
-        pixel = round(self.start + share * (self.end - self.start), 1)
-        return int(pixel) if pixel == int(pixel) else pixel
-
-    def holds(self, value: float) -> bool:
-        """Whether a number lies on the axis."""
-        return self.low <= value <= self.high
-
-
-def ticks(low: float, high: float, count: int = 6) -> list[tuple[float, str]]:
-    """Choose round numbers in a range.
-
-    >>> ticks(1.4, 2.3, 4)
-    [(1.5, '1.5'), (2.0, '2.0')]
-
-    Args:
-        low: end of the axis.
-        high: end of the axis.
-        count: about how many.
-
-    Returns:
-        Numbers and labels.
-    """
-    if not high > low:
-        return [(low, f"{low:.3g}")]
-    raw = (high - low) / count
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= raw)
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [(round(i * step, 10), f"{i * step:.{digits}f}") for i in range(first, last + 1)]
+_SOFT = "#566170"  # of axes and texts
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # texts stay texts, in the page's font
+    "svg.hashsalt": "farms",  # the same figure is the same file
+    "figure.dpi": 72,  # a point is a pixel
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "font.size": 12,
+    "axes.labelsize": 12,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.edgecolor": _SOFT,
+    "axes.labelcolor": _SOFT,
+    "text.color": _SOFT,
+    "grid.color": _SOFT,
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+_VARIABLES = {colour: f"var(--{name})" for name, colour in {**COLOURS, "soft": _SOFT}.items()}
+_DEFAULTS = {"stroke-width": "1", "fill-opacity": "1", "stroke-opacity": "1", "opacity": "1"}
+_DEFAULTS |= {"text-anchor": "start", "font-size": "12px"}  # the page's
+_KEPT = ("fill", "stroke", "stroke-dasharray", *_DEFAULTS)
 
 
-def decades(low: float, high: float, count: int = 7) -> list[tuple[float, str]]:
-    """Choose powers of ten on an axis of log10.
+def inline_svg(figure: Figure, label: str, tooltips: Mapping[str, str]) -> str:
+    """Write a figure as an `svg` element.
 
     Args:
-        low: end of the axis.
-        high: end of the axis.
-        count: at most about how many.
+        figure: drawn under `STYLE`.
+        label: what a screen reader says.
+        tooltips: text by target of a link.
 
     Returns:
-        Exponents and labels.
+        HTML, whatever the texts hold.
     """
-    exponents = range(math.ceil(low), math.floor(high) + 1)
-    every = max(1, math.ceil(len(exponents) / count))
-    return [(e, f"{10.0**e:g}") for e in exponents if e % every == 0]
+    file = io.StringIO()
+    # `savefig` would draw everything twice.
+    FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    root = ElementTree.fromstring(file.getvalue())
+    inside = "".join(_element(child, tooltips) for child in root)
+    return f'<svg viewBox="{root.get("viewBox")}" role="img" aria-label="{escape(label)}">{inside}</svg>'
 
 
-def frame(x: Scale, y: Scale, x_ticks: Ticks, y_ticks: Ticks, x_label: str = "", y_label: str = "") -> str:
-    """Draw grid, ticks and labels of a chart.
-
-    Args:
-        x: horizontal scale.
-        y: vertical scale; `start` is the bottom.
-        x_ticks: numbers and labels.
-        y_ticks: numbers and labels.
-        x_label: what the horizontal axis is.
-        y_label: what the vertical axis is.
-
-    Returns:
-        SVG elements.
-    """
-    grid = "".join(f"M{x.start} {y(value)}H{x.end}" for value, _ in y_ticks)
-    grid += "".join(f"M{x(value)} {y.start}v4" for value, _ in x_ticks)
-    left = "".join(f'<text x="{x.start - 6}" y="{round(y(v)) + 4}">{escape(t)}</text>' for v, t in y_ticks)
-    below = "".join(f'<text x="{x(v)}" y="{y.start + 17}">{escape(t)}</text>' for v, t in x_ticks)
-    middle, height = (x.start + x.end) / 2, (y.start + y.end) / 2
-    if x_label:
-        below += f'<text x="{middle:g}" y="{y.start + 35}">{escape(x_label)}</text>'
-    if y_label:
-        below += f'<text transform="translate(12 {height:g}) rotate(-90)">{escape(y_label)}</text>'
-    lines = f'<path class="grid" d="{grid}"/><path class="axis" d="M{x.start} {y.start}H{x.end}"/>'
-    return f'{lines}<g class="left">{left}</g><g class="below">{below}</g>'
-
-
-def drawing(width: int, height: int, title: str, content: Iterable[str]) -> str:
-    """Put a chart together.
-
-    Args:
-        width: in pixels of the drawing, which scales with the page.
-        height: likewise.
-        title: what a screen reader says.
-        content: SVG elements, the last in front.
-
-    Returns:
-        The `svg` element.
-    """
-    label = escape(title)
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(content)}</svg>'
-
-
-def steps(x: Scale, y: Scale, edges: Sequence[float], heights: Sequence[float | None], *, close: bool) -> str:
-    """Draw a histogram's outline in whole pixels, relative to one another: thousands of them fit one page.
-
-    Args:
-        x: horizontal scale.
-        y: vertical scale.
-        edges: of the bins, B + 1.
-        heights: of the bins, B; `None` for an empty one, which stands on the axis.
-        close: down to the axis at both ends, to be filled.
-
-    Returns:
-        The `d` of a path; empty where all bins are.
-    """
-    filled = [i for i, height in enumerate(heights) if height is not None]
-    if not filled:
+def _element(element: ElementTree.Element, tooltips: Mapping[str, str]) -> str:
+    tag = element.tag.partition("}")[2]
+    given = {name.partition("}")[2] or name: value for name, value in element.items()}
+    style = _style(given.get("style", ""))
+    if tag in {"metadata", "style", "clipPath"} or style is None:
         return ""
-    first, last = filled[0], filled[-1] + 1
-    floor = round(y.start)
-    path, level = f"M{round(x(edges[first]))} {floor}", floor
-    for i in range(first, last):
-        height = heights[i]
-        new = floor if height is None else round(y(height))
-        if new != level:
-            path += f"H{round(x(edges[i]))}v{new - level}"
-            level = new
-    return path + f"H{round(x(edges[last]))}V{floor}" + ("Z" if close else "")
+    inside = escape((element.text or "").strip()) + "".join(_element(child, tooltips) for child in element)
+    if tag in {"g", "defs"} and not (inside and tag == "defs"):
+        return inside
+    attributes = {"style": style} | {name: _shorter(given[name]) for name in ("x", "y", "transform") if name in given}
+    if tag == "path":
+        # Markers are drawn once and used by name; equal names mean equal markers, in all figures of a page.
+        attributes |= {"id": given.get("id", ""), "d": _path(given.get("d", ""))}
+    if "href" in given:
+        attributes["href"] = given["href"]
+    if tag == "a":
+        inside = f"<title>{escape(tooltips[given['href']])}</title>{inside}"
+        attributes["tabindex"] = "-1"
+    written = "".join(f' {name}="{escape(value)}"' for name, value in attributes.items() if value)
+    return f"<{tag}{written}>{inside}</{tag}>" if inside else f"<{tag}{written}/>"
+
+
+def _style(text: str) -> str | None:
+    """What counts of a style, in the page's colours; `None` of what is not seen."""
+    parts = {name.strip(): value.strip() for name, _, value in (part.partition(":") for part in text.split(";"))}
+    if float(parts.get("opacity", "1")) == 0 or (parts.get("fill") == "none" and parts.get("stroke", "none") == "none"):
+        return None
+    kept = {name: _VARIABLES.get(parts[name], parts[name]) for name in _KEPT if name in parts}
+    return ";".join(f"{name}:{value}" for name, value in kept.items() if _DEFAULTS.get(name) != value)
+
+
+def _shorter(text: str) -> str:
+    """Round numbers to a tenth of a pixel."""
+    if text.startswith("rotate(-0 "):
+        return ""
+    return re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.1f}".removesuffix(".0"), text)
+
+
+def _path(text: str) -> str:
+    """The `d` of a path in fewer letters: level and upright lines name one coordinate."""
+    written, x, y = "", "", ""
+    for command, numbers in re.findall(r"([A-Za-z])([^A-Za-z]*)", _shorter(text)):
+        *_, new_x, new_y = ["", "", *numbers.split()]
+        if command == "L" and (new_x, new_y) == (x, y):
+            continue
+        if command == "L" and new_y == y:
+            written += f"H{new_x}"
+        elif command == "L" and new_x == x:
+            written += f"V{new_y}"
+        else:
+            written += command + " ".join(numbers.split())
+        x, y = new_x, new_y
+    return written

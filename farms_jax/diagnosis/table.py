@@ -1,19 +1,18 @@
-"""Rows of columns as text: one cell, and a table of limited width that terminals and `str` share."""
+"""Rows of columns as text: one cell, a table that fits a width, and the same in the colours of a terminal."""
 
 import math
-import re
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
-from farms_jax._present import common_prefix, shorten
+from farms_jax._present import common_prefix, optional, shorten, text_table
 from farms_jax.diagnosis.columns import BY_NAME, Column
 
 Row = Mapping[str, Any]
 
 MISSING = "–"
-NO_TAIL = "no tail"
-# Of a tail, and of models A and B in a comparison: above 1, and 0 where there is no tail.
-_EXPONENT = re.compile(r"((whole_|ww_)?alpha|alpha_low|alpha_high)(_[ab])?")
+_STYLES = {"well trained": "green", "undertrained": "yellow", "over-correlated": "magenta", "degenerate": "bold red"}
 _GAP = 2  # spaces between columns
 _LEAST_NAME = 24  # characters that a shortened name keeps, where the table can give up columns instead
 # Where the table is too wide, these go first; columns that stand nowhere here stay.
@@ -21,7 +20,6 @@ _GIVEN_UP = (
     *("whole_stable_rank", "ks_distance", "ww_alpha", "mp_spikes", "shape", "rank_flips", "rank", "whole_alpha"),
     *("aspect_ratio_bias", "noise_alpha"),
 )
-_LEFT = {"layer", "status", "shape", "reason"}
 
 
 class Sheet(NamedTuple):
@@ -29,17 +27,23 @@ class Sheet(NamedTuple):
 
     Attributes:
         columns: those that are shown.
-        heads: one per column.
         cells: row by row.
-        left: indices of the columns that are set to the left.
         notes: what the table does not say itself, line by line.
     """
 
     columns: list[Column]
-    heads: list[str]
     cells: list[list[str]]
-    left: set[int]
     notes: list[str]
+
+    @property
+    def heads(self) -> list[str]:
+        """Heads of the columns."""
+        return [column.head for column in self.columns]
+
+    @property
+    def left(self) -> set[int]:
+        """Indices of the columns of text, which are set to the left."""
+        return {i for i, column in enumerate(self.columns) if not column.format}
 
 
 def plain(value: Any) -> Any:
@@ -54,11 +58,9 @@ def plain(value: Any) -> Any:
 
 
 def number(row: Row, name: str) -> float | None:
-    """Return a row's number to draw or to compare; `None` where there is none, or the spectrum has no tail."""
+    """Return a row's number to draw or to compare; `None` where there is none."""
     value = plain(row.get(name))
-    if not isinstance(value, (int, float)) or (value == 0 and _EXPONENT.fullmatch(name)):
-        return None
-    return float(value)
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def half_width(row: Row) -> float | None:
@@ -70,25 +72,21 @@ def half_width(row: Row) -> float | None:
 def text(row: Row, column: Column) -> str:
     """Format one value.
 
-    >>> text({"Q": 1.5}, BY_NAME["Q"]), text({"shape": (64, 32)}, BY_NAME["shape"]), text({}, BY_NAME["Q"])
-    ('1.5', '64x32', '–')
+    >>> text({"Q": 1.5}, BY_NAME["Q"]), text({}, BY_NAME["Q"])
+    ('1.5', '–')
 
     Args:
-        row: the layer's.
-        column: which value.
+        row: row of the layer.
+        column: column of the value.
 
     Returns:
-        The value; `no tail` for an alpha of 0, `–` where there is none.
+        The text; `–` where there is no value.
     """
     value = plain(row.get(column.name))
     if value is None or value == "":
         return MISSING
-    if isinstance(value, list):
-        return "x".join(map(str, value))
     if isinstance(value, (str, bool)) or not column.format:
         return str(value)
-    if value == 0 and _EXPONENT.fullmatch(column.name):
-        return NO_TAIL
     return format(int(value) if column.format == "d" else value, column.format)
 
 
@@ -141,15 +139,65 @@ def sheet(rows: Sequence[Row], columns: Sequence[Column], width: int | None) -> 
         names = [shorten(name, room) for name in names]
     kept = [column for column in shown if column.name in needs or column.name == "layer"]
     cells["layer"] = names
-    return Sheet(
-        columns=kept,
-        heads=[column.head for column in kept],
-        cells=[list(line) for line in zip(*(cells[column.name] for column in kept), strict=True)],
-        left={i for i, column in enumerate(kept) if column.name in _LEFT},
-        notes=notes,
-    )
+    return Sheet(kept, [list(line) for line in zip(*(cells[column.name] for column in kept), strict=True)], notes)
 
 
 def _without_prefix(names: list[str]) -> tuple[list[str], str]:
     prefix = common_prefix(names)
     return [name[len(prefix) :] for name in names], prefix
+
+
+def show_table(
+    rows: Sequence[Row], columns: Sequence[Column], title: str, lines: Sequence[str] = (), *, file: TextIO | None = None
+) -> None:
+    """Print a table of layers.
+
+    Args:
+        rows: one per layer.
+        columns: in order; those with a short head are shown.
+        title: line above it.
+        lines: to stand below it.
+        file: where to; by default the standard output.
+    """
+    out = sys.stdout if file is None else file
+    if not out.isatty():
+        out.write(plain_text(rows, columns, title, lines, width=None) + "\n")
+        return
+    console = optional("rich.console").Console(file=out, highlight=False)
+    chosen = sheet(rows, columns, console.width)
+    console.print(title, style="bold", markup=False)
+    console.print(_coloured(chosen))
+    for line in [*chosen.notes, *lines]:
+        console.print(line, style="dim", markup=False)
+
+
+def plain_text(
+    rows: Sequence[Row], columns: Sequence[Column], title: str, lines: Sequence[str] = (), *, width: int | None = 120
+) -> str:
+    """Set what `show_table` prints as plain text.
+
+    Args:
+        rows: one per layer.
+        columns: in order; those with a short head are shown.
+        title: line above it.
+        lines: to stand below it.
+        width: of the table in characters; `None` for as many as it takes.
+
+    Returns:
+        Lines.
+    """
+    chosen = sheet(rows, columns, width)
+    below = [*chosen.notes, *lines]
+    if width is not None:
+        title, *below = (textwrap.fill(line, width, subsequent_indent="  ") for line in (title, *below))
+    return "\n".join([title, text_table(chosen.heads, chosen.cells, left=chosen.left), *below])
+
+
+def _coloured(chosen: Sheet) -> Any:
+    Table, Text = optional("rich.table").Table, optional("rich.text").Text  # noqa: N806 (classes)
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
+    for i, head in enumerate(chosen.heads):
+        table.add_column(head, justify="left" if i in chosen.left else "right", no_wrap=True)
+    for line in chosen.cells:
+        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in line))
+    return table

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from farms_jax.diagnosis.diagnosis import Diagnosis, Row
+from farms_jax.diagnosis.diagnosis import Diagnosis
+from farms_jax.diagnosis.layer_table import Row
 from farms_jax.diagnosis.pipeline import diagnose
 from farms_jax.diagnosis.status import OVER_CORRELATED
 from farms_jax.errors import InputError
