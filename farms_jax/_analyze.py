@@ -9,17 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from farms_jax._axes import FLAX_AXES, Axes
 from farms_jax._names import matching, named_leaves, natural_key
 from farms_jax._report import METRICS, LayerReport
-from farms_jax._tail import Tail, TailFit, fit_tail
+from farms_jax._tail import Tail, fit_tail
 from farms_jax._windows import Grid, Window, make_grid
 from farms_jax.errors import InputError
-from farms_jax.solvers import sharded as _sharded
-from farms_jax.solvers.dispatch import Solver, pooled_eigenvalues
-from farms_jax.solvers.exchange import share_rows
+from farms_jax.solvers import mesh as mesh_solver
+from farms_jax.solvers.dispatch import Options, Solver, choose_solver, pooled_eigenvalues
 
 _BATCH = 2**24  # numbers alive in the fits made at once, for each of the few arrays of a fit
 
@@ -31,13 +30,9 @@ class _Plan(NamedTuple):
     is_kernel: tuple[bool, ...]
     pooled: bool
     tail: Tail
-    axes: Axes
     kernel_scale: float
-    solver: Solver
-    max_batch_bytes: int
     keep_eigenvalues: bool
-    platform: str
-    mesh: Mesh | None
+    options: Options
 
 
 def analyze(
@@ -80,13 +75,10 @@ def analyze(
     Eigenvalues below a solver's resolution are exactly 0. On CPU single matrices are solved in threads, one per
     core, and BLAS is held to one thread meanwhile; nothing has to be set from outside.
 
-    On several devices the windows of every layer are spread over those of a mesh. A weight that arrives sharded is
-    never gathered: each device gets whole windows from the others' shards. Where a window is the whole matrix, that
-    matrix comes whole to the device that solves it. The result is that of one device, on all of them. In several
-    processes all must make the same call, and host arrays must be the same in each; `farms_jax.multihost.analyze`
-    spreads layers instead, of arrays that every process has or can read. While tracing, a weight's layout is known
-    along explicit mesh axes only; along the others it is brought to as many shards as its shape allows, on its longest
-    axis where that will do, which XLA does without a gather.
+    On several devices the windows of every layer are spread over those of a mesh. One layer after the other is brought
+    to all of them, so that no device ever holds more than one layer whole. The result is that of one device, on all of
+    them. In several processes all must make the same call, and host arrays must be the same in each;
+    `farms_jax.multihost.analyze` spreads layers instead, of arrays that every process has or can read.
 
     Args:
         params: any pytree of arrays: Linen dict, NNX state or module, Equinox model filtered to arrays, plain dict.
@@ -120,22 +112,24 @@ def analyze(
     leaves = sorted(named_leaves(params), key=lambda pair: natural_key(pair[0]))
     layers, grids, left_out = select_layers(leaves, window, tail, axes, exclude)
     weights = tuple(weight for _, weight in layers)
-    mesh = _sharded.common_mesh(weights, mesh)
+    mesh = mesh_solver.common_mesh(weights, mesh)
+    platform = _platform(weights, mesh)
+    chosen = choose_solver(solver, platform=platform, exact=eigenvalues or needs_small_eigenvalues(tail))
     plan = _Plan(
         grids=tuple(grids),
         is_kernel=tuple(weight.ndim == 4 for weight in weights),
         pooled=window is not None and window.divisions == "pooled",
         tail=tail,
-        axes=axes,
         kernel_scale=kernel_scale,
-        solver=solver,
-        max_batch_bytes=max_batch_bytes,
         keep_eigenvalues=eigenvalues,
-        platform=_platform(weights, mesh),
-        mesh=mesh,
+        options=Options(axes, platform, chosen, max_batch_bytes),
     )
     raise_if_not_finite(not_finite(layers))
-    measures, spectra = (_measure if mesh is None else _measure_on_mesh)(weights, plan)
+    if mesh is None:
+        measures, spectra = _measure(weights, plan)
+    else:
+        on_mesh = mesh_solver.pooled_eigenvalues(weights, plan.grids, mesh, plan.options)
+        measures, spectra = _fit(tuple(on_mesh), plan)
     return LayerReport(
         names=tuple(name for name, _ in layers),
         num_params=tuple(int(np.prod(weight.shape)) for weight in weights),
@@ -249,49 +243,14 @@ def _platform(weights: Iterable[Any], mesh: Mesh | None) -> str:
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _measure(weights: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
+def _measure(weights: tuple[Any, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
     """Measures of L layers, each (L,), and their eigenvalues where the plan keeps them."""
-    spectra = pooled_eigenvalues(
-        [jnp.asarray(weight, jnp.result_type(complex if jnp.iscomplexobj(weight) else float)) for weight in weights],
-        plan.axes,
-        plan.grids,
-        platform=plan.platform,
-        solver=plan.solver,
-        exact=_exact(plan),
-        max_batch_bytes=plan.max_batch_bytes,
-    )
-    return _fitted(tuple(spectra), plan)
-
-
-def _measure_on_mesh(weights: tuple[Any, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
-    """As `_measure`; the arrays are the same on every device of the mesh."""
-    assert plan.mesh is not None
-    spectra = _sharded.pooled_eigenvalues(
-        weights,
-        plan.axes,
-        plan.grids,
-        mesh=plan.mesh,
-        platform=plan.platform,
-        solver=plan.solver,
-        exact=_exact(plan),
-        max_batch_bytes=plan.max_batch_bytes,
-    )
-    return _fit_on_mesh(tuple(spectra), plan)
+    return _fit(tuple(pooled_eigenvalues(weights, plan.grids, plan.options)), plan)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _fit_on_mesh(spectra: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
-    assert plan.mesh is not None
-    every = PartitionSpec()
-    fit = functools.partial(_fitted, plan=plan)
-    return jax.shard_map(fit, mesh=plan.mesh, in_specs=every, out_specs=every, check_vma=False)(spectra)
-
-
-def _exact(plan: _Plan) -> bool:
-    return plan.keep_eigenvalues or needs_small_eigenvalues(plan.tail)
-
-
-def _fitted(spectra: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
+def _fit(spectra: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
+    """As `_measure`, from the spectra (D, E) of the layers."""
     scaled = [e * plan.kernel_scale if kernel else e for e, kernel in zip(spectra, plan.is_kernel, strict=True)]
     if plan.pooled:
         scaled = [jnp.sort(e.reshape(1, -1), axis=-1) for e in scaled]
@@ -301,8 +260,7 @@ def _fitted(spectra: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], 
 def _measure_spectra(spectra: list[Array], plan: _Plan) -> dict[str, Array]:
     """Measures of L layers from their spectra (D, E): one vmapped fit of all divisions, then means by layer.
 
-    Spectra are padded in front to one length, so that one fit is compiled, not one per length. On a mesh every device
-    fits its share of the divisions.
+    Spectra are padded in front to one length, so that one fit is compiled, not one per length.
 
     Returns:
         The measures by name, each (L,).
@@ -313,8 +271,8 @@ def _measure_spectra(spectra: list[Array], plan: _Plan) -> dict[str, Array]:
     padded = jnp.concatenate([jnp.pad(e, ((0, 0), (longest - e.shape[1], 0))) for e in spectra])
     sizes = np.concatenate([[e.shape[1]] * e.shape[0] for e in spectra])
     layer_of = np.concatenate([[layer] * e.shape[0] for layer, e in enumerate(spectra)])
-    fit = functools.partial(_fit_rows, tail=plan.tail)
-    fits = fit(padded, sizes) if plan.mesh is None else share_rows(fit, plan.mesh, padded, jnp.asarray(sizes))
+    at_once = max(1, _BATCH // longest)
+    fits = lax.map(lambda row: fit_tail(row[0], plan.tail, size=row[1]), (padded, sizes), batch_size=at_once)
     largest, norm = padded[:, -1], padded.sum(-1)
     positive = jnp.where(largest > 0, largest, 1)
     alpha_hat = fits.alpha * jnp.log10(positive)
@@ -334,9 +292,3 @@ def _measure_spectra(spectra: list[Array], plan: _Plan) -> dict[str, Array]:
         "alpha_hat": total(alpha_hat) / fitted,
         "num_eigenvalues": total(fits.num_eigenvalues),
     }
-
-
-def _fit_rows(padded: Array, sizes: Any, tail: Tail) -> TailFit:
-    """Fits of spectra (N, E), each field (N,), as many at once as memory allows."""
-    at_once = max(1, _BATCH // padded.shape[1])
-    return lax.map(lambda row: fit_tail(row[0], tail, size=row[1]), (padded, sizes), batch_size=at_once)

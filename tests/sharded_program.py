@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -17,7 +16,8 @@ import farms_jax
 from farms_jax import FLAX_AXES, Tail, Window
 from farms_jax._report import METRICS
 from farms_jax._windows import make_grid
-from farms_jax.solvers import cpu, sharded as _sharded
+from farms_jax.solvers import cpu, mesh as mesh_solver
+from farms_jax.solvers.dispatch import Options
 
 MESH = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
 EXPLICIT = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
@@ -73,18 +73,9 @@ def same_result(results):
 
 def accelerator(results):
     """The solvers of accelerators, one window at a time: see `cpu` for why not more on CPU."""
-    weights = place(("turned",))
+    weights = list(place(("turned",)).values())
     grids = [make_grid(Window(rows=24, aspect_ratio=0.5, per_axis=2), (1, 96, 32), is_kernel=False)]
-    (found,) = _sharded.pooled_eigenvalues(
-        list(weights.values()),
-        FLAX_AXES,
-        grids,
-        mesh=MESH,
-        platform="gpu",
-        solver="svd",
-        exact=False,
-        max_batch_bytes=1,
-    )
+    (found,) = mesh_solver.pooled_eigenvalues(weights, grids, MESH, Options(FLAX_AXES, "gpu", "svd", 1))
     (expected,) = cpu.spectra([HOST["turned"].T[None]], grids, solver="svd", max_bytes=2**30)
     results["accelerator"] = float(np.abs(found - expected).max() / expected.max())
 
@@ -109,25 +100,19 @@ def ways_in(results):
         results["x64"] = difference(farms_jax.analyze(double, mesh=MESH), farms_jax.analyze(double))
 
 
-def entries(hlo):
-    """Entries of the largest array in a compiled program."""
-    shapes = re.findall(r"\b(?:f32|s32|u32|pred|bf16|f64)\[([\d,]+)\]", hlo)
-    return max(int(np.prod([int(length) for length in shape.split(",")])) for shape in shapes)
-
-
 def traced(results):
     settings = {"window": Window(rows=12, per_axis=2)}
-    weight = normal(96, 64)
-    expected = farms_jax.analyze({"w": weight}, **settings)
-    run = jax.jit(lambda w: farms_jax.analyze({"w": w}, mesh=MESH, **settings))
-    results["matrix"], results["largest arrays"], results["gathered"], results["traced"] = weight.size, {}, {}, {}
+    weights = [normal(96, 64) for _ in range(6)]
+    expected = farms_jax.analyze(weights, **settings)
+    run = jax.jit(lambda weights: farms_jax.analyze(weights, mesh=MESH, **settings))
+    results["layer"], results["temporary"], results["traced"] = weights[0].nbytes, {}, {}
     for spec in (P("x"), P("y", "x"), P(None, ("y", "x")), P()):
-        placed = jax.device_put(weight, NamedSharding(MESH, spec))
+        placed = jax.device_put(weights, NamedSharding(MESH, spec))
         program = run.lower(placed).compile()
-        hlo = program.as_text()
-        results["largest arrays"][str(spec)] = entries(hlo)
-        results["gathered"][str(spec)] = [entries(line) for line in hlo.splitlines() if " all-gather(" in line]
+        results["temporary"][str(spec)] = program.memory_analysis().temp_size_in_bytes
         results["traced"][str(spec)] = difference(program(placed), expected)
+    weight, expected = weights[0], farms_jax.analyze({"w": weights[0]}, **settings)
+    program = jax.jit(lambda w: farms_jax.analyze({"w": w}, mesh=MESH, **settings))
     broken = weight.copy()
     broken[70, 3] = np.nan
     placed = jax.device_put(broken, NamedSharding(MESH, P()))
@@ -135,8 +120,10 @@ def traced(results):
     for _ in range(20):
         program(placed).alpha.block_until_ready()
     results["traced twenty times"] = True
-    alone = jax.jit(lambda w: farms_jax.analyze({"w": w}, **settings))
-    results["traced without a mesh"] = difference(alone(jax.device_put(weight, NamedSharding(MESH, P("x")))), expected)
+    unsharded = jax.jit(lambda w: farms_jax.analyze({"w": w}, **settings))
+    results["traced without a mesh"] = difference(
+        unsharded(jax.device_put(weight, NamedSharding(MESH, P("x")))), expected
+    )
     with jax.set_mesh(EXPLICIT):
         placed = jax.device_put(weight, NamedSharding(EXPLICIT, P("y", "x")))
         found = jax.jit(lambda w: farms_jax.analyze({"w": w}, mesh=EXPLICIT, **settings))(placed)
@@ -211,10 +198,10 @@ def faults(results):
         results["failing solver"] = str(error)
     cpu.solve = solve
     jax.block_until_ready(farms_jax.analyze(weights))
-    before = _sharded._solve._cache_size()
+    before = mesh_solver._solve._cache_size()
     for _ in range(20):
         jax.block_until_ready(farms_jax.analyze(weights))
-    results["compiled again"] = _sharded._solve._cache_size() - before
+    results["compiled again"] = mesh_solver._solve._cache_size() - before
 
 
 if __name__ == "__main__":

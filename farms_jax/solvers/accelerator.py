@@ -1,6 +1,6 @@
 """Eigenvalues on an accelerator: batched solvers, one call for each shape of window, across layers.
 
-Not for CPU, where batched LAPACK inside an XLA program can deadlock (see `solvers.cpu`).
+Not for CPU, where batched LAPACK inside an XLA program can wait forever (see `solvers.cpu`).
 """
 
 import functools
@@ -16,9 +16,7 @@ from farms_jax._windows import Grid
 
 
 def batched_spectra(stacks: Sequence[Array], grids: Sequence[Grid], *, svd: bool, max_batch_bytes: int) -> list[Array]:
-    """Pooled eigenvalues by batched solvers on an accelerator: one call per window shape, across layers.
-
-    Not for CPU, where batched LAPACK inside an XLA program can deadlock (see `cpu`).
+    """Return pooled eigenvalues by batched solvers.
 
     Args:
         stacks: L stacks (K, R, C), all of one precision, real or complex.
@@ -80,25 +78,21 @@ def _locate(shapes: Sequence[tuple[int, ...]], grids: Sequence[Grid]) -> tuple[A
 
 
 def _solve_windows(
-    flat: Array, located: tuple[Array, Array, Array], shape: tuple[int, int], *, svd: bool, max_batch_bytes: int
+    flat: Array, located: Sequence[Array], shape: tuple[int, int], *, svd: bool, max_batch_bytes: int
 ) -> Array:
-    """Eigenvalues (W, r) of the windows of one shape, so many at a time as the bound allows."""
+    """Eigenvalues (W, r) of windows of shape (r, c) with r <= c, each row ascending, as many at a time as fit."""
     rows, cols = shape
     count = located[0].size
+    solve = _singular_values_squared if svd else _gram_eigenvalues
     batch = max(1, min(count, max_batch_bytes // (flat.itemsize * (rows * cols + 2 * rows * rows))))
 
     def one_batch(windows: tuple[Array, Array, Array]) -> Array:
         start, down, across = (part[:, None, None] for part in windows)
         index = start + down * jnp.arange(rows)[None, :, None] + across * jnp.arange(cols)[None, None, :]
-        return batch_eigenvalues(flat[index], svd=svd)
+        return solve(flat[index])
 
     parts = [jnp.pad(part, (0, -count % batch), mode="edge").reshape(-1, batch) for part in located]
     return lax.map(one_batch, tuple(parts)).reshape(-1, rows)[:count]
-
-
-def batch_eigenvalues(windows: Array, *, svd: bool) -> Array:
-    """Eigenvalues (W, r) of windows (W, r, c) with r <= c, each row ascending, on an accelerator."""
-    return _singular_values_squared(windows) if svd else _gram_eigenvalues(windows)
 
 
 def _gram_eigenvalues(windows: Array) -> Array:
@@ -126,3 +120,25 @@ def _singular_values_squared(windows: Array) -> Array:
 def device_windows(stack: Array, grid: Grid, *, svd: bool, max_batch_bytes: int) -> Array:
     """Eigenvalues (K * W, n) of one layer's stack, window by window; compiled for each shape of a layer."""
     return _batched_windows([stack], [grid], svd=svd, max_batch_bytes=max_batch_bytes)[0]
+
+
+def part_of_windows(stack: Array, grid: Grid, number: Array, count: int, *, svd: bool, max_batch_bytes: int) -> Array:
+    """Eigenvalues of one of `count` equal parts of a layer's windows.
+
+    Args:
+        stack: shape (K, R, C), real or complex.
+        grid: grid of the layer.
+        number: number of the part, int32.
+        count: how many parts there are.
+        svd: see `batched_spectra`.
+        max_batch_bytes: see `batched_spectra`.
+
+    Returns:
+        Shape (ceil(K * W / count), n), each row ascending; past the end, those of the last window again.
+    """
+    total = len(stack) * len(grid.starts)
+    size = -(-total // count)
+    padded = [jnp.pad(part, (0, size * count - total), mode="edge") for part in _locate([stack.shape], [grid])]
+    own = [lax.dynamic_slice_in_dim(part, number * size, size) for part in padded]
+    flat = _finite_or_zero(stack).reshape(-1)
+    return _solve_windows(flat, own, _oriented(grid), svd=svd, max_batch_bytes=max_batch_bytes)

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,57 +21,64 @@ SOLVING = threading.Lock()
 """Held while the host solves: each solver takes all cores, and two would put BLAS's threads back in the wrong order."""
 
 
-def pooled_eigenvalues(
-    weights: Sequence[Array],
-    axes: Axes,
-    grids: Sequence[Grid],
-    *,
-    platform: str,
-    solver: Solver,
-    exact: bool,
-    max_batch_bytes: int,
-) -> list[Array]:
+class Options(NamedTuple):
+    """How windows are solved: static, hashable.
+
+    Attributes:
+        axes: rows and columns of the weights.
+        platform: `"cpu"` solves on the host; any other in batches, on the device.
+        solver: `"gram"`, `"gram64"` or `"svd"`, see `choose_solver`.
+        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
+    """
+
+    axes: Axes
+    platform: str
+    solver: Solver
+    max_batch_bytes: int
+
+
+def in_working_precision(weight: Any) -> Array:
+    """Convert a weight to float32, float64 under x64, or the complex dtype of that precision."""
+    return jnp.asarray(weight, jnp.result_type(complex if jnp.iscomplexobj(weight) else float))
+
+
+def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], options: Options) -> list[Array]:
     """Eigenvalues (squared singular values, no division by a dimension) of all windows of each layer.
 
     Args:
-        weights: L weights, all of one precision, real or complex.
-        axes: rows and columns of the weights.
+        weights: L weights.
         grids: L grids.
-        platform: `"cpu"` solves on the host; any other in batches, on the device.
-        solver: see `analyze`.
-        exact: the small eigenvalues count too; decides what `"auto"` means.
-        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
+        options: how to solve.
 
     Returns:
-        L arrays (D, E), ascending, real, not negative.
-
-    Raises:
-        ValueError: `"gram64"` on an accelerator without `jax_enable_x64`.
+        L arrays (D, E), ascending, real, not negative, in the working precision.
     """
     if not weights:
         return []
-    dtype = np.dtype(weights[0].real.dtype)
-    chosen = chosen_solver(solver, platform=platform, exact=exact)
+    axes, platform, solver, max_bytes = options
+    weights = [in_working_precision(weight) for weight in weights]
     if platform != "cpu":
         stacks = [as_matrices(weight, axes) for weight in weights]
-        return accelerator.batched_spectra(stacks, grids, svd=chosen == "svd", max_batch_bytes=max_batch_bytes)
+        return accelerator.batched_spectra(stacks, grids, svd=solver == "svd", max_batch_bytes=max_bytes)
 
     def on_host(context: Any, spectra: Sequence[Any], arrays: Sequence[Any]) -> None:
         del context
         stacks = [as_matrices(read_only(array), axes) for array in arrays]
         with SOLVING:
-            found = cpu.spectra(stacks, grids, solver=chosen, max_bytes=max_batch_bytes)
+            found = cpu.spectra(stacks, grids, solver=solver, max_bytes=max_bytes)
         for out, values in zip(spectra, found, strict=True):
             np.asarray(out)[...] = values
 
-    positions = [axes.stack_shape(weight.shape)[0] for weight in weights]
+    counts = [
+        grid.num_eigenvalues(axes.stack_shape(weight.shape)[0]) for weight, grid in zip(weights, grids, strict=True)
+    ]
     shapes = [
-        jax.ShapeDtypeStruct((grid.divisions, grid.num_eigenvalues(count)), dtype)
-        for grid, count in zip(grids, positions, strict=True)
+        jax.ShapeDtypeStruct((grid.divisions, count), weight.real.dtype)
+        for weight, grid, count in zip(weights, grids, counts, strict=True)
     ]
     # Not a `pure_callback`: that copies its arguments in a thread of XLA's pool, which has one for each core or device,
     # and all of them may be in callbacks that wait for such a copy; on a single core one is enough for a standstill.
-    return buffer_callback(on_host, shapes, vmap_method="sequential")(list(weights))
+    return buffer_callback(on_host, shapes, vmap_method="sequential")(weights)
 
 
 def read_only(buffer: Any) -> np.ndarray:
@@ -81,13 +88,13 @@ def read_only(buffer: Any) -> np.ndarray:
     return array
 
 
-def chosen_solver(solver: Solver, *, platform: str, exact: bool) -> Literal["gram", "gram64", "svd"]:
+def choose_solver(solver: Solver, *, platform: str, exact: bool) -> Literal["gram", "gram64", "svd"]:
     """Choose the solver that `"auto"` stands for, and see that the platform has it.
 
     Args:
         solver: see `analyze`.
-        platform: see `pooled_eigenvalues`.
-        exact: see `pooled_eigenvalues`.
+        platform: see `Options`.
+        exact: the small eigenvalues count too.
 
     Returns:
         The solver.

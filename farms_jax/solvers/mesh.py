@@ -1,0 +1,266 @@
+"""Eigenvalues on the devices of a mesh: one layer at a time is brought whole to all of them, each solves its share.
+
+No device ever holds more than one layer whole. What the devices tell each other of a layer are its eigenvalues, so
+that all of them have the result of one device.
+
+On CPU the devices of a process share its cores, and the solver takes all of them at once (`solvers.cpu`). There the
+first device that comes solves for all of its process, and the others wait for its result in Python: not in a
+collective, where XLA ends the process after 40 seconds. Nobody waits for a device that might not come, so nothing can
+stand still. Several processes solve a share each.
+"""
+
+import functools
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.core import Tracer
+from jax.experimental.buffer_callback import buffer_callback
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from farms_jax._axes import as_matrices
+from farms_jax._windows import Grid
+from farms_jax.solvers import accelerator, cpu
+from farms_jax.solvers.dispatch import SOLVING, Options, in_working_precision, read_only
+
+_PENDING: dict[Any, tuple[Future[np.ndarray], int]] = {}  # results, and how many devices have yet to come for them
+_PENDING_LOCK = threading.Lock()
+
+
+def common_mesh(weights: Sequence[Any], mesh: Mesh | None) -> Mesh | None:
+    """Find the mesh of an analysis: the given one, or that on which sharded weights lie.
+
+    Args:
+        weights: arrays, traced or not, of numpy or of jax.
+        mesh: mesh given by the user.
+
+    Returns:
+        The mesh; `None` where none is given and no weight lies on several devices.
+
+    Raises:
+        ValueError: two weights lie on different devices, or one on others than the mesh's.
+    """
+    other = "another weight" if mesh is None else "`mesh`"
+    for own in filter(None, map(_mesh_of, weights)):
+        mesh = mesh or own
+        if set(own.devices.flat) != set(mesh.devices.flat):
+            raise ValueError(
+                f"analyze: a weight lies on {_devices(own)}, {other} on {_devices(mesh)}; "
+                "bring all weights to the same devices, with jax.device_put"
+            )
+    return mesh
+
+
+def _devices(mesh: Mesh) -> str:
+    return f"{mesh.size} devices ({', '.join(str(device) for device in mesh.devices.flat[:4])}, ...)"
+
+
+def _mesh_of(weight: Any) -> Mesh | None:
+    """The mesh of several devices on which a concrete array lies, or `None`."""
+    if isinstance(weight, Tracer) or not isinstance(weight, jax.Array):
+        return None
+    sharding = weight.sharding
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+        return None
+    return sharding.mesh if sharding.mesh.size > 1 else None
+
+
+def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh, options: Options) -> list[Array]:
+    """Eigenvalues of all windows of each layer, as `dispatch.pooled_eigenvalues`, on every device of a mesh.
+
+    Args:
+        weights: L weights, traced or not, of numpy or of jax, sharded or not.
+        grids: L grids.
+        mesh: devices to solve on; all weights on several devices lie on these.
+        options: how to solve; the bound on bytes is for each accelerator, or for each process on CPU.
+
+    Returns:
+        L arrays (D, E), ascending, real, not negative, replicated.
+    """
+    traced = any(isinstance(weight, Tracer) for weight in weights)
+    spectra: list[Array] = []
+    for weight, grid in zip(weights, grids, strict=True):
+        if traced:
+            held = _hold(weight, spectra[-1], mesh) if spectra else weight
+            spectra.append(_solve(jax.device_put(held, _replicated(mesh)), grid, mesh, options))
+        else:
+            # One at a time: with over 32 programs under way XLA's threads on CPU wait to start another one, and none is
+            # left to run them.
+            spectra.append(jax.block_until_ready(_solve(_on_all_devices(weight, mesh), grid, mesh, options)))
+    return spectra
+
+
+def _replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _on_all_devices(weight: Any, mesh: Mesh) -> Array:
+    if jax.process_count() > 1 and not (isinstance(weight, jax.Array) and not weight.is_fully_addressable):
+        host = np.asarray(weight)  # the same in each process, which `device_put` would compare
+        return jax.make_array_from_callback(host.shape, _replicated(mesh), lambda index: host[index])
+    return jax.device_put(weight, _replicated(mesh))
+
+
+def _hold(weight: Any, previous: Array, mesh: Mesh) -> Array:
+    """Return a traced weight that is known only when the spectrum of the previous layer is.
+
+    XLA would otherwise gather all layers at the start. It does not know that no eigenvalue is negative.
+    `lax.optimization_barrier` does not do: on CPU it is gone before XLA decides on the order.
+    """
+    held = jnp.where(previous[0, 0] < 0, jnp.nan, weight)
+    automatic = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
+    # Sharded by force: where XLA is free to choose, it gathers the weight first, and holds it whole.
+    spec = shard_evenly(weight.shape, {name: mesh.shape[name] for name in automatic})
+    return lax.with_sharding_constraint(held, NamedSharding(mesh, spec)) if automatic else held
+
+
+def shard_evenly(shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
+    """Choose a layout for a weight whose own is not known while tracing: every mesh axis shards the longest axis left.
+
+    >>> shard_evenly((64, 96), {"x": 4, "y": 2})
+    PartitionSpec('y', 'x')
+
+    Args:
+        shape: shape of the weight.
+        sizes: devices along each mesh axis; one that divides no axis of the weight is left out.
+
+    Returns:
+        The layout.
+    """
+    names: list[tuple[str, ...]] = [()] * len(shape)
+    lengths = list(shape)
+    for name, size in sizes.items():
+        divisible = [axis for axis, length in enumerate(lengths) if length % size == 0]
+        if divisible:
+            axis = max(divisible, key=lengths.__getitem__)
+            names[axis] = (*names[axis], name)
+            lengths[axis] //= size
+    return PartitionSpec(*(of_axis or None for of_axis in names))
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "mesh", "options"))
+def _solve(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
+    """Spectrum (D, E) of a weight that every device has."""
+    solve = _on_host if options.platform == "cpu" else _on_accelerators
+    solve = functools.partial(solve, grid=grid, mesh=mesh, options=options)
+    everywhere = PartitionSpec()
+    # JAX does not see that what all devices have gathered is the same, hence no `check_vma`.
+    return jax.shard_map(solve, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)(weight)
+
+
+def _on_accelerators(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
+    """Spectrum of a layer, from inside `shard_map`: a device solves an equal part of the windows."""
+    stack = as_matrices(in_working_precision(weight), options.axes)
+    values = accelerator.part_of_windows(
+        stack,
+        grid,
+        lax.axis_index(mesh.axis_names),
+        mesh.size,
+        svd=options.solver == "svd",
+        max_batch_bytes=options.max_batch_bytes,
+    )
+    values = lax.all_gather(values, mesh.axis_names, tiled=True)[: len(stack) * len(grid.starts)]
+    return jnp.sort(grid.pool(values), axis=-1)
+
+
+def _on_host(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
+    """Spectrum of a layer, from inside `shard_map`: a process solves a part of the windows."""
+    weight = in_working_precision(weight)
+    positions, _, _ = options.axes.stack_shape(weight.shape)
+    shape = jax.ShapeDtypeStruct((positions * len(grid.starts), min(grid.rows, grid.cols)), weight.real.dtype)
+    owners = [device.process_index for device in mesh.devices.flat]
+    first_devices = [owners.index(process) for process in _processes(mesh)]
+
+    def spectrum(solver: str) -> Array:
+        write = functools.partial(_write_eigenvalues, grid=grid, mesh=mesh, options=options._replace(solver=solver))
+        (values,) = buffer_callback(write, [shape], vmap_method="sequential")(weight)
+        if len(first_devices) > 1:
+            # Of the windows that other processes solve each has zeros, so that the sum is exact.
+            values = lax.all_gather(values, mesh.axis_names)[np.array(first_devices)].sum(0)
+        return jnp.sort(grid.pool(values), axis=-1)
+
+    found = spectrum(options.solver)
+    if options.solver == "gram" and found.dtype != np.float64:
+        # All processes decide alike, by the whole spectrum, as `cpu.window_spectra` does for one.
+        is_coarse = (found[:, found.shape[1] // 2] < cpu.COARSE * found[:, -1]).any()
+        found = lax.cond(is_coarse, lambda: spectrum("gram64"), lambda: found)
+    return found
+
+
+def _processes(mesh: Mesh) -> list[int]:
+    return sorted({device.process_index for device in mesh.devices.flat})
+
+
+def _write_eigenvalues(
+    context: Any, out: Sequence[Any], weight: Any, *, grid: Grid, mesh: Mesh, options: Options
+) -> None:
+    """Write the eigenvalues of this process's windows, and zeros for the others, to XLA's memory (K * W, n)."""
+    del context
+    weight = read_only(weight)
+    stack = as_matrices(weight, options.axes)
+    processes = _processes(mesh)
+    positions, windows = _part(grid, len(stack), processes.index(jax.process_index()), len(processes))
+
+    def solve() -> np.ndarray:
+        own = grid._replace(starts=tuple(grid.starts[window] for window in windows))
+        precision = np.float64 if options.solver == "gram64" else None
+        bound, gram = options.max_batch_bytes, options.solver != "svd"
+        with SOLVING:
+            return cpu.solve([stack[positions]], [own], bound, gram=gram, precision=precision)[0]
+
+    digest = hashlib.sha256(weight.view(np.uint8)).digest()
+    found = _solved_once((digest, grid, options), len(mesh.local_devices), solve)
+    values = np.asarray(out[0])
+    values[...] = 0
+    by_position = values.reshape(len(stack), len(grid.starts), -1)
+    by_position[positions, windows] = found.reshape(-1, len(windows), values.shape[1])
+
+
+def _part(grid: Grid, positions: int, number: int, count: int) -> tuple[slice, np.ndarray]:
+    """Kernel positions and windows that one of `count` processes solves.
+
+    The windows of a dense matrix are split by the rows or by the columns that they start in, so that each part is a
+    grid of its own, whose windows share their Gram matrices as far as they are neighbours.
+
+    Returns:
+        A slice of the K positions, and numbers of the grid's starts.
+    """
+    every = np.arange(len(grid.starts))
+    if positions > 1:
+        return slice(number * positions // count, (number + 1) * positions // count), every
+    rows, cols = np.array(grid.starts).T
+    starts = max(rows, cols, key=lambda axis: len(np.unique(axis)))
+    own = np.flatnonzero(np.isin(starts, np.array_split(np.unique(starts), count)[number]))
+    return (slice(0, 1), own) if len(own) else (slice(0, 0), every)
+
+
+def _solved_once(key: Any, devices: int, solve: Callable[[], np.ndarray]) -> np.ndarray:
+    """Return what `solve` finds, which is called by the first device only; an error in it is raised for all.
+
+    Devices know each other by their weight's digest: nothing else tells apart the runs of a program that are under way
+    at the same time.
+
+    Raises:
+        RuntimeError: `solve` failed.
+    """
+    with _PENDING_LOCK:
+        is_first = key not in _PENDING
+        result, missing = _PENDING.pop(key, (Future(), devices))
+        if missing > 1:
+            _PENDING[key] = result, missing - 1
+    if is_first:
+        try:
+            result.set_result(solve())
+        except BaseException as error:
+            result.set_exception(error)
+    try:
+        return result.result()
+    except BaseException as error:
+        # XLA passes on the words alone, not the exception.
+        raise RuntimeError(f"analyze: windows could not be solved: {error!r}") from error
