@@ -141,7 +141,7 @@ def test_layouts_shard_the_longest_axes():
     assert layout(32, 256) == (None, ("x", "y"))
     assert layout(12, 50) == ("x", "y")  # 50 is no multiple of 4
     assert layout(7, 9) == (None, None)
-    assert layout(3, 3, 16, 64) == (None, None, None, ("x", "y"))
+    assert layout(3, 3, 16, 128) == (None, None, None, ("x", "y"))
 
 
 def test_the_first_device_solves_for_all():

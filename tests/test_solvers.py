@@ -202,25 +202,21 @@ def test_large_windows_are_solved_in_two_stages(solver, dtype, matrices, taken, 
     assert sum(counts) == (3 + 9 if taken else 0)
 
 
-def test_device_path_is_chosen_by_platform(monkeypatch):
-    called = []
-    monkeypatch.setattr(accelerator, "batched_spectra", lambda *args, **kwargs: called.append(kwargs["svd"]) or [])
-    weights = [jnp.ones((6, 6))]
-    grids = [make_grid(None, (1, 6, 6), is_kernel=False)]
+def test_the_solver_is_chosen_by_platform_and_by_what_the_fit_needs():
+    def chosen(solver, exact, platform="gpu"):
+        return dispatch.choose_solver(solver, platform=platform, exact=exact)
+
+    assert [chosen("auto", False), chosen("auto", True), chosen("gram", True)] == ["gram", "svd", "gram"]
+    assert [chosen("auto", True, "cpu"), chosen("gram64", False, "cpu")] == ["gram64", "gram64"]
     with pytest.raises(ValueError, match="needs jax_enable_x64"):
-        dispatch.pooled_eigenvalues(
-            weights, FLAX_AXES, grids, platform="gpu", solver="gram64", exact=True, max_batch_bytes=1
-        )
-    for solver, exact_values, svd in [
-        ("auto", False, False),
-        ("auto", True, True),
-        ("gram", True, False),
-        ("svd", False, True),
-    ]:
-        dispatch.pooled_eigenvalues(
-            weights, FLAX_AXES, grids, platform="gpu", solver=solver, exact=exact_values, max_batch_bytes=1
-        )
-        assert called.pop() is svd
+        chosen("gram64", True)
+
+
+def test_accelerators_solve_in_batches(monkeypatch):
+    monkeypatch.setattr(accelerator, "batched_spectra", lambda stacks, grids, **settings: settings)
+    grids = [make_grid(None, (1, 6, 6), is_kernel=False)]
+    options = dispatch.Options(FLAX_AXES, "gpu", "svd", 9)
+    assert dispatch.pooled_eigenvalues([jnp.ones((6, 6))], grids, options) == {"svd": True, "max_batch_bytes": 9}
 
 
 def test_nan_gives_zeros_in_its_own_layer_only():

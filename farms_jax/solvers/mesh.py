@@ -123,8 +123,8 @@ def _hold(weight: Any, previous: Array, mesh: Mesh) -> Array:
 def shard_evenly(shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
     """Choose a layout for a weight whose own is not known while tracing: every mesh axis shards the longest axis left.
 
-    >>> shard_evenly((64, 96), {"x": 4, "y": 2})
-    PartitionSpec('y', 'x')
+    >>> tuple(shard_evenly((64, 96), {"x": 4, "y": 2}))
+    ('y', 'x')
 
     Args:
         shape: shape of the weight.
