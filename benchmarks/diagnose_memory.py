@@ -29,7 +29,7 @@ BLOCK = {
 }
 CHILD = """
 import json, time
-from farms_jax.diagnosis.cli import main
+from farms_jax.__main__ import main
 from farms_jax.programs.memory import peak_memory
 before, start = peak_memory(), time.perf_counter()
 main()

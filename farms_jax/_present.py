@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from farms_jax.errors import InputError
+from farms_jax._extras import from_extra
 
 
 def optional(module: str) -> Any:
@@ -28,11 +28,8 @@ def optional(module: str) -> Any:
     Raises:
         InputError: it is not installed.
     """
-    try:
+    with from_extra("diagnose"):
         return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise InputError(f'{package} is missing: pip install "farms-jax[diagnose]"') from error
 
 
 def shorten(text: str, width: int) -> str:

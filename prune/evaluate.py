@@ -5,6 +5,11 @@ python -m prune.evaluate MODEL --tasks paper                      their seven ze
 python -m prune.evaluate MODEL --tasks mine --include FOLDER      tasks from files on this machine
 """
 
+from farms_jax.programs.commands import launch
+
+if __name__ == "__main__":  # above the imports, of which one may be missing
+    launch(f"{__package__}.evaluate", extra="prune")
+
 import dataclasses
 import importlib.metadata
 import logging
@@ -18,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tyro
 
+from farms_jax._extras import from_extra
 from farms_jax.errors import InputError
-from farms_jax.programs.exits import reported, run_and_end
+from farms_jax.programs.command_line import usage
+from farms_jax.programs.exits import reported
 from farms_jax.programs.files import write_json
 
 from .checkpoints import Checkpoint, choose_tokenizer, open_checkpoint
@@ -89,15 +96,14 @@ def _writable(folder: Path) -> bool:
     return there.is_dir() and os.access(there, os.W_OK)
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(name: str = "prune.evaluate") -> None:
     """Run the program; a mistake in settings or data is one line on stderr, and exit status 2.
 
     Args:
-        args: command line; default: that of the process.
+        name: What the program is called in its messages.
     """
-    usage = "\n\n".join(filter(None, (__doc__ or "").splitlines()))
-    config = tyro.cli(Config, args=args, prog="prune.evaluate", description=usage)
-    with reported("prune.evaluate"):
+    config = tyro.cli(Config, prog=name, description=usage(__doc__, name))
+    with reported(name):
         result = run(config)
         print(table(result))
         if config.out is not None:
@@ -164,10 +170,8 @@ def _samples(config: Config, text: str, network: Network, tokenizer: Any) -> Sam
 
 
 def _load_tasks(config: Config) -> dict[str, Any]:
-    try:
-        from . import tasks  # noqa: PLC0415
-    except ImportError as error:
-        raise InputError(f"--tasks needs the package lm-eval ({error}): pip install lm-eval") from error
+    with from_extra("lm-eval", "--tasks"):
+        from . import tasks
     # What it says of defaults in task files that are its own is no use here.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = [task for name in config.task_names() for task in (tasks.PAPER_TASKS if name == "paper" else [name])]
@@ -230,7 +234,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-if __name__ == "__main__":
-    run_and_end(main)

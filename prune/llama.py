@@ -7,28 +7,29 @@ python -m prune.llama --method sparsegpt --groups 2:4    other methods and patte
 A run that was stopped, in whatever way, goes on when the same command is given again.
 """
 
+from farms_jax.programs.commands import launch
+
+if __name__ == "__main__":  # above the imports, of which one may be missing
+    launch(f"{__package__}.llama", extra="prune")
+
 import tyro
 from threadpoolctl import threadpool_limits
 
-from farms_jax.programs.exits import reported, run_and_end
+from farms_jax.programs.command_line import usage
+from farms_jax.programs.exits import reported
 
 from .config import Config
 from .job import prepare
 from .run import run
 
 
-def main(default: Config | None = None) -> None:
+def main(name: str = "prune.llama") -> None:
     """Run the program; a mistake in settings, model or text is one line on stderr, and exit status 2.
 
     Args:
-        default: settings where the command line gives none.
+        name: What the program is called in its messages.
     """
-    usage = "\n\n".join(filter(None, (__doc__ or "").splitlines()))
-    config = tyro.cli(Config, default=default or Config(), prog="prune.llama", description=usage)
+    config = tyro.cli(Config, prog=name, description=usage(__doc__, name))
     # BLAS threads and XLA's own slow each other down many times over.
-    with reported("prune.llama", "; the same command goes on from here"), threadpool_limits(1, user_api="blas"):
+    with reported(name, "; the same command goes on from here"), threadpool_limits(1, user_api="blas"):
         print(run(prepare(config)))
-
-
-if __name__ == "__main__":
-    run_and_end(main)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from farms_jax import named_leaves
+from farms_jax._extras import from_extra
 from farms_jax.errors import InputError
 from farms_jax.programs import files
 from farms_jax.weights.safetensors_file import read_header, read_tensor
@@ -61,10 +62,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    try:
+    with from_extra("torch", f"{path}: a .pth file"):
         import torch
-    except ImportError as error:
-        raise InputError(f'{path}: reading .pth files needs Torch; pip install "farms-jax[torch]"') from error
     try:
         # The reference stores its command line beside the weights: a plain record, with no code of its own.
         with torch.serialization.safe_globals([argparse.Namespace]):

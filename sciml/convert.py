@@ -3,11 +3,16 @@
 Only tensors are read: a file with code in it is refused. Torch is needed: `pip install "farms-jax[torch]"`.
 """
 
+from farms_jax.programs.commands import launch
+
+if __name__ == "__main__":  # above the imports, of which one may be missing
+    launch(f"{__package__}.convert", extra="sciml")
+
 import argparse
 from pathlib import Path
 
 from farms_jax.errors import InputError
-from farms_jax.programs.exits import reported, run_and_end
+from farms_jax.programs.exits import reported
 
 from . import checkpoints
 
@@ -37,19 +42,15 @@ def convert(source: Path, target: Path) -> str:
     return f"{target}: {checkpoints.count(state):,} parameters; {fits}"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the program.
+def main(name: str = "sciml.convert") -> None:
+    """Run the program; a mistake is one line on stderr, and exit status 2.
 
     Args:
-        arguments: of the command line.
+        name: What the program is called in its messages.
     """
-    parser = argparse.ArgumentParser(prog="sciml.convert", description="Convert a DPOT checkpoint to safetensors.")
+    parser = argparse.ArgumentParser(prog=name, description="Convert a DPOT checkpoint to safetensors.")
     parser.add_argument("source", type=Path, help="checkpoint: .pth or .pt (needs Torch), or .safetensors")
     parser.add_argument("target", type=Path, nargs="?", help="file to write; default: the source's name, .safetensors")
-    given = parser.parse_args(arguments)
-    with reported("sciml.convert"):
+    given = parser.parse_args()
+    with reported(name):
         print(convert(given.source, given.target or given.source.with_suffix(".safetensors")))
-
-
-if __name__ == "__main__":
-    run_and_end(main)

@@ -7,9 +7,13 @@ python -m sciml.dpot --resume runs/NAME                       go on with a run t
 
 from pathlib import Path
 
-from farms_jax.programs.command_line import run_name, run_program
+from farms_jax.programs.commands import launch
+
+if __name__ == "__main__":  # above the imports, of which one may be missing
+    launch(f"{__package__}.dpot", extra="sciml")
+
+from farms_jax.programs.command_line import run_name, run_program, usage
 from farms_jax.programs.config_file import read_config, write_config
-from farms_jax.programs.exits import run_and_end
 from farms_jax.programs.run_directory import at_work
 
 from .config import RECIPES, Config
@@ -17,9 +21,13 @@ from .fine_tuning import run_experiment
 from .preparation import complete, prepare
 
 
-def main() -> None:
-    """Run the program; a mistake in settings or data is one line on stderr, and exit status 2."""
-    run_program("sciml.dpot", __doc__, default=Config(), recipes=RECIPES, start=start, resume=resume)
+def main(name: str = "sciml.dpot") -> None:
+    """Run the program; a mistake in settings or data is one line on stderr, and exit status 2.
+
+    Args:
+        name: What the program is called in its messages.
+    """
+    run_program(name, usage(__doc__, name), default=Config(), recipes=RECIPES, start=start, resume=resume)
 
 
 def start(config: Config, run: Path | None = None) -> str:
@@ -63,7 +71,3 @@ def resume(run: Path) -> str:
         experiment = prepare(config)
         experiment.check_same(before)
         return run_experiment(run, experiment)
-
-
-if __name__ == "__main__":
-    run_and_end(main)

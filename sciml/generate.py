@@ -9,6 +9,11 @@ fast to calculate", says PDEBench's CFD_multi_Hydra.py) and without the part of 
 the equations are solved as published, so that thin gas, of density 0.1, is a hundred times more viscous than dense.
 """
 
+from farms_jax.programs.commands import launch
+
+if __name__ == "__main__":  # above the imports, of which one may be missing
+    launch(f"{__package__}.generate", extra="sciml")
+
 import contextlib
 import dataclasses
 import itertools
@@ -32,7 +37,8 @@ from jax import Array
 from tqdm import tqdm
 
 from farms_jax.errors import InputError
-from farms_jax.programs.exits import reported, run_and_end
+from farms_jax.programs.command_line import usage
+from farms_jax.programs.exits import reported
 from farms_jax.programs.files import atomic, reserve, write_json
 from farms_jax.programs.locking import locked
 
@@ -390,8 +396,12 @@ def _merge(path: Path, parts: Path, config: FlowConfig) -> None:
         file.attrs.update(config.attributes() | {"redraws": redraws, "generator": "farms_jax sciml.generate"})
 
 
-def main() -> None:
-    """Run the program; a mistake in the settings is one line on stderr, and exit status 2."""
+def main(name: str = "sciml.generate") -> None:
+    """Run the program; a mistake in the settings is one line on stderr, and exit status 2.
+
+    Args:
+        name: What the program is called in its messages.
+    """
 
     def run(flow: Annotated[FlowConfig, tyro.conf.arg(name="")], out: Path = Path("data")) -> Path:
         """Make a data set of compressible flows.
@@ -405,10 +415,6 @@ def main() -> None:
         """
         return generate(out / file_name(flow), flow)
 
-    usage = "\n\n".join(filter(None, (__doc__ or "").splitlines()[:5]))
-    with reported("sciml.generate", "; the same command goes on"):
-        print(tyro.cli(run, prog="sciml.generate", description=usage))
-
-
-if __name__ == "__main__":
-    run_and_end(main)
+    description = usage((__doc__ or "").partition("\n\nThe published")[0], name)
+    with reported(name, "; the same command goes on"):
+        print(tyro.cli(run, prog=name, description=description))

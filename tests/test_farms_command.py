@@ -143,7 +143,7 @@ def test_a_reader_that_stops_reading_is_no_mistake(model):
 def test_a_mistake_is_one_line(monkeypatch, capsys, model, arguments, message):
     told = fails(monkeypatch, capsys, *(model if argument == "MODEL" else argument for argument in arguments))
     assert message in told
-    assert told.startswith("farms: ")
+    assert told.startswith(f"farms {arguments[0]}: ")
     assert told.count("\n") == 1
 
 

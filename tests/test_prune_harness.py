@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -351,7 +352,8 @@ def test_a_network_that_gives_nan_is_refused(folder):
 def run_program(capsys, *args):
     """Exit status, standard output, standard error of the program."""
     try:
-        evaluate.main([str(arg) for arg in args])
+        with mock.patch.object(sys, "argv", ["prune.evaluate", *map(str, args)]):
+            evaluate.main()
         status = 0
     except SystemExit as end:
         status = end.code
@@ -412,10 +414,11 @@ def test_mistakes_are_one_line(folder, capsys, monkeypatch, tmp_path, args, mess
 
 
 def test_a_missing_lm_eval_is_one_line(folder, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "prune.tasks", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "prune.tasks")
     monkeypatch.delattr("prune.tasks")
     status, _, err = run_program(capsys, folder, "--tasks", "local_choice", "--include", TASKS)
-    assert status == 2 and "--tasks needs the package lm-eval" in err
+    assert status == 2 and err == 'prune.evaluate: --tasks needs lm_eval; pip install "farms-jax[lm-eval]"\n'
 
 
 # As if it were not installed: None in sys.modules would be something that libraries do not expect.

@@ -267,11 +267,12 @@ def test_what_is_no_checkpoint(tmp_path, name, message):
 def test_without_torch_the_message_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)  # an import now fails
     (tmp_path / "m.pth").write_bytes(b"x")
+    monkeypatch.setattr(sys, "argv", ["sciml.convert", str(tmp_path / "m.pth")])
     with pytest.raises(SystemExit) as stopped:
-        convert.main([str(tmp_path / "m.pth")])
+        convert.main()
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert 'reading .pth files needs Torch; pip install "farms-jax[torch]"' in error
+    assert 'a .pth file needs torch; pip install "farms-jax[torch]"' in error
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["m.pth"]
 

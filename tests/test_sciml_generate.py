@@ -206,6 +206,7 @@ def test_a_stop_does_not_wait_for_flows(number, status, tmp_path):
     """Flows that take an hour each, one per core."""
     program = f"""
 import os, sys, time
+from farms_jax.programs.exits import run_and_end
 from sciml import generate as module
 
 def solve(indices, attempts):
@@ -214,7 +215,7 @@ def solve(indices, attempts):
 
 module._solver = lambda config, lanes: solve
 sys.argv = ["sciml.generate", "--out", {str(tmp_path)!r}, "--count", "20", "--size", "16"]
-module.run_and_end(module.main)
+run_and_end(module.main)
 """
     with subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

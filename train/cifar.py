@@ -7,9 +7,13 @@ python -m train.cifar --resume runs/NAME           go on with a run that was sto
 
 from pathlib import Path
 
-from farms_jax.programs.command_line import run_name, run_program
+from farms_jax.programs.commands import launch
+
+if __name__ == "__main__":  # above the imports, of which one may be missing
+    launch(f"{__package__}.cifar", extra="train")
+
+from farms_jax.programs.command_line import run_name, run_program, usage
 from farms_jax.programs.config_file import read_config, write_config
-from farms_jax.programs.exits import run_and_end
 from farms_jax.programs.run_directory import at_work
 
 from .config import RECIPES, Config, resolve
@@ -17,9 +21,13 @@ from .data import load
 from .training import check_same_data, facts, train_run
 
 
-def main() -> None:
-    """Run the program; a mistake in settings or data is one line on stderr, and exit status 2."""
-    run_program("train.cifar", __doc__, default=Config(), recipes=RECIPES, start=start, resume=resume)
+def main(name: str = "train.cifar") -> None:
+    """Run the program; a mistake in settings or data is one line on stderr, and exit status 2.
+
+    Args:
+        name: What the program is called in its messages.
+    """
+    run_program(name, usage(__doc__, name), default=Config(), recipes=RECIPES, start=start, resume=resume)
 
 
 def start(config: Config) -> str:
@@ -63,7 +71,3 @@ def resume(run: Path) -> str:
         images = load(before["dataset"], data_dir=config.data_dir, limit_train=config.limit_train)
         check_same_data(images, before)
         return train_run(run, config, images)
-
-
-if __name__ == "__main__":
-    run_and_end(main)

@@ -1,12 +1,4 @@
-"""farms: how well is each layer of a model trained?
-
-farms analyze MODEL             a table of its layers; --html report.html, --csv, --json write it
-farms compare BEFORE AFTER      what moved between two checkpoints, or under a LoRA adapter
-farms watch RUN_DIR             follow a training run, with alerts
-
-MODEL is a Hugging Face folder, a .safetensors, .gguf, .npz or .msgpack file, an Orbax checkpoint, or a run directory.
-Nothing in it is executed.
-"""
+"""`farms analyze`, `farms compare` and `farms watch`: their options, and what they print and write."""
 
 import dataclasses
 import json
@@ -199,13 +191,16 @@ class Watch(Measuring):
         sys.stdout.write(f"{len(alerts)} alerts; written to {out}\n")
 
 
-def main() -> None:
-    """Run the program; a mistake is one line on stderr, and exit status 2."""
-    paragraphs = "\n\n".join(filter(None, (__doc__ or "").splitlines()))
-    commands = {"analyze": Analyze, "compare": Compare, "watch": Watch}
+def main(name: str) -> None:
+    """Run a program; a mistake is one line on stderr, and exit status 2.
+
+    Args:
+        name: `farms analyze`, `farms compare` or `farms watch`.
+    """
+    options = {"farms analyze": Analyze, "farms compare": Compare, "farms watch": Watch}[name]
     return_freed_memory()
-    with reported("farms", when_stopped="; what was measured is kept, the same command goes on"):
-        tyro.extras.subcommand_cli_from_dict(commands, prog="farms", description=paragraphs).run()
+    with reported(name, when_stopped="; what was measured is kept, the same command goes on"):
+        tyro.cli(options, prog=name).run()
 
 
 def _checked(outputs: Mapping[str, Path | None]) -> dict[str, Path]:
@@ -259,7 +254,3 @@ def _tell_written(outputs: Mapping[str, Path], hint: str) -> None:
 def _file_name(checkpoint: Path, run: Path) -> str:
     relative = checkpoint.relative_to(run) if checkpoint.is_relative_to(run) else checkpoint
     return "-".join(relative.with_suffix("").parts)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,7 @@
 """The command line of a program with named recipes and runs that resume; needs tyro, an extra of the programs."""
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,9 +16,27 @@ from farms_jax.programs.exits import reported
 Config = TypeVar("Config")
 
 
+def usage(docstring: str | None, name: str) -> str:
+    r"""Return a program's docstring as the description of its `--help`.
+
+    >>> usage("Train.\n\npython -m train.cifar --tb farms   on CIFAR", "farms train")
+    'Train.\n\nfarms train --tb farms   on CIFAR'
+
+    Args:
+        docstring: Lines that begin with `python -m MODULE` are commands that start the program.
+        name: What was called: `train.cifar` with `python -m`, or `farms train`.
+
+    Returns:
+        Its lines as paragraphs, with the command that was called.
+    """
+    command = name if name.startswith("farms ") else f"python -m {name}"
+    lines = re.sub(r"^python -m \S+", command, docstring or "", flags=re.MULTILINE).splitlines()
+    return "\n\n".join(filter(None, lines))
+
+
 def run_program(
     name: str,
-    usage: str | None,
+    description: str,
     *,
     default: Config,
     recipes: Mapping[str, Config],
@@ -31,8 +50,8 @@ def run_program(
     SIGTERM is one line too, and exit status 130 or 143 (see `reported`).
 
     Args:
-        name: of the program.
-        usage: its docstring, shown by `--help`.
+        name: What the program is called in its messages.
+        description: What `--help` says of it, see `usage`.
         default: settings, a dataclass.
         recipes: settings by name.
         start: begins a run.
@@ -46,19 +65,18 @@ def run_program(
         if special.recipe == "list":
             result = "\n".join(recipes)
         elif special.resume is None:
-            result = start(_settings(name, usage, default, recipes, special.recipe, settings))
+            result = start(_settings(name, description, default, recipes, special.recipe, settings))
         else:
             result = resume(_alone(special.resume, settings))
         sys.stdout.write(f"{result}\n")
 
 
 def _settings(
-    name: str, usage: str | None, default: Config, recipes: Mapping[str, Config], recipe: str | None, given: list[str]
+    name: str, description: str, default: Config, recipes: Mapping[str, Config], recipe: str | None, given: list[str]
 ) -> Config:
     if recipe is not None and recipe not in recipes:
         raise InputError(f"--recipe: there is no {recipe!r}; `--recipe list` names all {len(recipes)}")
-    paragraphs = "\n\n".join(filter(None, (usage or "").splitlines()))
-    description = f"{paragraphs}\n\nBesides the options below: --recipe NAME, --resume RUN_DIR."
+    description = f"{description}\n\nBesides the options below: --recipe NAME, --resume RUN_DIR."
     start_from = default if recipe is None else recipes[recipe]
     return tyro.cli(type(default), default=start_from, args=given, prog=name, description=description)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from farms_jax._extras import from_extra
 from farms_jax.errors import InputError
 from farms_jax.weights.cursor import Cursor
 from farms_jax.weights.safetensors_file import read_bytes
@@ -88,12 +89,11 @@ def _code(kind: int) -> str:
 
 
 def _package(where: str) -> ModuleType:
-    try:
+    with from_extra("diagnose", f"{where}: a GGUF file"):
         import gguf
         import gguf.quants  # noqa: F401 (gguf alone does not bring it)
-    except ImportError as error:
-        raise InputError(f'{where}: GGUF files need the package gguf; pip install "farms-jax[diagnose]"') from error
-    return gguf
+
+        return gguf
 
 
 def read_gguf(path: Path, *, long_arrays: bool = False) -> GGUFFile:

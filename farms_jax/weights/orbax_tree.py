@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from farms_jax._extras import from_extra
 from farms_jax.errors import InputError
 from farms_jax.weights.safetensors_file import TensorInfo
 from farms_jax.weights.sanitise import check_name, is_valid_shape, one_line, short_repr
@@ -67,12 +68,8 @@ def read_tree(folder: Path) -> dict[str, Array]:
 
 
 def _open_all(folder: Path, spec: dict[str, Any], leaves: list[list[str]]) -> dict[str, Array]:
-    try:
+    with from_extra("diagnose", f"{folder}: an Orbax checkpoint"):
         import tensorstore
-    except ImportError as error:
-        raise InputError(
-            f'{folder}: Orbax checkpoints need the package orbax-checkpoint; pip install "farms-jax[diagnose]"'
-        ) from error
     # Without a cache, every array would read the database's index anew.
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 24}})
     places: dict[str, dict[str, Any]] = {}

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Generator
 from typing import Any
 
+from farms_jax._extras import from_extra
 from farms_jax.errors import InputError
 
 _SECONDS = 5.0
@@ -66,10 +67,8 @@ def load(flag: str, name: str, *arguments: str, **keywords: Any) -> Any:
         InputError: the package is missing, or the data set is neither reachable nor cached.
     """
     remedy = f"give {flag} a file instead (text, .jsonl, .parquet, or tokens in .npy or .npz)"
-    try:
-        import datasets  # noqa: PLC0415
-    except ImportError as error:
-        raise InputError(f"{flag} {name} needs the package `datasets`: pip install datasets, or {remedy}") from error
+    with from_extra("prune", f"{flag} {name}"):
+        import datasets
     try:
         with offline_where_unreachable():
             return datasets.load_dataset(*arguments, **keywords)

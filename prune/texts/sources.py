@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from farms_jax._extras import from_extra
 from farms_jax.errors import InputError
 from farms_jax.programs import files
 from farms_jax.weights.npy_file import read_npy
@@ -145,11 +146,9 @@ def _text_of(line: str, where: str) -> str:
 
 
 def _read_parquet(path: Path, where: str) -> Source:
-    try:
-        import pyarrow as pa  # noqa: PLC0415
-        from pyarrow import parquet  # noqa: PLC0415
-    except ImportError as error:
-        raise InputError(f"{where} needs the package `pyarrow`: pip install pyarrow, or give a .jsonl file") from error
+    with from_extra("prune", where):
+        import pyarrow as pa
+        from pyarrow import parquet
     try:
         with parquet.ParquetFile(path) as file:
             columns = {field.name: str(field.type) for field in file.schema_arrow}

@@ -191,7 +191,7 @@ def generate_run(disk, elsewhere):
 
 
 def analyze_run(disk, elsewhere):
-    from farms_jax.__main__ import main  # noqa: PLC0415
+    from farms_jax.diagnosis.cli import main  # noqa: PLC0415
 
     rng = np.random.default_rng(0)
     np.savez(elsewhere / "model.npz", **{f"layer{n}": rng.standard_normal((24, 40), np.float32) for n in range(3)})
@@ -203,7 +203,8 @@ def analyze_run(disk, elsewhere):
         20,
         *(part for pair in outputs.items() for part in pair),
     ]
-    again = functools.partial(ended, "farms", main, "analyze", elsewhere / "model.npz", *flags)
+    analyze = functools.partial(main, "farms analyze")
+    again = functools.partial(ended, "farms analyze", analyze, elsewhere / "model.npz", *flags)
     said, _ = more_and_more(disk, again, outputs=outputs.values())
     assert_named(said, "disk/cache/", *outputs)
     before = files_of(disk.folder)

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import sys
 import zipfile
 
 import numpy as np
@@ -52,9 +53,10 @@ def test_torch_files_are_read(tmp_path, content):
         np.testing.assert_array_equal(state[name], value, err_msg=name)
 
 
-def test_conversion_prints_what_it_wrote(tmp_path, capsys):
+def test_conversion_prints_what_it_wrote(tmp_path, capsys, monkeypatch):
     torch.save({"model": tensors()}, tmp_path / "m.pth")
-    convert.main([str(tmp_path / "m.pth")])
+    monkeypatch.setattr(sys, "argv", ["sciml.convert", str(tmp_path / "m.pth")])
+    convert.main()
     output = capsys.readouterr().out
     assert output.startswith(
         f"{tmp_path / 'm.safetensors'}: {sum(v.size for v in state_of(NAME).values()):,} parameters"

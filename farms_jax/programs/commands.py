@@ -1,0 +1,82 @@
+"""The commands of `farms`, and how a program starts: a missing extra is one line that names it."""
+
+import functools
+import importlib
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import farms_jax
+from farms_jax._extras import from_extra
+from farms_jax.programs.exits import reported, run_and_end
+
+
+class Command(NamedTuple):
+    """A program that `farms` runs.
+
+    Attributes:
+        module: Module in `farms_jax` with a function `main(name)`, which reads the command line.
+        extra: Extra that the module's imports come with.
+        summary: What the program does.
+    """
+
+    module: str
+    extra: str
+    summary: str
+
+
+COMMANDS = {
+    "analyze": Command("diagnosis.cli", "diagnose", "measure every layer of a model: a table, HTML, CSV, JSON"),
+    "compare": Command("diagnosis.cli", "diagnose", "show what moved between two checkpoints, or under a LoRA adapter"),
+    "watch": Command("diagnosis.cli", "diagnose", "follow the checkpoints of a training run, with alerts"),
+    "train": Command("train.cifar", "train", "train an image classifier with a learning rate for each layer"),
+    "prune": Command("prune.llama", "prune", "prune a language model with a sparsity for each block"),
+    "evaluate": Command("prune.evaluate", "prune", "measure a language model's perplexity and zero-shot accuracies"),
+    "finetune": Command("sciml.dpot", "sciml", "fine-tune the PDE model DPOT with a learning rate for each layer"),
+    "generate": Command("sciml.generate", "sciml", "make trajectories of compressible flows to fine-tune on"),
+    "convert": Command("sciml.convert", "sciml", "convert a DPOT checkpoint of Torch to safetensors"),
+    "completion": Command("programs.completion", "", "print the script that completes commands in bash or zsh"),
+}
+
+
+def run(module: str, extra: str, name: str) -> None:
+    """Import a program and run it.
+
+    Args:
+        module: Name of its module.
+        extra: Extra that the module's imports come with.
+        name: What the program is called in its messages.
+    """
+    with reported(name):
+        with from_extra(extra):
+            program = importlib.import_module(module)
+        program.main(name)
+
+
+def launch(module: str, extra: str) -> NoReturn:
+    """Run the program that `python -m MODULE` names, and end the process.
+
+    A program calls it above its other imports: below them, a package that is missing would have ended in a traceback.
+
+    Args:
+        module: Name of its module.
+        extra: Extra that the module's imports come with.
+    """
+    run_and_end(functools.partial(run, module, extra, module))
+
+
+def run_command(command: str) -> None:
+    """Run a command of `farms`.
+
+    Args:
+        command: One of `COMMANDS`.
+    """
+    _find_programs()
+    module, extra, _ = COMMANDS[command]
+    run(f"farms_jax.{module}", extra, f"farms {command}")
+
+
+def _find_programs() -> None:
+    """Let a checkout that is not installed find `farms_jax.train` in train/, which lies beside farms_jax/ there."""
+    package = Path(farms_jax.__file__).parent
+    if not (package / "train").is_dir() and (package.parent / "train").is_dir():
+        farms_jax.__path__.append(str(package.parent))
