@@ -1,5 +1,6 @@
 """An empty Matplotlib figure in the style of every plot here; imported only where something is drawn."""
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,21 @@ from matplotlib.ticker import MaxNLocator
 from farms_jax._present import common_prefix, shorten
 
 SIZE = (10.0, 4.2)  # inches
+_NOTEBOOK_DPI = 100
 NAMED_TICKS = 60  # layers whose names still fit under a figure
+
+
+class NotebookFigure(Figure):
+    """A figure that a notebook shows by itself.
+
+    IPython knows how to show a `Figure` only after `%matplotlib inline` or an import of pyplot, which plots that are
+    returned as values do not need otherwise.
+    """
+
+    def _repr_png_(self) -> bytes:
+        content = io.BytesIO()
+        self.savefig(content, format="png", dpi=_NOTEBOOK_DPI)
+        return content.getvalue()
 
 
 def figure(
@@ -26,7 +41,7 @@ def figure(
     Returns:
         The figure and its axes, with grids.
     """
-    figure = Figure(figsize=size, layout="constrained")
+    figure = NotebookFigure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:

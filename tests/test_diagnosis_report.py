@@ -319,8 +319,10 @@ def test_report_is_shown_alike(report):
     assert report._repr_html_().count("<tr>") == 4
     assert "<0>" not in report._repr_html_()
     assert "left out" in report._repr_html_()
-    (axis,) = report.plot().axes
+    figure = report.plot()
+    (axis,) = figure.axes
     np.testing.assert_allclose(axis.lines[0].get_ydata(), report.alpha)
+    assert figure._repr_png_().startswith(b"\x89PNG")  # in notebooks, without %matplotlib inline
 
 
 def test_report_without_numbers_has_a_repr(report):
