@@ -30,7 +30,7 @@ def test_sparsities_meet_the_budget():
 
 
 def test_commands_of_the_first_screen():
-    first_screen = "\n".join(README.splitlines()[:30])
+    first_screen = "\n".join(README.splitlines()[:40])
     commands = re.findall(r"```bash\n(.*?)```", first_screen, re.DOTALL)
     assert len(commands) == 2
     assert all(command.startswith("python3 -m venv .venv && .venv/bin/pip install") for command in commands)
