@@ -111,7 +111,7 @@ def gram_eigenvalues(windows: np.ndarray, precision: type[np.floating] | None, *
 
 
 def _eigenvalues(grams: np.ndarray, *, one_thread: bool) -> np.ndarray:
-    in_two = one_thread and two_stage.pays(grams.dtype, grams.shape[1])
+    in_two = one_thread and two_stage.is_faster(grams.dtype, grams.shape[1])
     values = (two_stage.symmetric_eigenvalues if in_two else symmetric_eigenvalues)(grams)
     # Below this a value is rounding of the largest one: a matrix without full rank gets exact zeros.
     floor = values[:, -1:] * (values.shape[-1] * np.finfo(values.dtype).eps)
