@@ -15,7 +15,7 @@ Spread = Callable[[Array], Array]
 _AXIS = "batch"
 
 
-def alone(index: Array) -> Array:
+def unsharded(index: Array) -> Array:
     """One device computes all."""
     return index
 
@@ -52,10 +52,10 @@ def spread_over(mesh: Mesh | None) -> Spread:
         mesh: of `make_mesh`.
 
     Returns:
-        The function; `alone` without a mesh.
+        The function; `unsharded` without a mesh.
     """
     if mesh is None:
-        return alone
+        return unsharded
     sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
     return lambda array: jax.lax.with_sharding_constraint(array, sharding) if len(array) % mesh.size == 0 else array
 

@@ -20,7 +20,7 @@ from farms_jax.programs.finite import Call, call, first_not_finite, norm
 from .config import Config
 from .cpu_gradients import compiler_options
 from .models import MODELS
-from .parallel import Spread, alone
+from .parallel import Spread, unsharded
 
 _EVAL_BATCH = 512  # a multiple of any usual number of devices
 _PADDING = 4
@@ -159,7 +159,7 @@ def make_steps(
     optimizer: optax.GradientTransformationExtraArgs,
     normalise: Normalise,
     config: Config,
-    spread: Spread = alone,
+    spread: Spread = unsharded,
 ) -> Steps:
     """Compile the steps of an epoch, any number of them in a call.
 
@@ -216,7 +216,7 @@ def _loss(
 
 
 def _batches(
-    config: Config, normalise: Normalise, key: Array, images: Array, labels: Array, spread: Spread = alone
+    config: Config, normalise: Normalise, key: Array, images: Array, labels: Array, spread: Spread = unsharded
 ) -> Callable[[Array], tuple[Array, Array]]:
     """Draw an epoch's order; what is returned gives the batch of a step, images normalised."""
     assert config.batch_size is not None
@@ -258,7 +258,7 @@ def make_fault(network: Network, normalise: Normalise, config: Config) -> Callab
 
 
 def make_evaluate(
-    network: Network, normalise: Normalise, spread: Spread = alone
+    network: Network, normalise: Normalise, spread: Spread = unsharded
 ) -> Callable[[TrainState, Array, Array], dict[str, Array]]:
     """Compile the evaluation on all images, in batches, the last one padded and masked.
 
