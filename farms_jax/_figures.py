@@ -33,9 +33,9 @@ def figure(
     """Make an empty figure.
 
     Args:
-        title: above all columns.
-        columns: plots side by side.
-        epochs: along the horizontal axes, ticked at whole numbers.
+        title: title above all columns.
+        columns: number of plots side by side.
+        epochs: whether the horizontal axes are epochs, ticked at whole numbers.
         size: width and height in inches.
 
     Returns:
@@ -52,11 +52,11 @@ def figure(
 
 
 def name_layers(axis: Any, names: Sequence[str]) -> None:
-    """Write the names of the layers under a figure whose layers stand at 0, 1, 2, ...; numbers where they are many.
+    """Write the names of the layers under axes whose layers stand at 0, 1, 2, ...; numbers where they are many.
 
     Args:
-        axis: of Matplotlib.
-        names: of the layers.
+        axis: Matplotlib axes.
+        names: names of the layers.
     """
     axis.margins(x=0.02)
     if len(names) > NAMED_TICKS:

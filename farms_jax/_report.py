@@ -43,7 +43,7 @@ class LayerReport:
     A convolution kernel's numbers are means over its divisions. `print(report)` shows a table.
 
     Attributes:
-        names: of the layers, in natural order (`conv_2` before `conv_10`).
+        names: names of the layers, in natural order (`conv_2` before `conv_10`).
         alpha: exponent of the power-law tail, dimensionless, above 1: the smaller, the heavier the tail and the
             better trained the layer. 0 where the spectrum has no tail to fit (see `fit_tail`).
         ks_distance: Kolmogorov-Smirnov distance of the fit, in [0, 1].

@@ -168,9 +168,10 @@ def fit(eigenvalues: ArrayLike, rows: int, cols: int) -> Bulk:
     (0.1, 11.8, 12.1)
 
     Args:
-        eigenvalues: of W W^T, no division by a dimension; any order. Those of several matrices of one shape are fine.
-        rows: of one matrix.
-        cols: of one matrix.
+        eigenvalues: eigenvalues of W W^T, not divided by a dimension, in any order; several matrices of one shape may
+            be pooled.
+        rows: rows of one matrix.
+        cols: columns of one matrix.
 
     Returns:
         The bulk; all zero where half the eigenvalues are.

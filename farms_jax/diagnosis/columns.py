@@ -19,16 +19,16 @@ class Column(NamedTuple):
         meaning: one line, for people; tooltips and documentation show it.
         format: format of a number, for `format()`; empty for text.
         head: short name, which the terminal shows and `find_column` knows; empty where the terminal leaves it out.
-        group: heading under which reports list it.
         weightwatcher: name of the column with the same value in WeightWatcher; empty where it has none.
+        group: heading under which reports list it.
     """
 
     name: str
     meaning: str
-    format: str = ".4g"
+    format: str
     head: str = ""
-    group: str = ""
     weightwatcher: str = ""
+    group: str = ""
 
 
 def _group(title: str, *columns: Column) -> tuple[Column, ...]:
@@ -43,9 +43,9 @@ COLUMNS: tuple[Column, ...] = (
         Column("reason", "why, in plain words", ""),
         Column("shape", "shape of the stored array", "", "shape"),
         Column("num_params", "entries of the array", "d"),
-        Column("N", "longer axis of its matrices", "d", weightwatcher="N"),
-        Column("M", "shorter axis of its matrices", "d", weightwatcher="M"),
-        Column("Q", "aspect ratio N / M, at least 1", ".3g", weightwatcher="Q"),
+        Column("N", "longer axis of its matrices", "d", "", "N"),
+        Column("M", "shorter axis of its matrices", "d", "", "M"),
+        Column("Q", "aspect ratio N / M, at least 1", ".3g", "", "Q"),
     ),
     *_group(
         "FARMS windows",
@@ -59,78 +59,57 @@ COLUMNS: tuple[Column, ...] = (
         Column("noise_alpha", "alpha of a matrix of independent entries (Marchenko-Pastur)", ".3f", "noise"),
         Column("num_windows", "windows measured, over all kernel positions", "d"),
         Column("ks_distance", "KS distance of the tail of the windows, in [0, 1]", ".3f", "KS"),
-        Column("xmin", "eigenvalue where that tail starts"),
+        Column("xmin", "eigenvalue where that tail starts", ".4g"),
         Column("num_tail", "eigenvalues in that tail", "d"),
     ),
     *_group(
         "whole matrix",
         Column("whole_alpha", "exponent by the same rule over the whole matrix", ".3f", "whole"),
         Column("aspect_ratio_bias", "whole_alpha - alpha", "+.3f", "bias"),
-        Column("whole_num_eigenvalues", "eigenvalues, over all kernel positions", "d", weightwatcher="num_evals"),
-        Column("whole_norm", "sum of the eigenvalues: squared Frobenius norm", weightwatcher="norm"),
-        Column("whole_log_norm", "log10 of whole_norm", ".3f", weightwatcher="log_norm"),
-        Column("whole_largest_eigenvalue", "largest eigenvalue", weightwatcher="spectral_norm"),
-        Column(
-            "whole_log_largest_eigenvalue",
-            "log10 of whole_largest_eigenvalue",
-            ".3f",
-            weightwatcher="log_spectral_norm",
-        ),
-        Column(
-            "whole_stable_rank",
-            "whole_norm / whole_largest_eigenvalue",
-            ".1f",
-            "stable",
-            weightwatcher="stable_rank",
-        ),
+        Column("whole_num_eigenvalues", "eigenvalues, over all kernel positions", "d", "", "num_evals"),
+        Column("whole_norm", "sum of the eigenvalues: squared Frobenius norm", ".4g", "", "norm"),
+        Column("whole_log_norm", "log10 of whole_norm", ".3f", "", "log_norm"),
+        Column("whole_largest_eigenvalue", "largest eigenvalue", ".4g", "", "spectral_norm"),
+        Column("whole_log_largest_eigenvalue", "log10 of whole_largest_eigenvalue", ".3f", "", "log_spectral_norm"),
+        Column("whole_stable_rank", "whole_norm / whole_largest_eigenvalue", ".1f", "stable", "stable_rank"),
         Column("effective_rank", "exp of the entropy of the singular values (Roy and Vetterli 2007)", ".1f"),
-        Column("entropy", "entropy of the eigenvalues over log of the rank, in [0, 1]", ".3f", weightwatcher="entropy"),
+        Column("entropy", "entropy of the eigenvalues over log of the rank, in [0, 1]", ".3f", "", "entropy"),
         Column(
-            "matrix_rank",
-            "singular values above the largest times N times machine epsilon",
-            "d",
-            weightwatcher="matrix_rank",
+            "matrix_rank", "singular values above the largest times N times machine epsilon", "d", "", "matrix_rank"
         ),
-        Column("rank_loss", "singular values at or below that", "d", weightwatcher="rank_loss"),
-        Column("weak_rank_loss", "eigenvalues below 1e-6", "d", weightwatcher="weak_rank_loss"),
-        Column("sv_max", "largest singular value", weightwatcher="sv_max"),
-        Column("sv_min", "smallest singular value", ".3g", weightwatcher="sv_min"),
+        Column("rank_loss", "singular values at or below that", "d", "", "rank_loss"),
+        Column("weak_rank_loss", "eigenvalues below 1e-6", "d", "", "weak_rank_loss"),
+        Column("sv_max", "largest singular value", ".4g", "", "sv_max"),
+        Column("sv_min", "smallest singular value", ".3g", "", "sv_min"),
     ),
     *_group(
         "WeightWatcher's fit",
-        Column("ww_alpha", "exponent with the best threshold by KS distance", ".3f", "ww", weightwatcher="alpha"),
-        Column("ww_ks_distance", "KS distance of that fit, in [0, 1]", ".3f", weightwatcher="D"),
-        Column("ww_xmin", "eigenvalue where that tail starts", weightwatcher="xmin"),
-        Column("ww_xmax", "largest eigenvalue of that fit", weightwatcher="xmax"),
-        Column("ww_sigma", "standard error of ww_alpha, (ww_alpha - 1) / sqrt(ww_num_tail)", ".3g", "", "", "sigma"),
-        Column("ww_num_tail", "eigenvalues in that tail", "d", weightwatcher="num_pl_spikes"),
+        Column("ww_alpha", "exponent with the best threshold by KS distance", ".3f", "ww", "alpha"),
+        Column("ww_ks_distance", "KS distance of that fit, in [0, 1]", ".3f", "", "D"),
+        Column("ww_xmin", "eigenvalue where that tail starts", ".4g", "", "xmin"),
+        Column("ww_xmax", "largest eigenvalue of that fit", ".4g", "", "xmax"),
+        Column("ww_sigma", "standard error of ww_alpha, (ww_alpha - 1) / sqrt(ww_num_tail)", ".3g", "", "sigma"),
+        Column("ww_num_tail", "eigenvalues in that tail", "d", "", "num_pl_spikes"),
+        Column("ww_alpha_hat", "ww_alpha times log10 of the largest eigenvalue", ".3f", "", "alpha_weighted"),
         Column(
-            "ww_alpha_hat",
-            "ww_alpha times log10 of the largest eigenvalue",
-            ".3f",
-            weightwatcher="alpha_weighted",
-        ),
-        Column(
-            "ww_log_alpha_norm",
-            "log10 of the sum of eigenvalues to the power ww_alpha",
-            ".3f",
-            weightwatcher="log_alpha_norm",
+            "ww_log_alpha_norm", "log10 of the sum of eigenvalues to the power ww_alpha", ".3f", "", "log_alpha_norm"
         ),
     ),
     *_group(
         "against noise",
         Column("mp_sigma", "deviation of an entry that fits the bulk to the Marchenko-Pastur law", ".3g"),
-        Column("mp_min", "lower edge of that bulk"),
-        Column("mp_max", "upper edge of that bulk"),
+        Column("mp_min", "lower edge of that bulk", ".4g"),
+        Column("mp_max", "upper edge of that bulk", ".4g"),
         Column("mp_spikes", "eigenvalues beyond it, by more than its fluctuation", "d", "spikes"),
         Column(
             "rand_distance",
             "Jensen-Shannon distance from the spectrum of the shuffled matrix",
             ".3f",
-            weightwatcher="rand_distance",
+            "",
+            "rand_distance",
         ),
-        Column("max_rand_eval", "largest eigenvalue of the shuffled matrix", weightwatcher="max_rand_eval"),
-        Column("ww_softrank", "max_rand_eval / whole_largest_eigenvalue", ".3f", weightwatcher="ww_softrank"),
+        Column("max_rand_eval", "largest eigenvalue of the shuffled matrix", ".4g", "", "max_rand_eval"),
+        Column("ww_softrank", "max_rand_eval / whole_largest_eigenvalue", ".3f", "", "ww_softrank"),
     ),
 )
 BY_NAME = {column.name: column for column in COLUMNS}

@@ -29,10 +29,10 @@ class Diagnosis(LayerTable):
     """Measures of every layer of a model; `layers` is in network order, with the names of `columns.COLUMNS`.
 
     Attributes:
-        model: its name, for people.
+        model: name of the model, for people.
         left_out: (name, reason) of every array that is no layer.
-        settings: of the diagnosis, of what JSON knows.
-        facts: path, format, versions, times: what else a reader may ask, of what JSON knows.
+        settings: settings of the diagnosis, in types of JSON.
+        facts: path, format, versions, times and what else a reader may ask, in types of JSON.
         histograms: spectra by layer.
     """
 
@@ -146,12 +146,8 @@ def _fields(content: dict[str, Any]) -> dict[str, Any]:
     """Fields of a `Diagnosis` from its JSON; any of several errors where it is something else."""
     if content["format"] != _FORMAT:
         raise ValueError(content["format"])
-    spectra = content["histograms"].items()
     return {field.name: content[field.name] for field in dataclasses.fields(Diagnosis)} | {
         "layers": tuple(dict(row) for row in content["layers"]),
         "left_out": tuple((name, reason) for name, reason in content["left_out"]),
-        "histograms": {
-            layer: Histogram(**{name: tuple(values) for name, values in spectrum.items()})
-            for layer, spectrum in spectra
-        },
+        "histograms": {layer: Histogram.from_json(spectra) for layer, spectra in content["histograms"].items()},
     }

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from farms_jax._present import data_frame, html_table
+from farms_jax._present import data_frame, html_table, optional
 from farms_jax.diagnosis.columns import Column, find_column
 from farms_jax.diagnosis.status import severity
-from farms_jax.diagnosis.table import measured, plain, plain_text, sheet, show_table
+from farms_jax.diagnosis.table import measured, plain, sheet
 from farms_jax.errors import InputError
 from farms_jax.programs.files import write_json, write_text
 
@@ -120,13 +122,28 @@ class LayerTable:
 
     def show(self) -> None:
         """Print the table: coloured and as wide as the terminal, plain where the output goes to a file."""
-        show_table(self.layers, self.columns, self.headline(), self.closing())
+        if not sys.stdout.isatty():
+            sys.stdout.write(self._text(width=None) + "\n")
+            return
+        console = optional("rich.console").Console(highlight=False)
+        fitting = sheet(self.layers, self.columns, console.width)
+        console.print(self.headline(), style="bold", markup=False)
+        console.print(fitting.coloured())
+        for line in [*fitting.notes, *self.closing()]:
+            console.print(line, style="dim", markup=False)
 
     def __str__(self) -> str:
         """Return a headline, a table of at most 120 characters, and what there is to add."""
-        return plain_text(self.layers, self.columns, self.headline(), self.closing())
+        return self._text(width=120)
 
     __repr__ = __str__
+
+    def _text(self, width: int | None) -> str:
+        fitting = sheet(self.layers, self.columns, width)
+        title, *below = self.headline(), *fitting.notes, *self.closing()
+        if width is not None:
+            title, *below = (textwrap.fill(line, width, subsequent_indent="  ") for line in (title, *below))
+        return "\n".join([title, fitting.plain(), *below])
 
     def _repr_html_(self) -> str:
         shown = sheet(self.layers, self.columns, None)

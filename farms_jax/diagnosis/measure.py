@@ -1,10 +1,9 @@
-"""Weights of a few layers -> every number of their rows: the one place where the measures are put together."""
+"""measure(): weights of a few layers -> every number of their rows. The measures are put together here alone."""
 
-import itertools
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -28,6 +27,7 @@ from farms_jax.solvers.cpu import cores
 from farms_jax.solvers.dispatch import Solver, window_eigenvalues
 
 _RESOLVED = 1e-10  # of the largest eigenvalue: below it Gram matrices in float64 lose a singular value's sixth digit
+_T = TypeVar("_T")
 _FIRST_WINDOWS = 16  # of an adaptive measure; each round after that doubles them
 
 
@@ -35,9 +35,9 @@ class Measured(NamedTuple):
     """What was measured of one layer.
 
     Attributes:
-        row: the columns of `columns.COLUMNS` that are of this layer alone: all but its name, status and place.
-        deviations: of alpha from its mean over resamples, shape (B,); empty without resamples.
-        histogram: its spectra.
+        row: columns of `columns.COLUMNS` that do not depend on other layers: all but name, status and rank.
+        deviations: deviations of alpha from its mean over resamples, shape (B,); empty without resamples.
+        histogram: spectra of windows and whole matrix.
     """
 
     row: dict[str, Any]
@@ -78,10 +78,10 @@ def measure(
     """Measure layers: their windows, their whole matrices, the same shuffled, and how sure it all is.
 
     Args:
-        weights: by name; 2-D or 4-D, finite, with enough eigenvalues (`farms_jax._analyze.select_layers`).
+        weights: weights by name; 2-D or 4-D, finite, with enough eigenvalues (`farms_jax._analyze.select_layers`).
         axes: rows and columns of the weights.
-        settings: of the diagnosis.
-        overwrite: the weights may be shuffled where they are, which saves the memory of a copy.
+        settings: settings of the diagnosis.
+        overwrite: shuffle the weights in place, which saves the memory of a copy.
 
     Returns:
         The measures by name, in the same order. Numbers of the windows are those of `farms_jax.analyze`.
@@ -210,7 +210,7 @@ def _shuffled_spectra(layers: list[_Layer], settings: Settings, overwrite: bool)
     """Eigenvalues (E,) of each layer's matrices with their entries in random places, ascending."""
     spectra: dict[str, np.ndarray] = {}
     with ThreadPoolExecutor(cores()) as threads:
-        for group in _within(layers, settings.max_batch_bytes):
+        for group in in_groups(layers, lambda layer: layer.stack.nbytes, settings.max_batch_bytes):
             stacks = list(threads.map(lambda layer: _shuffle(layer, settings, overwrite), group))
             found = _eigenvalues(stacks, [layer.whole for layer in group], "gram", settings)
             spectra |= {layer.name: np.sort(values.ravel()) for layer, values in zip(group, found, strict=True)}
@@ -226,14 +226,15 @@ def _shuffle(layer: _Layer, settings: Settings, overwrite: bool) -> np.ndarray:
     return stack
 
 
-def _within(layers: Iterable[_Layer], max_bytes: int) -> Iterator[list[_Layer]]:
-    """Groups of layers in order, each of at most so many bytes or a single layer."""
-    group: list[_Layer] = []
-    for layer in layers:
-        if group and sum(other.stack.nbytes for other in [*group, layer]) > max_bytes:
+def in_groups(items: Iterable[_T], size_of: Callable[[_T], int], limit: int) -> Iterator[list[_T]]:
+    """Yield groups of items in their order, each up to a limit of its summed size, or a single larger item."""
+    group, size = [], 0
+    for item in items:
+        if group and size + size_of(item) > limit:
             yield group
-            group = []
-        group.append(layer)
+            group, size = [], 0
+        group.append(item)
+        size += size_of(item)
     if group:
         yield group
 
@@ -271,5 +272,8 @@ def _starts(places: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 
 def _doubling(total: int) -> Iterator[int]:
-    yield from (count for count in itertools.takewhile(lambda n: n < total, (_FIRST_WINDOWS << i for i in range(64))))
+    count = _FIRST_WINDOWS
+    while count < total:
+        yield count
+        count *= 2
     yield total

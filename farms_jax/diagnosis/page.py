@@ -44,8 +44,8 @@ def page(
         columns: columns that were measured.
         histograms: spectra by layer; layers without one are shown without.
         model: name of the model.
-        headline: what needs attention, in a line that begins with the model's name.
-        facts: what stands below the headline, of what JSON knows.
+        headline: line that says what needs attention; begins with the model's name.
+        facts: entries below the headline, in types of JSON.
         left_out: (name, reason) of the arrays that are no layers.
 
     Returns:
@@ -95,7 +95,7 @@ def flat(value: Any) -> str:
     'window (per axis 10), whole yes, seconds 1.235'
 
     Args:
-        value: of what JSON knows.
+        value: value in types of JSON.
 
     Returns:
         Its text; entries that are `None` are left out.

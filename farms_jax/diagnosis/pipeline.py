@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from farms_jax._axes import FLAX_AXES, Axes
 from farms_jax._names import matching, named_leaves, natural_key
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.layer_table import Row
-from farms_jax.diagnosis.measure import Measured, measure
+from farms_jax.diagnosis.measure import Measured, in_groups, measure
 from farms_jax.diagnosis.resampling import rank_flips
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import Histogram
@@ -66,7 +67,7 @@ def diagnose(
         axes: rows and columns of the weights; by default those of the format, and `FLAX_AXES` for a pytree.
         cache: folder of earlier results, by hash of the weights; `None` keeps nothing.
         progress: show progress bars, where the standard error is a terminal.
-        **settings: fields of `farms_jax.diagnosis.settings.Settings`.
+        **settings: fields of `farms_jax.diagnosis.Settings`.
 
     Returns:
         The diagnosis.
@@ -91,25 +92,28 @@ def diagnose(
         for layer, measured in _measured(source, missing, chosen, progress=progress):
             store.put(layer.key, _kept(measured))
             found[layer.name] = measured
-        facts = {
-            "path": str(source.path),
-            "format": source.format,
-            "weights_sha256": hashlib.sha256("".join(layer.key for layer in layers).encode()).hexdigest(),
-            "num_arrays": len(source.tensors),
-            "from_cache": cached,
-            "date": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(start)),
-            "seconds": time.time() - start,
-            "versions": {name: version(name) for name in ("farms-jax", "jax", "numpy")},
-            "machine": platform.machine(),
-        }
         return Diagnosis(
             model=source.name,
             layers=_rows(layers, found, chosen),
             left_out=left_out,
             settings=dataclasses.asdict(chosen) | {"axes": dataclasses.asdict(source.axes)},
-            facts=facts,
+            facts=_facts(source, layers, cached, start),
             histograms={layer.name: found[layer.name].histogram for layer in layers},
         )
+
+
+def _facts(source: WeightSource, layers: list[_Layer], cached: int, start: float) -> dict[str, Any]:
+    return {
+        "path": str(source.path),
+        "format": source.format,
+        "weights_sha256": hashlib.sha256("".join(layer.key for layer in layers).encode()).hexdigest(),
+        "num_arrays": len(source.tensors),
+        "from_cache": cached,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(start)),
+        "seconds": time.time() - start,
+        "versions": {name: version(name) for name in ("farms-jax", "jax", "numpy")},
+        "machine": platform.machine(),
+    }
 
 
 def layers_of(
@@ -119,7 +123,7 @@ def layers_of(
 
     Args:
         source: the model.
-        settings: of the diagnosis.
+        settings: settings of the diagnosis.
         include: regular expressions of the names to measure; without any, all.
         exclude: regular expressions of the names to leave out.
 
@@ -199,26 +203,13 @@ def _measured(
     form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
     total, title = sum(layer.cost for layer in layers), f"measure {len(layers)} layers"
     with tqdm(total=total, desc=title, bar_format=form, disable=None if progress else True) as bar:
-        for chunk in _chunks(source, layers):
+        for chunk in in_groups(layers, lambda layer: 4 * math.prod(layer.shape), _CHUNK):
             weights = {layer.name: source.read(layer.name) for layer in chunk}
             measured = measure(weights, source.axes, settings, overwrite=True)
             del weights  # before the next chunk is read
             for layer in chunk:
                 yield layer, measured[layer.name]
                 bar.update(layer.cost)
-
-
-def _chunks(source: WeightSource, layers: list[_Layer]) -> Iterator[list[_Layer]]:
-    chunk, size = [], 0
-    for layer in layers:
-        count = 4 * int(np.prod(layer.shape))
-        if chunk and size + count > _CHUNK:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(layer)
-        size += count
-    if chunk:
-        yield chunk
 
 
 def _rows(layers: list[_Layer], found: Mapping[str, Measured], settings: Settings) -> tuple[Row, ...]:
@@ -247,7 +238,7 @@ def _restored(kept: Mapping[str, Any] | None) -> Measured | None:
     try:
         if kept is None:
             return None
-        histogram = Histogram(**{name: tuple(values) for name, values in kept["histogram"].items()})
+        histogram = Histogram.from_json(kept["histogram"])
         return Measured(dict(kept["row"]), np.asarray(kept["deviations"], float), histogram)
     except (KeyError, TypeError, ValueError, AttributeError):
         return None

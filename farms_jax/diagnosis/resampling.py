@@ -28,7 +28,7 @@ def interval_grid(grid: Grid, stack_shape: tuple[int, int, int]) -> Grid:
 
     Args:
         grid: windows of the estimate.
-        stack_shape: (K, R, C) of the layer.
+        stack_shape: shape (K, R, C) of the layer.
 
     Returns:
         `grid` itself where its windows are worth enough separate ones; else windows of half their rows and columns, at
@@ -54,7 +54,7 @@ def separate_windows(grid: Grid, power: int = 1) -> float:
     """How many windows without overlap as many with overlap are worth: W^2 / sum of correlations.
 
     Args:
-        grid: the windows, all of one shape.
+        grid: windows, all of one shape.
         power: the correlation of two windows is the share of their area that they have in common, to this power: 1
             where few large entries rule, 2 and above for light tails.
 
@@ -75,11 +75,11 @@ def deviations(
 
     Args:
         windows: eigenvalues of each window, shape (W, n), rows ascending.
-        tail: the rule.
+        tail: rule of the fit.
         grids: those windows, for one kernel position, and the windows of the estimate.
-        positions: K, kernel positions, each with all the windows.
-        resamples: B.
-        rng: of the draws.
+        positions: number of kernel positions K, each with all the windows.
+        resamples: number of resamples B.
+        rng: generator of the draws.
 
     Returns:
         Deviations from the mean, shape (B,), widened as a t-distribution is against a normal one; zeros where fewer
@@ -112,7 +112,7 @@ def _resampled(alphas: np.ndarray, drawn: float, worth: float, resamples: int, r
 
 
 def interval(alpha: float, scatter: np.ndarray, level: float) -> tuple[float, float]:
-    """Ends of the confidence interval of an alpha, of its deviations (B,)."""
+    """Return the ends of the confidence interval of an alpha, from its deviations (B,)."""
     low, high = np.quantile(scatter, [(1 - level) / 2, (1 + level) / 2])
     return alpha + float(low), alpha + float(high)
 
@@ -128,7 +128,7 @@ def rank_flips(
     Args:
         alphas: shape (L,); `None`, NaN and 0, no tail, come last.
         scatter: deviations of each layer, shape (L, B).
-        level: of the intervals, in (0, 1).
+        level: level of the intervals, in (0, 1).
 
     Returns:
         Place of each layer, 1 the smallest alpha; the ends of its interval; and the share of resamples, in [0, 1], in

@@ -12,15 +12,15 @@ class Settings:
 
     Attributes:
         window: windows of FARMS; `None` takes whole matrices in their place.
-        tail: where the power-law tail starts, for `alpha` and `whole_alpha`; `ww_alpha` is WeightWatcher's, whatever
-            this says.
+        tail: where the power-law tail starts, for `alpha` and `whole_alpha`; WeightWatcher's `ww_alpha` has its own
+            rule.
         kernel_scale: factor on the eigenvalues of 4-D kernels; 0.5 as in the reference and in WeightWatcher.
         whole: measure whole matrices too; without it only the columns of the windows are there.
         randomize: shuffle each matrix and measure it again: `rand_distance` and its companions. Needs `whole`.
         resamples: draws from which intervals and rank flips are computed; 0 computes none.
-        level: of the confidence intervals, in (0, 1).
+        level: level of the confidence intervals, in (0, 1).
         tolerance: adaptive windows: stop adding them when the interval of alpha is within +- this. `None` takes all.
-        seed: of shuffles and resamples; a layer's draws depend on it and on the layer's name alone.
+        seed: seed of shuffles and resamples; a layer's draws depend on it and on the layer's name alone.
         max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Spectra -> numbers: what one layer's eigenvalues say, in float64, whatever solved them.
+"""Spectra -> numbers: what one layer's eigenvalues say, in float64, whichever solver found them.
 
 Eigenvalues are those of W W^T, ascending, pooled over kernel positions and scaled as the reference and WeightWatcher do
 it. Numbers that do not exist for a spectrum, such as the logarithm of a norm of 0, are `None`.
@@ -10,6 +10,7 @@ any other, where WeightWatcher corrects for the bias of small samples; `entropy`
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,11 @@ class Histogram(NamedTuple):
     edges: tuple[float, ...]
     windows: tuple[float, ...]
     whole: tuple[float, ...] = ()
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Histogram":
+        """Return what JSON made of `_asdict()`; any of several errors where it is something else."""
+        return cls(**{name: tuple(values) for name, values in content.items()})
 
 
 def fit_spectra(spectra: np.ndarray, tail: Tail) -> TailFit:
@@ -91,8 +97,8 @@ def spectrum_measures(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str
 
     Args:
         eigenvalues: shape (E,), float64, ascending, not negative.
-        rows: of one matrix.
-        cols: of one matrix.
+        rows: rows of one matrix.
+        cols: columns of one matrix.
 
     Returns:
         The columns `ww_alpha` to `sv_min` and `mp_sigma` to `mp_spikes` of `columns.COLUMNS`, all in the scale of the
@@ -154,7 +160,7 @@ def shuffled_measures(eigenvalues: np.ndarray, shuffled: np.ndarray) -> dict[str
 
     Args:
         eigenvalues: shape (E,), ascending.
-        shuffled: of the shuffled matrices, shape (E,), ascending.
+        shuffled: those of the shuffled matrices, shape (E,), ascending.
 
     Returns:
         The columns `rand_distance`, `max_rand_eval` and `ww_softrank`, as WeightWatcher has them, from one shuffle. The
@@ -177,7 +183,7 @@ def histogram(windows: np.ndarray, whole: np.ndarray | None) -> Histogram:
 
     Args:
         windows: pooled eigenvalues of the windows, any order.
-        whole: of the whole matrix, or `None`.
+        whole: eigenvalues of the whole matrix, or `None`.
 
     Returns:
         The histogram; flat where every eigenvalue is 0.

@@ -48,8 +48,8 @@ def inline_svg(figure: Figure, label: str, tooltips: Mapping[str, str]) -> str:
 
     Args:
         figure: drawn under `STYLE`.
-        label: what a screen reader says.
-        tooltips: text by target of a link.
+        label: description for screen readers.
+        tooltips: text by the target of a link.
 
     Returns:
         HTML, whatever the texts hold.

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ class Rules:
 
     Attributes:
         ww_alpha_below: WeightWatcher's alpha of the whole matrix is below this.
-        spikes: so many eigenvalues stand beyond the bulk of noise, where none did in the checkpoint before.
+        spikes: this many eigenvalues stand beyond the bulk of noise, where none did in the checkpoint before.
     """
 
     ww_alpha_below: float = OVER_CORRELATED
@@ -34,10 +34,10 @@ class Alert(NamedTuple):
     """A rule that was broken.
 
     Attributes:
-        checkpoint: path of it.
-        layer: which; empty where it is the whole checkpoint.
+        checkpoint: path of the checkpoint.
+        layer: name of the layer; empty where the whole checkpoint is meant.
         rule: `"ww_alpha"`, `"degenerate"`, `"spikes"` or `"checkpoint"`.
-        message: in plain words.
+        message: reason in plain words.
     """
 
     checkpoint: str
@@ -60,10 +60,10 @@ def watch(run: Path, *, rules: Rules = Rules(), every: float | None = None, **op
     A checkpoint that cannot be read is tried once more later: it may be half written. One that is gone is forgotten.
 
     Args:
-        run: its directory.
-        rules: what raises an alert.
+        run: directory of the run.
+        rules: rules that raise an alert.
         every: seconds from one look at the directory to the next; `None` looks once.
-        **options: of `diagnose`.
+        **options: options of `diagnose`.
 
     Yields:
         What was found in each checkpoint.
@@ -91,49 +91,35 @@ def watch(run: Path, *, rules: Rules = Rules(), every: float | None = None, **op
                     yield Seen(path, None, [Alert(str(path), "", "checkpoint", str(error))])
                 continue
             done.add((path, version))
-            yield Seen(path, diagnosis, alerts_of(path, before.get(_series(path)), diagnosis, rules))
+            yield Seen(path, diagnosis, _alerts(path, before.get(_series(path)), diagnosis, rules))
             before[_series(path)] = diagnosis
         if every is None:
             return
         time.sleep(every)
 
 
-def alerts_of(checkpoint: Path, before: Diagnosis | None, now: Diagnosis, rules: Rules) -> list[Alert]:
-    """Compare a checkpoint with the one before it.
-
-    Args:
-        checkpoint: path of it.
-        before: diagnosis of the one before; `None` for the first.
-        now: its diagnosis.
-        rules: what raises an alert.
-
-    Returns:
-        An alert per layer and rule that is broken now and was not before.
-    """
+def _alerts(checkpoint: Path, before: Diagnosis | None, now: Diagnosis, rules: Rules) -> list[Alert]:
+    """An alert per layer and rule that is broken now and was not in the checkpoint before."""
     earlier = {row["layer"]: row for row in before.layers} if before else {}
-    alerts = []
-    for row in now.layers:
-        then = earlier.get(row["layer"])
-        for rule, message in _broken(row, then, rules):
-            alerts.append(Alert(str(checkpoint), row["layer"], rule, message))
-    return alerts
+    return [
+        Alert(str(checkpoint), row["layer"], rule, message)
+        for row in now.layers
+        for rule, message in _broken(row, earlier.get(row["layer"]), rules)
+    ]
 
 
-def _broken(row: Row, then: Mapping[str, Any] | None, rules: Rules) -> Iterator[tuple[str, str]]:
-    def low(measured: Mapping[str, Any] | None) -> bool:
-        return measured is not None and 1 < (measured.get("ww_alpha") or 0) < rules.ww_alpha_below
-
-    if row["status"] == "degenerate" and (then is None or then["status"] != "degenerate"):
+def _broken(row: Row, then: Row | None, rules: Rules) -> Iterator[tuple[str, str]]:
+    then = then or {}
+    if row["status"] == "degenerate" and then.get("status") != "degenerate":
         yield "degenerate", row["reason"]
-    if low(row) and not low(then):
-        was = f", was {then['ww_alpha']:.2f}" if then and then.get("ww_alpha") else ""
-        yield "ww_alpha", f"ww_alpha {row['ww_alpha']:.2f} is below {rules.ww_alpha_below:g}{was}"
+    alpha, earlier = row.get("ww_alpha") or 0, then.get("ww_alpha") or 0
+    if 1 < alpha < rules.ww_alpha_below and not 1 < earlier < rules.ww_alpha_below:
+        was = f", was {earlier:.2f}" if earlier else ""
+        yield "ww_alpha", f"ww_alpha {alpha:.2f} is below {rules.ww_alpha_below:g}{was}"
     spikes = row.get("mp_spikes") or 0
-    if then is not None and then.get("mp_spikes") == 0 and spikes >= rules.spikes:
-        yield (
-            "spikes",
-            f"{spikes} eigenvalue{'' if spikes == 1 else 's'} beyond the bulk of noise, where there was none",
-        )
+    if then.get("mp_spikes") == 0 and spikes >= rules.spikes:
+        some = "eigenvalue" if spikes == 1 else "eigenvalues"
+        yield "spikes", f"{spikes} {some} beyond the bulk of noise, where there was none"
 
 
 def _series(path: Path) -> str:
@@ -142,7 +128,7 @@ def _series(path: Path) -> str:
 
 
 def _version(path: Path) -> int:
-    """When a checkpoint was last written, in nanoseconds: files are overwritten in place; 0 where it is gone."""
+    """Time of the last write in nanoseconds, since files are overwritten in place; 0 where the checkpoint is gone."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
