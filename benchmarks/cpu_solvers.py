@@ -1,6 +1,6 @@
 """Ways to solve many eigenproblems on CPU, on the windows of a full-width ResNet-18.
 
-    python -m benchmarks.cpu_solvers [--repeats 5] [--out results.json]
+    python -m benchmarks.cpu_solvers [--repeats 5] [--json results.json]
 
 - `threads`: what `farms_jax` does: LAPACK on single matrices in a thread pool behind one callback;
 - `threads float64`: the same, Gram matrices in float64;
@@ -42,7 +42,7 @@ def main() -> None:
     """Print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", default="benchmarks/results/cpu_solvers.json")
+    parser.add_argument("--json", default="benchmarks/results/cpu_solvers.json")
     settings = parser.parse_args()
     facts = machine()
     weights = network("resnet18").values()
@@ -80,8 +80,8 @@ def main() -> None:
     print(f"{'way':20} {'compile':>9} {'run':>9} {'to threads':>11}")
     for name, value in seconds.items():
         print(f"{name:20} {first[name]:7.2f} s {value:7.3f} s {value / seconds['threads']:10.2f}x")
-    write(settings.out, {"machine": facts, "compile": first, "seconds": seconds})
-    print(f"written to {settings.out}")
+    write(settings.json, {"machine": facts, "compile": first, "seconds": seconds})
+    print(f"written to {settings.json}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One analysis over several devices, and over several processes.
 
-    python -m benchmarks.devices [--devices 1 2 4 8] [--processes 1 2] [--hidden 1024] [--blocks 2] [--out results.json]
+    python -m benchmarks.devices [--devices 1 2 4 8] [--processes 1 2] [--hidden 1024] [--blocks 2]
+                                  [--json results.json]
 
 The weights are those of LLaMA blocks, random, sharded as for tensor parallelism: `farms_jax.analyze` spreads their
 windows over the devices of a mesh. One device is the plain analysis, of weights that are not sharded. Processes are
@@ -147,7 +148,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", default="benchmarks/results/devices.json")
+    parser.add_argument("--json", default="benchmarks/results/devices.json")
     for name, kind in (("count", int), ("process", int), ("port", int)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     parser.add_argument("--cores", type=int, nargs="*", help=argparse.SUPPRESS)
@@ -171,8 +172,8 @@ def main() -> None:
         results["processes"] = {count: in_processes(count, settings, accelerated=accelerated) for count in counts}
         table("processes", results["processes"])
     shape = {"hidden": settings.hidden, "blocks": settings.blocks}
-    write(settings.out, {"machine": facts, "accelerated": accelerated, "shape": shape, **results})
-    print(f"\nwritten to {settings.out}")
+    write(settings.json, {"machine": facts, "accelerated": accelerated, "shape": shape, **results})
+    print(f"\nwritten to {settings.json}")
 
 
 def devices() -> tuple[bool, int]:

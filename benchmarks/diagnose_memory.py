@@ -1,6 +1,6 @@
 """Peak memory of `farms analyze` on a model larger than it.
 
-    python -m benchmarks.diagnose_memory [--gigabytes 2] [--out benchmarks/results/diagnose_memory.json]
+    python -m benchmarks.diagnose_memory [--gigabytes 2] [--json benchmarks/results/diagnose_memory.json]
 
 Writes a LLaMA-shaped model of random float32 weights (2048 wide, 5632 in the MLP, 32,000 tokens) as a sharded Hugging
 Face folder, runs `farms analyze --html` on it in a process of its own, and reads that process's peak resident memory.
@@ -68,7 +68,7 @@ def main() -> None:
     """Print the figures, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
-    parser.add_argument("--out", default="benchmarks/results/diagnose_memory.json")
+    parser.add_argument("--json", default="benchmarks/results/diagnose_memory.json")
     settings = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         size = make_model(Path(folder), settings.gigabytes)
@@ -78,8 +78,8 @@ def main() -> None:
     facts = machine()
     print(f"{facts['cpu']}, {facts['cores']} cores")
     print(", ".join(f"{key} {value:.0f}" for key, value in result.items()))
-    write(settings.out, {"machine": facts, **result})
-    print(f"written to {settings.out}")
+    write(settings.json, {"machine": facts, **result})
+    print(f"written to {settings.json}")
 
 
 if __name__ == "__main__":

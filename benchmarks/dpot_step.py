@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="trajectories in a step")
     parser.add_argument("--refresh", nargs="+", default=["tiny", "small"], choices=sorted(NAMED))
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each")
-    parser.add_argument("--out", default="benchmarks/results/dpot_step.json", help="file for the results, JSON")
+    parser.add_argument("--json", default="benchmarks/results/dpot_step.json", help="file for the results, JSON")
     args = parser.parse_args()
 
     torch.set_num_threads(machine()["cores"])  # JAX takes all cores; there is no switch for less
@@ -52,8 +52,8 @@ def main() -> None:
     for name, row in refresh.items():
         numbers = f"{row['first']:8.2f}{row['ours']:8.3f}{row['loop']:8.3f}{row['ratio']:11.1f}"
         print(f"{name:10}{numbers}{row['max_relative_difference_of_alpha']:12.0e}")
-    write(args.out, {"machine": machine(), "settings": vars(args), "step": step, "refresh": refresh})
-    print(f"written to {args.out}")
+    write(args.json, {"machine": machine(), "settings": vars(args), "step": step, "refresh": refresh})
+    print(f"written to {args.json}")
 
 
 def time_step(model: ModelConfig, batch: int, repeats: int) -> dict[str, Any]:

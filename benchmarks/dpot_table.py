@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/table4"), help="folder of the runs")
     parser.add_argument("--epochs", type=int, default=20, help="of fine-tuning, at every share")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--results", default="benchmarks/results/dpot_table.json", help="file for the results, JSON")
     args = parser.parse_args()
@@ -41,7 +41,7 @@ def main() -> None:
     weights = args.out / "start" / "none" / "seed0" / "model.safetensors"
     rows = {}
     for ratio in args.ratios:
-        settings = {"ratio": ratio, "epochs": args.epochs, "seeds": tuple(args.seeds), "weights": weights}
+        settings = {"ratio": ratio, "epochs": args.epochs, "seeds": tuple(args.seed), "weights": weights}
         config = dataclasses.replace(small, tb="farms", against=("none", "sigmoid"), data=str(data), **settings)
         rows[str(ratio)] = run_once(args.out / f"ratio{ratio}", config)
     print(f"\n{'share':>6} {'before':>10}" + "".join(f"{tb:>24}" for tb in ("none", "sigmoid", "farms")))

@@ -1,6 +1,6 @@
 """A long run of the fuzzing that tests do for seconds: many damaged files, each read or refused in one line.
 
-    python -m benchmarks.fuzz --files 100000 --seed 1 [--only gguf tokenizer] [--keep failed] [--out results.json]
+    python -m benchmarks.fuzz --files 100000 --seed 1 [--only gguf tokenizer] [--keep failed] [--json results.json]
 
 Files are shared out between the readers as in the tests, where every reader has at least a few hundred. The files that
 fail are kept; a failure names the command that reads its file again. The exit status is 1 where there is one.
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], choices=sorted(TARGETS), metavar="READER")
     parser.add_argument("--keep", type=Path, default=Path("runs/fuzz-failed"), help="folder for the files that fail")
-    parser.add_argument("--out", default="benchmarks/results/fuzz.json")
+    parser.add_argument("--json", default="benchmarks/results/fuzz.json")
     settings = parser.parse_args()
     start = time.perf_counter()
     outcomes = fuzz(shared_out(settings.files, settings.only), settings.seed, settings.keep)
@@ -66,8 +66,8 @@ def main() -> None:
     }
     elapsed = round(time.perf_counter() - start, 1)
     facts = {"machine": machine(), "seed": settings.seed, "seconds": elapsed, "readers": results}
-    write(settings.out, facts | {"failures": [str(failure) for failure in failures]})
-    print(f"{elapsed:.0f} s; written to {settings.out}")
+    write(settings.json, facts | {"failures": [str(failure) for failure in failures]})
+    print(f"{elapsed:.0f} s; written to {settings.json}")
     sys.exit(1 if failures else 0)
 
 

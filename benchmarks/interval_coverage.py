@@ -1,6 +1,6 @@
 """Coverage of the confidence intervals of alpha: how often they hold the mean over an ensemble of random matrices.
 
-    python -m benchmarks.interval_coverage [--draws 200] [--out results.json]
+    python -m benchmarks.interval_coverage [--draws 200] [--json results.json]
 
 Per kind of matrix and shape, so many layers are drawn and diagnosed; the mean of their alphas is what each one's 95 %
 interval should hold. Beside the coverage, the width of an interval against the scatter that it stands for: 1 is exact,
@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=200, help="layers of each kind and shape")
     parser.add_argument("--tail", default="median", choices=["median", "peak", "ks"])
-    parser.add_argument("--out", default="benchmarks/results/interval_coverage.json")
+    parser.add_argument("--json", default="benchmarks/results/interval_coverage.json")
     args = parser.parse_args()
     results = []
     print(f"{'kind':22} {'layer':26} {'alpha':>6} {'deviation':>9} {'coverage':>8} {'width':>6}")
@@ -117,8 +117,8 @@ def main() -> None:
     inside = np.mean([0.9 <= row["coverage"] <= 0.99 for row in results])
     least, mean = min(row["coverage"] for row in results), np.mean([row["coverage"] for row in results])
     print(f"\ncoverage: mean {mean:.1%}, least {least:.1%}, within 90 .. 99 % in {inside:.0%} of the cases")
-    write(args.out, {"machine": machine(), "draws": args.draws, "tail": args.tail, "level": 0.95, "cases": results})
-    print(f"written to {args.out}")
+    write(args.json, {"machine": machine(), "draws": args.draws, "tail": args.tail, "level": 0.95, "cases": results})
+    print(f"written to {args.json}")
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--program", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="new folder, in which runs that differ are kept")
-    parser.add_argument("--out", default="benchmarks/results/kill.json", help="file for the results, JSON")
+    parser.add_argument("--json", default="benchmarks/results/kill.json", help="file for the results, JSON")
     args = parser.parse_args()
     results: dict[str, Any] = {}
     for name in args.program:
@@ -282,8 +282,8 @@ def main() -> None:
             found = kill_program(name, args.kills, args.seed, (args.folder or Path(temporary)) / name)
         results[name] = {**_summary(found), "moments": found._asdict()}
         _print_row(name, results[name], header=len(results) == 1)
-    write(args.out, {"machine": machine(), "settings": vars(args), "results": results})
-    print(f"written to {args.out}")
+    write(args.json, {"machine": machine(), "settings": vars(args), "results": results})
+    print(f"written to {args.json}")
 
 
 def _summary(found: Killed) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Ways to measure large matrices that were tried: what each costs and how far off its alpha is.
 
     python -m benchmarks.large_matrices [--rows 1000] [--reduced 2000 4096] [--whole 8192] [--repeats 3]
-                                        [--weights PATH] [--out results.json]
+                                        [--weights PATH] [--json results.json]
 
 - windows: the 64 windows of a matrix whose neighbours lie 149 of 2000 rows apart, as in the paper's LLaMA-7B: singular
   values; a Gram matrix for each; Gram matrices shared between windows that start in one column; those brought from one
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--whole", type=int, default=8192, help="rows of the matrix for stochastic Lanczos")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--weights", help="a checkpoint, of which `fewer windows` takes every tenth layer")
-    parser.add_argument("--out", default="benchmarks/results/large_matrices.json")
+    parser.add_argument("--json", default="benchmarks/results/large_matrices.json")
     settings = parser.parse_args()
     facts = machine()
     print(f"{facts['cpu']}, {facts['cores']} cores")
@@ -217,8 +217,8 @@ def main() -> None:
         "fewer": of_fewer,
         "lanczos": of_lanczos,
     }
-    write(settings.out, results)
-    print(f"written to {settings.out}")
+    write(settings.json, results)
+    print(f"written to {settings.json}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Spectral analysis at the scale of LLaMA: 225 windows of 2000 x 2000 for each matrix.
 
     python -m benchmarks.llama_shapes [--model 7b] [--per-shape 1] [--rules median peak] [--rows 2000] [--per-axis 15]
-                                      [--weights PATH] [--peer 4] [--out results.json]
+                                      [--weights PATH] [--peer 4] [--json results.json]
 
 Matrices come one at a time: random ones in the shapes of LLaMA-7B or 13B, or those of a checkpoint that `farms analyze`
 reads. Of each shape so many are analysed; `--per-shape 0` takes all, and the time of the whole model is then measured
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--per-axis", type=int, default=15)
     parser.add_argument("--peer", type=int, default=4, help="windows of each shape for PyTorch's loop; 0: none")
-    parser.add_argument("--out", default="benchmarks/results/llama_shapes.json")
+    parser.add_argument("--json", default="benchmarks/results/llama_shapes.json")
     settings = parser.parse_args()
     return_freed_memory()
     layers = list(stored(settings.weights) if settings.weights else drawn(settings.model))
@@ -253,8 +253,8 @@ def main() -> None:
     results["peak_memory_bytes"] = peak_memory()
     results["device_peak_bytes"] = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     print(f"peak memory {results['peak_memory_bytes'] / 2**20:.0f} MiB")
-    write(settings.out, results)
-    print(f"written to {settings.out}")
+    write(settings.json, results)
+    print(f"written to {settings.json}")
 
 
 if __name__ == "__main__":

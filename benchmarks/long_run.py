@@ -286,15 +286,15 @@ def main() -> None:
     parser.add_argument("--refreshes", type=int, default=10_000)
     parser.add_argument("--loads", type=int, default=1000)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
-    parser.add_argument("--out", default="benchmarks/results/long_run.json")
+    parser.add_argument("--json", default="benchmarks/results/long_run.json")
     settings = parser.parse_args()
     results: dict[str, Any] = {}
     for kind in settings.kinds:
         calls = settings.refreshes if kind in {"refresh", "step"} else settings.loads
         results[kind] = _in_a_process(kind, calls // 10 if kind == "diagnose" else calls)
         _print_row(kind, results[kind], header=len(results) == 1)
-    write(settings.out, {"machine": machine(), "settings": vars(settings), "results": results})
-    print(f"written to {settings.out}")
+    write(settings.json, {"machine": machine(), "settings": vars(settings), "results": results})
+    print(f"written to {settings.json}")
 
 
 def _in_a_process(kind: str, calls: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--methods", nargs="+", default=list(get_args(Method)), choices=get_args(Method))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", default="benchmarks/results/prune.json", help="file for the results, JSON")
+    parser.add_argument("--json", default="benchmarks/results/prune.json", help="file for the results, JSON")
     args = parser.parse_args()
 
     torch.set_num_threads(machine()["cores"])
@@ -46,7 +46,7 @@ def main() -> None:
         results[method] = time_method(method, args)
         row = results[method]
         print(f"{method:12}{row['ours']:9.3f}{row['torch']:9.3f}{row['ratio']:12.2f}{row['masks_equal']:13.6f}")
-    write(args.out, {"machine": machine(), "settings": vars(args), "results": results})
+    write(args.json, {"machine": machine(), "settings": vars(args), "results": results})
 
 
 def time_method(method: Method, args: argparse.Namespace) -> dict[str, Any]:

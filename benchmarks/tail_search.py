@@ -1,6 +1,6 @@
 """The exact search for the tail's start among many eigenvalues, rules `ks` and `peak`.
 
-    python -m benchmarks.tail_search [--count 450000] [--repeats 5] [--out results.json]
+    python -m benchmarks.tail_search [--count 450000] [--repeats 5] [--json results.json]
 
 The spectrum is that of Gaussian windows of 450 rows, pooled as often as it takes, each eigenvalue moved by about 1 %.
 """
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=450_000)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", default="benchmarks/results/tail_search.json")
+    parser.add_argument("--json", default="benchmarks/results/tail_search.json")
     settings = parser.parse_args()
     values, first, programs = jnp.asarray(spectrum(settings.count)), {}, {}
     for rule in ("ks", "peak"):
@@ -42,8 +42,8 @@ def main() -> None:
     print(f"{facts['cpu']}, {facts['cores']} cores; {settings.count} eigenvalues, medians of {settings.repeats}")
     for rule, value in seconds.items():
         print(f"{rule:5} compile {first[rule]:.2f} s, run {value:.3f} s")
-    write(settings.out, {"machine": facts, "count": settings.count, "compile": first, "seconds": seconds})
-    print(f"written to {settings.out}")
+    write(settings.json, {"machine": facts, "count": settings.count, "compile": first, "seconds": seconds})
+    print(f"written to {settings.json}")
 
 
 if __name__ == "__main__":

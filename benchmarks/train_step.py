@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=7, help="timed calls of each")
-    parser.add_argument("--out", default="benchmarks/results/train_step.json", help="file for the results, JSON")
+    parser.add_argument("--json", default="benchmarks/results/train_step.json", help="file for the results, JSON")
     args = parser.parse_args()
 
     cores = machine()["cores"]
@@ -62,8 +62,8 @@ def main() -> None:
     print(f"refresh     {1e3 * refresh_seconds:10.0f}   {100 * share:.3f} % of an epoch")
     settings = {**vars(args), "threads": cores, "scanned": SCANNED, "dtype": "float32"}
     results = {"seconds": seconds, "torch_over": ratios, "refresh": refresh_seconds, "refresh_share": share}
-    write(args.out, {"machine": machine(), "settings": settings, **results})
-    print(f"written to {args.out}")
+    write(args.json, {"machine": machine(), "settings": settings, **results})
+    print(f"written to {args.json}")
 
 
 def our_steps(depth: int, width: float, images: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], None]]:

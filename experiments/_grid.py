@@ -47,7 +47,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-axis", nargs="+", type=positive, default=list(PER_AXIS), help="positions on each axis")
     parser.add_argument("--sparsity", type=float, default=0.6, help="fraction of the block weights to remove")
     parser.add_argument("--epsilon", type=float, default=0.3, help="half the range of sparsities")
-    parser.add_argument("--xmin", default="peak", choices=["median", "peak", "ks"], help="start of the tail")
+    parser.add_argument("--tail", default="peak", choices=["median", "peak", "ks"], help="start of the tail")
     parser.add_argument("--cache", type=Path, default=Path("runs"), help="folder of earlier analyses")
 
 
@@ -57,7 +57,7 @@ def config_of(args: argparse.Namespace) -> Config:
         model=args.model,
         sparsity=args.sparsity,
         epsilon=str(args.epsilon),
-        xmin=args.xmin,
+        tail=args.tail,
         calibration=str(BUNDLED / "calibration.txt"),
         text=str(BUNDLED / "heldout.txt"),
         samples=1,
@@ -78,7 +78,7 @@ def grid(args: argparse.Namespace, job: Job) -> list[Setting]:
 
 def under(job: Job, setting: Setting) -> Job:
     """Return the job with the allocation of a setting."""
-    fields = {"allocation": setting.allocation, "window_rows": setting.rows}
+    fields = {"allocation": setting.allocation, "rows": setting.rows}
     fields |= {"per_axis": setting.per_axis} if setting.per_axis else {}
     return dataclasses.replace(job, config=dataclasses.replace(job.config, **fields))
 

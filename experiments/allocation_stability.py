@@ -73,7 +73,7 @@ def perplexities(path: Path, weights: str, args: argparse.Namespace) -> dict[str
     if not path.is_file():
         return {}
     found = _grid.read_json(path)
-    same = all(found["settings"].get(key) == getattr(args, key) for key in ("sparsity", "epsilon", "xmin"))
+    same = all(found["settings"].get(key) == getattr(args, key) for key in ("sparsity", "epsilon", "tail"))
     if not same or found.get("weights") != weights:
         return {}
     return {row["setting"]: row["perplexity"] for row in found["summary"]}

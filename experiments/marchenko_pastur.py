@@ -35,7 +35,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=positive, default=500, help="of every matrix, its shorter axis")
     ratios = [1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0]
     parser.add_argument("--aspect-ratios", nargs="+", type=float, default=ratios, help="columns over rows, at least 1")
-    parser.add_argument("--seeds", type=positive, default=5, help="matrices of each shape")
+    parser.add_argument("--repeats", type=positive, default=5, help="matrices of each shape")
 
 
 def experiment(args: argparse.Namespace) -> Result:
@@ -58,7 +58,7 @@ def experiment(args: argparse.Namespace) -> Result:
         )
     rows, spectra = [], {}
     for ratio in tqdm(sorted(args.aspect_ratios), desc="marchenko_pastur", unit="shape", leave=False):
-        row, spectra[ratio] = measure(args.rows, round(args.rows * ratio), args.seeds)
+        row, spectra[ratio] = measure(args.rows, round(args.rows * ratio), args.repeats)
         rows.append(row)
     return Result(rows, rows, {}, draw(rows, spectra))
 

@@ -45,7 +45,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--depth-width", type=float, default=1.0, help="the width that is shown layer by layer")
     parser.add_argument("--classes", type=positive, default=100, help="outputs of the final layer")
-    parser.add_argument("--seeds", type=positive, default=3, help="draws of every network")
+    parser.add_argument("--repeats", type=positive, default=3, help="draws of every network")
 
 
 def experiment(args: argparse.Namespace) -> Result:
@@ -65,7 +65,7 @@ def experiment(args: argparse.Namespace) -> Result:
         raise InputError(f"--widths must be at least 1/32, got {min(args.widths):g}: a layer would have no channel")
     if args.depth_width not in args.widths:
         raise InputError(f"--depth-width {args.depth_width:g} is none of the --widths; add it there, or choose one")
-    cases = [(model, width, seed) for model in args.models for width in args.widths for seed in range(args.seeds)]
+    cases = [(model, width, seed) for model in args.models for width in args.widths for seed in range(args.repeats)]
     rows = []
     for model, width, seed in tqdm(cases, desc="random_init", unit="network", leave=False):
         weights = he_weights(model, width, args.classes, seed)

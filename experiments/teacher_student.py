@@ -62,7 +62,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     widths = [125, 177, 250, 354, 500, 707, 1000, 1414, 2000]
     parser.add_argument("--inputs", type=positive, default=500, help="dimension of an input; the paper's")
     parser.add_argument("--widths", nargs="+", type=positive, default=widths, help="of the students")
-    parser.add_argument("--seeds", type=positive, default=5, help="students of each width")
+    parser.add_argument("--repeats", type=positive, default=5, help="students of each width")
     parser.add_argument("--steps", type=positive, default=35)
     parser.add_argument("--batch", type=positive, default=1000, help="inputs of a step")
     parser.add_argument("--rate", type=float, default=0.5)
@@ -91,7 +91,7 @@ def experiment(args: argparse.Namespace) -> Result:
         )
     if not (args.gain > 0 and args.rate > 0):
         raise InputError(f"--gain and --rate must be above 0, got {args.gain} and {args.rate}")
-    cases = [(width, seed) for width in sorted(set(args.widths)) for seed in range(args.seeds)]
+    cases = [(width, seed) for width in sorted(set(args.widths)) for seed in range(args.repeats)]
     bar = tqdm(cases, desc="teacher_student", unit="student", leave=False)
     students = [train(args, width, seed) for width, seed in bar]
     rows = [

@@ -6,7 +6,7 @@ Every window, AlphaPruning and the uniform allocation prune the same model at on
 tokens, and are evaluated on the same blocks of text; nothing is written but figures. Finished cells are kept in
 `window_grid.cells.json`, and the same command goes on with the others. The default texts are those of the bundled model
 and the budget is small: enough to see that nothing breaks, too little to rank neighbours. For more: --samples 128
---length 2048 --calibration c4 --text wikitext2 --seeds 0 1 2.
+--length 2048 --calibration c4 --text wikitext2 --seed 0 1 2.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from prune.job import Job, prepare
 from prune.perplexity import perplexity
 from prune.pruning import simulate
 
-_SAME = ("sparsity", "epsilon", "xmin", "method", "samples", "length", "limit", "calibration", "text")
+_SAME = ("sparsity", "epsilon", "tail", "method", "samples", "length", "limit", "calibration", "text")
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, default=16, help="sequences to evaluate on")
     parser.add_argument("--calibration", default=str(BUNDLED / "calibration.txt"), help="as of prune.llama")
     parser.add_argument("--text", default=str(BUNDLED / "heldout.txt"), help="as of prune.llama")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration samples")
+    parser.add_argument("--seed", nargs="+", type=int, default=[0], help="of the calibration samples")
 
 
 def experiment(args: argparse.Namespace) -> Result:
@@ -92,7 +92,7 @@ def experiment(args: argparse.Namespace) -> Result:
 
 def _configs(args: argparse.Namespace) -> list[Any]:
     texts = {key: getattr(args, key) for key in ("method", "samples", "length", "limit", "calibration", "text")}
-    return [dataclasses.replace(_grid.config_of(args), seed=seed, **texts) for seed in args.seeds]
+    return [dataclasses.replace(_grid.config_of(args), seed=seed, **texts) for seed in args.seed]
 
 
 def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:

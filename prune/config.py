@@ -65,13 +65,13 @@ class Config:
     """Let the tokenizer add those it adds by default, such as a first BOS."""
     tokenizer: str | None = None
     """Folder of a tokenizer to use instead of the model's own."""
-    window_rows: int | None = None
+    rows: int | None = None
     """Rows of FARMS windows. Default: the smallest dimension of a block's weights, at most 2000 (the paper's)."""
     per_axis: int = 10
     """Window positions per axis; the paper's are 10 and 15."""
     aspect_ratio: float = 1.0
     """Columns over rows of a window."""
-    xmin: Literal["peak", "median", "ks"] = "peak"
+    tail: Literal["peak", "median", "ks"] = "peak"
     """Rule for the start of the power-law tail."""
     damping: float = 0.01
     """SparseGPT: added to the Hessian's diagonal, relative to its mean; raised tenfold where it is too little."""
@@ -96,7 +96,7 @@ class Config:
                 f"--sparsity {self.sparsity} is not --groups {self.groups}; leave it out, or choose an --allocation "
                 "under which N differs from block to block"
             )
-        for field in ("samples", "length", "limit", "per_axis", "window_rows", "damping", "aspect_ratio"):
+        for field in ("samples", "length", "limit", "per_axis", "rows", "damping", "aspect_ratio"):
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise InputError(f"--{field.replace('_', '-')} must be above 0, got {value}")
@@ -161,11 +161,11 @@ class Config:
         """
         if self.allocation == "alphapruning":
             return None
-        return Window(self.window_rows or min(smallest, 2000), self.aspect_ratio, per_axis=self.per_axis)
+        return Window(self.rows or min(smallest, 2000), self.aspect_ratio, per_axis=self.per_axis)
 
-    def tail(self) -> Tail:
+    def tail_rule(self) -> Tail:
         """Return the tail rule to analyse with."""
-        return Tail(self.xmin)
+        return Tail(self.tail)
 
     def numbers(self) -> dict[str, object]:
         """Return the settings on which the pruned weights or the figures depend."""

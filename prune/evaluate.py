@@ -2,7 +2,7 @@
 
 python -m prune.evaluate MODEL --text wikitext2                   perplexity as the pruning papers measure it
 python -m prune.evaluate MODEL --tasks paper                      their seven zero-shot tasks (needs lm-eval)
-python -m prune.evaluate MODEL --tasks mine --include FOLDER      tasks from files on this machine
+python -m prune.evaluate MODEL --tasks mine --tasks-dir FOLDER    tasks from files on this machine
 """
 
 from farms_jax.programs.commands import launch
@@ -50,7 +50,7 @@ class Config:
     tasks: str | None = None
     """Names of lm-eval tasks with commas between; paper: boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge,
     openbookqa."""
-    include: Path | None = None
+    tasks_dir: Path | None = None
     """Folder with task files (YAML) of your own. They may name Python functions, which are run."""
     limit: int | None = None
     """Take only so many examples of each task, and blocks of the text."""
@@ -66,8 +66,8 @@ class Config:
     """Tokens of the tasks that go through the network at a time."""
     stream_tokens: int | None = None
     """For the tasks, read the model block by block for every so many tokens instead of holding it in memory."""
-    out: Path | None = None
-    """JSON file for the results and all that they depend on."""
+    json: Path | None = None
+    """Write the results, and all that they depend on, as JSON."""
 
     def check(self) -> None:
         """Raise an InputError that names the flag where a value is out of its range."""
@@ -81,8 +81,8 @@ class Config:
             raise InputError("nothing to evaluate; give --text SOURCE, --tasks NAMES, or both")
         if self.tasks is not None and not self.task_names():
             raise InputError("--tasks is empty; give names with commas between, or paper")
-        if self.out is not None and (self.out.is_dir() or not _writable(self.out.parent)):
-            raise InputError(f"--out {self.out}: is a folder, or in one that cannot be written to; give another file")
+        if self.json is not None and (self.json.is_dir() or not _writable(self.json.parent)):
+            raise InputError(f"--json {self.json}: is a folder, or in one that cannot be written to; give another file")
 
     def task_names(self) -> list[str]:
         """Names of the tasks, each once."""
@@ -106,9 +106,9 @@ def main(name: str = "prune.evaluate") -> None:
     with reported(name):
         result = run(config)
         print(table(result))
-        if config.out is not None:
-            write_json(config.out, result)
-            print(f"written to {config.out}")
+        if config.json is not None:
+            write_json(config.json, result)
+            print(f"written to {config.json}")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def _load_tasks(config: Config) -> dict[str, Any]:
     # What it says of defaults in task files that are its own is no use here.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = [task for name in config.task_names() for task in (tasks.PAPER_TASKS if name == "paper" else [name])]
-    return tasks.load_tasks(list(dict.fromkeys(names)), config.include)
+    return tasks.load_tasks(list(dict.fromkeys(names)), config.tasks_dir)
 
 
 def _score(config: Config, checkpoint: Checkpoint, tokenizer: Any, loaded: dict[str, Any]) -> "list[Score]":

@@ -40,7 +40,7 @@ def spectral_alphas(job: Job, checkpoint: Checkpoint, title: str) -> dict[str, f
         return {}
     window = config.window(min(min(shape) for shape in network.layer_shapes().values()))
     read = reader(checkpoint.read, network)
-    return measure_alphas(network, read, window, config.tail(), config.out / "cache" / "alphas", title)
+    return measure_alphas(network, read, window, config.tail_rule(), config.out / "cache" / "alphas", title)
 
 
 def measure_alphas(

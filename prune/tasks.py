@@ -38,12 +38,12 @@ class Score(NamedTuple):
     examples: int
 
 
-def load_tasks(names: Sequence[str], include: Path | None = None) -> dict[str, Task]:
+def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, Task]:
     """Load tasks of lm-eval, and their data.
 
     Args:
         names: of tasks, groups or tags.
-        include: folder with task files (YAML), which come before lm-eval's own of the same name. Relative paths
+        folder: Folder with task files (YAML), which come before lm-eval's own of the same name. Relative paths
             under `dataset_kwargs: data_files` are looked up beside the task file first. Task files can name Python
             functions, which are run: include only what you trust.
 
@@ -53,15 +53,15 @@ def load_tasks(names: Sequence[str], include: Path | None = None) -> dict[str, T
     Raises:
         InputError: there is no such folder or task, its data cannot be had, or it generates text.
     """
-    if include is not None and not include.is_dir():
-        raise InputError(f"--include {include}: no such folder; give one that holds task files (.yaml)")
-    own: list[str | Path] = [] if include is None else [include]
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"--tasks-dir {folder}: no such folder; give one that holds task files (.yaml)")
+    own: list[str | Path] = [] if folder is None else [folder]
     papers = [Path(lm_eval.tasks.__file__).parent / folder for folder in _PAPER_FOLDERS]
     manager = TaskManager(include_defaults=False, include_path=[*papers, *own])
     if not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=own)
     if unknown := [name for name in names if name not in manager.task_index]:
-        have = "" if include is None else f"; --include {include} has no valid task file for it"
+        have = "" if folder is None else f"; --tasks-dir {folder} has no valid task file for it"
         raise InputError(f"--tasks {','.join(unknown)}: lm-eval has no such task{have}; `lm-eval ls tasks` lists them")
     tasks: dict[str, Task] = {}
     for name in names:
@@ -86,7 +86,7 @@ def _load_task(manager: TaskManager, name: str) -> dict[str, Task]:
     except Exception as error:  # of lm-eval, datasets, and several network libraries
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"--tasks {name}: cannot be loaded ({reason}); without internet give --include PATH, "
+            f"--tasks {name}: cannot be loaded ({reason}); without internet give --tasks-dir FOLDER, "
             "a folder with a task file of that name whose data_files are on this machine"
         ) from error
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 from farms_jax import Tail, Window
 from farms_jax.errors import InputError
+from farms_jax.programs.command_line import Seeds
 
 TB = Literal["none", "sigmoid", "farms"]
 Model = Literal["mini", "tiny", "small", "medium", "large", "huge"]
@@ -90,11 +91,11 @@ class Config:
     """Analyse what the reference does (Linear, Conv2d), or the complex Fourier weights and the deconvolution too."""
     layer_selection: bool = True
     """Leave the first and the last layer at the global rate."""
-    xmin: Literal["median", "peak", "ks"] = "median"
+    tail: Literal["median", "peak", "ks"] = "median"
     """Rule for the start of the power-law tail."""
     aspect_ratio: float = 1.0
     """Columns over rows of a window (Table 15)."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: Seeds = (0,)
     """One network is fine-tuned per seed."""
     out: Path = Path("runs")
     """Folder for run directories."""
@@ -117,7 +118,7 @@ class Config:
         if self.ratio > 1:
             raise InputError(f"--ratio is a share of the training data, in (0, 1]; got {self.ratio}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"--seeds must be different numbers, at least one; got {self.seeds}")
+            raise InputError(f"--seed must be different numbers, at least one; got {self.seeds}")
         if min(self.scaling) < 0:
             raise InputError(f"--scaling must not be negative, got {self.scaling}")
         if self.rollout_steps % self.bundle:
@@ -138,9 +139,9 @@ class Config:
         """Windows to analyse with: those of FARMS, also to watch a run without TempBalance; `None` for sigmoid."""
         return None if tb == "sigmoid" else Window(aspect_ratio=self.aspect_ratio)
 
-    def tail(self) -> Tail:
+    def tail_rule(self) -> Tail:
         """Tail rule to analyse with."""
-        return Tail(self.xmin)
+        return Tail(self.tail)
 
     def bounds(self) -> tuple[float, float]:
         """Lowest and highest factor of a layer's rate."""

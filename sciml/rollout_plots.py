@@ -56,7 +56,7 @@ def plot_run(run: Path, experiment: Experiment, results: dict[tuple[TB, int], Re
 
 
 def _alphas(params: Any, config: Config) -> list[dict[str, Any]]:
-    report = measure(params, analyse=config.layers, window=config.window_of("farms"), tail=config.tail())
+    report = measure(params, analyse=config.layers, window=config.window_of("farms"), tail=config.tail_rule())
     return [{"epoch": 0, "layer": name, "alpha": row["alpha"]} for name, row in report.to_dict().items()]
 
 

@@ -193,7 +193,7 @@ def make_refresh(config: Config, tb: TB) -> Callable[[TrainState], Refreshed]:
     scale_of = _scale_of(*config.bounds(), config.slope)
 
     def refresh(state: TrainState) -> Refreshed:
-        report = measure(state.params, analyse=config.layers, window=config.window_of(tb), tail=config.tail())
+        report = measure(state.params, analyse=config.layers, window=config.window_of(tb), tail=config.tail_rule())
         scale = jax.tree.map(lambda _: jnp.ones((), jnp.float32), state.params)
         if tb != "none":
             # An end with too few eigenvalues is not in the report in the first place.

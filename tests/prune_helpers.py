@@ -204,7 +204,7 @@ def small_run(folder, model="llama_tiny", **changes):
         "text": str(folder / "text.npy"),
         "samples": 8,
         "length": 40,
-        "window_rows": 48,
+        "rows": 48,
         "per_axis": 2,
         "out": folder / "out",
     }

@@ -95,4 +95,4 @@ def test_completion_knows_commands_and_options(monkeypatch, capsys):
     words = "COMP_CWORD={} COMP_WORDS=(farms {}); _farms; echo ${{COMPREPLY[@]}}\n"
     asked = words.format(1, "an") + words.format(2, "analyze --expl") + words.format(2, "train --se")
     done = subprocess.run(["bash", "-c", script + asked], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["analyze", "--explain", "--seeds"]
+    assert done.stdout.split() == ["analyze", "--explain", "--seed", "--seeds"]

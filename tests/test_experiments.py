@@ -37,7 +37,7 @@ def arguments(module, *given):
 
 @pytest.mark.slow
 def test_at_random_init_width_moves_the_baseline_and_not_farms():
-    args = arguments(random_init, "--models", "vgg16", "--widths", 0.25, 1, "--seeds", 2)
+    args = arguments(random_init, "--models", "vgg16", "--widths", 0.25, 1, "--repeats", 2)
     result = random_init.experiment(args)
     spread = result.facts["spread"]["vgg16"]
     assert spread["baseline"] > 0.1
@@ -67,7 +67,7 @@ def test_noise_follows_the_law_and_only_the_baseline_sees_its_shape():
 
 @pytest.mark.slow
 def test_alpha_of_farms_falls_where_the_student_is_aligned():
-    small = ["--inputs", 100, "--widths", 25, 50, 100, 400, "--window", 20, "--seeds", 2, "--batch", 400]
+    small = ["--inputs", 100, "--widths", 25, 50, 100, 400, "--window", 20, "--repeats", 2, "--batch", 400]
     result = teacher_student.experiment(arguments(teacher_student, *small))
     found = result.facts["correlation"]
     assert found["farms"]["pearson"] < -0.5
@@ -117,7 +117,7 @@ def test_coloured_digits_are_of_their_labels_and_splits():
 
 @pytest.mark.slow
 def test_the_grid_is_filled_once_and_its_ends_are_marked(tmp_path, monkeypatch):
-    grid = ["--rows", 16, "--per-axis", 2, 3, "--xmin", "median", "--cache", tmp_path, "--out", tmp_path]
+    grid = ["--rows", 16, "--per-axis", 2, 3, "--tail", "median", "--cache", tmp_path, "--out", tmp_path]
     tiny = [*grid, "--samples", 1, "--length", 16, "--limit", 2]
     args = arguments(window_grid, *tiny)
     result = window_grid.experiment(args)
@@ -177,7 +177,7 @@ def test_every_experiment_explains_itself(name, monkeypatch, capsys):
     [
         ("random_init", "--widths 0.01 --depth-width 0.01", "--widths must be at least 1/32"),
         ("random_init", "--depth-width 3", "--depth-width 3 is none of the --widths"),
-        ("random_init", "--seeds 0", "must be at least 1"),
+        ("random_init", "--repeats 0", "must be at least 1"),
         ("marchenko_pastur", "--aspect-ratios 0.5", "--aspect-ratios must be at least 1"),
         ("teacher_student", "--widths 100 100", "at least three different ones"),
         ("teacher_student", "--window 200", "--window 200 does not fit"),

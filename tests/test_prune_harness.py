@@ -264,7 +264,7 @@ def test_tasks_that_cannot_be_loaded_say_what_to_do(tmp_path, monkeypatch):
     )
     shutil.copy(TASKS / "local_choice.yaml", tmp_path)  # without its data
     for name in ("local_letter", "local_choice"):
-        with pytest.raises(InputError, match=rf"--tasks {name}: cannot be loaded \(.*\); .* --include PATH"):
+        with pytest.raises(InputError, match=rf"--tasks {name}: cannot be loaded \(.*\); .* --tasks-dir FOLDER"):
             tasks.load_tasks([name], tmp_path)
     with pytest.raises(InputError, match="no such folder"):
         tasks.load_tasks(["local_choice"], tmp_path / "nowhere")
@@ -274,7 +274,7 @@ def test_tasks_that_cannot_be_loaded_say_what_to_do(tmp_path, monkeypatch):
 def test_the_papers_tasks_without_internet_say_what_to_do(name, monkeypatch):
     made, manager = [], tasks.TaskManager
     monkeypatch.setattr(tasks, "TaskManager", lambda **settings: made.append(settings) or manager(**settings))
-    with pytest.raises(InputError, match=rf"--tasks {name}: cannot be loaded \(Couldn't reach .* --include PATH"):
+    with pytest.raises(InputError, match=rf"--tasks {name}: cannot be loaded \(Couldn't reach .* --tasks-dir FOLDER"):
         tasks.load_tasks([name])
     assert [settings["include_defaults"] for settings in made] == [False]  # found without reading all of lm-eval's
 
@@ -285,7 +285,7 @@ def test_a_task_that_nobody_has_is_refused(monkeypatch):
         tasks, "TaskManager", lambda include_path, include_defaults=True: manager(include_path=include_path)
     )
     with pytest.raises(
-        InputError, match=r"--tasks no_such_task: lm-eval has no such task; --include .*tasks has no valid"
+        InputError, match=r"--tasks no_such_task: lm-eval has no such task; --tasks-dir .*tasks has no valid"
     ):
         tasks.load_tasks(["local_choice", "no_such_task"], TASKS)
 
@@ -363,8 +363,8 @@ def run_program(capsys, *args):
 def test_the_program_prints_and_writes_perplexity_and_accuracies(folder, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("One thing and another thing, and so on. " * 20)
-    options = ["--text", text, "--length", 100, "--tasks", "local_choice,local_letter", "--include", TASKS]
-    status, out, _ = run_program(capsys, folder, *options, "--out", tmp_path / "new" / "found.json")
+    options = ["--text", text, "--length", 100, "--tasks", "local_choice,local_letter", "--tasks-dir", TASKS]
+    status, out, _ = run_program(capsys, folder, *options, "--json", tmp_path / "new" / "found.json")
     assert status == 0
     checkpoint = open_checkpoint(str(folder))
     network = make_network(checkpoint.config, checkpoint.tensors)
@@ -401,9 +401,9 @@ def test_token_files_need_no_tokenizer(tmp_path, capsys):
         (("--text", "x.txt", "--length", "1"), "--length must be above 1"),
         (("--text", "x.txt", "--length", "513"), "positions for 512 tokens"),
         (("--text", "x.txt"), "--text x.txt: no such file"),
-        (("--text", "x.txt", "--out", "."), "--out .: is a folder"),
+        (("--text", "x.txt", "--json", "."), "--json .: is a folder"),
         (("--text", "x.txt", "--tokenizer", "no folder"), "--tokenizer no folder"),
-        (("--tasks", "local_choice", "--include", "nowhere"), "--include nowhere: no such folder"),
+        (("--tasks", "local_choice", "--tasks-dir", "nowhere"), "--tasks-dir nowhere: no such folder"),
     ],
 )
 def test_mistakes_are_one_line(folder, capsys, monkeypatch, tmp_path, args, message):
@@ -417,7 +417,7 @@ def test_a_missing_lm_eval_is_one_line(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "prune.tasks")
     monkeypatch.delattr("prune.tasks")
-    status, _, err = run_program(capsys, folder, "--tasks", "local_choice", "--include", TASKS)
+    status, _, err = run_program(capsys, folder, "--tasks", "local_choice", "--tasks-dir", TASKS)
     assert status == 2 and err == 'prune.evaluate: --tasks needs lm_eval; pip install "farms-jax[lm-eval]"\n'
 
 
@@ -450,11 +450,11 @@ def test_all_runs_without_torch(folder, tmp_path):
     options = [
         "--tasks",
         "local_choice,local_letter",
-        "--include",
+        "--tasks-dir",
         TASKS,
         "--limit",
         "2",
-        "--out",
+        "--json",
         tmp_path / "found.json",
     ]
     done = subprocess.run(

@@ -188,7 +188,7 @@ def test_evaluation_is_of_the_rollout(network):
 
 
 def layers_of(params, analyse):
-    return measure(params, analyse=analyse, window=None, tail=CONFIG.tail())
+    return measure(params, analyse=analyse, window=None, tail=CONFIG.tail_rule())
 
 
 def test_reference_layers_are_torchs_linears_and_convolutions(network):
@@ -284,7 +284,7 @@ def test_recipe_is_the_papers_cell(model, percent):
         ({"ratio": 1.5}, "--ratio is a share"),
         ({"epochs": 0}, "--epochs must be above 0"),
         ({"noise": -1.0}, "--noise must not be negative"),
-        ({"seeds": (1, 1)}, "--seeds must be different"),
+        ({"seeds": (1, 1)}, "--seed must be different"),
         ({"rollout_steps": 3, "bundle": 2}, "--rollout-steps 3 must be a multiple of --bundle 2"),
         ({"weights": "a", "pretrain_data": "b"}, "two ways to start"),
         ({"epochs": 2, "warmup_epochs": 3}, "--warmup-epochs 3"),

@@ -237,9 +237,9 @@ def test_summary():
         (["--dataset", "mnist"], "mnist"),
         (["--dataset", "digits", "--low", "2", "--high", "1"], "--low must not be above --high"),
         (["--dataset", "digits", "--low", "1.95"], "--low must not be above --high, got 1.95 and 1.9"),  # Table 13's
-        (["--dataset", "digits", "--window-rows", "0"], "Window: rows must be a whole number of at least 1"),
+        (["--dataset", "digits", "--rows", "0"], "Window: rows must be a whole number of at least 1"),
         (["--dataset", "digits", "--epochs", "0"], "--epochs must be above 0"),
-        (["--dataset", "digits", "--seeds", "1", "1"], "--seeds must be different"),
+        (["--dataset", "digits", "--seeds", "1", "1"], "--seed must be different"),
         (["--dataset", "digits", "--batch-size", "5000"], "--batch-size 5000 is more than the"),
         (["--dataset", "folder:nowhere"], "nowhere"),
     ],

@@ -10,6 +10,7 @@ from typing import Literal
 
 from farms_jax import Tail, Window
 from farms_jax.errors import InputError
+from farms_jax.programs.command_line import Seeds
 
 TempBalance = Literal["none", "tb", "farms"]
 Model = Literal["resnet18", "resnet34", "resnet50", "vgg16", "vgg19"]
@@ -47,10 +48,10 @@ class Config:
     """Factor of the least trained layer's rate. Default: Table 13."""
     mapping: Literal["linear", "sqrt", "log2", "step", "sigmoid"] = "linear"
     """From alphas to factors."""
-    xmin: Literal["median", "peak", "ks"] = "median"
+    tail: Literal["median", "peak", "ks"] = "median"
     """Rule for the start of the power-law tail."""
-    window_rows: int | None = None
-    """Window of the final layer; default: its smaller dimension (Table 15)."""
+    rows: int | None = None
+    """Rows of the final layer's windows; default: its smaller dimension (Table 15)."""
     per_axis: int = 9
     """Window positions per axis on the final layer (Table 15)."""
     aspect_ratio: float = 1.0
@@ -65,7 +66,7 @@ class Config:
     """Compute in bfloat16; parameters stay float32."""
     devices: int = 1
     """Split every batch evenly over so many devices; 0: all that JAX sees."""
-    seeds: tuple[int, ...] = (43,)
+    seeds: Seeds = (43,)
     """One network is trained per seed; the paper's are 43 37 13."""
     limit_train: int | None = None
     """Use so many training images, balanced over the classes."""
@@ -79,7 +80,7 @@ class Config:
             if value is not None and not value > 0:
                 raise InputError(f"--{field.replace('_', '-')} must be above 0, got {value}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"--seeds must be different numbers, at least one; got {self.seeds}")
+            raise InputError(f"--seed must be different numbers, at least one; got {self.seeds}")
         if self.low is not None and self.high is not None and self.low > self.high:
             raise InputError(f"--low must not be above --high, got {self.low} and {self.high}")
         try:
@@ -89,12 +90,12 @@ class Config:
 
     def window_of_run(self) -> Window | None:
         """Windows to analyse with: those of FARMS, also to watch a run without TempBalance; `None` for tb."""
-        window = Window(self.window_rows, self.aspect_ratio, per_axis=self.per_axis, divisions=self.divisions)
+        window = Window(self.rows, self.aspect_ratio, per_axis=self.per_axis, divisions=self.divisions)
         return None if self.tb == "tb" else window
 
-    def tail(self) -> Tail:
+    def tail_rule(self) -> Tail:
         """Tail rule to analyse with."""
-        return Tail(self.xmin)
+        return Tail(self.tail)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,7 +170,7 @@ def make_refresh(config: Config) -> Callable[[TrainState], Refreshed]:
     )
 
     def refresh(state: TrainState) -> Refreshed:
-        report = farms_jax.analyze(state.params, window=config.window_of_run(), tail=config.tail())
+        report = farms_jax.analyze(state.params, window=config.window_of_run(), tail=config.tail_rule())
         scale = jax.tree.map(lambda _: jnp.ones((), jnp.float32), state.params)
         if config.tb != "none":
             balanced = report.drop(model.exclude) if config.layer_selection else report

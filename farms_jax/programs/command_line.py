@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 
@@ -14,6 +14,8 @@ from farms_jax.errors import InputError
 from farms_jax.programs.exits import reported
 
 Config = TypeVar("Config")
+# The flag is --seed in every program, whether it takes one or several.
+Seeds = Annotated[tuple[int, ...], tyro.conf.arg(name="seed", aliases=["--seeds"])]
 
 
 def usage(docstring: str | None, name: str) -> str:

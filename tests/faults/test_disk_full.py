@@ -146,7 +146,7 @@ def prune_run(disk, elsewhere):
     run(prepare(config))
     expected = prepare(config).path
     options = {"model": config.model, "calibration": config.calibration, "text": config.text, "samples": 8}
-    options |= {"length": 40, "window-rows": 48, "per-axis": 2, "out": disk.folder / "out"}
+    options |= {"length": 40, "rows": 48, "per-axis": 2, "out": disk.folder / "out"}
     options |= {"tokenizer": config.tokenizer}
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     path = disk.folder / "out" / expected.name
