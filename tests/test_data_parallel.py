@@ -26,10 +26,14 @@ def test_the_parameters_are_on_all_devices(found):
     assert found["devices"] == [1, 4]
 
 
-def test_losses_and_parameters_are_those_of_one_device(found):
-    np.testing.assert_allclose(*found["losses"], rtol=1e-6)
-    assert found["apart"] < 1e-6  # of all parameters together, relative to their norm
-    np.testing.assert_allclose(*(list(test.values()) for test in found["tests"]), rtol=1e-6)
+def test_the_gradient_is_that_of_one_device(found):
+    assert found["gradients apart"] < 1e-10
+
+
+def test_steps_take_the_same_way(found):
+    """In float32, where rounding grows from step to step; a share that is left out moves all by tens of percent."""
+    np.testing.assert_allclose(*found["losses"], rtol=1e-3)
+    assert found["moves apart"] < 1e-2
 
 
 def test_devices_that_cannot_be_are_refused(found):

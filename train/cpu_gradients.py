@@ -115,7 +115,7 @@ def batch_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Arr
         bias: (C,).
 
     Returns:
-        The normalised x in its dtype, the mean (C,) and the biased variance (C,) in float32.
+        The normalised x in its dtype, the mean (C,) and the biased variance (C,) in float32, or float64 where x is.
     """
     return _batch_norm_forward(x, scale, bias)[0]
 
@@ -150,21 +150,28 @@ def _channel_sums(term, *arrays):
 
 
 def sums_at_once(term, *arrays):
-    """Sums term(*arrays), one array or a tuple of them, over N, H, W: (N, H, W, C) -> (C,) in float32."""
-    terms = term(*(a.astype(jnp.float32) for a in arrays))
-    return jax.tree.map(lambda t: t.sum((0, 1, 2)), terms)
+    """Return the sums of term(*arrays), one array or several, over N, H, W: (N, H, W, C) -> (C,) in float32 or wider."""
+    return jax.tree.map(lambda t: t.sum((0, 1, 2)), term(*map(_widened, arrays)))
 
 
 def sums_by_rows(term, *arrays):
-    """As `sums_at_once`, image row after image row."""
+    """Return what `sums_at_once` returns, computed image row after image row."""
     rows = [a.reshape(-1, *a.shape[2:]) for a in arrays]
 
-    def add(total, row):
-        return jax.tree.map(jnp.add, total, term(*(r.astype(jnp.float32) for r in row))), None
+    def terms(row):
+        return term(*map(_widened, row))
 
-    start = jax.tree.map(lambda t: jnp.zeros(t.shape), jax.eval_shape(term, *(r[0] for r in rows)))
+    def add(total, row):
+        return jax.tree.map(jnp.add, total, terms(row)), None
+
+    start = jax.tree.map(jnp.zeros_like, jax.eval_shape(terms, [r[0] for r in rows]))
     total, _ = lax.scan(add, start, rows)
     return jax.tree.map(lambda t: t.sum(0), total)
+
+
+def _widened(array):
+    # Sums over many images need float32; float64, in which tests compare gradients, stays.
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 @functools.cache
