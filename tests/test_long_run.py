@@ -47,6 +47,9 @@ def test_nothing_is_kept_or_made_anew(kind, found):
     assert result["at"]["start"]["memory"] > 1e8
 
 
+OVER = threading.Event()  # the threads that are kept may end
+
+
 @pytest.fixture
 def little_to_collect():
     """What other tests have left is not looked through, at every sample."""
@@ -61,7 +64,7 @@ def little_to_collect():
     [
         ("arrays", lambda folder: jnp.zeros(3)),
         ("files", lambda folder: (folder / "file").open("w")),
-        ("threads", lambda folder: threading.Thread(target=threading.Event().wait, args=(20,), daemon=True)),
+        ("threads", lambda folder: threading.Thread(target=OVER.wait, daemon=True)),
         ("compilations", lambda folder: jax.jit(lambda x: x + 1)(0.0)),
     ],
 )
@@ -74,6 +77,7 @@ def test_what_is_kept_is_seen(what, make, tmp_path):
             kept[-1].start()
 
     result = summarise(Watch().follow(call, 40, 20, what))
+    OVER.set()
     assert result["after_warm_up"][what] == 36
     assert result["blocks_per_call"] > 1
 

@@ -223,7 +223,7 @@ run_and_end(module.main)
         try:
             assert running.stdout.readline() == "at work\n"
             running.send_signal(number)
-            _, errors = running.communicate(timeout=60)
+            _, errors = running.communicate(timeout=600)
         finally:
             running.kill()
     assert running.returncode == status

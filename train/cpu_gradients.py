@@ -150,7 +150,7 @@ def _channel_sums(term, *arrays):
 
 
 def sums_at_once(term, *arrays):
-    """Return the sums of term(*arrays), one array or several, over N, H, W: (N, H, W, C) -> (C,) in float32 or wider."""
+    """Return term(*arrays), one array or several, summed over N, H, W: (N, H, W, C) -> (C,), float32 or wider."""
     return jax.tree.map(lambda t: t.sum((0, 1, 2)), term(*map(_widened, arrays)))
 
 

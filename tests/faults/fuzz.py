@@ -31,7 +31,7 @@ from typing import IO, Any, NamedTuple
 ROOT = Path(__file__).parents[2]
 SECONDS = 5.0  # of processor time for one file; most take milliseconds
 MEMORY = 128 << 20  # bytes that reading a file of a few kB may add to what is resident
-_WAIT = 60.0  # seconds for one file, where it takes no processor time: a lock that nobody gives back
+_WAIT = 600.0  # seconds for one file, where it takes no processor time: a lock that nobody gives back
 _ADDRESSES = 1 << 30  # bytes that one file may ask for, whether it uses them or not
 _MOST_CRASHES = 20  # after so many, what follows is not worth its time
 _LAST_WORDS = 15  # lines
@@ -61,16 +61,13 @@ class Outcome:
     failures: list[Failure] = dataclasses.field(default_factory=list)
 
 
-def fuzz(
-    cases: Mapping[str, range], seed: int, keep: Path | None = None, seconds: float = SECONDS
-) -> dict[str, Outcome]:
+def fuzz(cases: Mapping[str, range], seed: int, keep: Path | None = None) -> dict[str, Outcome]:
     """Read mutants in a child process, and in a new one after each crash.
 
     Args:
         cases: name of a target -> numbers of its cases.
         seed: of all cases.
         keep: folder for the mutants that failed.
-        seconds: of processor time for one file.
 
     Returns:
         What came of them, by target.
@@ -78,7 +75,7 @@ def fuzz(
     outcomes, left = {name: Outcome() for name in cases}, dict(cases)
     for _ in range(_MOST_CRASHES):
         with tempfile.TemporaryDirectory() as folder:
-            crash = _run(left, seed, seconds, Path(folder), outcomes)
+            crash = _run(left, seed, Path(folder), outcomes)
             if keep is not None and (failed := Path(folder) / "failed").is_dir():
                 shutil.copytree(failed, keep, dirs_exist_ok=True)
         if crash is None:
@@ -90,12 +87,10 @@ def fuzz(
     return outcomes
 
 
-def _run(
-    cases: Mapping[str, range], seed: int, seconds: float, folder: Path, outcomes: dict[str, Outcome]
-) -> Failure | None:
+def _run(cases: Mapping[str, range], seed: int, folder: Path, outcomes: dict[str, Outcome]) -> Failure | None:
     """Run one child and add what it reports to the outcomes; returns the case that ended it, if one did."""
     numbers = {name: [cases[name].start, cases[name].stop] for name in cases}
-    task = json.dumps({"cases": numbers, "seed": seed, "seconds": seconds, "folder": str(folder)})
+    task = json.dumps({"cases": numbers, "seed": seed, "folder": str(folder)})
     with (folder / "stderr").open("wb") as stderr:
         command = [sys.executable, "-m", "tests.faults.fuzz", "--child", task]
         child = subprocess.run(command, cwd=ROOT, env=_environment(), stdout=-1, stderr=stderr, check=False)
@@ -206,7 +201,7 @@ def _limit_addresses(more: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
 
 
-def _child(cases: Mapping[str, list[int]], seed: int, seconds: float, folder: str) -> None:
+def _child(cases: Mapping[str, list[int]], seed: int, folder: str) -> None:
     # What packages print must not get between the lines of the report.
     report = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -221,16 +216,16 @@ def _child(cases: Mapping[str, list[int]], seed: int, seconds: float, folder: st
             for root in samples.roots:
                 samples.target.read(root)  # this also brings in what is imported late
             _limit_addresses(_ADDRESSES)
-            _read_all(samples, seed, range(start, stop), seconds, now, report)
+            _read_all(samples, seed, range(start, stop), now, report)
             shutil.rmtree(Path(folder) / name)
 
 
-def _read_all(samples: Samples, seed: int, cases: range, seconds: float, now: IO[bytes], report: IO[str]) -> None:
+def _read_all(samples: Samples, seed: int, cases: range, now: IO[bytes], report: IO[str]) -> None:
     counts, start = {"read": 0, "refused": 0, "slowest": 0.0, "seconds": 0.0}, time.process_time()
     for case in cases:
         begun = time.process_time()
         _tell(now, target=samples.name, case=case, **counts)
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         faulthandler.dump_traceback_later(_WAIT, exit=True)
         found = _one(samples, seed, case)
         counts["slowest"] = max(counts["slowest"], time.process_time() - begun)

@@ -115,13 +115,13 @@ def _misbehave(path: Path) -> None:
     acts: list[Callable[[], object]] = [
         lambda: None,
         lambda: json.loads("{"),
-        lambda: np.ones(1 << 25),
+        lambda: np.ones(3 << 23),  # 192 MiB
         lambda: np.empty(1 << 40),
         lambda: refuse("of two\nlines"),
         lambda: refuse("of one line"),
         lambda: sys.exit(3),
         os.abort,
-        lambda: [None for _ in iter(int, 1)],
+        lambda: sum(iter(int, 1)),  # for ever
     ]
     acts[path.read_bytes()[0]]()
 
