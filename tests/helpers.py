@@ -1,11 +1,13 @@
 """Shared by the tests: fixtures, tolerances by error model, known answers."""
 
 import io
+import itertools
 import json
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from farms_jax import Tail, Window
 
@@ -18,6 +20,22 @@ def load_cases(name):
     """Settings and arrays of a fixture."""
     settings = json.loads((DATA / f"{name}.json").read_text())
     return settings, dict(np.load(DATA / f"{name}.npz"))
+
+
+def pairwise(cases, *keys):
+    """Those of the cases that bring a pair of values, of any two keys, which none before them has."""
+    seen, kept = set(), []
+    for case in cases:
+        pairs = set(itertools.combinations([(key, str(case[key])) for key in keys], 2))
+        if pairs - seen:
+            kept.append(case)
+        seen |= pairs
+    return kept
+
+
+def few(cases, step):
+    """Cases as parameters of a test, of which all but each `step`-th are slow."""
+    return [pytest.param(case, marks=[pytest.mark.slow] * (n % step > 0)) for n, case in enumerate(cases)]
 
 
 def tail_of(case):

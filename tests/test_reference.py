@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from helpers import ALPHA_RTOL, load_cases, tail_of, window_of
+from helpers import ALPHA_RTOL, few, load_cases, tail_of, window_of
 from weights import weight
 
 import farms_jax
@@ -27,7 +27,13 @@ def grouped(cases):
     groups = {}
     for case in cases:
         groups.setdefault(settings_of(case), []).append(case)
-    return list(groups.items())
+    return groups
+
+
+def analyses(cases):
+    """Parameters of a test: all settings with a few weights each, other ones each time, and with all, which is slow."""
+    every = [pytest.param(*group, marks=pytest.mark.slow) for group in grouped(cases).items()]
+    return [*grouped(cases[::6]).items(), *every]
 
 
 def same_windows(case):
@@ -94,18 +100,18 @@ def check(cases, numbers, key, settings, precision):
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-@pytest.mark.parametrize(("settings", "cases"), grouped(LINEAR_SAME))
+@pytest.mark.parametrize(("settings", "cases"), analyses(LINEAR_SAME))
 def test_matrix(settings, cases, precision):
     check(cases, LINEAR_NUMBERS, "matrix", settings, precision)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-@pytest.mark.parametrize(("settings", "cases"), grouped(CONV_SAME))
+@pytest.mark.parametrize(("settings", "cases"), analyses(CONV_SAME))
 def test_kernel(settings, cases, precision):
     check(cases, CONV_NUMBERS, "tensor", settings, precision)
 
 
-@pytest.mark.parametrize("case", LINEAR_OURS, ids=lambda case: f"{case['case']}-{case['matrix']}")
+@pytest.mark.parametrize("case", few(LINEAR_OURS, 5), ids=lambda case: f"{case['case']}-{case['matrix']}")
 def test_matrix_where_we_differ(case):
     """The reference's window is larger than the matrix, or its histogram rests on rounding: both answers."""
     window, tail, _ = settings_of(case)
@@ -129,7 +135,7 @@ def oracle_alpha(windows, tail):
 CONV_GUESSED = [case for case in CONV if case["tensor"] in CHANNELS_FIRST and case["use_sliding_window"]]
 
 
-@pytest.mark.parametrize("case", CONV_GUESSED, ids=lambda case: str(case["case"]))
+@pytest.mark.parametrize("case", few(CONV_GUESSED, 4), ids=lambda case: str(case["case"]))
 def test_channels_first_is_not_guessed(case):
     """The reference takes 4 + 4 < 7 + 7 for channels first; here the axes say so: both answers."""
     window, tail, kernel_scale = settings_of(case)
