@@ -52,11 +52,9 @@ def main() -> None:
         for weight, stack in zip(weights, stacks, strict=True)
     ]
     by_shape: dict[tuple[int, int], list[np.ndarray]] = {}
-    for layer, (stack, grid) in enumerate(zip(stacks, grids, strict=True)):
-        task = cpu._Task(layer, 0, len(stack) * len(grid.starts), 0.0)
-        by_shape.setdefault((min(grid.rows, grid.cols), max(grid.rows, grid.cols)), []).append(
-            cpu._cut(stack, grid, task)
-        )
+    for stack, grid in zip(stacks, grids, strict=True):
+        cut = cpu.cut_windows(stack, grid, 0, len(stack) * len(grid.starts))
+        by_shape.setdefault(cut.shape[1:], []).append(cut)
     windows = [jnp.asarray(np.concatenate(parts)) for parts in by_shape.values()]
 
     programs: dict[str, Any] = {

@@ -136,10 +136,8 @@ def test_small_batches_change_nothing():
 def test_window_memory_is_bounded(dtype, size):
     stack = np.zeros((1, 600, 600), dtype)
     grid = make_grid(Window(rows=100, per_axis=20), stack.shape, is_kernel=False)  # 400 windows: 16 MB in float32
-    largest = max(
-        (task.last - task.first) * size * 2 * 100 * 100
-        for task in cpu._tasks([stack], [grid], [[]], workers=2, max_bytes=10**6)
-    )
+    layer = cpu._Layer(stack, grid, np.zeros((400, 100)), [])
+    largest = max((task.last - task.first) * size * 2 * 100 * 100 for task in cpu._tasks([layer], 2, 10**6))
     assert largest <= 10**6
 
 

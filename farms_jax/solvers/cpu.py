@@ -23,13 +23,33 @@ _TASKS_PER_CORE = 4
 _MIN_TASK = 4  # windows; with fewer small ones, threads take turns at the interpreter's lock more than they compute
 
 
-class _Task(NamedTuple):
-    """Windows of one layer: `[first, last)` of its K * W windows, or those of a run at one kernel position.
+class _Layer(NamedTuple):
+    """The windows of a layer and where their eigenvalues go.
 
-    Kernel position after position, windows are numbered on.
+    The windows are numbered 0, ..., K * W - 1, kernel position after position.
     """
 
-    layer: int
+    stack: np.ndarray
+    grid: Grid
+    values: np.ndarray  # (K * W, n)
+    runs: list[gram_matrices.Run]  # of windows that share a Gram matrix; none where each has its own
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number, which may be solved in double precision."""
+        return 16 if np.iscomplexobj(self.stack) else 8
+
+    @property
+    def cost(self) -> float:
+        """Cost of one window: operations, those of a complex number counted fourfold, up to a factor."""
+        rows, cols = self.grid.rows, self.grid.cols
+        return float(min(rows, cols)) ** 2 * max(rows, cols) * (self.itemsize // 8) ** 2
+
+
+class _Task(NamedTuple):
+    """Windows `[first, last)` of a layer, or those of a run at the kernel position that they make up."""
+
+    layer: _Layer
     first: int
     last: int
     cost: float
@@ -116,53 +136,53 @@ def solve(
     Returns:
         L arrays (K * W, n), each row ascending; real, never negative, in that precision.
     """
-    flat = [
-        np.zeros((len(stack) * len(grid.starts), min(grid.rows, grid.cols)), precision or _real(stack.dtype))
-        for stack, grid in zip(stacks, grids, strict=True)
-    ]
-    runs = [_runs(grid, _words(stack), max_bytes) if gram else [] for stack, grid in zip(stacks, grids, strict=True)]
-    # A Gram matrix of one large window needs no copy of it, only a few columns in another precision.
-    most = gram_matrices.BLOCK_ENTRIES if gram else None
-    sizes = [_bytes(grid, _words(stack), most) for stack, grid in zip(stacks, grids, strict=True)]
-    sizes += [
-        gram_matrices.bytes_of_run(run, grid, 8 * _words(stack))
-        for stack, grid, of_layer in zip(stacks, grids, runs, strict=True)
-        for run in of_layer
-    ]
-    workers = max(1, min(cores(), max_bytes // max(sizes, default=1)))
-    tasks = sorted(_tasks(stacks, grids, runs, workers, max_bytes // workers), key=lambda task: -task.cost)
-    finite = [bool(np.isfinite(stack).all()) for stack in stacks]
+    layers = [_layer(stack, grid, max_bytes, gram, precision) for stack, grid in zip(stacks, grids, strict=True)]
+    workers = max(1, min(cores(), max_bytes // max((_most_bytes(layer, gram) for layer in layers), default=1)))
+    finite = [layer for layer in layers if np.isfinite(layer.stack).all()]
+    # The costliest first, so that no core is left with a large one at the end.
+    tasks = sorted(_tasks(finite, workers, max_bytes // workers), key=lambda task: -task.cost)
     if all(map(_is_large, grids)):
         workers = max(1, min(workers, len(tasks)))
     # Cores that memory, or too few large windows, leave without a worker go to BLAS.
     threads = cores() // workers
-
-    def solve_task(task: _Task) -> None:
-        layer, run = task.layer, task.run
-        if not finite[layer]:
-            return
-        stack, grid = stacks[layer], grids[layer]
-        if run is not None:
-            matrix = stack[task.first // len(grid.starts)]
-            values = gram_matrices.run_eigenvalues(matrix, run, grid, precision, one_thread=threads == 1)
-            flat[layer][task.first + np.array(run.windows)] = values
-            return
-        windows = _cut(stack, grid, task)
-        if gram:
-            values = gram_matrices.gram_eigenvalues(windows, precision, one_thread=threads == 1)
-        else:
-            values = _singular_values_squared(windows)
-        flat[layer][task.first : task.last] = values
-
+    solve_task = functools.partial(_solve_task, gram=gram, precision=precision, one_thread=threads == 1)
     with _blas().limit(limits=threads, user_api="blas"):
         _in_threads(workers, solve_task, tasks)
-    return flat
+    return [layer.values for layer in layers]
 
 
-def _runs(grid: Grid, words: int, max_bytes: int) -> list[gram_matrices.Run]:
-    """Runs of windows that share a product; none where that would be larger than the bound."""
-    runs = gram_matrices.shared_runs(grid)
-    return runs if all(gram_matrices.bytes_of_run(run, grid, 8 * words) <= max_bytes for run in runs) else []
+def _layer(stack: np.ndarray, grid: Grid, max_bytes: int, gram: bool, precision: type[np.floating] | None) -> _Layer:
+    values = np.zeros((len(stack) * len(grid.starts), min(grid.rows, grid.cols)), precision or _real(stack.dtype))
+    layer = _Layer(stack, grid, values, gram_matrices.shared_runs(grid) if gram else [])
+    # A Gram matrix that would be larger than the bound is not shared.
+    return layer if _largest_run(layer) <= max_bytes else layer._replace(runs=[])
+
+
+def _largest_run(layer: _Layer) -> int:
+    sizes = (gram_matrices.bytes_of_run(run, layer.grid, layer.itemsize) for run in layer.runs)
+    return max(sizes, default=0)
+
+
+def _most_bytes(layer: _Layer, gram: bool) -> int:
+    """Bytes of the largest thing that a worker needs at the least."""
+    # A Gram matrix of one large window needs no copy of it, only of a few columns in another precision.
+    copied = gram_matrices.BLOCK_ENTRIES if gram else layer.grid.rows * layer.grid.cols
+    return max(_bytes(layer, copied), _largest_run(layer))
+
+
+def _solve_task(task: _Task, *, gram: bool, precision: type[np.floating] | None, one_thread: bool) -> None:
+    stack, grid, values, _ = task.layer
+    if task.run is not None:
+        matrix = stack[task.first // len(grid.starts)]
+        found = gram_matrices.run_eigenvalues(matrix, task.run, grid, precision, one_thread=one_thread)
+        values[task.first + np.array(task.run.windows)] = found
+        return
+    windows = cut_windows(stack, grid, task.first, task.last)
+    if gram:
+        found = gram_matrices.gram_eigenvalues(windows, precision, one_thread=one_thread)
+    else:
+        found = _singular_values_squared(windows)
+    values[task.first : task.last] = found
 
 
 def _in_threads(workers: int, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
@@ -188,47 +208,45 @@ def _is_large(grid: Grid) -> bool:
     return min(grid.rows, grid.cols) >= _LARGE
 
 
-def _words(stack: np.ndarray) -> int:
-    return 2 if np.iscomplexobj(stack) else 1
-
-
-def _bytes(grid: Grid, words: int, most_entries: int | None = None) -> int:
+def _bytes(layer: _Layer, entries: int) -> int:
     """Bytes of a window, or of so many of its entries, and of its Gram matrix."""
-    entries = grid.rows * grid.cols
-    return 8 * words * (min(entries, most_entries or entries) + min(grid.rows, grid.cols) ** 2)
+    grid = layer.grid
+    return layer.itemsize * (min(grid.rows * grid.cols, entries) + min(grid.rows, grid.cols) ** 2)
 
 
-def _tasks(
-    stacks: Sequence[np.ndarray],
-    grids: Sequence[Grid],
-    runs: Sequence[list[gram_matrices.Run]],
-    workers: int,
-    max_bytes: int,
-) -> Iterator[_Task]:
-    words = [_words(stack) for stack in stacks]
-    costs = [float(min(g.rows, g.cols)) ** 2 * max(g.rows, g.cols) * w**2 for g, w in zip(grids, words, strict=True)]
-    counts = [len(stack) * len(grid.starts) for stack, grid in zip(stacks, grids, strict=True)]
-    share = sum(cost * count for cost, count in zip(costs, counts, strict=True)) / (workers * _TASKS_PER_CORE)
-    for layer, (grid, cost, count) in enumerate(zip(grids, costs, counts, strict=True)):
-        if runs[layer]:
-            for first in range(0, count, len(grid.starts)):
-                for run in runs[layer]:
-                    yield _Task(layer, first, first + len(grid.starts), cost * len(run.windows), run)
+def _tasks(layers: Sequence[_Layer], workers: int, max_bytes: int) -> Iterator[_Task]:
+    share = sum(layer.cost * len(layer.values) for layer in layers) / (workers * _TASKS_PER_CORE)
+    for layer in layers:
+        count, starts = len(layer.values), len(layer.grid.starts)
+        if layer.runs:
+            for first in range(0, count, starts):
+                for run in layer.runs:
+                    yield _Task(layer, first, first + starts, layer.cost * len(run.windows), run)
             continue
-        size = max(1 if _is_large(grid) else _MIN_TASK, int(share / cost))
-        size = max(1, min(size, max_bytes // _bytes(grid, words[layer])))
+        size = max(1 if _is_large(layer.grid) else _MIN_TASK, int(share / layer.cost))
+        size = max(1, min(size, max_bytes // _bytes(layer, layer.grid.rows * layer.grid.cols)))
         for first in range(0, count, size):
             last = min(first + size, count)
-            yield _Task(layer, first, last, cost * (last - first))
+            yield _Task(layer, first, last, layer.cost * (last - first))
 
 
-def _cut(stack: np.ndarray, grid: Grid, task: _Task) -> np.ndarray:
-    """Windows of a task, shape (windows, r, c) with r <= c; one alone is a view, several are copied."""
+def cut_windows(stack: np.ndarray, grid: Grid, first: int, last: int) -> np.ndarray:
+    """Cut windows `[first, last)` of the K * W of a stack.
+
+    Args:
+        stack: shape (K, R, C).
+        grid: grid of the layer.
+        first: number of the first window.
+        last: number after that of the last one.
+
+    Returns:
+        Shape (last - first, r, c) with r <= c; a window alone is a view, several are copied.
+    """
     if grid.transposed:
         stack = stack.swapaxes(1, 2)
-    position, start = np.divmod(np.arange(task.first, task.last), len(grid.starts))
+    position, start = np.divmod(np.arange(first, last), len(grid.starts))
     rows, cols = np.array(grid.starts)[start].T
-    if task.last - task.first == 1:
+    if last - first == 1:
         windows = stack[position[0] :, rows[0] :, cols[0] :][:1, : grid.rows, : grid.cols]
     else:
         views = np.lib.stride_tricks.sliding_window_view(stack, (grid.rows, grid.cols), axis=(1, 2))
