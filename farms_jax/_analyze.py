@@ -1,7 +1,7 @@
 """analyze(): weights -> matrices -> windows -> eigenvalues -> alpha, for a whole network in one compiled call."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,19 +12,19 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from farms_jax._axes import FLAX_AXES, Axes
-from farms_jax._names import matching, named_leaves, natural_key
+from farms_jax._layers import not_finite, raise_if_not_finite, select_layers
+from farms_jax._names import named_leaves, natural_key
 from farms_jax._report import METRICS, LayerReport
 from farms_jax._tail import Tail, fit_tail
-from farms_jax._windows import Grid, Window, make_grid
-from farms_jax.errors import InputError
+from farms_jax._windows import Grid, Window
 from farms_jax.solvers import mesh as mesh_solver
 from farms_jax.solvers.dispatch import Options, Solver, choose_solver, pooled_eigenvalues
 
-_BATCH = 2**24  # numbers alive in the fits made at once, for each of the few arrays of a fit
+_BATCH = 2**24  # numbers in each of the few arrays that are alive while spectra are fitted side by side
 
 
 class _Plan(NamedTuple):
-    """All that is static of one analysis: jit compiles once per plan and weight shapes."""
+    """The static part of an analysis, hashable: jit compiles once per plan and weight shapes."""
 
     grids: tuple[Grid, ...]
     is_kernel: tuple[bool, ...]
@@ -139,101 +139,13 @@ def analyze(
     )
 
 
-def select_layers(
-    leaves: list[tuple[str, Any]],
-    window: Window | None,
-    tail: Tail,
-    axes: Axes = FLAX_AXES,
-    exclude: str | Iterable[str] = (),
-) -> tuple[list[tuple[str, Any]], list[Grid], list[tuple[str, str]]]:
-    """Choose the layers: what `analyze` measures and what it leaves out.
-
-    Args:
-        leaves: (name, array) pairs; of an array only `shape` and `dtype` are read, so that anything with both will do.
-        window: see `analyze`.
-        tail: see `analyze`.
-        axes: see `analyze`.
-        exclude: see `analyze`.
-
-    Returns:
-        The pairs that are layers, their grids, and (name, reason) of the others; each in the order given.
-
-    Raises:
-        ValueError: a pattern matches nothing.
-    """
-    excluded = matching([name for name, _ in leaves], exclude)
-    layers, grids, left_out = [], [], []
-    for name, leaf in leaves:
-        reason = "excluded" if name in excluded else _unfit(leaf)
-        if reason is None:
-            stack_shape = axes.stack_shape(leaf.shape)
-            grid = make_grid(window, stack_shape, is_kernel=len(leaf.shape) == 4)
-            count = grid.divisions * grid.num_eigenvalues(stack_shape[0])
-            if count >= tail.min_count:
-                layers.append((name, leaf))
-                grids.append(grid)
-                continue
-            reason = f"too few eigenvalues: {count}, fewer than {tail.min_count}"
-        left_out.append((name, reason))
-    return layers, grids, left_out
-
-
 def needs_small_eigenvalues(tail: Tail) -> bool:
-    """Whether eigenvalues below the median decide a fit; they ask for a more exact solver."""
+    """Tell whether eigenvalues below the median decide a fit, which then needs a more exact solver."""
     return tail.xmin != "median" or tail.min_eigenvalue is not None or tail.xmin_pos > 2
 
 
-def _unfit(leaf: Any) -> str | None:
-    """Why a leaf is no layer, or `None`."""
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-        return f"not an array but {type(leaf).__name__}"
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return f"dtype {leaf.dtype}, not floating point"
-    if len(leaf.shape) not in {2, 4}:
-        return f"{len(leaf.shape)} axes: only 2-D weights and 4-D kernels are layers"
-    return "empty" if 0 in leaf.shape else None
-
-
-def not_finite(layers: Sequence[tuple[str, Any]]) -> list[str]:
-    """Names of the layers with NaN or Inf, of (name, array) pairs; none where arrays are traced."""
-    if any(isinstance(weight, Tracer) for _, weight in layers):
-        return []
-    finite = jax.device_get([_is_finite(weight) for _, weight in layers])
-    return [name for (name, _), good in zip(layers, finite, strict=True) if not good]
-
-
-def raise_if_not_finite(names: Sequence[str]) -> None:
-    """Refuse layers with NaN or Inf.
-
-    Raises:
-        InputError: there are any.
-    """
-    if names:
-        raise InputError(
-            f"params: NaN or Inf in {', '.join(names)}; "
-            "train from an earlier checkpoint or at a smaller rate, or `exclude` the layer"
-        )
-
-
-def _is_finite(weight: Any) -> Any:
-    if not isinstance(weight, jax.Array):
-        return np.isfinite(np.asarray(weight)).all()
-    if next(iter(weight.devices())).platform != "cpu":
-        return _all_finite(weight)
-    if not weight.is_fully_addressable:
-        return bool(_all_finite(weight))  # one program at a time: many under way at once would wait for each other
-    # No copy, and nothing to compile.
-    shards = (shard.data for shard in weight.addressable_shards if shard.replica_id == 0)
-    return all(np.isfinite(np.asarray(shard)).all() for shard in shards)
-
-
-@jax.jit
-def _all_finite(weight: Array) -> Array:
-    return jnp.isfinite(weight).all()
-
-
 def _platform(weights: Iterable[Any], mesh: Mesh | None) -> str:
-    """Platform of the mesh or of the weights; of traced ones and of numpy arrays, the default."""
+    """Return the platform of the mesh or of the weights; the default one for traced weights and numpy arrays."""
     if mesh is not None:
         return mesh.devices.flat[0].platform
     for weight in weights:
@@ -244,13 +156,13 @@ def _platform(weights: Iterable[Any], mesh: Mesh | None) -> str:
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _measure(weights: tuple[Any, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
-    """Measures of L layers, each (L,), and their eigenvalues where the plan keeps them."""
+    """Return the measures of L layers, each (L,), and their eigenvalues where the plan keeps them."""
     return _fit(tuple(pooled_eigenvalues(weights, plan.grids, plan.options)), plan)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _fit(spectra: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
-    """As `_measure`, from the spectra (D, E) of the layers."""
+    """Return what `_measure` does, from the spectra (D, E) of the layers."""
     scaled = [e * plan.kernel_scale if kernel else e for e, kernel in zip(spectra, plan.is_kernel, strict=True)]
     if plan.pooled:
         scaled = [jnp.sort(e.reshape(1, -1), axis=-1) for e in scaled]
@@ -258,15 +170,14 @@ def _fit(spectra: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], tup
 
 
 def _measure_spectra(spectra: list[Array], plan: _Plan) -> dict[str, Array]:
-    """Measures of L layers from their spectra (D, E): one vmapped fit of all divisions, then means by layer.
-
-    Spectra are padded in front to one length, so that one fit is compiled, not one per length.
+    """Fit all divisions of L layers, from their spectra (D, E), and take means by layer.
 
     Returns:
         The measures by name, each (L,).
     """
     if not spectra:
         return {key: jnp.zeros(0, jnp.int32 if key == "num_eigenvalues" else float) for key in METRICS}
+    # Padded in front to one length, so that one fit is compiled, not one per length.
     longest = max(spectrum.shape[1] for spectrum in spectra)
     padded = jnp.concatenate([jnp.pad(e, ((0, 0), (longest - e.shape[1], 0))) for e in spectra])
     sizes = np.concatenate([[e.shape[1]] * e.shape[0] for e in spectra])

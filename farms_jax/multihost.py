@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from farms_jax import _analyze
 from farms_jax._axes import FLAX_AXES, Axes
+from farms_jax._layers import not_finite, raise_if_not_finite, select_layers
 from farms_jax._names import named_leaves, natural_key
 from farms_jax._report import METRICS, LayerReport
 from farms_jax._tail import Tail
@@ -57,7 +58,7 @@ def analyze(
     ('dense',)
 
     Args:
-        params: see `farms_jax.analyze`; of arrays in this process's own memory or on its own devices.
+        params: see `farms_jax.analyze`; the arrays are in this process's own memory or on its own devices.
         window: see `farms_jax.analyze`.
         tail: see `farms_jax.analyze`.
         axes: see `farms_jax.analyze`.
@@ -75,7 +76,7 @@ def analyze(
     """
 
     def choose() -> tuple[Any, str]:
-        layers, grids, left_out = _analyze.select_layers(_local_leaves(params), window, tail, axes, exclude)
+        layers, grids, left_out = select_layers(_local_leaves(params), window, tail, axes, exclude)
         shown = [(name, tuple(leaf.shape), str(leaf.dtype)) for name, leaf in layers]
         common = sorted((key, value) for key, value in settings.items() if key != "mesh")
         return (layers, grids, left_out), repr((shown, left_out, window, tail, axes, common))
@@ -88,11 +89,11 @@ def analyze(
 
     def read() -> tuple[dict[str, Any], list[str]]:
         weights = {name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for name, leaf in own}
-        return weights, _analyze.not_finite(list(weights.items()))
+        return weights, not_finite(list(weights.items()))
 
     # Found out before anything is solved: solving takes long, and the others would learn of it only at its end.
     weights, bad = _collective(read)
-    _analyze.raise_if_not_finite([name for name, _ in layers if any(name in names for names in bad)])
+    raise_if_not_finite([name for name, _ in layers if any(name in names for names in bad)])
 
     def measure() -> tuple[None, LayerReport]:
         return None, jax.device_get(_analyze.analyze(weights, window=window, tail=tail, axes=axes, **settings))

@@ -78,7 +78,7 @@ def measure(
     """Measure layers: their windows, their whole matrices, the same shuffled, and how sure it all is.
 
     Args:
-        weights: weights by name; 2-D or 4-D, finite, with enough eigenvalues (`farms_jax._analyze.select_layers`).
+        weights: weights by name; 2-D or 4-D, finite, with enough eigenvalues (`farms_jax._layers.select_layers`).
         axes: rows and columns of the weights.
         settings: settings of the diagnosis.
         overwrite: shuffle the weights in place, which saves the memory of a copy.

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from farms_jax._analyze import select_layers
 from farms_jax._axes import FLAX_AXES, Axes
+from farms_jax._layers import select_layers
 from farms_jax._names import matching, named_leaves, natural_key
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.layer_table import Row
