@@ -7,10 +7,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
-from .models import Network
+from .models import Network, State
 
 _BANDS = 4
 
@@ -19,7 +18,7 @@ Statistics = dict[str, Array]
 
 
 def input_statistics(
-    network: Network, block: int, state: nnx.State, batches: Iterable[np.ndarray], count: int, statistic: Statistic
+    network: Network, block: int, state: State, batches: Iterable[np.ndarray], count: int, statistic: Statistic
 ) -> Statistics:
     """Compute a statistic of the input of every linear of a block.
 
@@ -53,7 +52,7 @@ def input_statistics(
 
 
 @functools.partial(jax.jit, static_argnames=("network", "statistic"), donate_argnames="sums")
-def _accumulate(network: Network, statistic: Statistic, state: nnx.State, x: Array, sums: list[Array]) -> list[Array]:
+def _accumulate(network: Network, statistic: Statistic, state: State, x: Array, sums: list[Array]) -> list[Array]:
     inputs = network.inputs(state, x)
     sum_of = _sum_of_squares if statistic == "squares" else _sum_of_products
     return [total + sum_of(inputs[group[0]]) for group, total in zip(network.input_groups, sums, strict=True)]

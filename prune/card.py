@@ -20,7 +20,7 @@ from .pruning import Simulation
 from .record import Record
 from .writing import WrittenBlock
 
-_PACKAGES = ("farms-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
+_PACKAGES = ("farms-jax", "jax", "jaxlib", "numpy", "transformers", "tokenizers")
 
 
 @dataclasses.dataclass(frozen=True)

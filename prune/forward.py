@@ -11,13 +11,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 from tqdm import tqdm
 
 from .activations import Activations
 from .calibration import Statistic, Statistics, input_statistics
-from .models import Network, Part
+from .models import Network, Part, State
 
 TOKENS = 2048  # in one call: more is no faster on CPU
 
@@ -101,13 +100,13 @@ def _bar(activations: Activations, count: int, title: str) -> Iterator[slice]:
 
 
 @functools.partial(jax.jit, static_argnames="network")
-def apply_embed(network: Network, state: nnx.State, ids: Array) -> Array:
+def apply_embed(network: Network, state: State, ids: Array) -> Array:
     """`Network.embed`, jitted."""
     return network.embed(state, ids)
 
 
 @functools.partial(jax.jit, static_argnames="network")
-def apply_block(network: Network, state: nnx.State, x: Array) -> Array:
+def apply_block(network: Network, state: State, x: Array) -> Array:
     """`Network.block`, jitted."""
     return network.block(state, x)
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -24,7 +23,7 @@ from farms_jax.errors import InputError
 
 from .checkpoints import Checkpoint, open_checkpoint
 from .forward import apply_block, apply_embed, reader
-from .models import Network, Part
+from .models import Network, Part, State
 
 _log = logging.getLogger(__name__)
 
@@ -93,12 +92,12 @@ class JaxLM(TemplateLM):
             raise InputError(f"tokens at a time must be above 0, got {batch_tokens=} {stream_tokens=}")
         self.tokenizer = self._checkpoint.tokenizer() if tokenizer is None else tokenizer
         self._batch_tokens, self._stream_tokens, self._special_tokens = batch_tokens, stream_tokens, special_tokens
-        self._held: dict[Part, nnx.State] = {}
+        self._held: dict[Part, State] = {}
         held = self.network.parts if stream_tokens is None else ()
         for part in tqdm(held, desc="load model", leave=False, disable=not held):
             self._held[part] = self.network.to_state(part, self._read(part))
 
-    def _state(self, part: Part) -> nnx.State:
+    def _state(self, part: Part) -> State:
         return self._held[part] if self._held else self.network.to_state(part, self._read(part))
 
     @property
@@ -285,7 +284,7 @@ register_model("farms_jax")(JaxLM)
 @functools.partial(jax.jit, static_argnums=0)
 def _score(
     network: Network,
-    state: nnx.State,
+    state: State,
     x: jax.Array,
     rows: jax.Array,
     positions: jax.Array,

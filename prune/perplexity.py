@@ -8,13 +8,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array, lax
 
 from .activations import Activations
 from .checkpoints import Checkpoint
 from .forward import batches, embed, reader, run_blocks
-from .models import Network
+from .models import Network, State
 
 _LOGITS = 2**24  # numbers alive at once
 
@@ -57,7 +56,7 @@ def perplexity(
     return Perplexity(float(np.exp(nll.mean())), nll.tolist(), time.perf_counter() - start)
 
 
-def losses(network: Network, head: nnx.State, activations: Activations, ids: np.ndarray) -> np.ndarray:
+def losses(network: Network, head: State, activations: Activations, ids: np.ndarray) -> np.ndarray:
     """Return the mean loss of each of the last sequences, from the outputs of the last block.
 
     Args:
@@ -77,7 +76,7 @@ def losses(network: Network, head: nnx.State, activations: Activations, ids: np.
 
 
 @functools.partial(jax.jit, static_argnames="network")
-def _losses(network: Network, head: nnx.State, x: Array, ids: Array) -> Array:
+def _losses(network: Network, head: State, x: Array, ids: Array) -> Array:
     """Logits are made for a few tokens at a time: those of a whole sequence can outweigh a block."""
     features, targets = x[:, :-1].reshape(-1, x.shape[-1]), ids[:, 1:].reshape(-1)
 

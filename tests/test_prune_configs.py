@@ -1,11 +1,10 @@
-"""Configs of the families, in both forms, the conversion table, and what is refused."""
+"""Configs of the families, in both forms, and what is refused."""
 
 import numpy as np
 import pytest
 
 from farms_jax.errors import InputError
 from prune.models import make_network
-from prune.models.conversion import Rule, place
 from tests.prune_helpers import FOLDERS, QWEN, config_of, numbers_of, weights_of
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -18,7 +17,7 @@ def test_the_two_forms_of_a_config_are_one_network(name):
 
 def test_frequencies_of_llama3():
     arrays, _ = numbers_of("llama_tiny_rope3")
-    rope = make_network(config_of("llama_tiny_rope3")).config.rope
+    rope = make_network(config_of("llama_tiny_rope3")).rope
     np.testing.assert_allclose(rope.frequencies(24), arrays["inv_freq"], rtol=1e-6)
 
 
@@ -32,19 +31,19 @@ def test_frequencies_of_llama3():
     ],
 )
 def test_frequencies_of_linear(changes):
-    rope = make_network(config_of("llama_tiny", **changes)).config.rope
+    rope = make_network(config_of("llama_tiny", **changes)).rope
     np.testing.assert_allclose(rope.frequencies(8), 500.0 ** (-np.arange(4) / 4) / 4, rtol=1e-6)
 
 
 def test_length_before_extension_defaults_to_the_positions():
     changes = {"rope_scaling": LLAMA3, "max_position_embeddings": 32}
-    short = make_network(config_of("llama_tiny_rope3", "config.legacy.json", **changes)).config.rope
+    short = make_network(config_of("llama_tiny_rope3", "config.legacy.json", **changes)).rope
     np.testing.assert_allclose(short.frequencies(24), numbers_of("llama_tiny_rope3")[0]["inv_freq"], rtol=1e-6)
 
 
 def test_default_frequencies():
     network = make_network(config_of("llama_tiny", "config.legacy.json", rope_theta=..., rope_scaling=...))
-    np.testing.assert_allclose(network.config.rope.frequencies(8), 10000.0 ** (-np.arange(4) / 4), rtol=1e-6)
+    np.testing.assert_allclose(network.rope.frequencies(8), 10000.0 ** (-np.arange(4) / 4), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,7 @@ def test_default_frequencies():
 )
 def test_windows_of_the_families(config, windows):
     network = make_network({key: value for key, value in config.items() if value is not ...})
-    assert network.config.windows == windows
+    assert network.windows == windows
 
 
 def shapes_of(name):
@@ -88,7 +87,7 @@ def test_check_lists_all_faults_at_once():
         "of another shape: model.layers.0.self_attn.k_proj.weight is [96, 48], must be [48, 96]",
         "not in a network of this config.json: model.layers.0.self_attn.k_proj.bias [48]",
         "not in a network of this config.json: model.layers.4.mlp.up_proj.weight [256, 96]",
-        "unknown: model.vision.weight [1, 2]",
+        "not in a network of this config.json: model.vision.weight [1, 2]",
     }
 
 
@@ -104,14 +103,6 @@ def test_check_accepts_what_is_known_and_not_needed():
     network.check(shapes_of("llama_tiny_tied") | extra)
     assert network.tensors("head").keys() == {"model.norm.weight", "model.embed_tokens.weight"}
     make_network(config_of("opt_tiny")).check(shapes_of("opt_tiny") | {"lm_head.weight": (256, 64)})
-
-
-def test_every_tensor_has_one_rule():
-    rules = [Rule(r"a\.(\w+)", ("embed",), r"\1"), Rule(r"\w+\.b", ("head",), "b")]
-    assert place(rules, "c.d") is None
-    assert place(rules, "a.c") == (("embed",), "c", False)
-    with pytest.raises(InputError, match=r"a\.b: fits"):
-        place(rules, "a.b")
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", None, 3, ["llama"]])

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from prune.models.attention import CHUNK, CHUNKS, _attend_by_heads, _attend_in_chunks, attend
 
 from farms_jax.errors import InputError
 from prune.models import Network, make_network
-from prune.models.layers import CHUNK, CHUNKS, _attend_by_heads, _attend_in_chunks, attend
 from prune.models.network import LONG
 from tests.prune_helpers import DATA, FOLDERS, QWEN, config_of, numbers_of, weights_of
 
@@ -126,8 +126,8 @@ def test_inputs_of_a_llama_block(name):
     np.testing.assert_allclose(inputs["mlp.down_proj"], gate / (1 + np.exp(-gate)) * linear("mlp.up_proj"), **close)
     np.testing.assert_allclose(y, middle + linear("mlp.down_proj"), **close)
     # The first query sees one value alone: its own.
-    values = linear("self_attn.v_proj").reshape(*x.shape[:2], network.config.num_kv_heads, -1)
-    repeated = np.repeat(values, network.config.num_heads // network.config.num_kv_heads, axis=2)
+    values = linear("self_attn.v_proj").reshape(*x.shape[:2], network.num_kv_heads, -1)
+    repeated = np.repeat(values, network.num_heads // network.num_kv_heads, axis=2)
     np.testing.assert_allclose(inputs["self_attn.o_proj"][:, 0], repeated[:, 0].reshape(len(x), -1), **close)
 
 
@@ -232,7 +232,7 @@ def test_later_tokens_do_not_matter():
 
 def test_windows_by_block_take_one_compilation():
     network = make_network(QWEN)
-    assert network.config.windows == (None, None, 3, 3)
+    assert network.windows == (None, None, 3, 3)
     tensors = random_tensors(network)
     structures = {jax.tree.structure(state_of(network, part, tensors)) for part in range(4)}
     assert len(structures) == 1
@@ -253,9 +253,7 @@ def test_state_is_a_float32_copy():
         for array in given.values():
             array[:] = 0
         assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
-        np.testing.assert_array_equal(
-            state["mlp"]["up_proj"]["kernel"][...].T, expected["model.layers.1.mlp.up_proj.weight"]
-        )
+        np.testing.assert_array_equal(state["mlp.up_proj.weight"].T, expected["model.layers.1.mlp.up_proj.weight"])
 
 
 def test_gradients_through_a_state():

@@ -15,12 +15,12 @@ class Fields:
     """The fields of a config.json, or of an object in it; null reads as left out."""
 
     def __init__(self, content: Mapping[str, Any], where: str = "config.json") -> None:
-        """Wraps parsed JSON; `where` is what messages call it."""
+        """Wrap parsed JSON; `where` is what messages call it."""
         self.content = content
         self.where = where
 
     def __contains__(self, name: str) -> bool:
-        """Returns whether the field is there and not null."""
+        """Return whether the field is there and not null."""
         return self.content.get(name) is not None
 
     def size(self, name: str, default: int | None = None, *, least: int = 1, most: int = _MOST) -> int:
@@ -60,13 +60,13 @@ class Fields:
             raise self.error(name, "an object", value)
         return Fields(value, f"{self.where}: {name}") if value else None
 
-    def refuse(self, name: str, why: str, harmless: Any = False) -> None:
-        """Refuse a field that would change the numbers in a way that is not supported.
+    def raise_if_set(self, name: str, why: str, harmless: Any = False) -> None:
+        """Raise for a field that would change the numbers in a way that is not supported.
 
         Args:
-            name: of the field.
+            name: name of the field.
             why: end of the message.
-            harmless: the value, beside null, that changes nothing.
+            harmless: value, beside null, that changes nothing.
 
         Raises:
             InputError: if the field has another value.

@@ -1,25 +1,20 @@
 """LLaMA and the families that differ from it in a switch: Mistral, Qwen2, Qwen3.
 
-Module names are those of the checkpoints: `self_attn/q_proj/kernel`, `mlp/down_proj/kernel`, `input_layernorm/scale`.
-
 References:
     Touvron et al., LLaMA, arXiv:2302.13971; Llama 3, arXiv:2407.21783; Mistral 7B, arXiv:2310.06825; Qwen2,
     arXiv:2407.10671; Qwen3, arXiv:2505.09388. Defaults of fields that a config.json leaves out: `transformers` 5.
 """
 
-import re
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
+from jax import Array
 
 from farms_jax.errors import InputError
 
-from .conversion import Rule
+from .attention import attend
 from .fields import MOST_BLOCKS, Fields
-from .layers import ACTIVATIONS, attend
-from .network import Family
+from .network import Inputs, Kind, Network, Shape
+from .operations import ACTIVATIONS, State, embedding, linear, linear_shapes, rms_norm
 from .rope import Rope, read_rope, rotate
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -43,19 +38,14 @@ DEFAULTS = {
 }
 
 
-@dataclass(frozen=True)
-class LlamaConfig:
-    """The shape of a network of the LLaMA kind."""
+@dataclass(frozen=True, kw_only=True)
+class Llama(Network):
+    """A network of the LLaMA kind."""
 
-    prefix: str  # of the tensors' names
-    vocab_size: int
-    hidden_size: int
     intermediate_size: int
-    num_blocks: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    max_length: int
     activation: str
     epsilon: float  # of the RMS norms
     rope: Rope
@@ -63,33 +53,91 @@ class LlamaConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool  # RMS norm over each head's features of query and key
-    tied: bool  # the head's matrix is the embedding's
     windows: tuple[int | None, ...]  # per block, positions that a query sees; None: all before it
 
+    input_groups = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    )
+    # Frequencies that older versions of `transformers` saved; ours come from the config.
+    ignored = r".*layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+
+    def shapes(self, kind: Kind) -> dict[str, Shape]:  # noqa: D102
+        size, inner = self.hidden_size, self.intermediate_size
+        if kind == "embed":
+            return {"embed_tokens.weight": (self.vocab_size, size)}
+        if kind == "head":
+            return {"norm.weight": (size,), **self.head_shapes(size)}
+        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes = {"input_layernorm.weight": (size,), "post_attention_layernorm.weight": (size,)}
+        if self.qk_norm:
+            shapes |= {f"self_attn.{name}.weight": (self.head_dim,) for name in ("q_norm", "k_norm")}
+        return {
+            **shapes,
+            **linear_shapes("self_attn.q_proj", heads, size, self.qkv_bias),
+            **linear_shapes("self_attn.k_proj", kv_heads, size, self.qkv_bias),
+            **linear_shapes("self_attn.v_proj", kv_heads, size, self.qkv_bias),
+            **linear_shapes("self_attn.o_proj", size, heads, self.o_bias),
+            **linear_shapes("mlp.gate_proj", inner, size, self.mlp_bias),
+            **linear_shapes("mlp.up_proj", inner, size, self.mlp_bias),
+            **linear_shapes("mlp.down_proj", size, inner, self.mlp_bias),
+        }
+
     def block_constants(self, block: int) -> dict[str, float]:
-        """Return what is in a block's state beside the weights: the width of its sliding window, if any has one."""
+        """Return the width of a block's sliding window, where any block has one.
+
+        A number in the state, not in the code, so that one compilation serves blocks with and without it.
+        """
         if not any(self.windows):
             return {}
         window = self.windows[block]
-        return {"self_attn/window": float("inf") if window is None else window}
+        return {"self_attn.window": float("inf") if window is None else window}
+
+    def apply_embed(self, state: State, ids: Array) -> Array:  # noqa: D102
+        return embedding(state, "embed_tokens", ids)
+
+    def apply_block(self, state: State, x: Array) -> tuple[Array, Inputs]:  # noqa: D102
+        attention_input = rms_norm(state, "input_layernorm", x, self.epsilon)
+        heads = self._attention(state, attention_input)
+        x = x + linear(state, "self_attn.o_proj", heads)
+        mlp_input = rms_norm(state, "post_attention_layernorm", x, self.epsilon)
+        gate = ACTIVATIONS[self.activation](linear(state, "mlp.gate_proj", mlp_input))
+        gated = gate * linear(state, "mlp.up_proj", mlp_input)
+        return x + linear(state, "mlp.down_proj", gated), (attention_input, heads, mlp_input, gated)
+
+    def _attention(self, state: State, x: Array) -> Array:
+        """Return the heads' outputs side by side, (B, T, heads * head_dim), for x (B, T, D)."""
+        groups = (self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim)
+        query = linear(state, "self_attn.q_proj", x).reshape(*x.shape[:2], *groups)
+        key = linear(state, "self_attn.k_proj", x).reshape(*x.shape[:2], self.num_kv_heads, self.head_dim)
+        value = linear(state, "self_attn.v_proj", x).reshape(key.shape)
+        if self.qk_norm:
+            query = rms_norm(state, "self_attn.q_norm", query, self.epsilon)
+            key = rms_norm(state, "self_attn.k_norm", key, self.epsilon)
+        return attend(rotate(query, self.rope), rotate(key, self.rope), value, state.get("self_attn.window"))
+
+    def apply_head(self, state: State, x: Array) -> Array:  # noqa: D102
+        return self.unembed(state, rms_norm(state, "norm", x, self.epsilon))
 
 
-def read_config(config: Fields, prefix: str) -> LlamaConfig:
+def read_llama(config: Fields, prefix: str) -> Llama:
     """Read a config.json.
 
     Args:
-        config: the file's content, `model_type` one of DEFAULTS.
-        prefix: of the tensors' names.
+        config: content of the file, `model_type` one of DEFAULTS.
+        prefix: start of the tensors' names.
 
     Returns:
-        The shape of the network.
+        The network.
 
     Raises:
-        InputError: for a field that is missing, of a wrong type, or has a value that is not supported.
+        InputError: a field that is missing, of a wrong type, or has a value that is not supported.
     """
     model_type = config.choice("model_type", DEFAULTS)
     defaults = DEFAULTS[model_type]
-    config.refuse("use_mrope", "rotation over several axes is not supported")
+    config.raise_if_set("use_mrope", "rotation over several axes is not supported")
     heads, hidden_size = config.size("num_attention_heads"), config.size("hidden_size")
     num_kv_heads = heads if "num_key_value_heads" in config.content else defaults.num_kv_heads or heads
     num_kv_heads = config.size("num_key_value_heads", num_kv_heads)
@@ -103,7 +151,7 @@ def read_config(config: Fields, prefix: str) -> LlamaConfig:
     has_bias = config.flag("attention_bias", False) if model_type in {"llama", "qwen3"} else False
     num_blocks = config.size("num_hidden_layers", most=MOST_BLOCKS)
     max_length = config.size("max_position_embeddings", defaults.max_length)
-    return LlamaConfig(
+    return Llama(
         prefix=prefix,
         vocab_size=config.size("vocab_size"),
         hidden_size=hidden_size,
@@ -126,7 +174,7 @@ def read_config(config: Fields, prefix: str) -> LlamaConfig:
 
 
 def _windows(config: Fields, model_type: str, num_blocks: int, default: int | None) -> tuple[int | None, ...]:
-    """Returns the width of each block's sliding window."""
+    """Return the width of each block's sliding window."""
     if model_type == "llama":
         return (None,) * num_blocks
     window = None if config.is_null("sliding_window") else config.size("sliding_window", default)
@@ -143,132 +191,3 @@ def _windows(config: Fields, model_type: str, num_blocks: int, default: int | No
     if window is None and LAYER_TYPES[1] in types:
         raise InputError(f"{config.where}: `layer_types` has {LAYER_TYPES[1]}, but `use_sliding_window` is not true")
     return tuple(window if kind == LAYER_TYPES[1] else None for kind in types)
-
-
-class LlamaEmbedding(nnx.Module):
-    """Token embedding."""
-
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs) -> None:
-        """Makes the parameters."""
-        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
-
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """Returns (B, T, D) for ids (B, T)."""
-        return self.embed_tokens(ids)
-
-
-class LlamaAttention(nnx.Module):
-    """Grouped-query attention with rotary positions, without the projection of its output."""
-
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs) -> None:
-        """Makes the parameters."""
-        self.config = config
-        heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nnx.Linear(config.hidden_size, heads, use_bias=config.qkv_bias, rngs=rngs)
-        self.k_proj = nnx.Linear(config.hidden_size, kv_heads, use_bias=config.qkv_bias, rngs=rngs)
-        self.v_proj = nnx.Linear(config.hidden_size, kv_heads, use_bias=config.qkv_bias, rngs=rngs)
-        self.o_proj = nnx.Linear(heads, config.hidden_size, use_bias=config.o_bias, rngs=rngs)
-        if config.qk_norm:
-            self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.epsilon, rngs=rngs)
-            self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=config.epsilon, rngs=rngs)
-        if any(config.windows):
-            # A number in the state, not in the code, so that one compilation serves blocks with and without it.
-            self.window = nnx.Variable(jnp.float32(0))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the heads' outputs side by side, (B, T, heads * head_dim), for x (B, T, D)."""
-        config = self.config
-        heads = (config.num_kv_heads, config.head_dim)
-        groups = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
-        query = self.q_proj(x).reshape(*x.shape[:2], *groups)
-        key = self.k_proj(x).reshape(*x.shape[:2], *heads)
-        value = self.v_proj(x).reshape(*x.shape[:2], *heads)
-        if config.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        window = self.window[...] if any(config.windows) else None
-        return attend(rotate(query, config.rope), rotate(key, config.rope), value, window)
-
-
-class LlamaMLP(nnx.Module):
-    """Gated feed-forward network, without the projection of its output."""
-
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs) -> None:
-        """Makes the parameters."""
-        inner, outer, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
-        self.activation = config.activation
-        self.gate_proj = nnx.Linear(outer, inner, use_bias=bias, rngs=rngs)
-        self.up_proj = nnx.Linear(outer, inner, use_bias=bias, rngs=rngs)
-        self.down_proj = nnx.Linear(inner, outer, use_bias=bias, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the gated features (B, T, intermediate_size) for x (B, T, D)."""
-        return ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x)
-
-
-class LlamaBlock(nnx.Module):
-    """Attention and feed-forward network, each behind a norm and beside a skip."""
-
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs) -> None:
-        """Makes the parameters."""
-        self.input_layernorm = nnx.RMSNorm(config.hidden_size, epsilon=config.epsilon, rngs=rngs)
-        self.self_attn = LlamaAttention(config, rngs)
-        self.post_attention_layernorm = nnx.RMSNorm(config.hidden_size, epsilon=config.epsilon, rngs=rngs)
-        self.mlp = LlamaMLP(config, rngs)
-
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Returns (B, T, D) for x (B, T, D), and the input of each group of INPUT_GROUPS."""
-        attention_input = self.input_layernorm(x)
-        heads = self.self_attn(attention_input)
-        x = x + self.self_attn.o_proj(heads)
-        mlp_input = self.post_attention_layernorm(x)
-        gated = self.mlp(mlp_input)
-        return x + self.mlp.down_proj(gated), (attention_input, heads, mlp_input, gated)
-
-
-class LlamaHead(nnx.Module):
-    """Final norm and the product with the head's matrix, or with the embedding's if they are tied."""
-
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs) -> None:
-        """Makes the parameters."""
-        self.tied = config.tied
-        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.epsilon, rngs=rngs)
-        if config.tied:
-            self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
-        else:
-            self.lm_head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns logits (B, T, V) for x (B, T, D)."""
-        x = self.norm(x)
-        return self.embed_tokens.attend(x) if self.tied else self.lm_head(x)
-
-
-INPUT_GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-
-
-def rules(config: LlamaConfig) -> list[Rule]:
-    """Return the conversion table."""
-    prefix = re.escape(config.prefix)
-    block = rf"{prefix}layers\.(?P<block>\d+)\."
-    linear = rf"{block}(?P<module>self_attn|mlp)\.(?P<linear>[qkvo]_proj|gate_proj|up_proj|down_proj)"
-    return [
-        Rule(
-            rf"{prefix}embed_tokens\.weight", ("embed", "head") if config.tied else ("embed",), "embed_tokens/embedding"
-        ),
-        Rule(rf"{linear}\.weight", ("block",), r"\g<module>/\g<linear>/kernel", transposed=True),
-        Rule(rf"{linear}\.bias", ("block",), r"\g<module>/\g<linear>/bias"),
-        Rule(rf"{block}self_attn\.([qk]_norm)\.weight", ("block",), r"self_attn/\2/scale"),
-        Rule(rf"{block}(input_layernorm|post_attention_layernorm)\.weight", ("block",), r"\2/scale"),
-        Rule(rf"{prefix}norm\.weight", ("head",), "norm/scale"),
-        Rule(r"lm_head\.weight", () if config.tied else ("head",), "lm_head/kernel", transposed=True),
-        # Frequencies that older versions of `transformers` saved; ours come from the config.
-        Rule(rf"{block}self_attn\.rotary_emb\.inv_freq", ()),
-    ]
-
-
-LLAMA = Family((LlamaEmbedding, LlamaBlock, LlamaHead), INPUT_GROUPS, rules)

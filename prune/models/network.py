@@ -1,77 +1,90 @@
-"""A network as pure functions, one per part: embedding, decoder block, head; one class for all families.
+"""A decoder network as pure functions, one per part: embedding, decoder block, head.
 
-Outside, weights have the names and the orientation (out, in) of Hugging Face checkpoints; inside, a part is the state
-of a Flax module. Nothing is allocated until `to_state` is given a part's tensors.
+Outside, weights have the names and the orientation (out, in) of Hugging Face checkpoints; inside, the state of a part
+is a dictionary of float32 arrays. Nothing is allocated until `to_state` is given a part's tensors.
 """
 
-import functools
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax import lax
+from jax import Array, lax
 
 from farms_jax.errors import InputError
+from farms_jax.weights.sanitise import printable
 
-from . import conversion
-from .conversion import Kind, Part, Rule, Shape
+from .operations import State, linear
 
-# On CPU, sequences of so many tokens go through a block one by one: the features of one stay in the cache. Measured on
-# 2 cores with blocks of 576 and 2048 features: 15 % faster, and neither better nor worse; shorter ones lose up to 25 %.
+# On CPU, sequences from this length on go through a block one by one: the features of one stay in the cache. Measured
+# on 2 cores with blocks of 576 and 2048 features: 15 % faster, and neither better nor worse; shorter ones lose up to
+# 25 %.
 LONG = 256
+_LISTED = 10  # tensors that an error names
+
+Part = int | Literal["embed", "head"]  # number of a block, or one of the two ends
+Kind = Literal["embed", "block", "head"]
+Shape = tuple[int, ...]
+Inputs = tuple[Array, ...]
 
 
-@dataclass(frozen=True)
-class Family:
-    """What a family of networks is made of."""
+@dataclass(frozen=True, kw_only=True)
+class Network(ABC):
+    """A decoder network; hashable, so that it can be a static argument of `jax.jit`. Callers jit its methods.
 
-    # (config, rngs) -> module, of the embedding, a block, the head. A block's module gives its output, (B, T, D), and
-    # the input of each group of linears; where one of them is all that jitted code asks for, the other is not computed.
-    parts: tuple[Callable[..., nnx.Module], ...]
-    input_groups: tuple[tuple[str, ...], ...]  # a block's linears by shared input, in the reference's order
-    rules: Callable[[Any], list[Rule]]  # config -> conversion table
+    Attributes:
+        prefix: start of the tensors' names.
+        vocab_size: number of tokens V.
+        hidden_size: features D between blocks.
+        num_blocks: number of decoder blocks.
+        max_length: longest sequence that the network was made for.
+        tied: the head's matrix is the embedding's.
+        input_groups: linears of a block by shared input, in the reference's order.
+        ignored: pattern of tensors that checkpoints may have and no network needs.
+    """
 
+    prefix: str
+    vocab_size: int
+    hidden_size: int
+    num_blocks: int
+    max_length: int
+    tied: bool
 
-@dataclass(frozen=True)
-class Network:
-    """A decoder network; hashable, so that it can be a static argument of `jax.jit`. Callers jit its methods."""
+    input_groups: ClassVar[tuple[tuple[str, ...], ...]]
+    ignored: ClassVar[str] = r"(?!)"
 
-    family: Family
-    config: Any  # frozen dataclass of the family: LlamaConfig or OPTConfig
+    @abstractmethod
+    def shapes(self, kind: Kind) -> dict[str, Shape]:
+        """Return the shapes of a part's tensors as in the checkpoint, by their names without prefix and block."""
 
-    @property
-    def num_blocks(self) -> int:
-        """Number of decoder blocks."""
-        return self.config.num_blocks
+    @abstractmethod
+    def apply_embed(self, state: State, ids: Array) -> Array:
+        """Return (B, T, D) for ids (B, T)."""
+
+    @abstractmethod
+    def apply_block(self, state: State, x: Array) -> tuple[Array, Inputs]:
+        """Return a block's output (B, T, D), and the input of each of the `input_groups`.
+
+        Where jitted code asks for one of them alone, the other is not computed.
+        """
+
+    @abstractmethod
+    def apply_head(self, state: State, x: Array) -> Array:
+        """Return logits (B, T, V) for x (B, T, D)."""
+
+    def block_constants(self, block: int) -> dict[str, float]:
+        """Return what is in a block's state beside its weights."""
+        del block
+        return {}
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """All parts, in the order in which tokens go through them."""
         return ("embed", *range(self.num_blocks), "head")
-
-    @property
-    def hidden_size(self) -> int:
-        """Features D between blocks."""
-        return self.config.hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens V."""
-        return self.config.vocab_size
-
-    @property
-    def max_length(self) -> int:
-        """Positions: the longest sequence that the network was made for."""
-        return self.config.max_length
-
-    @property
-    def input_groups(self) -> tuple[tuple[str, ...], ...]:
-        """The linears of a block, those together that share an input, in the reference's order."""
-        return self.family.input_groups
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -80,17 +93,13 @@ class Network:
 
     def layer_name(self, block: int, linear: str) -> str:
         """Return the full name of a linear, without `.weight`: `model.layers.3.self_attn.q_proj`."""
-        return f"{self.config.prefix}layers.{block}.{linear}"
+        return f"{self.prefix}layers.{block}.{linear}"
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
         """Return the shape (out, in) of every linear of all blocks, by full name, in network order."""
-        shapes = {}
-        for block in range(self.num_blocks):
-            tensors = self.tensors(block)
-            for layer in (self.layer_name(block, linear) for linear in self.linears):
-                rows, columns = tensors[f"{layer}.weight"]
-                shapes[layer] = (rows, columns)
-        return shapes
+        inside: dict[str, Any] = self.shapes("block")
+        blocks = range(self.num_blocks)
+        return {self.layer_name(block, name): inside[f"{name}.weight"] for block in blocks for name in self.linears}
 
     def tensors(self, part: Part) -> dict[str, Shape]:
         """Return the shapes of a part's tensors by their names, both as in the checkpoint.
@@ -98,7 +107,7 @@ class Network:
         Args:
             part: number of a block, `"embed"` or `"head"`. A tied head names the embedding again.
         """
-        return {name: leaf.shape for name, leaf in self._leaves(part).items()}
+        return {self._full_name(part, name): shape for name, shape in self._sorted_shapes(part).items()}
 
     def check(self, found: Mapping[str, Shape]) -> None:
         """Compare a checkpoint with what the network needs.
@@ -107,14 +116,15 @@ class Network:
             found: shapes of all tensors of the checkpoint, by name.
 
         Raises:
-            InputError: one for all tensors that are unknown, missing or of another shape; it lists them.
+            InputError: one for all tensors that are missing, unknown or of another shape; it lists the first ones.
         """
         expected = {}
         for part in self.parts:
             expected |= self.tensors(part)
-        conversion.check(self._rules(), expected, found)
+        ignored = re.compile(rf"lm_head\.weight|{self.ignored}" if self.tied else self.ignored)
+        _compare(expected, {name: shape for name, shape in found.items() if not ignored.fullmatch(name)})
 
-    def to_state(self, part: Part, tensors: Mapping[str, np.ndarray | jax.Array]) -> nnx.State:
+    def to_state(self, part: Part, tensors: Mapping[str, np.ndarray | Array]) -> State:
         """Make the state of a part.
 
         Args:
@@ -122,116 +132,100 @@ class Network:
             tensors: exactly those of `tensors(part)`, by name, of any floating type; traced ones too, for gradients.
 
         Returns:
-            State of float32 arrays, all blocks with the same structure.
+            Float32 arrays by name inside the part, linears (in, out); all blocks have the same structure.
 
         Raises:
-            InputError: for tensors that are unknown, missing or of another shape.
+            InputError: tensors are unknown, missing or of another shape.
         """
-        conversion.check(self._rules(), self.tensors(part), {name: array.shape for name, array in tensors.items()})
-        values = self.config.block_constants(part) if isinstance(part, int) else {}
-        for name, leaf in self._leaves(part).items():
-            values[leaf.path] = tensors[name].T if leaf.transposed else tensors[name]
-        leaves = _skeleton(self, _kind(part))[1]
-        # A copy, so that the caller's array may be freed or changed.
-        arrays = {path: jnp.array(values[path], jnp.float32) for path in leaves}
-        return nnx.from_flat_state([(tuple(path.split("/")), leaves[path].replace(arrays[path])) for path in leaves])
+        _compare(self.tensors(part), {name: array.shape for name, array in tensors.items()})
+        state = {}
+        for name in self._sorted_shapes(part):
+            array = tensors[self._full_name(part, name)]
+            is_linear = array.ndim == 2 and not name.startswith("embed_")
+            # A copy, so that the caller's array may be freed or changed.
+            state[name] = jnp.array(array.T if is_linear else array, jnp.float32)
+        constants = self.block_constants(part) if isinstance(part, int) else {}
+        return state | {name: jnp.float32(value) for name, value in constants.items()}
 
-    def embed(self, state: nnx.State, ids: jax.Array) -> jax.Array:
+    def embed(self, state: State, ids: Array) -> Array:
         """Look up the tokens.
 
         Args:
-            state: of the part `"embed"`.
+            state: state of the part `"embed"`.
             ids: tokens, int32 (B, T).
 
         Returns:
             Input of the first block, float32 (B, T, D).
 
         Raises:
-            InputError: if T is more than `max_length`.
+            InputError: T is more than `max_length`.
         """
         if ids.shape[1] > self.max_length:
             raise InputError(f"sequences of {ids.shape[1]} tokens: this model takes {self.max_length} at most")
-        return self._apply("embed", state, ids)
+        return _exactly(self.apply_embed, state, ids)
 
-    def block(self, state: nnx.State, x: jax.Array) -> jax.Array:
+    def block(self, state: State, x: Array) -> Array:
         """Apply a decoder block: (B, T, D) -> (B, T, D)."""
-        return self._apply_block(state, x, lambda output, inputs: output)
+        return self._map_block(lambda x: _exactly(self.apply_block, state, x)[0], x)
 
-    def inputs(self, state: nnx.State, x: jax.Array) -> dict[str, jax.Array]:
+    def inputs(self, state: State, x: Array) -> dict[str, Array]:
         """Return what each linear of a block is given.
 
         Args:
-            state: of the block.
+            state: state of the block.
             x: input of the block, (B, T, D).
 
         Returns:
             Name of a linear -> its input, (B, T, in); linears of one input group have the same array.
         """
-        inputs = self._apply_block(state, x, lambda output, inputs: inputs)
+        inputs = self._map_block(lambda x: _exactly(self.apply_block, state, x)[1], x)
         return {name: array for group, array in zip(self.input_groups, inputs, strict=True) for name in group}
 
-    def head(self, state: nnx.State, x: jax.Array) -> jax.Array:
+    def head(self, state: State, x: Array) -> Array:
         """Return logits (B, T, V) for the output of the last block (B, T, D)."""
-        return self._apply("head", state, x)
+        return _exactly(self.apply_head, state, x)
 
-    def _apply(self, kind: Kind, state: nnx.State, x: jax.Array) -> Any:
-        module = nnx.merge(_skeleton(self, kind)[0], state)
-        # Accelerators round the factors of float32 products unless they are told not to.
-        with jax.default_matmul_precision("highest"):
-            return module(x)
+    def unembed(self, state: State, x: Array) -> Array:
+        """Multiply by the head's matrix, or by the embedding's where they are tied."""
+        return jnp.dot(x, state["embed_tokens.weight"].T) if self.tied else linear(state, "lm_head", x)
 
-    def _apply_block(self, state: nnx.State, x: jax.Array, wanted: Callable[[Any, Any], Any]) -> Any:
-        def at_once(x: jax.Array) -> Any:
-            return wanted(*self._apply("block", state, x))
+    def head_shapes(self, features: int) -> dict[str, Shape]:
+        """Return the shape of the matrix that `unembed` takes, for this number of features."""
+        return {"embed_tokens.weight" if self.tied else "lm_head.weight": (self.vocab_size, features)}
 
-        def one_by_one(x: jax.Array) -> Any:
-            return jax.tree.map(lambda y: y[:, 0], lax.map(lambda sequence: at_once(sequence[None]), x))
+    def _map_block(self, function: Callable[[Array], Any], x: Array) -> Any:
+        def one_by_one(x: Array) -> Any:
+            return jax.tree.map(lambda y: y[:, 0], lax.map(lambda sequence: function(sequence[None]), x))
 
         if len(x) == 1 or x.shape[1] < LONG:
-            return at_once(x)
-        return lax.platform_dependent(x, cpu=one_by_one, default=at_once)
+            return function(x)
+        return lax.platform_dependent(x, cpu=one_by_one, default=function)
 
-    def _rules(self) -> list[Rule]:
-        return self.family.rules(self.config)
+    def _sorted_shapes(self, part: Part) -> dict[str, Shape]:
+        return dict(sorted(self.shapes("block" if isinstance(part, int) else part).items()))
 
-    def _leaves(self, part: Part) -> dict[str, "_Leaf"]:
-        """Returns where each tensor of a part goes, by name: the conversion table, read for names we expect."""
-        rules = self._rules()
-        leaves = {}
-        for path, variable in _skeleton(self, _kind(part))[1].items():
-            if isinstance(variable, nnx.Param):
-                name = self._tensor_name(part, path)
-                target = conversion.place(rules, name)
-                if target is None or part not in target.parts or target.path != path:
-                    raise AssertionError(f"the conversion table has {target} for {name}, not {part} {path}")
-                leaves[name] = _Leaf(
-                    path, variable.shape[::-1] if target.transposed else variable.shape, target.transposed
-                )
-        return leaves
-
-    def _tensor_name(self, part: Part, path: str) -> str:
-        module, _, leaf = path.rpartition("/")
-        name = f"{module.replace('/', '.')}.{'bias' if leaf == 'bias' else 'weight'}"
-        if module == "lm_head":
+    def _full_name(self, part: Part, name: str) -> str:
+        if name == "lm_head.weight":
             return name
-        return self.config.prefix + (f"layers.{part}.{name}" if isinstance(part, int) else name)
+        return self.prefix + (f"layers.{part}.{name}" if isinstance(part, int) else name)
 
 
-class _Leaf(NamedTuple):
-    """One parameter of a part."""
-
-    path: str
-    shape: Shape  # in the checkpoint
-    transposed: bool
+def _exactly(function: Callable[[State, Array], Any], state: State, x: Array) -> Any:
+    # Accelerators round the factors of float32 products unless they are told not to.
+    with jax.default_matmul_precision("highest"):
+        return function(state, x)
 
 
-def _kind(part: Part) -> Kind:
-    return "block" if isinstance(part, int) else part
-
-
-@functools.cache
-def _skeleton(network: Network, kind: Kind) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
-    """Returns the structure of a part, and its leaves by path, with shapes for values."""
-    build = network.family.parts[("embed", "block", "head").index(kind)]
-    graph, state = nnx.split(nnx.eval_shape(lambda: build(network.config, nnx.Rngs(0))))
-    return graph, {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+def _compare(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+    faults = [f"missing: {printable(name)} {list(shape)}" for name, shape in expected.items() if name not in found]
+    for name, shape in found.items():
+        if name not in expected:
+            faults.append(f"not in a network of this config.json: {printable(name)} {list(shape)}")
+        elif tuple(shape) != tuple(expected[name]):
+            faults.append(f"of another shape: {printable(name)} is {list(shape)}, must be {list(expected[name])}")
+    if faults:
+        more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+        raise InputError(
+            f"{len(faults)} tensor(s) do not fit the config.json (use the one that belongs to these weights, "
+            f"and the complete set of weight files): {'; '.join(faults[:_LISTED])}{more}"
+        )

@@ -64,7 +64,7 @@ def read_rope(config: Fields, max_length: int) -> Rope:
     """
     scaling = config.table("rope_scaling") or config.table("rope_parameters") or Fields({})
     for fields in (config, scaling):
-        fields.refuse("partial_rotary_factor", "rotation of a part of the features is not supported", harmless=1)
+        fields.raise_if_set("partial_rotary_factor", "rotation of a part of the features is not supported", harmless=1)
     if any(isinstance(value, Mapping) for value in scaling.content.values()):
         raise InputError(f"{scaling.where}: one rotation for each type of layer is not supported; known: one for all")
     theta = scaling.number("rope_theta", config.number("rope_theta", THETA))

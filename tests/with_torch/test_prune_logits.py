@@ -130,4 +130,4 @@ def test_frequencies(case, tmp_path):
     model_type, settings = CASES[case]
     model = save_model(tmp_path, model_type, settings)
     network = make_network(json.loads((tmp_path / "config.json").read_text()))
-    np.testing.assert_allclose(network.config.rope.frequencies(8), model.model.rotary_emb.inv_freq, rtol=1e-6)
+    np.testing.assert_allclose(network.rope.frequencies(8), model.model.rotary_emb.inv_freq, rtol=1e-6)

@@ -1,22 +1,8 @@
-"""What the decoder families share: causal attention and activations by name."""
-
-import functools
-from collections.abc import Callable
+"""Causal attention over grouped heads, in chunks of queries."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
-
 
 CHUNK = 128  # queries that meet their keys at once
 CHUNKS = 16  # at most: each is code of its own
@@ -29,7 +15,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, window: jax.Array
         query: (B, T, K, G, H): G query heads for each of K key heads, with H features.
         key: (B, T, K, H).
         value: (B, T, K, H).
-        window: float scalar, number of positions that a query sees, its own included; None or infinity: all before it.
+        window: float scalar, number of positions that a query sees, its own included; `None` or infinity: all before
+            it.
 
     Returns:
         (B, T, K * G * H), heads side by side.
@@ -48,7 +35,7 @@ def _attend_by_heads(query, key, value, *window):
 
 
 def _attend_in_chunks(query, key, value, window=None):
-    """Returns (..., G, T, H) for query of this shape and key and value (..., T, H).
+    """Return (..., G, T, H) for a query of this shape and key and value (..., T, H).
 
     A chunk of queries meets the keys up to its last position only: half of the work for long sequences, and a small
     piece of the scores at a time.
