@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from prune.models.attention import CHUNK, CHUNKS, _attend_by_heads, _attend_in_chunks, attend
 
 from farms_jax.errors import InputError
 from prune.models import Network, make_network
+from prune.models.attention import CHUNK, CHUNKS, _attend_by_heads, _attend_in_chunks, attend
 from prune.models.network import LONG
 from tests.prune_helpers import DATA, FOLDERS, QWEN, config_of, numbers_of, weights_of
 
