@@ -7,6 +7,7 @@ import pytest
 
 import farms_jax
 from farms_jax import FLAX_AXES, TORCH_AXES, Tail, Window
+from farms_jax._report import METRICS
 from farms_jax._windows import make_grid
 from farms_jax.diagnosis import measure as module
 from farms_jax.diagnosis.columns import BY_NAME
@@ -36,7 +37,7 @@ QUICK = Settings(resamples=0, randomize=False)
     ],
     ids=["default", "ks", "grid", "pooled"],
 )
-def test_alphas_are_those_of_analyze(settings):
+def test_names_of_a_report_have_its_numbers(settings):
     found = measure(WEIGHTS, TORCH_AXES, settings)
     options = {"axes": TORCH_AXES, "tail": settings.tail, "kernel_scale": settings.kernel_scale}
     windows = farms_jax.analyze(WEIGHTS, window=settings.window, **options)
@@ -44,9 +45,10 @@ def test_alphas_are_those_of_analyze(settings):
     assert list(found) == list(WEIGHTS)
     for i, name in enumerate(windows.names):
         row = found[name].row
-        measured = [row["alpha"], row["ks_distance"], row["xmin"], row["whole_alpha"]]
-        expected = [windows.alpha[i], windows.ks_distance[i], windows.xmin[i], whole.alpha[i]]
-        np.testing.assert_allclose(measured, expected, rtol=2e-5, err_msg=name)
+        for prefix, report in (("", windows), ("whole_", whole)):
+            for metric in {metric for metric in METRICS if prefix + metric in row}:
+                expected = getattr(report, metric)[i]
+                np.testing.assert_allclose(row[prefix + metric], expected, rtol=2e-5, err_msg=(name, metric))
         assert abs(row["aspect_ratio_bias"] - (row["whole_alpha"] - row["alpha"])) < 1e-12
 
 
@@ -172,7 +174,7 @@ def test_no_windows_are_solved_twice(monkeypatch):
     assert len(solved) == len(set(solved)) == 4  # a: whole, halves; b: whole, windows, which serve the interval too
 
 
-@pytest.mark.parametrize("solver", ["gram", "gram64", "svd"])
+@pytest.mark.parametrize("solver", ["gram64", "svd"])
 def test_window_by_window_on_host_and_device(solver, monkeypatch):
     monkeypatch.setattr(gram_matrices, "BLOCK_ENTRIES", 1)
     monkeypatch.setattr(gram_matrices, "_MIN_BLOCK", 7)  # a Gram matrix is the sum over several blocks of columns

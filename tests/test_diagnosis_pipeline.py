@@ -8,7 +8,7 @@ import pytest
 import farms_jax
 from farms_jax.diagnosis import diagnose
 from farms_jax.errors import InputError
-from farms_jax.programs.cache import Cache, weights_key
+from farms_jax.programs.cache import weights_key
 
 FAST = {"resamples": 20, "randomize": False}
 
@@ -102,7 +102,7 @@ def test_only_what_changed_is_measured_again(tmp_path):
     assert diagnose(weights, cache=cache, **FAST | {"seed": 1}).facts["from_cache"] == 0
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"row": 1, "deviations": [], "histogram": {}}', "{" * 100_000])
+@pytest.mark.parametrize("content", ["", "[]", '{"row": 1, "deviations": [], "histogram": {}}', "{" * 100_000])
 def test_a_damaged_cache_is_no_cache(tmp_path, content):
     weights = {"layer": model()["block_10"]["kernel"]}
     first = diagnose(weights, cache=tmp_path, **FAST)
@@ -128,12 +128,6 @@ def test_keys_tell_weights_and_settings_apart():
     assert weights_key({"a": np.asfortranarray(weight)}) == keys[0]
 
 
-def test_without_a_folder_nothing_is_kept():
-    store = Cache(None)
-    store.put("key", {"a": 1})
-    assert store.get("key") is None
-
-
 def test_all_layers_with_nan_are_named(tmp_path):
     weights = model()
     weights["conv"]["kernel"][0, 0, 0, 0] = np.nan
@@ -142,11 +136,6 @@ def test_all_layers_with_nan_are_named(tmp_path):
     with pytest.raises(InputError, match=r"model.*: NaN or Inf in block_2/kernel, conv/kernel; .*--exclude"):
         diagnose(path, **FAST)
     assert len(diagnose(path, exclude=("conv/.*", "block_2/.*"), **FAST)) == 1
-
-
-def test_a_model_without_layers_is_an_error():
-    with pytest.raises(InputError, match="no layer to measure among its 1 arrays"):
-        diagnose({"bias": np.zeros(8)})
 
 
 @pytest.mark.parametrize(

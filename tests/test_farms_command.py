@@ -26,17 +26,31 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def farms(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["farms", *map(str, arguments)])
-    main()
-    return capsys.readouterr().out
+@pytest.fixture
+def farms(monkeypatch, capsys):
+    """Runs the command in this process; what it prints."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["farms", *map(str, arguments)])
+        main()
+        return capsys.readouterr().out
+
+    return run
 
 
-def fails(monkeypatch, capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        farms(monkeypatch, capsys, *arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
+@pytest.fixture
+def fails(farms, capsys):
+    """Runs the command, which says in one line what is wrong; that line."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            farms(*arguments)
+        told = capsys.readouterr().err
+        assert (stop.value.code, told.count("\n")) == (2, 1)
+        assert told.startswith(f"farms {arguments[0]}: ")
+        return told
+
+    return run
 
 
 def test_as_a_program_it_prints_a_table_and_writes_three_files(model, tmp_path):
@@ -55,17 +69,17 @@ def test_as_a_program_it_prints_a_table_and_writes_three_files(model, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_the_second_run_measures_nothing(monkeypatch, capsys, model, tmp_path):
+def test_the_second_run_measures_nothing(farms, model, tmp_path):
     for name in ("first", "second"):
-        farms(monkeypatch, capsys, "analyze", model, *FAST, "--json", tmp_path / f"{name}.json")
+        farms("analyze", model, *FAST, "--json", tmp_path / f"{name}.json")
     cached = [Diagnosis.read_json(tmp_path / f"{name}.json").facts["from_cache"] for name in ("first", "second")]
     assert cached == [0, 1]
-    farms(monkeypatch, capsys, "analyze", model, *FAST, "--no-cache", "--json", tmp_path / "third.json")
+    farms("analyze", model, *FAST, "--no-cache", "--json", tmp_path / "third.json")
     assert Diagnosis.read_json(tmp_path / "third.json").facts["from_cache"] == 0
 
 
-def test_explain_lists_every_array_and_measures_nothing(monkeypatch, capsys, model, tmp_path):
-    told = farms(monkeypatch, capsys, "analyze", model, "--explain")
+def test_explain_lists_every_array_and_measures_nothing(farms, model, tmp_path):
+    told = farms("analyze", model, "--explain")
     lines = {line.split()[0]: line for line in told.splitlines()}
     assert lines["dense/kernel"].endswith("a layer")
     assert "left out: 1 axes" in lines["dense/bias"]
@@ -73,9 +87,9 @@ def test_explain_lists_every_array_and_measures_nothing(monkeypatch, capsys, mod
     assert not (tmp_path / "cache").exists()
 
 
-def test_windows_and_patterns_are_those_asked_for(monkeypatch, capsys, model, tmp_path):
+def test_windows_and_patterns_are_those_asked_for(farms, model, tmp_path):
     flags = ("--rows", 16, "--per-axis", 3, "--include", "dense/.*", "--json", tmp_path / "out.json")
-    farms(monkeypatch, capsys, "analyze", model, *FAST, *flags)
+    farms("analyze", model, *FAST, *flags)
     diagnosis = Diagnosis.read_json(tmp_path / "out.json")
     assert diagnosis.column("num_windows") == [9]
     assert dict(diagnosis.left_out)["steps"] == "not included"
@@ -90,28 +104,28 @@ def test_windows_and_patterns_are_those_asked_for(monkeypatch, capsys, model, tm
         (("--sort", "layer"), "abc"),
     ],
 )
-def test_the_table_can_be_sorted(monkeypatch, capsys, tmp_path, flags, order):
+def test_the_table_can_be_sorted(farms, tmp_path, flags, order):
     weight = np.random.default_rng(0).normal(size=(16, 24))
     np.savez(tmp_path / "model.npz", a=weight * 2, b=weight, c=weight * 3)
-    told = farms(monkeypatch, capsys, "analyze", tmp_path / "model.npz", *FAST, *flags)
+    told = farms("analyze", tmp_path / "model.npz", *FAST, *flags)
     assert "".join(line[0] for line in told.splitlines() if line[1:2] == " ") == order
 
 
-def test_compare_prints_and_writes_what_moved(monkeypatch, capsys, model, tmp_path):
+def test_compare_prints_and_writes_what_moved(farms, model, tmp_path):
     other = tmp_path / "other.npz"
     np.savez(other, **{"dense/kernel": np.load(model)["dense/kernel"] * 2})
-    told = farms(monkeypatch, capsys, "compare", model, other, *FAST, "--json", tmp_path / "changes.json")
-    assert "1 layers of one name" in told or "1 layer of one name" in told
+    told = farms("compare", model, other, *FAST, "--json", tmp_path / "changes.json")
+    assert "of one name" in told
     (row,) = json.loads((tmp_path / "changes.json").read_text())["layers"]
     assert row["moved"] == pytest.approx(1)
 
 
-def test_watch_writes_alerts(monkeypatch, capsys, tmp_path):
+def test_watch_writes_alerts(farms, tmp_path):
     weight = np.random.default_rng(0).normal(size=(32, 48))
     for step, value in ((1, weight), (2, np.ones_like(weight))):
         (tmp_path / "run" / f"step_{step}").mkdir(parents=True)
         np.savez(tmp_path / "run" / f"step_{step}" / "model.npz", dense=value)
-    told = farms(monkeypatch, capsys, "watch", tmp_path / "run", "--once", *FAST)
+    told = farms("watch", tmp_path / "run", "--once", *FAST)
     assert "ALERT degenerate: dense: rank 1 of 32: constant" in told
     lines = (tmp_path / "run" / "farms" / "alerts.jsonl").read_text().splitlines()
     assert [json.loads(line)["rule"] for line in lines] == ["degenerate"]
@@ -140,69 +154,16 @@ def test_a_reader_that_stops_reading_is_no_mistake(model):
         (["watch", "missing"], "missing"),
     ],
 )
-def test_a_mistake_is_one_line(monkeypatch, capsys, model, arguments, message):
-    told = fails(monkeypatch, capsys, *(model if argument == "MODEL" else argument for argument in arguments))
-    assert message in told
-    assert told.startswith(f"farms {arguments[0]}: ")
-    assert told.count("\n") == 1
+def test_a_mistake_is_one_line(fails, model, arguments, message):
+    assert message in fails(*(model if argument == "MODEL" else argument for argument in arguments))
 
 
-def truncated(folder):
-    np.savez(folder / "whole.npz", dense=np.ones((32, 48)))
-    (folder / "cut.npz").write_bytes((folder / "whole.npz").read_bytes()[:-100])
-    return folder / "cut.npz"
-
-
-def wrong_magic(folder):
-    (folder / "model.gguf").write_bytes(b"GGML" + bytes(100))
-    return folder / "model.gguf"
-
-
-def empty(folder):
-    (folder / "model.safetensors").touch()
-    return folder / "model.safetensors"
-
-
-def scalars_only(folder):
-    np.savez(folder / "model.npz", loss=np.array(0.5), step=np.array(3))
-    return folder / "model.npz"
-
-
-def with_nan(folder):
-    np.savez(folder / "model.npz", dense=np.full((32, 48), np.nan))
-    return folder / "model.npz"
-
-
-def images(folder):
-    (folder / "images").mkdir()
-    (folder / "images" / "cat.png").write_bytes(b"\x89PNG\r\n")
-    return folder / "images"
-
-
-def symlink_loop(folder):
-    (folder / "loop").symlink_to(folder / "loop")
-    return folder / "loop"
-
-
-def pickled(folder):
-    (folder / "model.bin").write_bytes(b"\x80\x02K\x01.")
-    return folder / "model.bin"
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (truncated, "cut.npz"),
-        (wrong_magic, "no GGUF file"),
-        (empty, "is empty"),
-        (scalars_only, "no layer to measure among its 2 arrays"),
-        (with_nan, "NaN or Inf in dense"),
-        (images, "no weights in it (cat.png)"),
-        (symlink_loop, "loop: cannot be read"),
-        (pickled, "never loaded"),
-    ],
-)
-def test_a_bad_file_is_one_line(monkeypatch, capsys, tmp_path, make, message):
-    told = fails(monkeypatch, capsys, "analyze", make(tmp_path), *FAST)
-    assert message in told
-    assert told.count("\n") == 1
+def test_a_bad_file_is_one_line(fails, tmp_path):
+    np.savez(tmp_path / "nan.npz", dense=np.full((32, 48), np.nan))
+    assert "NaN or Inf in dense" in fails("analyze", tmp_path / "nan.npz", *FAST)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "nan.npz").read_bytes()[:-100])
+    assert "cut.npz" in fails("analyze", tmp_path / "cut.npz", *FAST)
+    np.savez(tmp_path / "numbers.npz", loss=np.array(0.5), step=np.array(3))
+    assert "no layer to measure among its 2 arrays" in fails("analyze", tmp_path / "numbers.npz", *FAST)
+    (tmp_path / "model.bin").write_bytes(b"\x80\x02K\x01.")
+    assert "never loaded" in fails("analyze", tmp_path / "model.bin", *FAST)
