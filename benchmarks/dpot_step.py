@@ -1,4 +1,4 @@
-"""Times a training step of DPOT against the same network in PyTorch, and the spectral refresh against a plain loop.
+"""Time a training step of DPOT against the same network in PyTorch, and the spectral refresh against a plain loop.
 
     python -m benchmarks.dpot_step --repeats 7
 
@@ -33,7 +33,7 @@ WINDOW = farms_jax.Window(per_axis=9)
 
 
 def main() -> None:
-    """Runs the benchmark and prints its tables."""
+    """Run the benchmark and prints its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", choices=sorted(NAMED), help="network of the training step")
     parser.add_argument("--batch", type=int, default=8, help="trajectories in a step")
@@ -71,7 +71,7 @@ def time_step(model: ModelConfig, batch: int, repeats: int) -> dict[str, Any]:
 
 
 def our_step(model: ModelConfig, network: Any, params: Any, fields: np.ndarray) -> tuple[Callable[[], None], Any]:
-    """Returns a call of one step, and one that gives the loss of the first, a mean over the batch."""
+    """Return a call of one step, and one that gives the loss of the first, a mean over the batch."""
     config = resolve(Config(data="random", epochs=100, schedule="step", learning_rate=1e-4, in_steps=model.in_steps))
     optimizer = make_optimizer(config, steps_per_epoch=100)
     step = make_step(network, optimizer, config)
@@ -88,7 +88,7 @@ def our_step(model: ModelConfig, network: Any, params: Any, fields: np.ndarray) 
 
 
 def torch_step(model: ModelConfig, params: Any, fields: np.ndarray) -> tuple[Callable[[], None], Any]:
-    """Returns the same of PyTorch."""
+    """Return the same of PyTorch."""
     network = TorchDPOT(model)
     network.load_state_dict({key: torch.tensor(value) for key, value in to_torch(params, model).items()})
     # Torch's Adam has the same L2 in the gradient; a fused update is its fastest.

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from benchmarks._common import machine, write
 from sciml.config import Config
 from sciml.dpot import resume, start
-from sciml.generate import FlowConfig, file_name, generate
+from sciml.flow_config import FlowConfig, file_name
+from sciml.generate import generate
 from sciml.preparation import PRETRAIN_FLOW
 
 RATIOS = (0.05, 0.1, 0.25, 0.5, 1.0)
@@ -25,7 +26,7 @@ FLOW = FlowConfig(mach=1.0, eta=0.01, zeta=0.01, size=32, count=400, seed=2)
 
 
 def main() -> None:
-    """Runs what is missing and prints the table."""
+    """Run what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/table4"), help="folder of the runs")
     parser.add_argument("--epochs", type=int, default=20, help="of fine-tuning, at every share")
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def run_once(run: Path, config: Config) -> dict[str, Any]:
-    """Runs an experiment in a directory of its own, from where it stands, and returns its summary."""
+    """Run an experiment in a directory of its own, from where it stands, and returns its summary."""
     summary = run / "summary.json"
     if not summary.is_file():
         tqdm.write(resume(run) if (run / "config.json").is_file() else start(config, run))

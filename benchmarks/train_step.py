@@ -1,4 +1,4 @@
-"""Times one training step of our ResNet against the same network in PyTorch, on the CPU.
+"""Time one training step of our ResNet against the same network in PyTorch, on the CPU.
 
     python -m benchmarks.train_step --depth 18 --width 1.0 --batch 128 --steps 7
 
@@ -33,7 +33,7 @@ LEARNING_RATE, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
 
 
 def main() -> None:
-    """Runs the benchmark and prints its table."""
+    """Run the benchmark and prints its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=18, choices=sorted(STAGES))
     parser.add_argument("--width", type=float, default=1.0)
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def our_steps(depth: int, width: float, images: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[], None]]:
-    """Returns calls of one step, and of the steps of an epoch as `train.cifar` runs them, by name."""
+    """Return calls of one step, and of the steps of an epoch as `train.cifar` runs them, by name."""
     model = ResNet(depth, 10, width, rngs=nnx.Rngs(0))
     model.train()
     graph, params, stats = nnx.split(model, nnx.Param, ...)
@@ -98,7 +98,7 @@ def our_steps(depth: int, width: float, images: np.ndarray, labels: np.ndarray) 
 
 
 def our_epoch(depth: int, width: float, labels: np.ndarray) -> Callable[[], None]:
-    """Returns a call of SCANNED steps within one loop, on images of one byte a channel."""
+    """Return a call of SCANNED steps within one loop, on images of one byte a channel."""
     settings = {"model": f"resnet{depth}", "width": width, "learning_rate": LEARNING_RATE, "batch_size": len(labels)}
     config = resolve(dataclasses.replace(Config(), **settings, augment=False), small=False)
     network, optimizer = make_network(config, 10), make_optimizer(config, SCANNED)
@@ -118,7 +118,7 @@ def our_epoch(depth: int, width: float, labels: np.ndarray) -> Callable[[], None
 
 
 def our_refresh(depth: int, width: float) -> Callable[[], None]:
-    """Returns a call of one spectral refresh."""
+    """Return a call of one spectral refresh."""
     params = nnx.state(ResNet(depth, 10, width, rngs=nnx.Rngs(0)), nnx.Param)
     opt_state = farms_jax.tempbalance(refresh_every=None).init(params)
     scale_of = jax.jit(farms_jax.lr_scale)
@@ -131,7 +131,7 @@ def our_refresh(depth: int, width: float) -> Callable[[], None]:
 
 
 def torch_step(depth: int, width: float, images: np.ndarray, labels: np.ndarray) -> Callable[[], None]:
-    """Returns a call of one step in PyTorch."""
+    """Return a call of one step in PyTorch."""
     model = torch_resnet(depth, width)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=DECAY)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
@@ -146,7 +146,7 @@ def torch_step(depth: int, width: float, images: np.ndarray, labels: np.ndarray)
 
 
 def torch_resnet(depth: int, width: float) -> torch.nn.Module:
-    """Builds the network of `train.resnet` for images (N, 3, 32, 32)."""
+    """Build the network of `train.resnet` for images (N, 3, 32, 32)."""
     base = round(64 * width)
     parts: list[torch.nn.Module] = [*_conv_norm(3, base, 3), torch.nn.ReLU()]
     inputs = base
@@ -162,7 +162,7 @@ class Residual(torch.nn.Module):
     """A block of two 3 x 3 convolutions, or of 1 x 1, 3 x 3 and 1 x 1 ones."""
 
     def __init__(self, inputs: int, planes: int, stride: int, *, bottleneck: bool) -> None:
-        """Builds a block from `inputs` to `planes` (four times as many with `bottleneck`) channels."""
+        """Build a block from `inputs` to `planes` (four times as many with `bottleneck`) channels."""
         super().__init__()
         relu = torch.nn.ReLU()
         if bottleneck:
@@ -177,7 +177,7 @@ class Residual(torch.nn.Module):
         self.shortcut = torch.nn.Sequential(*([] if same else _conv_norm(inputs, self.outputs, 1, stride)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns (N, outputs, H / stride, W / stride) for x (N, inputs, H, W)."""
+        """Return (N, outputs, H / stride, W / stride) for x (N, inputs, H, W)."""
         return functional.relu(self.body(x) + self.shortcut(x))
 
 

@@ -9,7 +9,7 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Returns x times the normal distribution function of x, elementwise.
+    """Return x times the normal distribution function of x, elementwise.
 
     By erf, as Torch has it: JAX's own exact form takes erfc, which needs twice the time on CPU and differs only where
     both are below 1e-7.

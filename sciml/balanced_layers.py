@@ -24,10 +24,10 @@ def measure(params: Any, *, analyse: Analyse, window: Window | None, tail: Tail)
     """Analyse the layers of a DPOT network.
 
     Args:
-        params: of `sciml.model`.
+        params: parameters of a DPOT network.
         analyse: "reference" for linear layers and convolutions, "all" for Fourier weights and the transposed
             convolution too.
-        window: of FARMS, or `None` for whole matrices.
+        window: FARMS windows, or `None` for whole matrices.
         tail: rule for the tail.
 
     Returns:
@@ -47,7 +47,7 @@ def spectral_view(params: Any) -> Any:
     each block is a matrix of its own, as each position of a convolution kernel is.
 
     Args:
-        params: of `sciml.model`.
+        params: parameters of a DPOT network.
 
     Returns:
         A tree of the same names.

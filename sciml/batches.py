@@ -36,7 +36,7 @@ def train_batches(
         fields: training trajectories.
         batch_size: trajectories per batch B; the last batch is filled up with its first trajectory at weight 0.
         steps: time steps per trajectory: those put in and those to be predicted.
-        seed: of the whole run, at least 0.
+        seed: seed of the run, at least 0.
         epoch: number of the pass over the data, at least 0.
         first: number of the batch to begin with, where the pass was broken off.
 

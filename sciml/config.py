@@ -15,6 +15,7 @@ from farms_jax.programs.command_line import Seeds
 TB = Literal["none", "sigmoid", "farms"]
 Model = Literal["mini", "tiny", "small", "medium", "large", "huge"]
 SETTINGS: tuple[TB, ...] = ("none", "sigmoid", "farms")
+_MAY_BE_ZERO = ("noise", "weight_decay", "pretrain_epochs", "warmup_epochs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +105,12 @@ class Config:
         """Raise an InputError that names the flag where a value is out of its range."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if (
-                is_number
-                and field.name not in {"noise", "weight_decay", "pretrain_epochs", "warmup_epochs"}
-                and value <= 0
-            ):
-                raise InputError(f"{_flag(field.name)} must be above 0, got {value}")
-            if is_number and value < 0:
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            if value < 0 and field.name in _MAY_BE_ZERO:
                 raise InputError(f"{_flag(field.name)} must not be negative, got {value}")
+            if value <= 0 and field.name not in _MAY_BE_ZERO:
+                raise InputError(f"{_flag(field.name)} must be above 0, got {value}")
         if not self.data:
             raise InputError("--data: the recipes run on PDEBench's 2D CFD data; give the file or folder")
         if self.ratio > 1:
@@ -132,23 +130,23 @@ class Config:
             raise InputError(f"--warmup-epochs {self.warmup_epochs} must not be above --epochs {self.epochs}")
 
     def is_generated(self) -> bool:
-        """Tell whether the data are made here."""
+        """Return whether the data are made here."""
         return self.data == "generated"
 
     def window_of(self, tb: TB) -> Window | None:
-        """Windows to analyse with: those of FARMS, also to watch a run without TempBalance; `None` for sigmoid."""
+        """Return the windows to analyse with: those of FARMS, also without TempBalance; `None` for sigmoid."""
         return None if tb == "sigmoid" else Window(aspect_ratio=self.aspect_ratio)
 
     def tail_rule(self) -> Tail:
-        """Tail rule to analyse with."""
+        """Return the tail rule to analyse with."""
         return Tail(self.tail)
 
     def bounds(self) -> tuple[float, float]:
-        """Lowest and highest factor of a layer's rate."""
+        """Return the lowest and the highest factor of a layer's rate."""
         return 10 ** (-self.scaling[0] / 2), 10 ** (self.scaling[1] / 2)
 
     def settings(self) -> tuple[TB, ...]:
-        """Settings to fine-tune with, in the order of the table."""
+        """Return the settings to fine-tune with, in the order of the table."""
         return tuple(tb for tb in SETTINGS if tb == self.tb or tb in (self.against or ()))
 
 
@@ -191,7 +189,7 @@ def resolve(config: Config) -> Config:
     """Fill in what is `None`.
 
     Args:
-        config: as given.
+        config: settings as given.
 
     Returns:
         A config without `None` in its numbers, but for `limit_train`, `limit_test` and `test_steps`.

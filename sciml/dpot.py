@@ -34,8 +34,8 @@ def start(config: Config, run: Path | None = None) -> str:
     """Begin a run.
 
     Args:
-        config: its settings.
-        run: its directory; by default one in `config.out`, named after the data, the model and the time.
+        config: settings of the run.
+        run: run directory; by default one in `config.out`, named after the data, the model and the time.
 
     Returns:
         A table of the results.
@@ -57,7 +57,7 @@ def resume(run: Path) -> str:
     """Go on with a run from its last checkpoints.
 
     Args:
-        run: its directory.
+        run: run directory.
 
     Returns:
         A table of the results.

@@ -45,7 +45,7 @@ def run_experiment(run: Path, experiment: Experiment) -> str:
 
 
 def _pretrain(run: Path, experiment: Experiment, evaluate: Evaluate) -> Any:
-    """Parameters after pretraining, or `None` where there is none."""
+    """Return the parameters after pretraining, or `None` where there is none."""
     config, model, network, data = experiment.config, experiment.model, experiment.network, experiment.pretrain
     if data is None or not config.pretrain_epochs:
         return None

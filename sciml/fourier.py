@@ -29,14 +29,14 @@ class FourierFilter(nnx.Module):
     """
 
     def __init__(self, width: int, num_blocks: int, modes: int, activation: Activation, *, draws: Draws) -> None:
-        """Asks for the parameters, uniform in [0, 1 / (width / num_blocks)^2) as in the reference.
+        """Ask for the parameters, uniform in [0, 1 / (width / num_blocks)^2) as in the reference.
 
         Args:
             width: channels C.
             num_blocks: blocks of the channels.
             modes: kept on each axis, at most.
             activation: between the two layers.
-            draws: of the whole model.
+            draws: initial values of the whole model.
         """
         size = width // num_blocks
         weights, biases, high = (2, num_blocks, size, size), (2, num_blocks, size), 1 / size**2
@@ -48,7 +48,7 @@ class FourierFilter(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (B, X, Y, C) for x (B, X, Y, C)."""
+        """Return (B, X, Y, C) for x (B, X, Y, C)."""
         z = kept_modes(x, self.modes)
         z = self._layer(z, self.w1[...], self.b1[...], self.activation)
         z = self._layer(z, self.w2[...], self.b2[...], lambda z: z)
@@ -56,7 +56,7 @@ class FourierFilter(nnx.Module):
 
     @staticmethod
     def _layer(z: jax.Array, w: jax.Array, b: jax.Array, activation: Activation) -> jax.Array:
-        """Maps (B, M, N, 2, C); each block as one real product, [re im] [[wr wi] [-wi wr]]."""
+        """Map (B, M, N, 2, C); each block as one real product, [re im] [[wr wi] [-wi wr]]."""
         _, blocks, size, _ = w.shape
         rows = z.reshape(-1, 2, blocks, size)
         real = jnp.concatenate([w[0], w[1]], axis=-1)
@@ -70,11 +70,11 @@ class FourierFilter(nnx.Module):
 
 
 def kept_modes(x: jax.Array, modes: int) -> jax.Array:
-    """Returns the first modes of the orthonormal rfft2 over X and Y.
+    """Return the first modes of the orthonormal rfft2 over X and Y.
 
     Args:
         x: (B, X, Y, C).
-        modes: on each axis, at most.
+        modes: modes on each axis, at most.
 
     Returns:
         (B, M, N, 2, C), M = min(modes, X), N = min(modes, Y // 2 + 1), real and imaginary part on axis 3.
@@ -88,7 +88,7 @@ def kept_modes(x: jax.Array, modes: int) -> jax.Array:
 
 
 def from_kept_modes(z: jax.Array, size_x: int, size_y: int) -> jax.Array:
-    """Returns the orthonormal irfft2 of a spectrum whose other modes are 0.
+    """Return the orthonormal irfft2 of a spectrum whose other modes are 0.
 
     As in any irfft, on Y the imaginary parts of modes 0 and Y / 2 are ignored, after the transform of X.
 
@@ -118,7 +118,7 @@ def _angles(modes: int, size: int) -> np.ndarray:
 
 @functools.cache
 def _forward_matrices(size_x: int, size_y: int, m: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns X (real) -> M modes with their two parts, (2 M, X); two parts of Y -> N modes with theirs, (2 N, 2 Y)."""
+    """Return X (real) -> M modes with their two parts, (2 M, X); two parts of Y -> N modes with theirs, (2 N, 2 Y)."""
     x, y = _angles(m, size_x), _angles(n, size_y)
     to_x = np.stack([np.cos(x), -np.sin(x)], axis=1)  # M, part, X
     real = np.stack([np.cos(y), np.sin(y)], axis=1)  # N, part of the input, Y
@@ -129,7 +129,7 @@ def _forward_matrices(size_x: int, size_y: int, m: int, n: int) -> tuple[np.ndar
 
 @functools.cache
 def _inverse_matrices(size_x: int, size_y: int, m: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns two parts of M modes -> X, (X, 2 M); two parts of N modes -> two addends of Y, (2 Y, 2 N).
+    """Return two parts of M modes -> X, (X, 2 M); two parts of N modes -> two addends of Y, (2 Y, 2 N).
 
     With angles p of X and q of Y the field is the sum over modes of cos p (cos q re - sin q im) and of
     sin p (-cos q im - sin q re): the two addends, so that Y can go first.

@@ -74,7 +74,7 @@ class Source(abc.ABC):
         """Read a window of time of one trajectory.
 
         Args:
-            index: of the trajectory, in [0, count).
+            index: number of the trajectory, in [0, count).
             start: first time step.
             length: number of time steps, at least 1.
 

@@ -37,7 +37,7 @@ def random_state(key: Array, size: int, mach: float, kind: Kind = "rand") -> Arr
         key: JAX key.
         size: cells along each axis, X = Y.
         mach: Mach number, dimensionless, > 0.
-        kind: which of the two.
+        kind: kind of state.
 
     Returns:
         Velocity along x and along y, density and pressure at the cell centres, shape (X, Y, 4), of JAX's default

@@ -71,7 +71,7 @@ class ModelConfig:
         return int(self.width * self.mlp_ratio)
 
     def check(self) -> None:
-        """Raises InputError for a shape that no model has."""
+        """Raise an InputError for a shape that no model has."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in {int, "int"} and (not isinstance(value, int) or value < 1):
@@ -113,14 +113,14 @@ class PatchEmbed(nnx.Module):
     """Patches of all steps, with the coordinates x, y, t as further channels; `proj` is applied by the aggregation."""
 
     def __init__(self, config: ModelConfig, *, draws: Draws) -> None:
-        """Asks for the parameters of a model's configuration."""
+        """Ask for the parameters of a model's configuration."""
         size, inputs, hidden = config.patch_size, config.in_channels + 3, config.patch_width
         self.patches = PatchKernel(size, inputs, hidden, size * size * inputs, draws=draws)
         self.proj = Dense(hidden, config.width, convolution=True, draws=draws)
         self.activation = ACTIVATIONS[config.activation]
 
     def __call__(self, fields: jax.Array) -> jax.Array:
-        """Returns (B, h, w, T, patch_width) for fields (B, X, Y, T, C).
+        """Return (B, h, w, T, patch_width) for fields (B, X, Y, T, C).
 
         The coordinates never become channels: their share is the same for every sample, and a sum of a part of x, of y
         and of t alone.
@@ -150,14 +150,14 @@ class TimeAggregation(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, draws: Draws) -> None:
-        """Asks for the parameters of a model's configuration."""
+        """Ask for the parameters of a model's configuration."""
         steps, width = config.in_steps, config.width
         self.w = draws.normal((steps, width, width), 1 / (steps * math.sqrt(width)))
         if config.time_aggregation == "exp_mlp":
             self.gamma = nnx.Param(2.0 ** jnp.linspace(-10, 10, width))
 
     def __call__(self, patches: jax.Array, proj: Dense, pos: jax.Array) -> jax.Array:
-        """Projects the patches of every step, adds the positions, and aggregates.
+        """Project the patches of every step, adds the positions, and aggregates.
 
         All three are linear in the patches, and patches have few channels. So each step's projection and weights are
         multiplied first, and the latent fields of the single steps are never made: the same up to rounding, with a
@@ -197,7 +197,7 @@ class Block(nnx.Module):
     """x + mlp(norm2(filter(norm1(x)))); the filter itself adds its input, which is not x but norm1(x)."""
 
     def __init__(self, config: ModelConfig, *, draws: Draws) -> None:
-        """Asks for the parameters of a model's configuration."""
+        """Ask for the parameters of a model's configuration."""
         activation = ACTIVATIONS[config.activation]
         self.norm1 = GroupNorm(config.width)
         self.filter = FourierFilter(config.width, config.num_blocks, config.modes, activation, draws=draws)
@@ -206,7 +206,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(sizes, activation, convolution=True, draws=draws)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (B, h, w, width) for x (B, h, w, width)."""
+        """Return (B, h, w, width) for x (B, h, w, width)."""
         return x + self.mlp(self.norm2(self.filter(self.norm1(x))))
 
 
@@ -214,7 +214,7 @@ class OutLayer(nnx.Module):
     """From the latent field to patches of the output, and two 1 x 1 convolutions."""
 
     def __init__(self, config: ModelConfig, *, draws: Draws) -> None:
-        """Asks for the parameters of a model's configuration."""
+        """Ask for the parameters of a model's configuration."""
         size, width = config.patch_size, config.out_width
         # Torch takes the second axis of a transposed convolution's weight, its outputs, for the inputs.
         self.deconv = PatchKernel(size, config.width, width, size * size * width, draws=draws)
@@ -223,7 +223,7 @@ class OutLayer(nnx.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (B, X, Y, out_steps * out_channels) for x (B, h, w, width)."""
+        """Return (B, X, Y, out_steps * out_channels) for x (B, h, w, width)."""
         batch, h, w, width = x.shape
         p, _, _, channels = self.deconv.kernel.shape
         kernel = self.deconv.kernel[...].transpose(2, 0, 1, 3).reshape(width, -1)
@@ -237,11 +237,11 @@ class DPOT(nnx.Module):
     """The model: the field's next `out_steps` states, and which data set it comes from."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        """Draws the parameters as the reference does.
+        """Draw the parameters as the reference does.
 
         Args:
             config: shape of the model.
-            rngs: with a `params` stream.
+            rngs: random streams, `params` among them.
 
         Raises:
             InputError: a configuration that no model has.
@@ -262,7 +262,7 @@ class DPOT(nnx.Module):
         draws.fill(rngs.params())
 
     def __call__(self, fields: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Predicts.
+        """Predict the next states.
 
         Args:
             fields: (B, X, Y, in_steps, in_channels), float32.
@@ -298,7 +298,7 @@ class DPOT(nnx.Module):
 
 
 def _statistics(fields: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns mean and unbiased deviation + 1e-6 over X, Y, T, both (B, 1, 1, 1, C)."""
+    """Return mean and unbiased deviation + 1e-6 over X, Y, T, both (B, 1, 1, 1, C)."""
     axes = (1, 2, 3)
     mean = fields.mean(axes, keepdims=True)
     variance = jnp.square(fields - mean).sum(axes, keepdims=True) / (math.prod(fields.shape[1:4]) - 1)
@@ -321,7 +321,7 @@ class Network(NamedTuple):
 
 
 def make_network(config: ModelConfig) -> Network:
-    """Returns the pure functions of a model.
+    """Return the pure functions of a model.
 
     Args:
         config: shape of the model.

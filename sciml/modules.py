@@ -22,7 +22,7 @@ class Draws:
     """
 
     def __init__(self) -> None:
-        """Starts without a parameter."""
+        """Start without a parameter."""
         self._requests: list[tuple[nnx.Param, Callable[[jax.Array], jax.Array]]] = []
 
     def _ask(self, shape: tuple[int, ...], transform: Callable[[jax.Array], jax.Array]) -> nnx.Param:
@@ -31,21 +31,21 @@ class Draws:
         return param
 
     def uniform(self, shape: tuple[int, ...], low: float, high: float) -> nnx.Param:
-        """Returns a parameter that will be uniform in [low, high)."""
+        """Return a parameter that will be uniform in [low, high)."""
         return self._ask(shape, lambda u: low + (high - low) * u)
 
     def torch_default(self, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
-        """Returns a weight or a bias as Torch draws both by default: uniform in +-1 / sqrt(fan_in)."""
+        """Return a weight or a bias as Torch draws both by default: uniform in +-1 / sqrt(fan_in)."""
         bound = 1 / math.sqrt(fan_in)
         return self.uniform(shape, -bound, bound)
 
     def normal(self, shape: tuple[int, ...], deviation: float) -> nnx.Param:
-        """Returns a parameter that will be normal with mean 0."""
+        """Return a parameter that will be normal with mean 0."""
         lowest = float(np.nextafter(np.float32(-1), np.float32(0)))  # -1 would become infinite
         return self._ask(shape, lambda u: deviation * math.sqrt(2) * jax.lax.erf_inv(jnp.maximum(2 * u - 1, lowest)))
 
     def fill(self, key: jax.Array) -> None:
-        """Gives every parameter its values."""
+        """Give every parameter its values."""
         sizes = [math.prod(param.shape) for param, _ in self._requests]
         numbers = jax.random.uniform(key, (sum(sizes),))
         start = 0
@@ -58,23 +58,23 @@ class Dense(nnx.Module):
     """Affine map of the last axis: a linear layer, or a convolution with a 1 x 1 kernel."""
 
     def __init__(self, inputs: int, outputs: int, *, convolution: bool = False, draws: Draws) -> None:
-        """Asks for the parameters.
+        """Ask for the parameters.
 
         Args:
             inputs: channels in.
             outputs: channels out.
             convolution: whether the kernel is (1, 1, inputs, outputs), not (inputs, outputs).
-            draws: of the whole model.
+            draws: initial values of the whole model.
         """
         self.kernel = draws.torch_default((1, 1, inputs, outputs) if convolution else (inputs, outputs), inputs)
         self.bias = draws.torch_default((outputs,), inputs)
 
     def matrix(self) -> jax.Array:
-        """Returns the kernel as (inputs, outputs)."""
+        """Return the kernel as (inputs, outputs)."""
         return self.kernel[...].reshape(self.kernel.shape[-2:])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (..., outputs) for x (..., inputs)."""
+        """Return (..., outputs) for x (..., inputs)."""
         # As a product of two matrices: one with batch axes is slower on CPU.
         y = x.reshape(-1, x.shape[-1]) @ self.matrix() + self.bias[...]
         return y.reshape(*x.shape[:-1], -1)
@@ -84,14 +84,14 @@ class PatchKernel(nnx.Module):
     """Kernel (P, P, inputs, outputs) and bias of a convolution whose stride is its size P, or of its transpose."""
 
     def __init__(self, size: int, inputs: int, outputs: int, fan_in: int, *, draws: Draws) -> None:
-        """Asks for the parameters.
+        """Ask for the parameters.
 
         Args:
             size: side P.
             inputs: channels in.
             outputs: channels out.
             fan_in: sets the range, 1 / sqrt(fan_in).
-            draws: of the whole model.
+            draws: initial values of the whole model.
         """
         self.kernel = draws.torch_default((size, size, inputs, outputs), fan_in)
         self.bias = draws.torch_default((outputs,), fan_in)
@@ -101,12 +101,12 @@ class GroupNorm(nnx.Module):
     """Norm over X, Y and the channels of a group, per sample."""
 
     def __init__(self, width: int) -> None:
-        """Starts with scale 1 and bias 0, both (width,)."""
+        """Start with scale 1 and bias 0, both (width,)."""
         self.scale = nnx.Param(jnp.ones(width))
         self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (B, X, Y, width) for x (B, X, Y, width)."""
+        """Return (B, X, Y, width) for x (B, X, Y, width)."""
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
         mean = _group_means(rows.mean(1))
         factor = self.scale[...] * jax.lax.rsqrt(_group_means(jnp.square(rows - mean).mean(1)) + EPSILON)
@@ -127,13 +127,13 @@ class Mlp(nnx.Module):
     def __init__(
         self, sizes: tuple[int, ...], activation: Activation, *, convolution: bool = False, draws: Draws
     ) -> None:
-        """Asks for the parameters.
+        """Ask for the parameters.
 
         Args:
             sizes: channels of the input and of every layer.
             activation: between the layers.
             convolution: whether the kernels are (1, 1, in, out).
-            draws: of the whole model.
+            draws: initial values of the whole model.
         """
         self.depth = len(sizes) - 1
         self.activation = activation
@@ -141,7 +141,7 @@ class Mlp(nnx.Module):
             setattr(self, f"fc{i + 1}", Dense(sizes[i], sizes[i + 1], convolution=convolution, draws=draws))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (..., last size) for x (..., first size)."""
+        """Return (..., last size) for x (..., first size)."""
         for i in range(self.depth):
             x = getattr(self, f"fc{i + 1}")(x if i == 0 else self.activation(x))
         return x

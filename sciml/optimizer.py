@@ -18,12 +18,12 @@ DIVISOR = 1e4  # of the peak rate, for the first and the second end of a cycle
 
 
 def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
-    """Adam with L2 in the gradient as DPOT has it, on clipped gradients; the layers' factors come last.
+    """Make the optimizer: Adam with L2 in the gradient as DPOT has it, on clipped gradients; the layers' factors last.
 
     The class head has no part in the loss: it is not decayed, as Torch's Adam skips what has no gradient.
 
     Args:
-        config: resolved.
+        config: resolved settings.
         steps_per_epoch: updates in an epoch.
 
     Returns:
@@ -43,17 +43,17 @@ def _has_gradient(params: object) -> object:
 
 
 def schedules(config: Config, steps_per_epoch: int) -> tuple[Schedule, Schedule]:
-    """Learning rate and first beta of an update, both by its number, from 0.
+    """Return learning rate and first beta as functions of the update's number, from 0.
 
     `cycle` is Torch's OneCycleLR as DPOT calls it: both rise and fall along cosines, the beta the other way round.
     `step` multiplies the rate by `step_gamma` every `step_size` epochs; the beta stays.
 
     Args:
-        config: resolved.
+        config: resolved settings.
         steps_per_epoch: updates in an epoch.
 
     Returns:
-        Two functions of the update's number.
+        The two functions.
     """
     assert config.learning_rate is not None and config.epochs is not None and config.warmup_epochs is not None
     peak, gamma = config.learning_rate, config.step_gamma
@@ -61,15 +61,13 @@ def schedules(config: Config, steps_per_epoch: int) -> tuple[Schedule, Schedule]
         every = config.step_size * steps_per_epoch
         return lambda step: peak * gamma ** (jnp.asarray(step) // every), lambda _: jnp.asarray(BETAS[0])
     steps, rise = config.epochs * steps_per_epoch, config.warmup_epochs * steps_per_epoch
-    return one_cycle(steps, rise, peak / DIVISOR, peak, peak / DIVISOR**2), one_cycle(steps, rise, *_there_and_back())
-
-
-def _there_and_back() -> tuple[float, float, float]:
-    return CYCLED_BETA[0], CYCLED_BETA[1], CYCLED_BETA[0]
+    rate = one_cycle(steps, rise, first=peak / DIVISOR, middle=peak, last=peak / DIVISOR**2)
+    highest, lowest = CYCLED_BETA
+    return rate, one_cycle(steps, rise, first=highest, middle=lowest, last=highest)
 
 
 def one_cycle(steps: int, rise: int, first: float, middle: float, last: float) -> Schedule:
-    """Two half cosines: from `first` to `middle` until update `rise`, then to `last` at the final update.
+    """Make two half cosines: from `first` to `middle` until update `rise`, then to `last` at the final update.
 
     Args:
         steps: updates in all.

@@ -13,7 +13,8 @@ from farms_jax.programs.files import sha256
 from . import checkpoints
 from .config import Config, resolve
 from .fields import FieldData, open_fields
-from .generate import FlowConfig, file_name, generate
+from .flow_config import FlowConfig, file_name
+from .generate import generate
 from .model import NAMED, ModelConfig, Network, make_network
 
 # Small enough for two cores: the flow to pretrain on is more viscous and slower than the one to fine-tune on.
@@ -22,12 +23,12 @@ FINETUNE_FLOW = FlowConfig(mach=1.0, eta=0.01, zeta=0.01, size=32, count=160, se
 
 
 class Experiment(NamedTuple):
-    """All that a run rests on, opened and checked.
+    """Weights, network and data of a run, opened and checked.
 
     Attributes:
-        config: resolved.
+        config: resolved settings.
         model: shapes of the network.
-        network: of those shapes.
+        network: pure functions of that model.
         finetune: trajectories to fine-tune on.
         pretrain: trajectories to pretrain on, where there are some.
         notes: what the user should know of weights and data.
@@ -60,16 +61,16 @@ class Experiment(NamedTuple):
                 )
 
     def title(self) -> str:
-        """One line that says what a run does."""
+        """Return one line that says what a run does."""
         config = self.config
         size = f"{len(self.finetune.train)} training trajectories"
         return f"DPOT {config.model} on {self.finetune.name}, {size}, {config.epochs} epochs, tb={config.tb}"
 
     def initial(self, seed: int) -> Any:
-        """Parameters before any training here: given weights, or drawn ones.
+        """Return the parameters before any training here: given weights, or drawn ones.
 
         Args:
-            seed: to draw with.
+            seed: seed to draw with.
 
         Returns:
             The parameters.
@@ -87,7 +88,7 @@ def complete(config: Config) -> Config:
     """Fill in what is `None`: the model's shape from the weights where there are some, and then the defaults.
 
     Args:
-        config: as given.
+        config: settings as given.
 
     Returns:
         A resolved config.
@@ -122,7 +123,7 @@ def prepare(config: Config) -> Experiment:
     """Check shapes, then weights, then data; generated data are made where they are not there yet.
 
     Args:
-        config: resolved.
+        config: resolved settings.
 
     Returns:
         The experiment.

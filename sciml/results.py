@@ -1,4 +1,4 @@
-"""Numbers of a run: errors by setting, over the seeds."""
+"""Results of a run: errors by setting over the seeds, as a summary and a table."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +17,10 @@ class Results(NamedTuple):
 
 
 def summarise(results: dict[tuple[TB, int], Results], before: dict[str, Any]) -> dict[str, Any]:
-    """Errors of each setting.
+    """Return the errors of each setting.
 
     Args:
-        results: by setting and seed.
+        results: results by setting and seed.
         before: errors of the weights that fine-tuning started from.
 
     Returns:
@@ -51,15 +51,15 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def table(summary: dict[str, Any], run: Path, plots: list[Path]) -> str:
-    """Lay the summary out for people.
+    """Format the summary for the terminal.
 
     Args:
-        summary: of `summarise`.
-        run: directory.
-        plots: files.
+        summary: summary of `summarise`.
+        run: run directory.
+        plots: files of the plots.
 
     Returns:
-        Lines.
+        The lines.
     """
     before = summary["before"]
     head = f"{'':>14} {'rollout':>22} {'best':>22} {'per step':>22} {'time':>9} {'refresh':>9}"

@@ -30,7 +30,7 @@ def plot_run(run: Path, experiment: Experiment, results: dict[tuple[TB, int], Re
     Args:
         run: directory to write to.
         experiment: what was run.
-        results: by setting and seed.
+        results: results by setting and seed.
         before: errors of the weights that fine-tuning started from.
 
     Returns:
@@ -61,7 +61,7 @@ def _alphas(params: Any, config: Config) -> list[dict[str, Any]]:
 
 
 def _predict(experiment: Experiment, params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Steps (S,), and true and predicted fields (X, Y, S, C) of the first test trajectory."""
+    """Return steps (S,), and true and predicted fields (X, Y, S, C) of the first test trajectory."""
     config, fields = experiment.config, experiment.finetune.test
     steps = min(config.test_steps or fields.steps, fields.steps - config.in_steps)
     whole = fields.read(0, 0, config.in_steps + steps)

@@ -34,9 +34,9 @@ def make_step(network: Network, optimizer: optax.GradientTransformationExtraArgs
     through. Noise is relative to the norm of a sample's whole input, drawn anew for each prediction.
 
     Args:
-        network: of `sciml.model`.
-        optimizer: of `sciml.optimizer`.
-        config: resolved.
+        network: pure functions of the network.
+        optimizer: optax chain of the training.
+        config: resolved settings.
 
     Returns:
         `step(state, key, fields (B, X, Y, T, C), weights (B,)) -> (state, measured)`; T is `in_steps + rollout_steps`,
@@ -62,7 +62,7 @@ def make_step(network: Network, optimizer: optax.GradientTransformationExtraArgs
 def _loss(
     apply: Callable[..., Any], config: Config, params: Any, key: Array, fields: Array, weights: Array
 ) -> tuple[Array, Array]:
-    """L2RE of a batch, summed over samples: the sum of the predictions' own, and that of all of them together."""
+    """Return L2RE of a batch, summed over samples: the sum of the predictions' own, and that of all together."""
     seen, future = jnp.split(fields, [config.in_steps], axis=-2)
     predicted, errors = [], jnp.zeros(())
     for index, true in enumerate(jnp.split(future, config.rollout_steps // config.bundle, axis=-2)):
@@ -80,8 +80,8 @@ def make_fault(network: Network, config: Config) -> Callable[..., str]:
     """Make the function that finds what in a step is the first that is not finite.
 
     Args:
-        network: of `sciml.model`.
-        config: resolved.
+        network: pure functions of the network.
+        config: resolved settings.
 
     Returns:
         `fault(params, key, fields, weights)` of the parameters before the step; for what it returns see
@@ -95,7 +95,7 @@ def make_fault(network: Network, config: Config) -> Callable[..., str]:
 
 
 def add_noise(key: Array, fields: Array, scale: float) -> Array:
-    """Gaussian noise on fields (B, X, Y, T, C), `scale` times the norm of each sample's channel."""
+    """Add Gaussian noise to fields (B, X, Y, T, C), `scale` times the norm of each sample's channel."""
     norm = jnp.sqrt((fields**2).sum((1, 2, 3), keepdims=True))
     return fields + scale * norm * jax.random.normal(key, fields.shape, fields.dtype)
 
@@ -104,8 +104,8 @@ def rollout(network: Network, params: Any, seen: Array, steps: int) -> Array:
     """Predict step after step, each prediction fed back.
 
     Args:
-        network: of `sciml.model`.
-        params: of the network.
+        network: pure functions of the network.
+        params: parameters of the network.
         seen: (B, X, Y, in_steps, C).
         steps: time steps to predict; those of a last bundle beyond it are cut off.
 
@@ -127,8 +127,8 @@ def make_evaluate(network: Network, config: Config) -> Evaluate:
     """Compile the test of a batch of trajectories.
 
     Args:
-        network: of `sciml.model`.
-        config: resolved.
+        network: pure functions of the network.
+        config: resolved settings.
 
     Returns:
         `evaluate(params, fields (B, X, Y, T, C)) -> (whole (B,), by_step (B, S))`: L2RE over the whole rollout and at

@@ -16,20 +16,21 @@ import pytest
 
 from farms_jax.errors import InputError
 from farms_jax.programs.locking import locked
-from sciml import generate as module
-from sciml.generate import FlowConfig, file_name, generate
+from sciml import generate as module, shards, trajectories
+from sciml.flow_config import FlowConfig, file_name
+from sciml.generate import generate
 from sciml.hdf5 import open_source
 
 ROOT = Path(__file__).parent.parent
 SMALL = FlowConfig(size=16, steps=3, end=0.1, count=5, seed=7)
 THIN = {"eta": 1e-8, "zeta": 1e-8, "size": 512}
-SOLVER = functools.cache(module._solver)  # one compilation for all tests
+SOLVER = functools.cache(trajectories._solver)  # one compilation for all tests
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(module, "SHARD", 2)
-    monkeypatch.setattr(module, "_solver", SOLVER)
+    monkeypatch.setattr(shards, "SHARD", 2)
+    monkeypatch.setattr(trajectories, "_solver", SOLVER)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_trajectories_are_flows(made):
 
 
 def test_trajectory_depends_on_seed_and_index_alone(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SHARD", 3)
+    monkeypatch.setattr(shards, "SHARD", 3)
     fewer, _ = contents(generate(tmp_path / "fewer.hdf5", dataclasses.replace(SMALL, count=4)))
     for name in ("Vx", "pressure"):
         np.testing.assert_array_equal(fewer[name], contents(made)[0][name][:4])
@@ -132,17 +133,17 @@ def test_damaged_shards_are_computed_again(damage, made, parts, capsys):
 def test_no_damage_of_a_shard_goes_unseen(parts):
     shard = parts / "0000000.npz"
     content = shard.read_bytes()
-    expected = module._read_shard(parts, range(2), SMALL)
+    expected = shards.read_shard(parts, range(2), SMALL)
     # Every byte that tells how to read the file, and some of its numbers.
     places = [*range(300), *range(300, len(content) - 700, 997), *range(len(content) - 700, len(content))]
     for number, place in enumerate(places):
         shard.write_bytes(content[:place] + bytes([content[place] ^ 1 << number % 8]) + content[place + 1 :])
-        found = module._read_shard(parts, range(2), SMALL)
+        found = shards.read_shard(parts, range(2), SMALL)
         assert found is None or all(map(np.array_equal, found, expected)), place
 
 
 def test_a_shard_damaged_at_the_last_moment_is_named(parts, monkeypatch):
-    monkeypatch.setattr(module, "_make_shards", lambda *_: (parts / "0000002.npz").write_bytes(b"PK"))
+    monkeypatch.setattr(module, "make_shards", lambda *_: (parts / "0000002.npz").write_bytes(b"PK"))
     path = parts.with_name("flows.hdf5")
     with pytest.raises(InputError, match=r"0000002\.npz is damaged; the same command computes it again"):
         generate(path, SMALL)
@@ -196,7 +197,7 @@ def test_one_process_makes_a_file(parts, made):
 def test_a_file_that_another_process_made_meanwhile_is_kept(made, tmp_path, monkeypatch):
     path = tmp_path / "flows.hdf5"
     monkeypatch.setattr(module, "_check_space", lambda *_: shutil.copyfile(made, path))
-    monkeypatch.setattr(module, "_make_shards", lambda *_: pytest.fail("made twice"))
+    monkeypatch.setattr(module, "make_shards", lambda *_: pytest.fail("made twice"))
     assert generate(path, SMALL) == path
     assert [entry.name for entry in tmp_path.iterdir()] == ["flows.hdf5"]
 
@@ -207,13 +208,13 @@ def test_a_stop_does_not_wait_for_flows(number, status, tmp_path):
     program = f"""
 import os, sys, time
 from farms_jax.programs.exits import run_and_end
-from sciml import generate as module
+from sciml import generate as module, trajectories
 
 def solve(indices, attempts):
     os.write(1, b"at work\\n")  # in one piece: there is a thread for each core
     time.sleep(3600)
 
-module._solver = lambda config, lanes: solve
+trajectories._solver = lambda config, lanes: solve
 sys.argv = ["sciml.generate", "--out", {str(tmp_path)!r}, "--count", "20", "--size", "16"]
 run_and_end(module.main)
 """
@@ -302,7 +303,7 @@ def pretend(monkeypatch, fails):
                 fields[lane, 2, 3, 4, 2] = -0.1
         return jnp.asarray(fields)
 
-    monkeypatch.setattr(module, "_solver", lambda config, lanes: solve)
+    monkeypatch.setattr(trajectories, "_solver", lambda config, lanes: solve)
 
 
 def test_failed_flows_are_drawn_again_and_counted(tmp_path, monkeypatch):
@@ -315,7 +316,7 @@ def test_failed_flows_are_drawn_again_and_counted(tmp_path, monkeypatch):
 
 def test_batches_of_an_accelerator(tmp_path, monkeypatch):
     pretend(monkeypatch, lambda index, attempt: index == 4 and attempt < 1)
-    monkeypatch.setattr(module.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(trajectories.jax, "default_backend", lambda: "gpu")
     fields, attributes = contents(generate(tmp_path / "flows.hdf5", SMALL))
     assert attributes["redraws"] == 1  # though the last batch is filled up with the flow that failed
     np.testing.assert_array_equal(fields["Vx"][:, 0, 0, 0], [1, 2, 3, 4, 5])

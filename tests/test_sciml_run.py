@@ -15,7 +15,7 @@ from dpot_helpers import write_fields
 
 from sciml import checkpoints, dpot, preparation
 from sciml.config import Config
-from sciml.generate import FlowConfig
+from sciml.flow_config import FlowConfig
 from sciml.model import ModelConfig, make_network
 
 ROOT = Path(__file__).parent.parent

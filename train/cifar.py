@@ -34,7 +34,7 @@ def start(config: Config) -> str:
     """Begin a run.
 
     Args:
-        config: its settings.
+        config: settings of the run.
 
     Returns:
         A table of the results.
@@ -57,7 +57,7 @@ def resume(run: Path) -> str:
     """Go on with a run from its last checkpoints.
 
     Args:
-        run: its directory.
+        run: run directory.
 
     Returns:
         A table of the results.

@@ -89,12 +89,12 @@ class Config:
             raise InputError(str(error)) from error
 
     def window_of_run(self) -> Window | None:
-        """Windows to analyse with: those of FARMS, also to watch a run without TempBalance; `None` for tb."""
+        """Return the windows to analyse with: those of FARMS, also without TempBalance; `None` for tb."""
         window = Window(self.rows, self.aspect_ratio, per_axis=self.per_axis, divisions=self.divisions)
         return None if self.tb == "tb" else window
 
     def tail_rule(self) -> Tail:
-        """Tail rule to analyse with."""
+        """Return the tail rule to analyse with."""
         return Tail(self.tail)
 
 
@@ -172,7 +172,7 @@ def resolve(config: Config, *, small: bool) -> Config:
     """Fill in what is `None`.
 
     Args:
-        config: as given.
+        config: settings as given.
         small: the data are the bundled digits: a short recipe, and no augmentation.
 
     Returns:

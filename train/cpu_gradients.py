@@ -16,7 +16,7 @@ EPSILON = 1e-5  # torch.nn.BatchNorm2d's eps
 
 
 def plain_conv2d(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Convolves with zero padding of half the kernel, as torch's `padding=(k - 1) // 2`.
+    """Convolve with zero padding of half the kernel, as torch's `padding=(k - 1) // 2`.
 
     Args:
         x: images, (N, H, W, I).
@@ -86,7 +86,7 @@ def _pointwise_gradients(x, kernel, dy, stride):
 
 
 def _strided_input_gradient(kernel, dy):
-    """Returns dx (N, 2H, 2W, I) of a 3 x 3 kernel with stride 2 for dy (N, H, W, O).
+    """Return dx (N, 2H, 2W, I) of a 3 x 3 kernel with stride 2 for dy (N, H, W, O).
 
     Of each pair of rows in dx, row r gets kernel row 1 + r - 2a from row a of dy's next two: one convolution with
     four times the channels, one group for each pixel of a 2 x 2 square. Dilating dy with zeros instead, as XLA
@@ -105,7 +105,7 @@ conv2d.defvjp(_conv2d_forward, _conv2d_backward)
 
 @jax.custom_vjp
 def batch_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalises with the batch's own statistics.
+    """Normalise with the batch's own statistics.
 
     Its gradient is written out for speed on CPU, see `_channel_sums`; the statistics are given no gradient.
 
@@ -176,7 +176,7 @@ def _widened(array):
 
 @functools.cache
 def compiler_options() -> dict[str, str]:
-    """Returns the options to give `jax.jit` for a program that trains these networks: none but on CPU.
+    """Return the options to give `jax.jit` for a program that trains these networks: none but on CPU.
 
     The YNNPACK convolutions that jaxlib 0.10.2 takes by default need up to twice the time of its Eigen ones, in the
     gradient two to three times; an empty list of library fusions brings those back. Only the options of the

@@ -75,7 +75,7 @@ class Images:
 
 
 def load(dataset: str, *, data_dir: Path | None = None, limit_train: int | None = None) -> Images:
-    """Loads a data set by name. A named data set is never replaced by another one.
+    """Load a data set by name. A named data set is never replaced by another one.
 
     Args:
         dataset: "cifar100" or "cifar10": from the binary archive in `data_dir`, from TensorFlow
@@ -117,7 +117,7 @@ def load(dataset: str, *, data_dir: Path | None = None, limit_train: int | None 
 
 
 def _auto(directory: Path) -> tuple[str, Splits, str | None]:
-    """Returns CIFAR-100 if it can be had, else digits and a notice that says so."""
+    """Return CIFAR-100 if it can be had, else digits and a notice that says so."""
     try:
         return "cifar100", load_cifar("cifar100", directory), None
     except Unavailable as error:
@@ -130,7 +130,7 @@ def _auto(directory: Path) -> tuple[str, Splits, str | None]:
 
 
 def _digits() -> Splits:
-    """Reads scikit-learn's digits: 8x8 grey levels, enlarged to 32x32 RGB.
+    """Read scikit-learn's digits: 8x8 grey levels, enlarged to 32x32 RGB.
 
     Every fifth image of a class goes to the test split: stratified, 80/20, and no random numbers,
     whose streams may change between numpy versions.
@@ -150,7 +150,7 @@ def _digits() -> Splits:
 
 
 def _rank_in_class(labels: np.ndarray) -> np.ndarray:
-    """Returns for each label how many equal ones stand before it; [3, 5, 3, 3, 5] -> [0, 0, 1, 2, 1]."""
+    """Return for each label how many equal ones stand before it; [3, 5, 3, 3, 5] -> [0, 0, 1, 2, 1]."""
     rank = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
         where = np.flatnonzero(labels == label)
@@ -159,7 +159,7 @@ def _rank_in_class(labels: np.ndarray) -> np.ndarray:
 
 
 def _limit(splits: Splits, count: int) -> Splits:
-    """Keeps the first training images of each class, since folders are sorted by class.
+    """Keep the first training images of each class, since folders are sorted by class.
 
     Args:
         splits: The data set.
@@ -179,7 +179,7 @@ def _limit(splits: Splits, count: int) -> Splits:
 
 
 def _statistics(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and deviation per channel in [0, 1] units, float32 (3,): published or computed."""
+    """Return mean and deviation per channel in [0, 1] units, float32 (3,): published or computed."""
     if name in _STATISTICS:
         mean, std = _STATISTICS[name]
         return np.asarray(mean, np.float32), np.asarray(std, np.float32)

@@ -30,16 +30,16 @@ class Conv(nnx.Module):
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        """Draws the parameters.
+        """Draw the parameters.
 
         Args:
             inputs: channels in.
             outputs: channels out.
             size: side of the kernel.
-            stride: of both image axes.
-            bias: whether to add one.
-            dtype: to compute in; parameters stay float32.
-            rngs: with a `params` stream.
+            stride: stride along both image axes.
+            bias: whether a bias is added.
+            dtype: type to compute in; parameters stay float32.
+            rngs: random streams, `params` among them.
         """
         self.kernel = nnx.Param(uniform(rngs.params(), (size, size, inputs, outputs), size * size * inputs))
         self.bias = nnx.Param(uniform(rngs.params(), (outputs,), size * size * inputs)) if bias else None
@@ -47,7 +47,7 @@ class Conv(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (N, H', W', outputs) for x (N, H, W, inputs)."""
+        """Return (N, H', W', outputs) for x (N, H, W, inputs)."""
         dtype = self.dtype or self.kernel.dtype
         y = conv2d(x.astype(dtype), self.kernel[...].astype(dtype), self.stride)
         return y if self.bias is None else y + self.bias[...].astype(dtype)
@@ -57,20 +57,20 @@ class Linear(nnx.Module):
     """Affine map with torch's initial values."""
 
     def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs) -> None:
-        """Draws the parameters.
+        """Draw the parameters.
 
         Args:
             inputs: features in.
             outputs: features out.
-            dtype: to compute in; parameters stay float32.
-            rngs: with a `params` stream.
+            dtype: type to compute in; parameters stay float32.
+            rngs: random streams, `params` among them.
         """
         self.kernel = nnx.Param(uniform(rngs.params(), (inputs, outputs), inputs))
         self.bias = nnx.Param(uniform(rngs.params(), (outputs,), inputs))
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (N, outputs) for x (N, inputs)."""
+        """Return (N, outputs) for x (N, inputs)."""
         dtype = self.dtype or self.kernel.dtype
         return x.astype(dtype) @ self.kernel[...].astype(dtype) + self.bias[...].astype(dtype)
 
@@ -79,7 +79,7 @@ class BatchNorm(nnx.Module):
     """Norm over (N, H, W) per channel, with torch's running statistics: the variance in them is the unbiased one."""
 
     def __init__(self, channels: int) -> None:
-        """Starts as the identity, with running statistics of mean 0 and variance 1, all of shape (channels,)."""
+        """Start as the identity, with running statistics of mean 0 and variance 1, all of shape (channels,)."""
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
         self.mean = nnx.BatchStat(jnp.zeros(channels))
@@ -87,7 +87,7 @@ class BatchNorm(nnx.Module):
         self.use_running_average = False  # the name that model.train() and model.eval() set
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (N, H, W, C), normalised in float32 and given back in x's dtype."""
+        """Return (N, H, W, C), normalised in float32 and given back in x's dtype."""
         if self.use_running_average:
             factor = self.scale[...] * lax.rsqrt(self.var[...] + EPSILON)
             return (x * factor + (self.bias[...] - self.mean[...] * factor)).astype(x.dtype)
@@ -98,7 +98,7 @@ class BatchNorm(nnx.Module):
         return y
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """Lets `nnx.view` choose the statistics, as it does for Flax's own layer."""
+        """Let `nnx.view` choose the statistics, as it does for Flax's own layer."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
@@ -108,6 +108,6 @@ class BatchNorm(nnx.Module):
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """Draws from U(-b, b) with b = 1 / sqrt(fan_in): torch's default for weight and bias, of convolutions too."""
+    """Draw from U(-b, b) with b = 1 / sqrt(fan_in): torch's default for weight and bias, of convolutions too."""
     bound = 1 / math.sqrt(fan_in)
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)

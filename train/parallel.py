@@ -16,22 +16,22 @@ _AXIS = "batch"
 
 
 def unsharded(index: Array) -> Array:
-    """One device computes all."""
+    """Return the images as they are: one device computes all."""
     return index
 
 
 def make_mesh(count: int, batch_size: int) -> Mesh | None:
-    """Put the first devices in a row.
+    """Make a mesh of the first devices.
 
     Args:
-        count: how many; 0 takes all.
+        count: number of devices; 0 takes all.
         batch_size: images in a step.
 
     Returns:
         The mesh, `None` for one device.
 
     Raises:
-        InputError: there are fewer, or the images of a step cannot be split evenly.
+        InputError: JAX sees fewer devices, or the images of a step cannot be split evenly.
     """
     devices = jax.devices()
     if not 0 <= count <= len(devices):
@@ -43,13 +43,13 @@ def make_mesh(count: int, batch_size: int) -> Mesh | None:
 
 
 def spread_over(mesh: Mesh | None) -> Spread:
-    """Make the function that splits an array's first axis over the devices, inside jit, where it can be split evenly.
+    """Make the function that splits the first axis of an array over the devices, inside jit, where it divides evenly.
 
     All that is computed from the array is then split too, as XLA sees fit, with the results of one device: batch norm
     takes its statistics over the whole batch.
 
     Args:
-        mesh: of `make_mesh`.
+        mesh: mesh of `make_mesh`.
 
     Returns:
         The function; `unsharded` without a mesh.

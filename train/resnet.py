@@ -28,14 +28,14 @@ class ResNet(nnx.Module):
     def __init__(
         self, depth: int, num_classes: int, width: float = 1.0, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs
     ) -> None:
-        """Draws the parameters.
+        """Draw the parameters.
 
         Args:
             depth: 18, 34 or 50.
             num_classes: outputs.
             width: factor on the 64 channels of the first stage, rounded to an integer.
-            dtype: to compute in, such as bfloat16; parameters and statistics stay float32.
-            rngs: with a `params` stream.
+            dtype: type to compute in, such as bfloat16; parameters and statistics stay float32.
+            rngs: random streams, `params` among them.
 
         Raises:
             ValueError: for another depth.
@@ -58,7 +58,7 @@ class ResNet(nnx.Module):
         self.linear = Linear(inputs, num_classes, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns logits (N, num_classes) for images x (N, H, W, 3)."""
+        """Return logits (N, num_classes) for images x (N, H, W, 3)."""
         x = jax.nn.relu(self.bn1(self.conv1(x)))
         for stage in range(4):
             for block in getattr(self, f"layer{stage + 1}"):
@@ -72,7 +72,7 @@ class BasicBlock(nnx.Module):
     expansion = 1
 
     def __init__(self, inputs: int, planes: int, stride: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs) -> None:
-        """Draws the parameters of a block from `inputs` to `planes` channels."""
+        """Draw the parameters of a block from `inputs` to `planes` channels."""
         self.conv1 = Conv(inputs, planes, 3, stride=stride, dtype=dtype, rngs=rngs)
         self.bn1 = BatchNorm(planes)
         self.conv2 = Conv(planes, planes, 3, dtype=dtype, rngs=rngs)
@@ -80,7 +80,7 @@ class BasicBlock(nnx.Module):
         self.shortcut = _shortcut(inputs, planes, stride, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (N, H / stride, W / stride, planes) for x (N, H, W, inputs)."""
+        """Return (N, H / stride, W / stride, planes) for x (N, H, W, inputs)."""
         y = jax.nn.relu(self.bn1(self.conv1(x)))
         return _join(self.bn2(self.conv2(y)), x, self.shortcut)
 
@@ -91,7 +91,7 @@ class Bottleneck(nnx.Module):
     expansion = 4
 
     def __init__(self, inputs: int, planes: int, stride: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs) -> None:
-        """Draws the parameters of a block from `inputs` to `4 * planes` channels."""
+        """Draw the parameters of a block from `inputs` to `4 * planes` channels."""
         self.conv1 = Conv(inputs, planes, 1, dtype=dtype, rngs=rngs)
         self.bn1 = BatchNorm(planes)
         self.conv2 = Conv(planes, planes, 3, stride=stride, dtype=dtype, rngs=rngs)
@@ -101,21 +101,21 @@ class Bottleneck(nnx.Module):
         self.shortcut = _shortcut(inputs, 4 * planes, stride, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns (N, H / stride, W / stride, 4 * planes) for x (N, H, W, inputs)."""
+        """Return (N, H / stride, W / stride, 4 * planes) for x (N, H, W, inputs)."""
         y = jax.nn.relu(self.bn1(self.conv1(x)))
         y = jax.nn.relu(self.bn2(self.conv2(y)))
         return _join(self.bn3(self.conv3(y)), x, self.shortcut)
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs) -> nnx.List:
-    """Returns nothing to apply where the shapes agree, else a 1 x 1 convolution and a norm."""
+    """Return nothing to apply where the shapes agree, else a 1 x 1 convolution and a norm."""
     if stride == 1 and inputs == outputs:
         return nnx.List([])
     return nnx.List([Conv(inputs, outputs, 1, stride=stride, dtype=dtype, rngs=rngs), BatchNorm(outputs)])
 
 
 def _join(y: jax.Array, x: jax.Array, shortcut: nnx.List) -> jax.Array:
-    """Adds the shortcut of x to y, both (N, H, W, C) then."""
+    """Add the shortcut of x to y, both (N, H, W, C) then."""
     for module in shortcut:
         x = module(x)
     return jax.nn.relu(y + x)

@@ -41,8 +41,8 @@ class Piece(NamedTuple):
         state: after them, and before the first step whose loss or gradient is not finite.
         sums: (2,) float32: of the loss and of the share of right answers, over the epoch's steps up to there.
         step: the epoch's finished steps.
-        loss: of the last step taken.
-        is_finite: of that step, whether its loss and its gradient are.
+        loss: loss of the last step taken.
+        is_finite: whether loss and gradient of that step are finite.
     """
 
     state: TrainState
@@ -66,7 +66,7 @@ def make_network(config: Config, num_classes: int) -> Network:
     """Turn the Flax NNX model of a config into pure functions of plain dicts.
 
     Args:
-        config: resolved.
+        config: resolved settings.
         num_classes: outputs.
 
     Returns:
@@ -98,16 +98,16 @@ def make_network(config: Config, num_classes: int) -> Network:
 
 
 def _plain(tree: Any) -> Any:
-    """String keys throughout: checkpoints and names need them."""
+    """Make all keys strings, as checkpoints and names need them."""
     return {str(key): _plain(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
 def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
-    """SGD as the reference has it, TempBalance last.
+    """Make the optimizer: SGD as the reference has it, TempBalance last.
 
     Args:
-        config: resolved.
-        steps_per_epoch: the cosine moves once an epoch.
+        config: resolved settings.
+        steps_per_epoch: steps of an epoch; the cosine moves once in each.
 
     Returns:
         The chain; its `learning_rate` and `lr_scale` are visible state.
@@ -122,7 +122,7 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
 
 
 def cosine_rate(config: Config, epoch: int) -> float:
-    """Global learning rate of an epoch, counted from 0."""
+    """Return the global learning rate of an epoch, counted from 0."""
     return float(_cosine(config, epoch))
 
 
@@ -138,7 +138,7 @@ class Normalise(NamedTuple):
     std: Array
 
     def __call__(self, images: Array) -> Array:
-        """Uint8 (..., 3) to float32 of mean 0 and standard deviation 1."""
+        """Turn uint8 (..., 3) into float32 of mean 0 and standard deviation 1."""
         return (images.astype(jnp.float32) / 255 - self.mean) / self.std
 
 
@@ -167,11 +167,11 @@ def make_steps(
     sums do not depend on how many calls it is made of.
 
     Args:
-        network: of `make_network`.
-        optimizer: of `make_optimizer`.
-        normalise: statistics of the images.
-        config: resolved.
-        spread: see `train.parallel`; of the images of a batch.
+        network: pure functions of the network.
+        optimizer: optax chain of the training.
+        normalise: statistics of the training images.
+        config: resolved settings.
+        spread: splits the images of a batch over the devices, see `train.parallel`.
 
     Returns:
         `steps(state, sums, key, first, last, images, labels) -> Piece`, which takes the steps `first` to `last - 1` of
@@ -209,7 +209,7 @@ def make_steps(
 def _loss(
     apply: Callable[..., Any], params: Any, stats: Any, images: Array, labels: Array
 ) -> tuple[Array, tuple[Array, Any]]:
-    """Loss of a batch, with its share of right answers and the new statistics."""
+    """Return the loss of a batch, with its share of right answers and the new statistics."""
     logits, stats = apply(params, stats, images, train=True)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     return loss, ((logits.argmax(-1) == labels).mean(), stats)
@@ -218,7 +218,7 @@ def _loss(
 def _batches(
     config: Config, normalise: Normalise, key: Array, images: Array, labels: Array, spread: Spread = unsharded
 ) -> Callable[[Array], tuple[Array, Array]]:
-    """Draw an epoch's order; what is returned gives the batch of a step, images normalised."""
+    """Draw the order of an epoch, and return the function from a step to its batch, images normalised."""
     assert config.batch_size is not None
     order_key, augment_key = jax.random.split(key)
     steps = labels.size // config.batch_size
@@ -237,9 +237,9 @@ def make_fault(network: Network, normalise: Normalise, config: Config) -> Callab
     """Make the function that finds what in a step is the first that is not finite.
 
     Args:
-        network: of `make_network`.
-        normalise: statistics of the images.
-        config: resolved.
+        network: pure functions of the network.
+        normalise: statistics of the training images.
+        config: resolved settings.
 
     Returns:
         `fault(state, key, step, images, labels)` of the state before the step, the key of its epoch, and its number
@@ -263,9 +263,9 @@ def make_evaluate(
     """Compile the evaluation on all images, in batches, the last one padded and masked.
 
     Args:
-        network: of `make_network`.
-        normalise: statistics of the images.
-        spread: see `train.parallel`; of the images of a batch.
+        network: pure functions of the network.
+        normalise: statistics of the training images.
+        spread: splits the images of a batch over the devices, see `train.parallel`.
 
     Returns:
         `evaluate(state, images, labels) -> metrics` with `test_loss` and `test_accuracy`, float32 scalars.

@@ -28,14 +28,14 @@ class VGG(nnx.Module):
     def __init__(
         self, depth: int, num_classes: int, width: float = 1.0, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs
     ) -> None:
-        """Draws the parameters.
+        """Draw the parameters.
 
         Args:
             depth: 16 or 19.
             num_classes: outputs.
             width: factor on the channels 64 ... 512, rounded down.
-            dtype: to compute in, such as bfloat16; parameters and statistics stay float32.
-            rngs: with a `params` stream.
+            dtype: type to compute in, such as bfloat16; parameters and statistics stay float32.
+            rngs: random streams, `params` among them.
 
         Raises:
             ValueError: for another depth.
@@ -54,7 +54,7 @@ class VGG(nnx.Module):
         self.linear = Linear(inputs, num_classes, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns logits (N, num_classes) for images x (N, 32, 32, 3)."""
+        """Return logits (N, num_classes) for images x (N, 32, 32, 3)."""
         for positions in self.stages:
             for position in positions:
                 x = self.features[f"conv_{position}"](x)
@@ -65,7 +65,7 @@ class VGG(nnx.Module):
 
 
 def _positions(convolutions: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Numbers the convolutions from 1, a pooling after each stage taking a number too: (2, 2) -> ((1, 2), (4, 5))."""
+    """Number the convolutions from 1, a pooling after each stage taking a number too: (2, 2) -> ((1, 2), (4, 5))."""
     stages, first = [], 1
     for count in convolutions:
         stages.append(tuple(range(first, first + count)))

@@ -30,7 +30,7 @@ def call(model: Callable[..., Any], *inputs: Any) -> Any:
 
 
 class Recorder:
-    """Calls a network and keeps what its modules return.
+    """Call a network and keep what its modules return.
 
     Attributes:
         outputs: pairs of a module's name, such as `layer1/0/conv1`, and what it returned, in the order of their ends: a
@@ -49,7 +49,7 @@ class Recorder:
 
         Args:
             model: the network.
-            *inputs: its arguments.
+            *inputs: arguments of the network.
 
         Returns:
             What it returns.
@@ -88,9 +88,9 @@ def first_not_finite(
 
     Args:
         loss_of: `(params, *inputs, call=...) -> loss`; it calls its network by `call(model, ...)`.
-        params: of the network.
+        params: parameters of the network.
         *inputs: arrays.
-        compiler_options: of `jax.jit`.
+        compiler_options: options of `jax.jit`.
 
     Returns:
         A weight; else the output of a layer, in network order; else the loss itself; else a gradient, from the last
@@ -126,7 +126,7 @@ def _is_finite(tree: Any) -> jax.Array:
 
 
 def _in_order(tree: Any, modules: list[str]) -> list[tuple[str, Any]]:
-    """Leaves in the order in which their modules, or those around them, return; the network's own come first."""
+    """Sort the leaves by when their modules, or those around them, return; the network's own come first."""
 
     def place(leaf: tuple[str, Any]) -> int:
         parts = leaf[0].split("/")

@@ -21,8 +21,8 @@ def layer_history(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Draw alpha and learning rate of every layer over epochs (paper, Figure 12).
 
     Args:
-        rows: of one seed, epoch after epoch; the rates of the last epoch, in which nothing is trained, are left out.
-        title: of the figure.
+        rows: rows of one seed, epoch after epoch; the rates of the last one, in which nothing is trained, are left out.
+        title: title of the figure.
 
     Returns:
         The figure; an alpha of 0, no tail, is a gap.
@@ -46,7 +46,7 @@ def alpha_distribution(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: s
 
     Args:
         runs: per label its rows, epoch after epoch.
-        title: of the figure.
+        title: title of the figure.
 
     Returns:
         The figure; layers without a tail are left out.
@@ -65,8 +65,8 @@ def save(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:
     """Write figures as images, each whole or not at all.
 
     Args:
-        folder: to write to.
-        figures: by file name, `.png`.
+        folder: folder to write to.
+        figures: figures by file name, `.png`.
 
     Returns:
         The files.

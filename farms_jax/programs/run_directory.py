@@ -32,19 +32,6 @@ LAYER_FIELDS = ("epoch", "layer", "alpha", "lr_scale", "learning_rate")
 _LINES = ("metrics.jsonl", "layers.csv")
 
 
-class StoppedRun(Stopped):
-    """A run was stopped by a signal; the message says how to resume it."""
-
-    def __init__(self, number: int, run: Path) -> None:
-        """Keep the signal's number and the run's directory."""
-        super().__init__(number)
-        self.run = run
-
-    def __str__(self) -> str:
-        """Return the signal's name and the option that resumes the run."""
-        return f"{super().__str__()}; go on with --resume {shlex.quote(str(self.run))}"
-
-
 @contextlib.contextmanager
 def at_work(run: Path) -> Generator[None]:
     """Lock a run directory, and say how to resume where the work inside is stopped.
@@ -57,13 +44,13 @@ def at_work(run: Path) -> Generator[None]:
 
     Raises:
         InputError: another process is at work there.
-        StoppedRun: the work was stopped by Ctrl-C or SIGTERM.
+        Stopped: the work was stopped by Ctrl-C or SIGTERM; the message says how to resume.
     """
     with locked(run):
         try:
             yield
         except Stopped as stopped:
-            raise StoppedRun(stopped.signal, run) from stopped
+            raise Stopped(stopped.signal, f"; go on with --resume {shlex.quote(str(run))}") from stopped
 
 
 class SeedDirectory:

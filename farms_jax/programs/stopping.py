@@ -17,12 +17,12 @@ class Stopped(KeyboardInterrupt):
     """The program was asked to stop by a signal.
 
     Attributes:
-        signal: its number.
+        signal: number of the signal.
     """
 
-    def __init__(self, number: int) -> None:
-        """Keep the signal's number."""
-        super().__init__(signal.Signals(number).name)
+    def __init__(self, number: int, advice: str = "") -> None:
+        """Name the signal, and say what to do next."""
+        super().__init__(signal.Signals(number).name + advice)
         self.signal = number
 
     @property

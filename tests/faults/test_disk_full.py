@@ -172,10 +172,11 @@ def prune_run(disk, elsewhere):
 
 
 def generate_run(disk, elsewhere):
-    from sciml import generate as module  # noqa: PLC0415
+    from sciml import generate as module, shards, trajectories  # noqa: PLC0415
+    from sciml.flow_config import FlowConfig  # noqa: PLC0415
 
-    module.SHARD, module._solver = 2, functools.cache(module._solver)
-    config = module.FlowConfig(size=16, steps=3, end=0.1, count=5, seed=7)
+    shards.SHARD, trajectories._solver = 2, functools.cache(trajectories._solver)
+    config = FlowConfig(size=16, steps=3, end=0.1, count=5, seed=7)
     expected = module.generate(elsewhere / "flows.hdf5", config)
     path = disk.folder / "data" / module.file_name(config)
     flags = ["--size", 16, "--steps", 3, "--end", 0.1, "--count", 5, "--seed", 7, "--out", path.parent]
@@ -256,9 +257,9 @@ def once(function):
 
 
 def train_run(disk, elsewhere):
-    from train import cifar, experiment  # noqa: PLC0415
+    from train import cifar, training  # noqa: PLC0415
 
-    experiment.make_functions = once(experiment.make_functions)
+    training.make_functions = once(training.make_functions)
     settings = ["--dataset", "digits", "--model", "vgg16", "--width", 0.0625, "--epochs", 2]
     settings += ["--batch-size", 16, "--limit-train", 64]
     train_again(disk, elsewhere, "train.cifar", cifar.main, *settings)
@@ -269,7 +270,7 @@ def export_run(disk, elsewhere):
     import jax  # noqa: PLC0415
     from dpot_helpers import SMALL  # noqa: PLC0415
 
-    from farms_jax.errors import reported  # noqa: PLC0415
+    from farms_jax.programs.exits import reported  # noqa: PLC0415
     from sciml import checkpoints  # noqa: PLC0415
     from sciml.model import make_network  # noqa: PLC0415
 
