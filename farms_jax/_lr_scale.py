@@ -30,7 +30,7 @@ def lr_scale(
     the others. Where all scores are equal, or there is one layer, every factor is 1 (the reference gives the maximum).
 
     Args:
-        report: of `analyze`; layers left out of it are not balanced.
+        report: report of `analyze`; layers left out of it are not balanced.
         params: the tree whose leaves get factors.
         low: factor of the smallest score; the reference's `lr_min_ratio`, 0.5 there too.
         high: factor of the largest score; the reference's `lr_max_ratio`, 1.5 there too.
@@ -60,8 +60,8 @@ def lr_scale(
     map_scores = mapping if callable(mapping) else mappings.NAMED[mapping]
     scales = dict(zip(report.names, _scales(report, metric, map_scores, low, high), strict=True))
     modules = [module_of(name) for name in scales]
-    alone = {module for module in modules if modules.count(module) == 1}
-    by_module = {module: scale for module, scale in zip(modules, scales.values(), strict=True) if module in alone}
+    single = {module for module in modules if modules.count(module) == 1}
+    by_module = {module: scale for module, scale in zip(modules, scales.values(), strict=True) if module in single}
 
     def scale_of(name: str, leaf: Any) -> Array:
         for key in (name, leader(name, follow)):

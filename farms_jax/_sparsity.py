@@ -97,7 +97,7 @@ def round_to_groups(
     {'a': 2, 'b': 2, 'c': 2}
 
     Args:
-        sparsity: of each layer, as `allocate_sparsity` gives it.
+        sparsity: sparsity of each layer, from `allocate_sparsity`.
         num_params: weights in each layer.
         group: M of N:M, or the size for each layer; layers of one block must have the same.
         block_of: layers of one block get one N; `None`: every layer has its own.

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-_ROUNDING = 8  # units of the last place
+_ROUNDING = 8  # units in the last place by which equal numbers may come out different
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +100,12 @@ def fit_tail(eigenvalues: Array, tail: Tail, size: Array | int | None = None) ->
     spectrum = _prepare(eigenvalues, tail.min_eigenvalue, eigenvalues.size if size is None else size)
     kept = eigenvalues.size - spectrum.kept_from
     if tail.xmin == "median":
+        # In whole numbers: in float32, N / xmin_pos may fall just short of the integer that it should be.
         fraction = Fraction(1 / tail.xmin_pos).limit_denominator(1000)
         index = spectrum.kept_from + (kept * fraction.numerator) // fraction.denominator
         index = jnp.clip(index, spectrum.usable_from, eigenvalues.size - 1)
         alpha = _alpha_at(spectrum, index)
-        offset = jnp.arange(eigenvalues.size) - index
-        deviations = _deviation(spectrum.logs, index[None], alpha[None], offset[None])
+        deviations = _deviation(spectrum.logs, index, alpha, jnp.arange(eigenvalues.size) - index)
         distance = jnp.where(alpha > 0, deviations.max(), 1.0)
     else:
         index, alpha, distance = _search(spectrum, _candidates(spectrum, tail))
@@ -126,8 +126,8 @@ def _prepare(eigenvalues: Array, min_eigenvalue: float | None, size: Array | int
 
 
 def _hill(count: Array, spread: Array) -> Array:
-    """Alpha of tails of `count` eigenvalues with summed log-spread; 0 where they are equal to within rounding."""
-    flat = spread <= 8 * float(jnp.finfo(spread.dtype).eps) * count
+    """Hill's alpha of tails of `count` eigenvalues, given sum(l_j - l_i); 0 where all are equal to within rounding."""
+    flat = spread <= _ROUNDING * float(jnp.finfo(spread.dtype).eps) * count
     return jnp.where(flat, 0, 1 + count / jnp.where(flat, 1, spread))
 
 
@@ -148,10 +148,10 @@ def _all_alphas(logs: Array) -> Array:
 
 
 def _deviation(logs: Array, index: Array, alpha: Array, offset: Array) -> Array:
-    """|1 - (e_{i+k} / e_i)^(1 - alpha) - k / n| at offsets k of shape (B, K), tails from `index` (B,) on; 0 below."""
-    ratio = logs[jnp.clip(index[:, None] + offset, 0, logs.size - 1)] - logs[index][:, None]
-    count = (logs.size - index)[:, None].astype(logs.dtype)
-    deviation = jnp.abs(1 - jnp.exp((1 - alpha[:, None]) * ratio) - offset.astype(logs.dtype) / count)
+    """|1 - (e_{i+k} / e_i)^(1 - alpha) - k / n| of tails from index i on at offsets k, elementwise; 0 where k < 0."""
+    ratio = logs[jnp.clip(index + offset, 0, logs.size - 1)] - logs[index]
+    count = (logs.size - index).astype(logs.dtype)
+    deviation = jnp.abs(1 - jnp.exp((1 - alpha) * ratio) - offset.astype(logs.dtype) / count)
     return jnp.where(offset >= 0, deviation, 0)
 
 
@@ -188,7 +188,7 @@ def _search(spectrum: _Spectrum, candidates: Array) -> tuple[Array, Array, Array
     candidates &= alphas > 1
     position = jnp.arange(logs.size)
     bounds = jnp.where(candidates, jnp.zeros((), logs.dtype), jnp.inf)
-    slack = _ROUNDING * float(jnp.finfo(logs.dtype).eps)  # the same deviation may come out twice with other last digits
+    slack = _ROUNDING * float(jnp.finfo(logs.dtype).eps)
 
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
         bounds, best, _ = state
@@ -197,12 +197,12 @@ def _search(spectrum: _Spectrum, candidates: Array) -> tuple[Array, Array, Array
     def measure(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         bounds, best, best_index = state
         index = jnp.argmin(bounds)
-        deviations = _deviation(logs, index[None], alphas[index][None], (position - index)[None])[0]
+        deviations = _deviation(logs, index, alphas[index], position - index)
         worst = jnp.argmax(deviations)
         distance = deviations[worst]
         better = (distance < best) | ((distance == best) & (index < best_index))
         best, best_index = jnp.where(better, distance, best), jnp.where(better, index, best_index)
-        bounds = jnp.maximum(bounds, _deviation(logs, position, alphas, (worst - position)[:, None])[:, 0])
+        bounds = jnp.maximum(bounds, _deviation(logs, position, alphas, worst - position))
         return bounds.at[index].set(jnp.inf), best, best_index
 
     none = (bounds, jnp.ones((), logs.dtype), jnp.asarray(logs.size, position.dtype))

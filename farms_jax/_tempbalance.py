@@ -64,7 +64,7 @@ def measure_scale(params: Any, **settings: Unpack[Settings]) -> Any:
 
     Args:
         params: the parameters.
-        **settings: of `analyze` and of `lr_scale`.
+        **settings: arguments of `analyze` and of `lr_scale`.
 
     Returns:
         A tree like `params` of float32 scalars.
@@ -164,7 +164,7 @@ def refresh(opt_state: Any, scale: Any) -> Any:
     """Write new factors into the `TempBalanceState` of an optimizer state.
 
     Args:
-        opt_state: of a chain with `tempbalance`, wrapped or not (`MultiSteps`, `nnx.Optimizer`).
+        opt_state: state of a chain with `tempbalance`, wrapped or not (`MultiSteps`, `nnx.Optimizer`).
         scale: tree like the parameters, as from `lr_scale`.
 
     Returns:

@@ -18,7 +18,7 @@ from farms_jax._windows import Grid
 from farms_jax.solvers import gram_matrices
 
 COARSE = 1e-3  # of the largest eigenvalue: a median below it is not exact enough in float32
-_LARGE = 1000  # rows of a window from which on a thread is worth its start for it alone
+_LARGE = 1000  # rows from which a window is worth a thread of its own
 _TASKS_PER_CORE = 4
 _MIN_TASK = 4  # windows; with fewer small ones, threads take turns at the interpreter's lock more than they compute
 
@@ -130,8 +130,8 @@ def solve(
         stacks: see `window_spectra`.
         grids: see `window_spectra`.
         max_bytes: see `window_spectra`.
-        gram: by Gram matrices; else by singular values, in the stacks' precision.
-        precision: of the Gram matrices; `None`: the stacks'.
+        gram: solve by Gram matrices; else by singular values, in the stacks' precision.
+        precision: precision of the Gram matrices; `None`: the stacks'.
 
     Returns:
         L arrays (K * W, n), each row ascending; real, never negative, in that precision.
@@ -209,7 +209,7 @@ def _is_large(grid: Grid) -> bool:
 
 
 def _bytes(layer: _Layer, entries: int) -> int:
-    """Bytes of a window, or of so many of its entries, and of its Gram matrix."""
+    """Bytes of a window's Gram matrix and of a copy of the window, or of as many of its `entries`."""
     grid = layer.grid
     return layer.itemsize * (min(grid.rows * grid.cols, entries) + min(grid.rows, grid.cols) ** 2)
 

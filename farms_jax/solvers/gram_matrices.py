@@ -13,10 +13,12 @@ from farms_jax._windows import Grid
 from farms_jax.solvers import two_stage
 from farms_jax.solvers.lapack import add_products, symmetric_eigenvalues
 
-BLOCK_ENTRIES = 2**22  # of a copy in another precision
+BLOCK_ENTRIES = 2**22  # entries copied at a time into another precision
 _MIN_BLOCK = 256  # columns: narrower ones make slow products
-_WORTH = 0.9  # of the plain cost, at most, for sharing to pay
-_NEAR_BEST = 1.1  # shorter runs of windows hold less memory and spread better over cores
+_WORTH = 0.9  # of the plain cost: windows share where that saves a tenth at least
+_NEAR_BEST = (
+    1.1  # times the least cost: the shortest run within it, which takes less memory and spreads over more cores
+)
 
 
 class Run(NamedTuple):
@@ -41,7 +43,7 @@ def shared_runs(grid: Grid) -> list[Run]:
     Windows of (2, 3) that start in rows 0, 1 and columns 0, 2 make two runs: both rows of column 0, both of column 2.
 
     Args:
-        grid: of a dense matrix or a kernel.
+        grid: grid of a dense matrix or a kernel.
 
     Returns:
         Runs that hold every window once; none where sharing does not pay.
@@ -88,10 +90,10 @@ def run_eigenvalues(
 
     Args:
         matrix: shape (R, C), real or complex.
-        run: of `shared_runs`.
-        grid: of the matrix.
-        precision: to compute in; `None`: the matrix's own.
-        one_thread: BLAS is held to one; large windows are solved in another way then.
+        run: windows of the matrix, from `shared_runs`.
+        grid: grid of the matrix.
+        precision: precision to compute in; `None`: the matrix's own.
+        one_thread: BLAS is held to one thread; large windows are then reduced in two stages.
 
     Returns:
         Real, not negative.

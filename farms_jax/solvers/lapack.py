@@ -88,7 +88,7 @@ def call(library: Any, name: str, *arguments: bytes | int | np.ndarray) -> None:
 
     Args:
         library: `scipy.linalg.cython_blas` or `cython_lapack`.
-        name: of the routine, with the letter of its precision.
+        name: name of the routine, with the letter of its precision.
         *arguments: what Fortran takes, in its order; of an array its address, whatever its strides.
     """
     function, integer = _routine(library, name, len(arguments))
