@@ -6,7 +6,6 @@ dense    2.1
 head    10.4
 """
 
-import importlib
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -14,22 +13,6 @@ from html import escape
 from typing import Any
 
 from farms_jax._extras import from_extra
-
-
-def optional(module: str) -> Any:
-    """Import a package that only reports need.
-
-    Args:
-        module: its name.
-
-    Returns:
-        The module.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    with from_extra("diagnose"):
-        return importlib.import_module(module)
 
 
 def shorten(text: str, width: int) -> str:
@@ -151,5 +134,6 @@ def data_frame(rows: Mapping[str, Mapping[str, Any]]) -> Any:
     Returns:
         The data frame, indexed by `layer`.
     """
-    pandas = optional("pandas")
+    with from_extra("diagnose"):
+        import pandas
     return pandas.DataFrame(list(rows.values()), index=pandas.Index(list(rows), name="layer"))

@@ -13,8 +13,9 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from farms_jax._extras import from_extra
 from farms_jax._names import matching
-from farms_jax._present import data_frame, html_table, left_out_lines, optional, text_table
+from farms_jax._present import data_frame, html_table, left_out_lines, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,9 +123,8 @@ class LayerReport:
         Raises:
             InputError: Matplotlib is not installed.
         """
-        optional("matplotlib")
-        from farms_jax._figures import figure, name_layers  # only here: the core needs no Matplotlib
-
+        with from_extra("diagnose"):  # only here: the core needs no Matplotlib
+            from farms_jax._figures import figure, name_layers
         drawing, (axis,) = figure("alpha of the layers", 1, epochs=False)
         alphas = np.asarray(self.alpha, float)
         axis.plot(np.where(alphas > 0, alphas, np.nan), "o", ms=4)

@@ -16,7 +16,7 @@ import farms_jax
 from farms_jax.diagnosis.columns import find_column
 from farms_jax.diagnosis.compare import Comparison
 from farms_jax.diagnosis.diagnosis import Diagnosis
-from farms_jax.diagnosis.figures import COLOURS, spectrum, tail_line
+from farms_jax.diagnosis.figures import COLOURS, axes, spectrum, tail_line
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import MEANINGS, attention, counts
 from farms_jax.errors import InputError
@@ -261,7 +261,9 @@ def test_fitted_line_holds_the_share_of_the_tail():
 def test_spectrum_of_a_layer_without_tail_or_eigenvalues():
     histogram = Histogram((0.0, 1.0, 2.0), (0.5, 0.5))
     assert tail_line({"layer": "a", "alpha": None, "xmin": None}, histogram) is None
-    spectrum({"layer": "a"}, histogram._replace(windows=(0.0, 0.0))).canvas.draw()
+    figure, axis = axes()
+    spectrum(axis, {"layer": "a"}, histogram._replace(windows=(0.0, 0.0)))
+    figure.canvas.draw()
 
 
 @pytest.mark.parametrize("kind", ["alpha", "spectrum", "bias"])

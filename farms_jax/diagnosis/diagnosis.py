@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from farms_jax._present import left_out_lines, optional
+from farms_jax._extras import from_extra
+from farms_jax._present import left_out_lines
 from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column
 from farms_jax.diagnosis.layer_table import LayerTable, Row
 from farms_jax.diagnosis.spectrum import Histogram
@@ -85,9 +86,8 @@ class Diagnosis(LayerTable):
         Raises:
             InputError: Matplotlib is not installed.
         """
-        optional("matplotlib")
-        from farms_jax.diagnosis.page import page
-
+        with from_extra("diagnose"):
+            from farms_jax.diagnosis.page import page
         content = page(
             self.layers,
             self.columns,
@@ -118,18 +118,23 @@ class Diagnosis(LayerTable):
             raise InputError(f"plot: there is no kind {kind!r}; there are 'alpha', 'spectrum' and 'bias'")
         if layer is not None and kind != "spectrum":
             raise InputError(f"plot: kind {kind!r} shows all layers; leave out `layer`, or take kind 'spectrum'")
-        optional("matplotlib")
-        from farms_jax.diagnosis import figures
-
+        if kind == "bias" and not any(number(row, "aspect_ratio_bias") is not None for row in self.layers):
+            raise InputError("plot: the bias needs whole matrices; measure with whole=True")
+        with from_extra("diagnose"):
+            from farms_jax.diagnosis import figures
         if kind == "alpha":
-            return figures.alphas_by_depth(self.layers, f"{self.model}: alpha of the layers")
-        if kind == "bias":
-            if not any(number(row, "aspect_ratio_bias") is not None for row in self.layers):
-                raise InputError("plot: the bias needs whole matrices; measure with whole=True")
-            return figures.bias_by_aspect_ratio(self.layers, f"{self.model}: what the whole matrix adds to alpha")
-        row = self._drawn(layer)
-        title = f"{row['layer']}: {row.get('status') or 'spectrum'}"
-        return figures.spectrum(row, self.histograms[row["layer"]], title)
+            drawing, axis = figures.axes(f"{self.model}: alpha of the layers")
+            figures.alphas_by_depth(axis, self.layers)
+        elif kind == "bias":
+            drawing, axis = figures.axes(f"{self.model}: what the whole matrix adds to alpha", figures.NARROW)
+            figures.bias_by_aspect_ratio(axis, self.layers)
+        else:
+            row = self._drawn(layer)
+            title = f"{row['layer']}: {row.get('status') or 'spectrum'}"
+            drawing, axis = figures.axes(title, figures.NARROW)
+            figures.spectrum(axis, row, self.histograms[row["layer"]])
+            axis.legend(fontsize="small")
+        return drawing
 
     def _drawn(self, layer: str | None) -> Row:
         """The layer whose spectrum is drawn."""

@@ -29,7 +29,7 @@ MARKS = dict(zip(SEVERITY, "xs^o", strict=True))  # told apart by shape as well 
 _FENCE = 3.0  # quartile distances beyond the quartiles: points farther out do not stretch the axis (Tukey's "far out")
 _MARGIN = 0.06  # of the range, free at both ends of an axis
 _MANY = 300  # layers, beyond which marks are smaller
-_NARROW = (6.0, SIZE[1])
+NARROW = (6.0, SIZE[1])
 _WINDOWS = {"fill": True, "color": COLOURS["fill"], "alpha": 0.55, "label": "windows"}
 _WHOLE = {"color": COLOURS["whole"], "label": "whole matrix"}
 
@@ -69,18 +69,30 @@ def alpha_limits(rows: Sequence[Row]) -> tuple[float, float]:
     return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (1.0, 3.0)
 
 
-def alphas_by_depth(rows: Sequence[Row], title: str = "", size: tuple[float, float] = SIZE) -> Figure:
-    """Draw the alphas of windows with their intervals, of whole matrices and of noise, layer by layer.
+def axes(title: str = "", size: tuple[float, float] = SIZE) -> tuple[Figure, Any]:
+    """Make a figure with empty axes, for one of the functions below.
 
     Args:
-        rows: one per layer, in network order.
         title: title of the figure.
         size: width and height in inches.
 
     Returns:
-        The figure; an alpha that its axis does not reach stands on the edge.
+        The figure and its axes.
     """
-    drawing, axis = _empty(title, size)
+    drawing, (axis,) = figure(title, 1, epochs=False, size=size)
+    axis.grid(visible=False, axis="x")
+    return drawing, axis
+
+
+def alphas_by_depth(axis: Any, rows: Sequence[Row]) -> None:
+    """Draw the alphas of windows with their intervals, of whole matrices and of noise, layer by layer.
+
+    An alpha that the axis does not reach stands on its edge.
+
+    Args:
+        axis: empty axes.
+        rows: one per layer, in network order.
+    """
     low, high = alpha_limits(rows)
     levels, wholes, alphas = (numbers(rows, name) for name in ("noise_alpha", "whole_alpha", "alpha"))
     if np.isfinite(levels).any():
@@ -91,25 +103,19 @@ def alphas_by_depth(rows: Sequence[Row], title: str = "", size: tuple[float, flo
     ends = np.clip([numbers(rows, "alpha_low"), numbers(rows, "alpha_high")], low, high)
     known = np.flatnonzero(np.isfinite(ends).all(axis=0)).tolist()
     axis.vlines(known, *ends[:, known], colors=[_colour(rows[i]) for i in known], lw=1.5, alpha=0.6, zorder=2.5)
-    _layers(axis, rows, np.arange(len(rows)), np.clip(alphas, low, high))
+    _mark_layers(axis, rows, np.arange(len(rows)), np.clip(alphas, low, high))
     beyond = int(sum(((values < low) | (values > high)).sum() for values in (alphas, wholes)))
     axis.set(ylim=(low, high), ylabel=f"alpha ({beyond} far away, on the edge)" if beyond else "alpha")
     name_layers(axis, [row["layer"] for row in rows])
-    return drawing
 
 
-def alpha_histogram(rows: Sequence[Row], title: str = "", size: tuple[float, float] = SIZE) -> Figure:
+def alpha_histogram(axis: Any, rows: Sequence[Row]) -> None:
     """Draw how many layers have which alpha, by windows and by whole matrices.
 
     Args:
+        axis: empty axes.
         rows: one per layer.
-        title: title of the figure.
-        size: width and height in inches.
-
-    Returns:
-        The figure.
     """
-    drawing, axis = _empty(title, size)
     low, high = alpha_limits(rows)
     bins = min(40, max(12, round(2 * len(rows) ** 0.5)))  # few layers in many bins are no histogram
     for name, style in (("alpha", _WINDOWS), ("whole_alpha", _WHOLE)):
@@ -123,21 +129,17 @@ def alpha_histogram(rows: Sequence[Row], title: str = "", size: tuple[float, flo
     axis.set(xlim=(low, high), xlabel="alpha", ylabel="layers")
     axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     _legend(axis)
-    return drawing
 
 
-def bias_by_aspect_ratio(rows: Sequence[Row], title: str = "", size: tuple[float, float] = _NARROW) -> Figure:
+def bias_by_aspect_ratio(axis: Any, rows: Sequence[Row]) -> None:
     """Draw what the whole matrix adds to alpha, against the aspect ratio.
 
-    Args:
-        rows: one per layer; at least one has a bias.
-        title: title of the figure.
-        size: width and height in inches.
+    A bias that the axis does not reach stands on its edge.
 
-    Returns:
-        The figure; a bias that its axis does not reach stands on the edge.
+    Args:
+        axis: empty axes.
+        rows: one per layer; at least one has a bias.
     """
-    drawing, axis = _empty(title, size)
     ratios, biases = numbers(rows, "Q"), numbers(rows, "aspect_ratio_bias")
     low, high = limits(np.append(biases[np.isfinite(biases)], 0.0))
     axis.axhline(0, color=COLOURS["whole"], lw=1)
@@ -145,46 +147,19 @@ def bias_by_aspect_ratio(rows: Sequence[Row], title: str = "", size: tuple[float
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlim=(0.9, 1.1 * max(2.0, np.nanmax(ratios))), ylim=(low, high))
     axis.set(xlabel="aspect ratio Q", ylabel="alpha of whole - of windows")
-    _layers(axis, rows, ratios, np.clip(biases, low, high))
-    return drawing
+    _mark_layers(axis, rows, ratios, np.clip(biases, low, high))
 
 
-def spectrum(row: Row, histogram: Histogram, title: str = "") -> Figure:
+def spectrum(axis: Any, row: Row, histogram: Histogram) -> None:
     """Draw one layer's spectrum on logarithmic axes: windows, whole matrix, the tail's start and its fitted slope.
 
     Args:
+        axis: empty axes, or axes with the spectrum of another layer, which this one replaces.
         row: row of the layer.
-        histogram: its spectra.
-        title: title of the figure.
-
-    Returns:
-        The figure.
+        histogram: spectra of the layer.
     """
-    drawing, axis = spectrum_axes(title, _NARROW)
-    draw_spectrum(axis, row, histogram)
-    axis.legend(fontsize="small")
-    return drawing
-
-
-def spectrum_axes(title: str, size: tuple[float, float]) -> tuple[Figure, Any]:
-    """Make a figure for spectra; `draw_spectrum` fills it, for many layers one after the other."""
-    drawing, axis = _empty(title, size)
-    axis.set(xscale="log", yscale="log", xlabel="eigenvalue", ylabel="density")
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_locator(LogLocator(numticks=6))
-        side.set_major_formatter("{x:g}")
-        side.set_minor_locator(NullLocator())
-    return drawing, axis
-
-
-def draw_spectrum(axis: Any, row: Row, histogram: Histogram) -> None:
-    """Draw a layer's spectrum in place of what `axis` shows.
-
-    Args:
-        axis: axes of `spectrum_axes`.
-        row: row of the layer.
-        histogram: its spectra.
-    """
+    if axis.get_xscale() != "log":  # setting it is half the time of a drawing
+        _log_scales(axis)
     for artist in [*axis.lines, *axis.patches]:
         artist.remove()
     edges, densities = 10.0 ** np.array(histogram.edges), np.array([*histogram.windows, *histogram.whole])
@@ -201,6 +176,14 @@ def draw_spectrum(axis: Any, row: Row, histogram: Histogram) -> None:
         end = start + (end - start) * (top - cut) / (top - bottom)
         label = f"power law, alpha {row['alpha']:.2f}"
         axis.plot([10**start, 10**end], [10**top, 10**cut], color=COLOURS["s0"], lw=2, label=label)
+
+
+def _log_scales(axis: Any) -> None:
+    axis.set(xscale="log", yscale="log", xlabel="eigenvalue", ylabel="density")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(LogLocator(numticks=6))
+        side.set_major_formatter("{x:g}")
+        side.set_minor_locator(NullLocator())
 
 
 def tail_line(row: Row, histogram: Histogram) -> tuple[float, float, float, float] | None:
@@ -234,13 +217,7 @@ def numbers(rows: Sequence[Row], name: str) -> np.ndarray:
     return np.array([np.nan if (value := number(row, name)) is None else value for row in rows])
 
 
-def _empty(title: str, size: tuple[float, float]) -> tuple[Figure, Any]:
-    drawing, (axis,) = figure(title, 1, epochs=False, size=size)
-    axis.grid(visible=False, axis="x")
-    return drawing, axis
-
-
-def _layers(axis: Any, rows: Sequence[Row], x: np.ndarray, y: np.ndarray) -> None:
+def _mark_layers(axis: Any, rows: Sequence[Row], x: np.ndarray, y: np.ndarray) -> None:
     """Mark every layer by its status, those that need attention in front."""
     for status in (*reversed(SEVERITY), None):
         places = [i for i, row in enumerate(rows) if (row.get("status") or None) == status and np.isfinite(y[i])]

@@ -10,7 +10,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from farms_jax._present import data_frame, html_table, optional
+from farms_jax._extras import from_extra
+from farms_jax._present import data_frame, html_table
 from farms_jax.diagnosis.columns import Column, find_column
 from farms_jax.diagnosis.status import severity
 from farms_jax.diagnosis.table import measured, plain, sheet
@@ -125,7 +126,9 @@ class LayerTable:
         if not sys.stdout.isatty():
             sys.stdout.write(self._text(width=None) + "\n")
             return
-        console = optional("rich.console").Console(highlight=False)
+        with from_extra("diagnose"):
+            from rich.console import Console
+        console = Console(highlight=False)
         fitting = sheet(self.layers, self.columns, console.width)
         console.print(self.headline(), style="bold", markup=False)
         console.print(fitting.coloured())

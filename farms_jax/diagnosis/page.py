@@ -140,18 +140,19 @@ def _charts(rows: Sequence[Row]) -> str:
         return ""
     wide = _WIDE if len(rows) > NAMED_TICKS else (_WIDE[0], _WIDE[1] + _NAMES)
     charts = [
-        ("wide", "alpha by depth", "the smaller, the heavier the tail", figures.alphas_by_depth(rows, size=wide)),
-        ("", "alphas", "how many layers have which", figures.alpha_histogram(rows, size=_NARROW)),
+        ("alpha by depth", "the smaller, the heavier the tail", figures.alphas_by_depth, wide),
+        ("alphas", "how many layers have which", figures.alpha_histogram, _NARROW),
     ]
     if any(number(row, "aspect_ratio_bias") is not None for row in rows):
-        bias = figures.bias_by_aspect_ratio(rows, size=_NARROW)
-        charts.append(("", "aspect-ratio bias", "what the whole matrix adds to alpha", bias))
-    tooltips = {f"#l{i}": _tooltip(row) for i, row in enumerate(rows)}
-    drawn = "".join(
-        f'<figure class="{kind}"><figcaption><b>{name}</b> <span>{note}</span></figcaption>'
-        f"{inline_svg(figure, f'{name}: {note}', tooltips)}</figure>"
-        for kind, name, note, figure in charts
-    )
+        charts += [("aspect-ratio bias", "what the whole matrix adds to alpha", figures.bias_by_aspect_ratio, _NARROW)]
+    tooltips, drawn = {f"#l{i}": _tooltip(row) for i, row in enumerate(rows)}, ""
+    for name, note, draw, size in charts:
+        figure, axis = figures.axes(size=size)
+        draw(axis, rows)
+        drawn += (
+            f"<figure{' class=wide' if size == wide else ''}><figcaption><b>{name}</b> <span>{note}</span></figcaption>"
+            f"{inline_svg(figure, f'{name}: {note}', tooltips)}</figure>"
+        )
     return f'<section class="charts" aria-label="Charts">{drawn}</section>'
 
 
@@ -164,13 +165,13 @@ def _tooltip(row: Row) -> str:
 
 def _spectra(rows: Sequence[Row], histograms: Mapping[str, Histogram]) -> Iterator[str]:
     """Drawings, one per row; empty for a layer without a spectrum. One figure serves all: axes are slow to make."""
-    figure, axis = figures.spectrum_axes("", _SMALL)
+    figure, axis = figures.axes(size=_SMALL)
     figure.set_layout_engine("none")
     axis.set_position((0.12, 0.19, 0.86, 0.78))
     for row in rows:
         histogram = histograms.get(row["layer"])
         if histogram and any((*histogram.windows, *histogram.whole)):
-            figures.draw_spectrum(axis, row, histogram)
+            figures.spectrum(axis, row, histogram)
             yield inline_svg(figure, f"spectrum of {row['layer']}", {})
         else:
             yield ""

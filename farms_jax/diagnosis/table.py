@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from farms_jax._present import common_prefix, optional, shorten, text_table
+from farms_jax._extras import from_extra
+from farms_jax._present import common_prefix, shorten, text_table
 from farms_jax.diagnosis.columns import BY_NAME, Column
 
 Row = Mapping[str, Any]
@@ -101,7 +102,9 @@ class Sheet(NamedTuple):
 
     def coloured(self) -> Any:
         """Return the table for a `rich` console, statuses in colour."""
-        Table, Text = optional("rich.table").Table, optional("rich.text").Text  # noqa: N806 (classes)
+        with from_extra("diagnose"):
+            from rich.table import Table
+            from rich.text import Text
         table = Table(box=None, padding=(0, _GAP, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
         for i, column in enumerate(self.columns):
             table.add_column(column.head, justify="left" if i in self.left else "right", no_wrap=True)
