@@ -1,6 +1,5 @@
 """Hidden states of all sequences between two blocks: in memory, or in a file where memory is short."""
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -49,7 +48,8 @@ class Activations:
         if self._file is None:
             return self._array[rows]
         out = np.empty((rows.stop - rows.start, *self.shape[1:]), np.float32)
-        os.preadv(self._file.fileno(), [out.reshape(-1).view(np.uint8).data], rows.start * self._row)
+        self._file.seek(rows.start * self._row)
+        self._file.readinto(out.reshape(-1).view(np.uint8).data)
         return out
 
     def write(self, rows: slice, values: np.ndarray) -> None:
@@ -57,5 +57,5 @@ class Activations:
         if self._file is None:
             self._array[rows] = values
             return
-        content = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8).data
-        os.pwrite(self._file.fileno(), content, rows.start * self._row)
+        self._file.seek(rows.start * self._row)
+        self._file.write(np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8).data)

@@ -46,7 +46,7 @@ def atomic(path: Path) -> Generator[Path, None, None]:
 
 def _see_to_disk(path: Path) -> None:
     """Have the system write a file now: after a power cut a name that is there may else hold nothing."""
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # Windows refuses to flush what is open for reading alone
         os.fsync(file.fileno())
 
 
@@ -101,7 +101,7 @@ def damaged_files(folder: Path, *, exact: bool = False) -> list[Path]:
     """
     sums = folder / CHECKSUMS
     try:
-        text = sums.read_text()
+        text = sums.read_text(encoding="utf-8")
         expected = {name: digest for digest, name in (line.split("  ", 1) for line in text.splitlines())}
     except (OSError, ValueError):
         return [sums]

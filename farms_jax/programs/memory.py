@@ -2,19 +2,25 @@
 
 import ctypes
 import re
-import resource
 import sys
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 _MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
 def peak_memory() -> int:
-    """Return the most bytes that this process has held in memory so far."""
+    """Return the most bytes that this process has held in memory so far; 0 where the system does not tell."""
     status = Path("/proc/self/status")
     # getrusage would also count what the program that started this one held.
     if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(found[1]) * 1024
+    if resource is None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -88,7 +88,10 @@ def _raised_again(stop: Callable[[int, FrameType | None], None]) -> Generator[No
 
     def ask_again(number: int) -> None:
         if signal.getsignal(number) is stop:  # not over meanwhile
-            os.kill(os.getpid(), number)
+            if os.name == "posix":
+                os.kill(os.getpid(), number)  # wakes the main thread, whatever it waits for
+            else:
+                signal.raise_signal(number)  # there, kill would end the process at once
 
     def unraisable(lost: Any) -> None:
         if isinstance(lost.exc_value, Stopped):
