@@ -2,15 +2,12 @@
 
 import csv
 import dataclasses
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from farms_jax import block_of
+from farms_jax.programs.environment import environment
 from farms_jax.programs.files import atomic
 
 from .allocation import Plan, Shapes
@@ -162,7 +159,5 @@ def _provenance(job: Job) -> dict[str, Any]:
         "tokenizer_sha256": job.evaluation.record.get("tokenizer_sha256"),
         "calibration": job.calibration.record,
         "evaluation": job.evaluation.record,
-        "versions": {name: version(name) for name in _PACKAGES},
-        "python": platform.python_version(),
-        "devices": [device.device_kind for device in jax.devices()],
+        **environment(*_PACKAGES),
     }

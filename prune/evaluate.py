@@ -11,10 +11,9 @@ if __name__ == "__main__":  # above the imports, of which one may be missing
     launch(f"{__package__}.evaluate", extra="prune")
 
 import dataclasses
-import importlib.metadata
 import logging
 import os
-import sys
+import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ import tyro
 from farms_jax._extras import from_extra
 from farms_jax.errors import InputError
 from farms_jax.programs.command_line import usage
+from farms_jax.programs.environment import installed_versions
 from farms_jax.programs.exits import reported
 from farms_jax.programs.files import write_json
 
@@ -136,7 +136,7 @@ def run(config: Config) -> dict[str, Any]:
         "model": checkpoint.name,
         "weights_sha256": checkpoint.sha256(),
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
-        "versions": _versions(),
+        "versions": {"python": platform.python_version()} | installed_versions(*_PACKAGES),
     }
     if samples is not None:
         found = perplexity(network, checkpoint, samples.ids)
@@ -202,35 +202,17 @@ def means(scores: "Sequence[Score]") -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the results as lines of text.
-
-    Args:
-        result: of `run`.
-    """
+    """Return the results, as of `run`, as lines of text."""
     lines = []
     if "perplexity" in result:
         of = result["perplexity"]
         lines += [f"perplexity of {of['source']}: {of['value']:.4f}   ({of['count']} blocks of {of['length']} tokens)"]
     if "tasks" in result:
-        rows = [
-            (score["task"], score["metric"], score["value"], score["stderr"]) for score in result["tasks"]["scores"]
-        ]
-        rows += [("mean", metric, value, None) for metric, value in result["tasks"]["mean"].items()]
-        wide = max(len(row[0]) for row in rows)
-        middle = max(len(row[1]) for row in rows)
-        lines += [f"{'task':<{wide}}  {'metric':<{middle}}     value    stderr"]
-        lines += [
-            f"{task:<{wide}}  {metric:<{middle}}  {value:8.4f}  {'' if stderr is None else f'{stderr:8.4f}'}".rstrip()
-            for task, metric, value, stderr in rows
-        ]
+        rows = [("task", "metric", "   value", "  stderr")]
+        for score in result["tasks"]["scores"]:
+            stderr = "" if score["stderr"] is None else f"{score['stderr']:8.4f}"
+            rows.append((score["task"], score["metric"], f"{score['value']:8.4f}", stderr))
+        rows += [("mean", metric, f"{value:8.4f}", "") for metric, value in result["tasks"]["mean"].items()]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        lines += [f"{t:<{widths[0]}}  {m:<{widths[1]}}  {v}  {e}".rstrip() for t, m, v, e in rows]
     return "\n".join(lines)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from prune_helpers import DATA, byte_tokenizer, folder_with_tokenizer
 
 from farms_jax.errors import InputError
-from prune import evaluate, harness, tasks
+from prune import evaluate, scoring, tasks
 from prune.checkpoints import open_checkpoint
 from prune.harness import JaxLM
 from prune.models import make_network
@@ -139,9 +139,9 @@ def test_greedy_is_true_for_what_greedy_decoding_gives(reference, lm, folder):
 @pytest.fixture
 def shapes(monkeypatch):
     """Collects the shapes that go through the network."""
-    seen, embed = [], harness.apply_embed
+    seen, embed = [], scoring.apply_embed
     monkeypatch.setattr(
-        harness, "apply_embed", lambda network, state, ids: seen.append(ids.shape) or embed(network, state, ids)
+        scoring, "apply_embed", lambda network, state, ids: seen.append(ids.shape) or embed(network, state, ids)
     )
     return seen
 

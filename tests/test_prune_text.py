@@ -220,7 +220,7 @@ def test_an_endpoint_that_does_not_answer_is_found_out():
 
 def test_the_package_datasets_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match="needs the package `datasets`"):
+    with pytest.raises(InputError, match="needs datasets; pip install"):
         calibrate("wikitext2")
 
 

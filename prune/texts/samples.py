@@ -26,10 +26,8 @@ from .sources import Source, read
 
 _log = logging.getLogger(__name__)
 
-# The reference evaluates on so many blocks of C4.
-_C4_BLOCKS = 256
-# Between documents that are put into one text, as between the lines of WikiText-2's test split.
-_JOINT = "\n\n"
+_C4_BLOCKS = 256  # of C4 that the reference evaluates on
+_JOINT = "\n\n"  # between documents that are put into one text, as between the lines of WikiText-2's test split
 
 _Encode = Callable[[str], np.ndarray]
 
@@ -71,10 +69,10 @@ def calibration_samples(
 
     Args:
         source: "wikitext2", "c4" (their training splits), or the path of a file, see `prune.texts.sources`.
-        tokenizer: of `transformers`; not needed for a token file.
+        tokenizer: tokenizer of `transformers`; not needed for a token file.
         count: number of sequences.
-        length: of a sequence, in tokens.
-        seed: of the positions.
+        length: tokens of a sequence.
+        seed: seed of the positions.
         special_tokens: let the tokenizer add those that it adds by default, such as a first BOS.
         vocab_size: ids must be below; unchecked where not given.
 
@@ -94,11 +92,10 @@ def calibration_samples(
             raise InputError(f"{where}: has {len(found.ids)} sequences, {count} are asked for; ask for fewer")
         drawn = _Drawn(found.ids[:count], list(range(count)), found.ids.size)
     else:
-        drawn = _draw(
-            found, _encoder(tokenizer, special_tokens, where), np.random.default_rng(seed), count, length, where
-        )
-    facts = {"count": count, "length": length, "seed": seed, "special_tokens": special_tokens}
-    return _samples(drawn, found, tokenizer, vocab_size, where, {"source": source, **facts})
+        encode = _encoder(tokenizer, special_tokens, where)
+        drawn = _draw(found, encode, np.random.default_rng(seed), count, length, where)
+    facts = {"source": source, "count": count, "length": length, "seed": seed, "special_tokens": special_tokens}
+    return _samples(drawn, found, tokenizer, vocab_size, where, facts)
 
 
 def evaluation_blocks(
@@ -116,9 +113,9 @@ def evaluation_blocks(
 
     Args:
         source: "wikitext2" (test split), "c4" (start of the validation split), or the path of a file.
-        tokenizer: of `transformers`; not needed for a token file.
-        length: of a block, in tokens.
-        limit: take only so many blocks, from the first on.
+        tokenizer: tokenizer of `transformers`; not needed for a token file.
+        length: tokens of a block.
+        limit: number of blocks to take, from the first on.
         special_tokens: let the tokenizer add those that it adds by default, such as a first BOS.
         vocab_size: ids must be below; unchecked where not given.
 
@@ -136,8 +133,8 @@ def evaluation_blocks(
         raise InputError(_too_short(where, len(ids), length))
     blocks = min(len(ids) // length, limit or len(ids), _C4_BLOCKS if source == "c4" else len(ids))
     drawn = _Drawn(ids[: blocks * length].reshape(blocks, length), [i * length for i in range(blocks)], len(ids))
-    facts = {"count": blocks, "length": length, "seed": None, "special_tokens": special_tokens}
-    return _samples(drawn, found, tokenizer, vocab_size, where, {"source": source, **facts})
+    facts = {"source": source, "count": blocks, "length": length, "seed": None, "special_tokens": special_tokens}
+    return _samples(drawn, found, tokenizer, vocab_size, where, facts)
 
 
 class _Drawn(NamedTuple):
@@ -202,19 +199,8 @@ def _draw(found: Source, encode: _Encode, random: np.random.Generator, count: in
 def _windows_of_documents(
     documents: Sequence[str], encode: _Encode, random: np.random.Generator, count: int, length: int
 ) -> _Drawn | None:
-    """Draw windows inside documents longer than `length`; each serves once before any serves twice.
-
-    Args:
-        documents: their texts.
-        encode: text to ids.
-        random: source of randomness.
-        count: number of windows.
-        length: of a window.
-
-    Returns:
-        Windows, at [document, start] each; `None` where no document is long enough.
-    """
-    windows, positions, long, tokens = [], [], [], 0
+    # Each document serves once before any serves twice. None: no document is longer than a window.
+    long, tokens = [], 0
     with tqdm(total=count, desc="calibration samples", leave=False) as bar:
         # Ends where the reference, which draws until a document is long enough, could go on for ever.
         for document in map(int, random.permutation(len(documents))):
@@ -225,12 +211,13 @@ def _windows_of_documents(
                 bar.update()
             if len(long) == count:
                 break
-    for number in range(count if long else 0):
-        document, ids = long[number % len(long)]
-        start = int(random.integers(0, len(ids) - length, endpoint=True))
-        windows.append(ids[start : start + length])
-        positions.append([document, start])
-    return _Drawn(np.stack(windows), positions, tokens) if long else None
+    if not long:
+        return None
+    chosen = [long[number % len(long)] for number in range(count)]
+    starts = [int(random.integers(0, len(ids) - length, endpoint=True)) for _, ids in chosen]
+    windows = [ids[start : start + length] for (_, ids), start in zip(chosen, starts, strict=True)]
+    positions = [[document, start] for (document, _), start in zip(chosen, starts, strict=True)]
+    return _Drawn(np.stack(windows), positions, tokens)
 
 
 def _too_short(where: str, tokens: int, length: int) -> str:
