@@ -74,7 +74,8 @@ def _element(element: ElementTree.Element, tooltips: Mapping[str, str]) -> str:
     attributes = {"style": style} | {name: _shorter(given[name]) for name in ("x", "y", "transform") if name in given}
     if tag == "path":
         # Markers are drawn once and used by name; equal names mean equal markers, in all figures of a page.
-        attributes |= {"id": given.get("id", ""), "d": _path(given.get("d", ""))}
+        name, path = given.get("id", ""), given.get("d", "")
+        attributes |= {"id": name, "d": _path(path, digits=2 if name else 1)}
     if "href" in given:
         attributes["href"] = given["href"]
     if tag == "a":
@@ -93,17 +94,17 @@ def _style(text: str) -> str | None:
     return ";".join(f"{name}:{value}" for name, value in kept.items() if _DEFAULTS.get(name) != value)
 
 
-def _shorter(text: str) -> str:
-    """Round numbers to a tenth of a pixel."""
+def _shorter(text: str, digits: int = 1) -> str:
+    """Round numbers, to a tenth of a pixel where nothing else is said."""
     if text.startswith("rotate(-0 "):
         return ""
-    return re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.1f}".removesuffix(".0"), text)
+    return re.sub(r"-?\d+\.\d+", lambda match: f"{round(float(match[0]), digits) + 0.0:g}", text)
 
 
-def _path(text: str) -> str:
+def _path(text: str, digits: int) -> str:
     """The `d` of a path in fewer letters: level and upright lines name one coordinate."""
     written, x, y = "", "", ""
-    for command, numbers in re.findall(r"([A-Za-z])([^A-Za-z]*)", _shorter(text)):
+    for command, numbers in re.findall(r"([A-Za-z])([^A-Za-z]*)", _shorter(text, digits)):
         *_, new_x, new_y = ["", "", *numbers.split()]
         if command == "L" and (new_x, new_y) == (x, y):
             continue
