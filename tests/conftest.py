@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("killing")
 sys.path.insert(0, str(Path(__file__).parent))
 
 # Before JAX starts, and for the programs that tests start: compiling takes most of their time, running next to none.
