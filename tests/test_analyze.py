@@ -11,8 +11,6 @@ from farms_jax import Tail, Window, analyze
 from farms_jax._axes import as_matrices
 from farms_jax._windows import make_grid
 
-RNG = np.random.default_rng(0)
-
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
