@@ -78,7 +78,7 @@ def prune(model, tag):
     return masks, weights, seen, np.asarray(logits)
 
 
-@pytest.mark.parametrize(("model", "tag"), few(TAGS, 2))
+@pytest.mark.parametrize(("model", "tag"), few(TAGS, 3))
 def test_pruned_as_the_reference(model, tag):
     settings, arrays = load_cases(model)
     masks, weights, _, logits = prune(model, tag)
