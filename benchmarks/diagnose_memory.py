@@ -18,7 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks._common import machine, write
-from farms_jax.weights.safetensors_file import TensorInfo, make_header
+from farms_jax.weights import TensorInfo
+from farms_jax.weights.safetensors_file import make_layout
 
 WIDTH, MLP, KEYS, TOKENS = 2048, 5632, 256, 32_000
 BLOCK = {
@@ -53,9 +54,9 @@ def make_model(folder: Path, gigabytes: float) -> int:
     index = {}
     for number, shard in enumerate(tqdm(shards, desc="write model", unit="shard"), start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        header = make_header({key: TensorInfo(np.dtype(np.float32), shape) for key, shape in shard.items()})
+        layout = make_layout({key: TensorInfo(np.dtype(np.float32), shape) for key, shape in shard.items()})
         with (folder / name).open("wb") as file:
-            file.write(header)
+            file.write(layout.header)
             for key in sorted(shard):
                 rng.standard_normal(shard[key], np.float32).tofile(file)
                 index[key] = name

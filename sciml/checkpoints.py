@@ -4,9 +4,9 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,33 +17,35 @@ from safetensors.numpy import save_file
 from farms_jax import named_leaves
 from farms_jax._extras import from_extra
 from farms_jax.errors import InputError
-from farms_jax.programs import files
-from farms_jax.weights.safetensors_file import read_header, read_tensor
-from farms_jax.weights.sanitise import check_name, one_line, printable, short_repr
+from farms_jax.programs.files import atomic
+from farms_jax.weights.conversion import Shape, listed, mismatches
+from farms_jax.weights.safetensors_file import read_layout
+from farms_jax.weights.safetensors_source import open_safetensors
+from farms_jax.weights.sanitise import check_name, one_line, printable
 
-from .conversion import COMPONENTS, component_of, place_of, place_of_path
+from .conversion import COMPONENTS, TABLE, component_of
 from .model import NAMED, ModelConfig, Params, make_network
-
-_SHOWN = 12  # tensors that an error lists
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
     """Read a state dict.
 
     Args:
-        path: `.safetensors`; or `.pth`, `.pt`, which need Torch: a state dict, or one under "model" as the published
-            checkpoints have it, with or without "module." before every name.
+        path: Path of a `.safetensors` file; or of a `.pth` or `.pt` file, which need Torch: a state dict, or one under
+            "model" as the published checkpoints have it, with or without "module." before every name.
 
     Returns:
         Torch's name -> array, float32, in Torch's layout.
 
     Raises:
-        InputError: no such file, of another kind, damaged, with code in it, or with values that are not finite.
+        InputError: There is no such file, or it is of another kind, damaged, with code in it, or with values that are
+            not finite.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a .safetensors or .pth checkpoint")
     if path.suffix == ".safetensors":
-        raw = _read_safetensors(path)
+        source = open_safetensors(path)
+        raw = {name: source.read(name) for name in source.tensors}
     elif path.suffix in {".pth", ".pt"}:
         raw = _read_torch(path)
     else:
@@ -55,10 +57,6 @@ def read(path: Path) -> dict[str, np.ndarray]:
             raise InputError(f"{path}: {name} has values that are NaN or infinite; use a checkpoint from before that")
         state[name.removeprefix("module.")] = array
     return state
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    return {name: read_tensor(path, name, entry) for name, entry in read_header(path).tensors.items()}
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -83,8 +81,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     return {str(name): value.float().numpy() for name, value in state.items()}
 
 
-def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every parameter of a model, by our names."""
+def _expected_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Return the shape of every parameter of a model, by path."""
     skeleton = jax.eval_shape(make_network(config).init, jax.random.key(0))
     return {path: leaf.shape for path, leaf in named_leaves(skeleton)}
 
@@ -100,49 +98,44 @@ def _nest(arrays: Mapping[str, Any]) -> Params:
     return params
 
 
-class Faults(NamedTuple):
-    """What keeps tensors from being a model's: one line each, and the components they belong to."""
-
-    lines: list[str]
-    components: set[str]
-
-    def __str__(self) -> str:
-        """Return the lines as one, the first of them where there are many."""
-        more = f"; and {len(self.lines) - _SHOWN} more" if len(self.lines) > _SHOWN else ""
-        return "; ".join(self.lines[:_SHOWN]) + more
-
-
 def _faults(
-    arrays: Mapping[str, np.ndarray], unknown: Iterable[str], expected: Mapping[str, tuple[int, ...]]
-) -> Faults:
-    lines, components = [f"unknown {printable(name)}" for name in unknown], set()
-    depth, depth_expected = _depth(arrays), _depth(expected)
-    if depth != depth_expected and depth:
-        lines.append(f"{depth} blocks, the model has {depth_expected}")
-    for path in sorted({*arrays, *expected}):
-        place = place_of_path(path)
-        name = printable(place.name if place else path)
-        if path not in expected:
-            lines.append(f"extra {name}")
-        elif path not in arrays:
-            lines.append(f"missing {name}")
-        elif arrays[path].shape != expected[path]:
-            lines.append(f"{name} is {short_repr(arrays[path].shape)}, the model's {expected[path]} ({path})")
-        else:
-            continue
-        components.add(component_of(path))
-    return Faults(lines, components)
+    found: Mapping[str, np.ndarray], expected: Mapping[str, Shape], unknown: Mapping[str, np.ndarray] | None = None
+) -> dict[str, str]:
+    """Compare parameters with those that a model needs.
+
+    Args:
+        found: Path -> array.
+        expected: Path -> shape.
+        unknown: Name -> array of tensors that have no path.
+
+    Returns:
+        Torch's name -> what is wrong; the number of blocks under the name "".
+    """
+    shapes = {_torch_name(path): array.shape for path, array in found.items()}
+    shapes |= {name: array.shape for name, array in (unknown or {}).items()}
+    faults = mismatches(shapes, {_torch_name(path): shape for path, shape in expected.items()})
+    depth, expected_depth = _depth(found), _depth(expected)
+    return (
+        {"": f"{depth} blocks, the model has {expected_depth}"} if depth not in {0, expected_depth} else {}
+    ) | faults
+
+
+def _torch_name(path: str) -> str:
+    row = TABLE.by_path(path)
+    return row.name if row else path
 
 
 def _depth(paths: Iterable[str]) -> int:
     return len({path.split("/")[1] for path in paths if path.startswith("blocks/")})
 
 
-def _place_all(state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Returns arrays by our names in our layout, and the names that are in no row of the table."""
-    places = {name: place_of(name) for name in state}
-    arrays = {p.path: np.ascontiguousarray(p.to_ours(state[name]), np.float32) for name, p in places.items() if p}
-    return arrays, [name for name, place in places.items() if place is None]
+def _place_all(state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return arrays by our paths in our layout, and by name those that no row of the table knows."""
+    rows = {name: TABLE.by_name(name) for name in state}
+    arrays = {
+        str(row.path): np.ascontiguousarray(row.to_ours(state[name]), np.float32) for name, row in rows.items() if row
+    }
+    return arrays, {name: state[name] for name, row in rows.items() if row is None}
 
 
 def from_torch(state: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
@@ -150,18 +143,17 @@ def from_torch(state: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
 
     Args:
         state: Torch's name -> array.
-        config: of the model that they are for.
+        config: Configuration of the model that they are for.
 
     Returns:
         Nested dict of float32 arrays, in our layouts (see `sciml.model`).
 
     Raises:
-        InputError: tensors that are unknown, missing, or of another shape than the model's; one message for all.
+        InputError: Tensors are unknown, missing, or of another shape than the model's; one message for all.
     """
     arrays, unknown = _place_all(state)
-    faults = _faults(arrays, unknown, _expected(config))
-    if faults.lines:
-        raise InputError(f"state dict: {faults}. Use the configuration that it was saved from")
+    if faults := _faults(arrays, _expected_shapes(config), unknown):
+        raise InputError(f"state dict: {listed(faults.values())}. Use the configuration that it was saved from")
     return _nest(arrays)
 
 
@@ -169,39 +161,37 @@ def to_torch(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     """Convert parameters to a state dict, which DPOT's own code loads.
 
     Args:
-        params: of the model.
-        config: of the model.
+        params: Parameters of the model.
+        config: Configuration of the model.
 
     Returns:
         Torch's name -> array, float32, contiguous.
 
     Raises:
-        InputError: the parameters are not the model's.
+        InputError: The parameters are not the model's.
     """
     arrays = {path: np.asarray(leaf, np.float32) for path, leaf in named_leaves(params)}
-    places = {path: place for path in arrays if (place := place_of_path(path))}
-    known = {path: array for path, array in arrays.items() if path in places}
-    faults = _faults(known, (path for path in arrays if path not in places), _expected(config))
-    if faults.lines:
-        raise InputError(f"parameters: {faults}. Use the configuration that they belong to")
-    return {place.name: np.ascontiguousarray(place.layout.to_torch(arrays[p])) for p, place in places.items()}
+    if faults := _faults(arrays, _expected_shapes(config)):
+        raise InputError(f"parameters: {listed(faults.values())}. Use the configuration that they belong to")
+    rows = {path: TABLE.by_path(path) for path in arrays}
+    return {row.name: np.ascontiguousarray(row.layout.to_theirs(arrays[path])) for path, row in rows.items() if row}
 
 
 def save(path: Path, params: Params, config: ModelConfig) -> None:
     """Write a safetensors file with Torch's names and layouts; the configuration is in its metadata, under `config`.
 
     Args:
-        path: of the file; it appears whole or not at all.
-        params: of the model.
-        config: of the model.
+        path: Path of the file, which is written atomically.
+        params: Parameters of the model.
+        config: Configuration of the model.
 
     Raises:
-        InputError: the parameters are not the model's, or the disk is full.
+        InputError: The parameters are not the model's, or the disk is full.
     """
-    # One entry only: safetensors writes several in an order of chance, and equal weights should be equal files.
+    # One entry only: safetensors writes several in random order, and equal weights should be equal files.
     metadata = {"config": json.dumps(dataclasses.asdict(config))}
     state = to_torch(params, config)
-    with files.atomic(path) as part:
+    with atomic(path) as part:
         try:
             save_file(state, part, metadata)
         except SafetensorError as error:  # a full disk among others
@@ -214,33 +204,30 @@ def load(
     """Replace parameters by those of a checkpoint.
 
     Args:
-        path: of the checkpoint, see `read`.
-        config: of the model.
-        params: of the model, arrays or their shapes.
-        components: which of COMPONENTS to replace; "all" for every one.
+        path: Path of the checkpoint, see `read`.
+        config: Configuration of the model.
+        params: Parameters of the model, arrays or their shapes.
+        components: Which of COMPONENTS to replace; "all" for every one.
 
     Returns:
         The parameters, those replaced as float32 arrays; and notes on what was adapted: a position embedding of another
         resolution is interpolated bilinearly.
 
     Raises:
-        InputError: a component is unknown or not in the checkpoint or the model; tensors do not fit.
+        InputError: A component is unknown or not in the checkpoint or the model; tensors do not fit.
     """
     chosen = _chosen(components)
     state = read(path)
     arrays, unknown = _place_all(state)
-    expected = _expected(config)
+    expected = _expected_shapes(config)
     notes = _resize_positions(arrays, expected["pos_embed"]) if "pos" in chosen else []
     given = {p: array for p, array in arrays.items() if component_of(p) in chosen}
     wanted = {p: shape for p, shape in expected.items() if component_of(p) in chosen}
     if "all" not in components:
-        for component in components:
-            for where, paths in ((f"{path}", given), ("the model", wanted)):
-                if component not in {component_of(p) for p in paths}:
-                    raise InputError(f"{path}: component {component}: {where} has none; leave it out of the components")
-    faults = _faults(given, unknown if "all" in components else (), wanted)
-    if faults.lines:
-        raise InputError(f"{path}: {faults}. {_remedy(faults, chosen, state)}")
+        unknown = {}
+        _check_present(path, components, given, wanted)
+    if faults := _faults(given, wanted, unknown):
+        raise InputError(f"{path}: {listed(faults.values())}. {_remedy(faults, chosen, state)}")
     replaced = {p: jnp.asarray(given[p]) if p in given else leaf for p, leaf in named_leaves(params)}
     return _nest(replaced), notes + _differences(path, config)
 
@@ -254,13 +241,22 @@ def _chosen(components: tuple[str, ...]) -> set[str]:
     return set(COMPONENTS if "all" in components else components)
 
 
-def _remedy(faults: Faults, chosen: set[str], state: Mapping[str, np.ndarray]) -> str:
-    rest = [component for component in COMPONENTS if component in chosen - faults.components]
+def _check_present(path: Path, components: Iterable[str], given: Collection[str], wanted: Collection[str]) -> None:
+    for component in components:
+        for where, paths in ((f"{path}", given), ("the model", wanted)):
+            if component not in map(component_of, paths):
+                raise InputError(f"{path}: component {component}: {where} has none; leave it out of the components")
+
+
+def _remedy(faults: Iterable[str], chosen: set[str], state: Mapping[str, np.ndarray]) -> str:
+    rows = [TABLE.by_name(name) for name in faults]
+    faulty = {component_of(str(row.path)) for row in rows if row}
+    rest = [component for component in COMPONENTS if component in chosen - faulty]
     named = fitting_name(state)
     remedy = f"It is a checkpoint of the model {named}: use that, or " if named else "Use the model that it is of, or "
-    if not rest or not faults.components:
+    if not rest or not faulty:
         return f"{remedy}another checkpoint"
-    return f"{remedy}leave out {', '.join(sorted(faults.components))}: components {' '.join(rest)}"
+    return f"{remedy}leave out {', '.join(sorted(faulty))}: components {' '.join(rest)}"
 
 
 def _resize_positions(arrays: dict[str, np.ndarray], shape: tuple[int, ...]) -> list[str]:
@@ -273,11 +269,11 @@ def _resize_positions(arrays: dict[str, np.ndarray], shape: tuple[int, ...]) -> 
 
 
 def _differences(path: Path, config: ModelConfig) -> list[str]:
-    """Returns a note for every setting that no shape shows, but our files record, and that is another here."""
+    """Return a note for every setting that no shape shows but our files record, and that differs here."""
     if path.suffix != ".safetensors":
         return []
     try:
-        saved = json.loads(read_header(path).metadata.get("config", "{}"))
+        saved = json.loads(read_layout(path).metadata.get("config", "{}"))
     except (ValueError, RecursionError):
         return []
     names = ("modes", "activation")
@@ -300,7 +296,7 @@ def infer_config(state: Mapping[str, np.ndarray]) -> ModelConfig:
         The configuration; out_steps are 1 where the shapes leave it open.
 
     Raises:
-        InputError: these are not the tensors of a DPOT model.
+        InputError: These are not the tensors of a DPOT model.
     """
     arrays, _ = _place_all(state)
     try:
@@ -340,14 +336,9 @@ def _ratio(hidden: int, width: int) -> float:
 
 
 def fitting_name(state: Mapping[str, np.ndarray]) -> str | None:
-    """Returns which of NAMED has a state dict's shapes; None if none has, or these are no tensors of a DPOT model."""
+    """Return which of NAMED has a state dict's shapes; `None` if none has, or these are no tensors of a DPOT model."""
     try:
         config = infer_config(state)
     except InputError:
         return None
     return next((name for name, named in NAMED.items() if named == config), None)
-
-
-def count(state: Mapping[str, np.ndarray]) -> int:
-    """Returns the number of parameters."""
-    return sum(math.prod(array.shape) for array in state.values())

@@ -21,8 +21,8 @@ def convert(source: Path, target: Path) -> str:
     """Convert one checkpoint, checked tensor by tensor.
 
     Args:
-        source: `.pth`, `.pt` or `.safetensors`.
-        target: `.safetensors`.
+        source: Path of a `.pth`, `.pt` or `.safetensors` file.
+        target: Path of the `.safetensors` file to write.
 
     Returns:
         What was written, in words.
@@ -39,7 +39,7 @@ def convert(source: Path, target: Path) -> str:
     checkpoints.save(target, checkpoints.from_torch(state, config), config)
     named = checkpoints.fitting_name(state)
     fits = f"fits the model {named}" if named else f"fits none of the named models: {config}"
-    return f"{target}: {checkpoints.count(state):,} parameters; {fits}"
+    return f"{target}: {sum(array.size for array in state.values()):,} parameters; {fits}"
 
 
 def main(name: str = "sciml.convert") -> None:

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from farms_jax.diagnosis import compare, diagnose
 from farms_jax.errors import InputError
-from farms_jax.weights.safetensors_file import TensorInfo, make_header
 
 FAST = {"resamples": 20, "randomize": False}
 
@@ -18,9 +18,8 @@ def layers(seed=0):
 
 
 def write_safetensors(path, tensors):
-    header = make_header({name: TensorInfo(tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(header + b"".join(tensors[name].tobytes() for name in sorted(tensors)))
+    safetensors.numpy.save_file(tensors, path)
     return path
 
 

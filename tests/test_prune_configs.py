@@ -85,9 +85,9 @@ def test_check_lists_all_faults_at_once():
         "missing: lm_head.weight [256, 96]",
         "of another shape: model.norm.weight is [95], must be [96]",
         "of another shape: model.layers.0.self_attn.k_proj.weight is [96, 48], must be [48, 96]",
-        "not in a network of this config.json: model.layers.0.self_attn.k_proj.bias [48]",
-        "not in a network of this config.json: model.layers.4.mlp.up_proj.weight [256, 96]",
-        "not in a network of this config.json: model.vision.weight [1, 2]",
+        "unexpected: model.layers.0.self_attn.k_proj.bias [48]",
+        "unexpected: model.layers.4.mlp.up_proj.weight [256, 96]",
+        "unexpected: model.vision.weight [1, 2]",
     }
 
 

@@ -9,7 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import few
 from prune_helpers import DATA, bytes_of, command, small_run, weights_of, write_folder
 
 import farms_jax.programs.cache
@@ -90,7 +89,7 @@ def make_another_family(folder, tensors):
     ("damage", "message"),
     [
         (remove_a_shard, r"model-00002-of-00003\.safetensors: this shard is missing.* download it again"),
-        (cut_the_file, r"model\.safetensors: .* truncated; download it again"),
+        (cut_the_file, r"model\.safetensors: .*truncated.*; download it again"),
         (leave_a_tensor_out, rf"(?s)1 tensor\(s\) do not fit.* missing: {UP} \[256, 96\]$"),
         (put_a_wrong_shape, rf"(?s)1 tensor\(s\) do not fit.* {UP} is \[96, 256\], must be \[256, 96\]$"),
         (put(np.nan), rf"source: NaN or Inf in {UP}; the checkpoint is damaged, get it again"),
@@ -240,7 +239,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", few(PLACES, 3))
+@pytest.mark.parametrize("place", PLACES)
 def test_no_space_on_the_way_keeps_what_is_done(place, whole, tmp_path, monkeypatch):
     module, name, number = PLACES[place]
     source = bytes_of(DATA / "llama_tiny")

@@ -179,13 +179,13 @@ def test_export_is_one_float32_file_that_opens_as_a_folder(tmp_path):
     metadata = gguf_metadata(config) | {"llama.rope.freq_base": 50000.0}
     metadata |= byte_level_metadata("gpt-2", merges, tokens)
     source = open_checkpoint(str(write_gguf(tmp_path / "small.gguf", tensors, metadata)))
-    (shard,) = source.shards()
-    content = bytearray(shard.size)
-    content[: len(shard.header)] = shard.header
-    for name, (start, stop) in shard.tensors.items():
-        content[start:stop] = source.read(name).tobytes()
+    [(filename, layout)] = source.shards().items()
+    content = bytearray(layout.size)
+    content[: len(layout.header)] = layout.header
+    for name, entry in layout.tensors.items():
+        content[entry.start : entry.stop] = source.read(name).tobytes()
     source.copy_sidecars(tmp_path / "export")
-    (tmp_path / "export" / shard.filename).write_bytes(content)
+    (tmp_path / "export" / filename).write_bytes(content)
     copy = open_checkpoint(str(tmp_path / "export"))
     assert copy.config == source.config
     assert copy.tensors == source.tensors

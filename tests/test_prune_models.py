@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import few
 
 from farms_jax.errors import InputError
 from prune.models import Network, make_network
@@ -106,7 +105,7 @@ def test_a_network_costs_nothing_before_its_weights():
     assert network.tensors("head") == {"model.norm.weight": (2**20,), "lm_head.weight": (2**20, 2**20)}
 
 
-@pytest.mark.parametrize("name", few(["llama_tiny_bias", "llama_tiny"], 2))
+@pytest.mark.parametrize("name", ["llama_tiny", "llama_tiny_bias"])
 def test_inputs_of_a_llama_block(name):
     network, tensors = make_network(config_of(name)), weights_of(name)
     x, inputs, y = run_block(network, tensors)
@@ -132,7 +131,7 @@ def test_inputs_of_a_llama_block(name):
     np.testing.assert_allclose(inputs["self_attn.o_proj"][:, 0], repeated[:, 0].reshape(len(x), -1), **close)
 
 
-@pytest.mark.parametrize("name", few(["opt_tiny_postnorm", "opt_tiny"], 2))
+@pytest.mark.parametrize("name", ["opt_tiny", "opt_tiny_postnorm"])
 def test_inputs_of_an_opt_block(name):
     network, tensors = make_network(config_of(name)), weights_of(name)
     x, inputs, y = run_block(network, tensors)
@@ -193,7 +192,6 @@ def test_inputs_do_not_compute_the_output(name, last):
     assert flops[0] - flops[1] > 0.95 * product
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "window"),
     [
@@ -281,7 +279,7 @@ def test_a_state_takes_exactly_its_tensors():
     tensors = {name: np.zeros(shape, np.float32) for name, shape in network.tensors(0).items()}
     name = "model.layers.0.mlp.down_proj.weight"
     for wrong, message in (
-        (tensors | {name: np.zeros((256, 96), np.float32)}, f"of another shape: {name}"),
+        (tensors | {name: np.zeros((256, 96), np.float32)}, f"{name} is [256, 96], must be [96, 256]"),
         ({key: tensors[key] for key in tensors if key != name}, f"missing: {name}"),
         (tensors | {"model.layers.1.mlp.down_proj.weight": tensors[name]}, "model.layers.1.mlp.down_proj.weight"),
     ):

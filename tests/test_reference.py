@@ -33,7 +33,7 @@ def grouped(cases):
 def analyses(cases):
     """Parameters of a test: all settings with a few weights each, other ones each time, and with all, which is slow."""
     every = [pytest.param(*group, marks=pytest.mark.slow) for group in grouped(cases).items()]
-    return [*grouped(cases[::12]).items(), *every]
+    return [*grouped(cases[::6]).items(), *every]
 
 
 def same_windows(case):

@@ -91,7 +91,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     path.write_text("old")
     params = ones(SMALL)
     params["pos_embed"] = params["pos_embed"][:2]
-    with pytest.raises(InputError, match=r"pos_embed is \(2, 4, 16\), the model's \(4, 4, 16\)"):
+    with pytest.raises(InputError, match=r"pos_embed is \[2, 4, 16\], must be \[4, 4, 16\]"):
         save(path, params, SMALL)
     assert path.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
@@ -132,11 +132,11 @@ def test_all_faults_are_told_at_once(state):
     with pytest.raises(InputError) as error:
         from_torch(state, NORMALISED)
     for fault in (
-        "unknown head.weight",
+        "unexpected: head.weight [2]",
         "3 blocks, the model has 2",
-        "extra blocks.2.norm1.weight",
-        "missing time_agg_layer.gamma",
-        "cls_head.2.bias is (3,), the model's (16,)",
+        "unexpected: blocks.2.norm1.weight",
+        "missing: time_agg_layer.gamma",
+        "cls_head.2.bias is [3], must be [16]",
         "Use the configuration that it was saved from",
     ):
         assert fault in str(error.value)
@@ -238,7 +238,7 @@ def test_a_tensor_whose_name_is_none(tmp_path, state):
 def test_truncated_files(tmp_path, state, keep):
     path = write_state(tmp_path / "m.safetensors", state)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(InputError, match=r"m\.safetensors: .*(too few|truncated).*; download it again"):
+    with pytest.raises(InputError, match=r"m\.safetensors: .*truncated.*; download it again"):
         read(path)
 
 

@@ -54,86 +54,77 @@ def test_a_damaged_file(tmp_path, form, damage, message):
     refused(path, message)
 
 
-def empty(folder):
-    (folder / "it").mkdir()
-
-
 def images(folder):
-    (folder / "it").mkdir()
     for i in range(9):
-        (folder / "it" / f"{i}.png").write_bytes(b"\x89PNG")
+        (folder / f"{i}.png").write_bytes(b"\x89PNG")
 
 
 def loop(folder):
-    (folder / "it").symlink_to(folder / "that")
-    (folder / "that").symlink_to(folder / "it")
+    folder.rmdir()
+    folder.symlink_to(folder.with_name("that"))
+    folder.with_name("that").symlink_to(folder)
 
 
-def pickles(folder):
-    (folder / "it").mkdir()
-    (folder / "it" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+def fifo(folder):
+    folder.rmdir()
+    os.mkfifo(folder)
 
 
 def several(folder):
-    (folder / "it").mkdir()
     for name in ("a", "b"):
-        np.savez(folder / "it" / f"{name}.npz", w=WEIGHT)
+        np.savez(folder / f"{name}.npz", w=WEIGHT)
 
 
 def further_down(folder):
-    (folder / "it" / "unet").mkdir(parents=True)
-    write("safetensors", folder / "it" / "unet", {"w": WEIGHT})
-
-
-def adapter(folder):
-    (folder / "it").mkdir()
-    (folder / "it" / "adapter_config.json").write_text("{}")
+    (folder / "unet").mkdir()
+    write("safetensors", folder / "unet", {"w": WEIGHT})
 
 
 def two_models(folder):
-    (folder / "it").mkdir()
     for name in ("a", "b"):
-        (folder / "it" / f"{name}.safetensors.index.json").write_text("{}")
+        (folder / f"{name}.safetensors.index.json").write_text("{}")
 
 
 def no_shard(folder):
-    (folder / "it").mkdir()
-    safetensors.numpy.save_file({"w": WEIGHT}, folder / "it" / "net-00001-of-00003.safetensors")
+    safetensors.numpy.save_file({"w": WEIGHT}, folder / "net-00001-of-00003.safetensors")
 
 
 def no_indexed_shard(folder):
     no_shard(folder)
     index = {"weight_map": {"w": "net-00001-of-00003.safetensors", "v": "net-00002-of-00003.safetensors"}}
-    (folder / "it" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def twice(folder):
-    (folder / "it").mkdir()
     for name in ("a", "b"):
-        safetensors.numpy.save_file({"w": WEIGHT}, folder / "it" / f"{name}.safetensors")
+        safetensors.numpy.save_file({"w": WEIGHT}, folder / f"{name}.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("fill", "message"),
     [
-        (lambda folder: None, "no such file or folder.*hf download"),
-        (empty, "the folder is empty"),
+        (lambda folder: folder.rmdir(), "no such file or folder.*hf download"),
+        (lambda folder: None, "the folder is empty"),
         (images, "there are no weights in it .0.png, 1.png.*safetensors"),
         (loop, "symbolic links"),
-        (pickles, "pytorch_model.bin: pickled weights can run any code.*torch.load"),
+        (fifo, "neither a file nor a folder"),
+        (
+            lambda folder: (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb())),
+            "pytorch_model.bin: pickled weights can run any code.*torch.load",
+        ),
         (several, "several models .a.npz, b.npz"),
         (further_down, "in its folders unet"),
-        (adapter, "a LoRA adapter"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "a LoRA adapter"),
         (two_models, "several models .a.safetensors.index.json"),
         (no_shard, "net-00002-of-00003.safetensors: this shard is missing, as are 1 more"),
         (no_indexed_shard, "net-00002-of-00003.safetensors: this shard is missing, model.safetensors.index.json names"),
         (twice, "w is in two shards, a.safetensors and b.safetensors"),
-        (lambda folder: os.mkfifo(folder / "it"), "neither a file nor a folder"),
     ],
 )
-def test_a_path_that_is_no_model(tmp_path, make, message):
-    make(tmp_path)
-    refused(tmp_path / "it", message)
+def test_a_path_that_is_no_model(tmp_path, fill, message):
+    (folder := tmp_path / "it").mkdir()
+    fill(folder)
+    refused(folder, message)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -143,7 +134,7 @@ def test_no_right_to_read(tmp_path, form, monkeypatch):
     def denied(file, *_, **__):
         raise PermissionError(13, "Permission denied", str(file))
 
-    # Tests may run as root, for whom there is no lack of rights.
+    # Tests may run as root, who has every right.
     for function in ("pathlib.Path.open", "pathlib.Path.iterdir", "pathlib.Path.read_text", "zipfile.io.open"):
         monkeypatch.setattr(function, denied)
     refused(path, "Permission denied")
@@ -179,30 +170,7 @@ def test_one_part_of_a_split_gguf(tmp_path):
     refused(path, "one part of a split model.*merge")
 
 
-# safetensors
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"shape": [1] * 70 + [4]}, r"w: there can be no array of shape \[1, 1, .*\.\.\.\]"),  # numpy has 64 axes
-        (
-            {"shape": [0, 2**63], "data_offsets": [0, 0]},
-            r"w: there can be no array of shape \[0, 9223372036854775808\]",
-        ),
-        ({"shape": [0, 2**40, 2**40], "data_offsets": [0, 0]}, "there can be no array"),
-        ({"shape": [2**62, 2**62, 2**62]}, "there can be no array"),
-        ({"shape": [10**4000]}, "w: there can be no array of shape .an integer of 13288 bits."),
-        ({"data_offsets": [0, 10**4000]}, "the file gives an integer of 13288 bits"),
-        ({"shape": list(range(9000))}, r"there can be no array of shape \[0, 1, 2"),
-        ({"dtype": "a\nb" * 5000}, r"w: unknown dtype 'a\\nba"),
-    ],
-)
-def test_a_faulty_header(tmp_path, changes, message):
-    entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} | changes
-    header = json.dumps({"w": entry}).encode()
-    (path := tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
-    refused(path, message)
+# All formats
 
 
 NAMES = [("two\nlines", r"'two\\nlines'"), ("\x1b[31mred", r"'\\x1b\[31mred'"), ("9" * 5000, "'99999.*99999'")]
@@ -272,9 +240,9 @@ HUGE = npy(WEIGHT).replace(b"(64, 64), }      ", b"(64000000, 64), }")
         ([("w.npy", b"\x93NUMPY\x03" + npy(WEIGHT)[7:])], r"version \(3, 0\)"),
         ([("w.npy", HUGE.replace(b"(64000000, 64)", b"(-64, -64)    "))], r"no array of shape \(-64, -64\)"),
         ([("w.npy", HUGE.replace(b"(64000000, 64)", b"(True, 4096)  "))], r"no array of shape \(True, 4096\)"),
-        ([("w.npy", HUGE.replace(b"(64000000, 64)", b"(0, 2" + b"0" * 9))], "its header is damaged"),
+        ([("w.npy", HUGE.replace(b"(64000000, 64)", b"(0, 2" + b"0" * 9))], "damaged, or no npz archive"),
         ([("w.npy", HUGE.replace(b"'<f4'", b"'|V0'"))], r"its entries are \|V0, no plain numbers"),
-        ([("w.npy", b"no array at all, but text")], "damaged, or no array of numpy"),
+        ([("w.npy", b"no array at all, but text")], "damaged, or no npz archive .the magic string"),
         ([], "there are no arrays in it"),
     ],
 )
@@ -290,7 +258,7 @@ def test_a_faulty_npz(tmp_path, members, message):
 def test_an_npz_packed_in_a_way_that_has_no_bound(tmp_path, method):
     with zipfile.ZipFile(path := tmp_path / "model.npz", "w", method) as archive:
         archive.writestr("w.npy", npy(WEIGHT))
-    refused(path, f"w.npy is compressed by method {method}, none of numpy's")
+    refused(path, f"w.npy is compressed by method {method}, none of NumPy's")
 
 
 def test_an_npz_that_claims_more_than_it_can_hold(tmp_path):
@@ -335,18 +303,18 @@ def pieces(**changes):
     [
         (extension(42, b"foreign"), "extension 42 of msgpack is none of Flax's"),
         (b"\x81\xa1w\xd6\xff\0\0\0\0", "extension -1 of msgpack"),  # a time
-        (packed(shape=(2, 3)), r"of shape \(2, 3\) and float32 has 16 bytes"),
+        (packed(shape=(2, 3)), r"an array of shape \(2, 3\) and float32 has 30 bytes"),
         (packed(shape=(-2, -2)), r"has the shape \[-2, -2\]"),
         (packed(shape="all"), "has the shape 'all'"),
-        (packed(shape=(1,) * 70 + (4,)), r"of shape \(1, 1, .* has 16 bytes"),
-        (packed(shape=(0, 2**63), data=b""), r"of shape \(0, 9223372036854775808\) and float32 has 0 bytes"),
+        (packed(shape=(1,) * 70 + (4,)), r"an array of shape \(1, 1, .* has 101 bytes"),
+        (packed(shape=(0, 2**63), data=b""), r"an array of shape \(0, 9223372036854775808\) and float32 has"),
         (packed(dtype="object"), "has the dtype 'object'"),
         (packed(dtype="no kind"), "has the dtype 'no kind'"),
         (packed(dtype="finfo"), "has the dtype 'finfo'"),
         (packed(dtype=3), "has the dtype 3"),
-        (packed(data="text"), "has no bytes"),
+        (packed(data="text"), "has 17 bytes"),
         (extension(1, msgpack.packb([1, 2])), r"is not \(shape, dtype, bytes\)"),
-        (extension(3, msgpack.packb(([], "float32", bytes(4))) + b"more"), "has 4 bytes"),
+        (extension(3, msgpack.packb(([], "float32", bytes(4))) + b"more"), "has 20 bytes"),
         (pieces(shape={"0": 5}), "its pieces have 4 entries"),
         (pieces(chunks={}), "needs a shape and its pieces"),
         (pieces(chunks={"0": WEIGHT[0, :2], "2": WEIGHT[0, :2]}), "needs a shape and its pieces"),
@@ -355,8 +323,8 @@ def pieces(**changes):
         (msgpack.packb({1: 2}), "key 1 of a map is no text"),
         (b"\x82\xa1a\x01\xa1a\x02", "'a' of a map is no text, or there twice"),
         (msgpack.packb({"a": 1}) + b"\x01", "1 bytes after its tree"),
-        (b"\x81\xa1a\xc1", "byte 0xc1 starts no value"),
-        (b"\x81\xa2\xff\xff\x01", "a text in it is damaged"),
+        (b"\x81\xa1a\xc1", "damaged at byte 3 .FormatError"),
+        (b"\x81\xa2\xff\xff\x01", "damaged at byte 3 .*utf-8"),
         (b"\x81\xa1a" * 200 + b"\x01", "more than 100 maps in maps"),
         (b"\xdf\xff\xff\xff\xff\xa1a\x01", "truncated"),
         (b"\x81\xa1a\xc6\xff\xff\xff\xff", "truncated"),

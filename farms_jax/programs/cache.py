@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from farms_jax.programs.files import write_json
 
 
 def default_folder() -> Path:
-    """Where results are kept: `$XDG_CACHE_HOME/farms_jax`, or `~/.cache/farms_jax`."""
+    """Return where results are kept: `$XDG_CACHE_HOME/farms_jax`, or `~/.cache/farms_jax`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "farms_jax"
 
@@ -27,8 +26,8 @@ def weights_key(weights: Mapping[str, np.ndarray], *settings: Any) -> str:
     64
 
     Args:
-        weights: by name; names, shapes, dtypes and values count.
-        settings: anything whose `repr` tells it apart.
+        weights: Arrays by name; names, shapes, dtypes and values count.
+        *settings: Anything whose `repr` tells it apart.
 
     Returns:
         SHA-256 in hexadecimal.
@@ -41,37 +40,37 @@ def weights_key(weights: Mapping[str, np.ndarray], *settings: Any) -> str:
 
 
 def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to a JSON object its own SHA-256, for `without_checksum` to find out whether it was damaged on the disk.
+    """Add to a JSON object its own SHA-256, by which `without_checksum` finds damage on the disk.
 
     >>> without_checksum(with_checksum({"alpha": 2.5}))
     {'alpha': 2.5}
 
     Args:
-        content: of what JSON knows, with strings as keys; "sha256" is not one of them.
+        content: JSON object; "sha256" is not one of its keys.
 
     Returns:
-        The same and "sha256".
+        The object with its checksum under "sha256".
     """
     return {**content, "sha256": _sha256(content)}
 
 
 def without_checksum(content: Any) -> dict[str, Any]:
-    """Take the SHA-256 that `with_checksum` gave off a JSON object, and see that it is right.
+    """Check the SHA-256 that `with_checksum` added to a JSON object, and remove it.
 
     Args:
-        content: as read from a file.
+        content: What was read from a file.
 
     Returns:
         What `with_checksum` was given.
 
     Raises:
-        ValueError: it is something else, or was changed.
+        ValueError: It is something else, or was changed.
     """
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     rest = {name: value for name, value in content.items() if name != "sha256"}
     if content.get("sha256") != _sha256(rest):
-        raise ValueError("it does not have its checksum")
+        raise ValueError("its checksum is wrong")
     return rest
 
 
@@ -86,7 +85,7 @@ class Cache:
         """Open a cache.
 
         Args:
-            folder: made when something is kept; `None` keeps nothing.
+            folder: Folder of the objects, made when something is kept; `None` keeps nothing.
         """
         self.folder = folder
 
@@ -103,14 +102,8 @@ class Cache:
         """Keep an object of what JSON knows.
 
         Raises:
-            OSError: the disk is full, or the folder cannot be written.
+            OSError: The disk is full, or the folder cannot be written.
         """
         if self.folder is None:
             return
-        path = self.folder / f"{key}.json"
-        own = path.with_name(f"{key}.{uuid.uuid4().hex}")  # another process may be at the same result
-        try:
-            write_json(own, with_checksum(content))
-            os.replace(own, path)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        write_json(self.folder / f"{key}.json", with_checksum(content), shared=True)

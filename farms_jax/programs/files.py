@@ -1,19 +1,23 @@
-"""Files that are there whole or not at all, and their hashes: what every program's run directory rests on."""
+"""Atomic file writes and checksums of files: what every program's run directory rests on."""
 
 import contextlib
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 CHECKSUMS = "SHA256SUMS"
+_PIECE = 1 << 22  # bytes read at a time for a checksum
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Generator[Path, None, None]:
-    """Write a file under another name, and give it its own when it is whole.
+def atomic(path: Path, *, shared: bool = False) -> Generator[Path, None, None]:
+    """Write a file under another name, and rename it when it is complete.
 
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "numbers.txt"
@@ -23,29 +27,31 @@ def atomic(path: Path) -> Generator[Path, None, None]:
     '1 2 3'
 
     Args:
-        path: where the file will be; folders are made.
+        path: Path of the file; folders are made.
+        shared: Whether other processes may write the same file at the same time, without a lock.
 
     Yields:
         Path to write to. It becomes `path` at the end; after an error there is no new file and the old one stays.
 
     Raises:
-        OSError: it cannot be written; the error has a file name.
+        OSError: It cannot be written; the error has a file name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part" if shared else f"{path.name}.part")
     try:
         yield part
-        _see_to_disk(part)
+        _flush_to_disk(part)
         os.replace(part, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk, met in writing, does not say where
+        if error.filename in {None, str(part)}:  # a full disk, met in writing, does not say where
+            error.filename = str(path)
         raise
     finally:
         part.unlink(missing_ok=True)
 
 
-def _see_to_disk(path: Path) -> None:
-    """Have the system write a file now: after a power cut a name that is there may else hold nothing."""
+def _flush_to_disk(path: Path) -> None:
+    """Have the system write a file now; else, after a power cut, its name may exist and hold nothing."""
     with path.open("r+b") as file:  # Windows refuses to flush what is open for reading alone
         os.fsync(file.fileno())
 
@@ -54,11 +60,11 @@ def reserve(file: int, size: int) -> None:
     """Give an open file its size, and where the system can the disk space for it.
 
     Args:
-        file: descriptor.
-        size: in bytes, at least 1.
+        file: Descriptor of the file.
+        size: Size in bytes, at least 1.
 
     Raises:
-        OSError: there is not enough space.
+        OSError: There is not enough space.
     """
     if hasattr(os, "posix_fallocate"):  # not on macOS
         os.posix_fallocate(file, 0, size)
@@ -66,21 +72,35 @@ def reserve(file: int, size: int) -> None:
         os.ftruncate(file, size)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, whole or not at all."""
-    with atomic(path) as part:
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Write a UTF-8 text file atomically; for `shared` see `atomic`."""
+    with atomic(path, shared=shared) as part:
         part.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all; what JSON does not know is written as its `str`."""
-    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+def write_json(path: Path, content: Any, *, shared: bool = False) -> None:
+    """Write a JSON file atomically; what JSON does not know is written as its `str`. For `shared` see `atomic`."""
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n", shared=shared)
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(*paths: Path, title: str | None = None) -> str:
+    """Return the SHA-256 of files, read one after the other.
+
+    Args:
+        *paths: Paths of the files.
+        title: Title of a progress bar; default: no bar.
+
+    Returns:
+        The digest in hexadecimal.
+    """
+    digest, total = hashlib.sha256(), sum(path.stat().st_size for path in paths)
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, leave=False, disable=title is None) as bar:
+        for path in paths:
+            with path.open("rb", buffering=0) as file:
+                while piece := file.read(_PIECE):
+                    digest.update(piece)
+                    bar.update(len(piece))
+    return digest.hexdigest()
 
 
 def write_checksums(folder: Path) -> None:
@@ -90,11 +110,11 @@ def write_checksums(folder: Path) -> None:
 
 
 def damaged_files(folder: Path, *, exact: bool = False) -> list[Path]:
-    """Find what is not as `write_checksums` saw it.
+    """Compare files with the checksums that `write_checksums` wrote.
 
     Args:
-        folder: with a file `SHA256SUMS`.
-        exact: a file without a checksum is a sign that `SHA256SUMS` was cut off.
+        folder: Folder with a file `SHA256SUMS`.
+        exact: Whether a file without a checksum is a sign that `SHA256SUMS` was cut off.
 
     Returns:
         Files that are missing, cut off or changed; `SHA256SUMS` itself where it is missing, cut off or unreadable.
@@ -105,8 +125,8 @@ def damaged_files(folder: Path, *, exact: bool = False) -> list[Path]:
         expected = {name: digest for digest, name in (line.split("  ", 1) for line in text.splitlines())}
     except (OSError, ValueError):
         return [sums]
-    there = {path.relative_to(folder).as_posix() for path in _files(folder)}
-    if not text.endswith("\n") or (exact and there - set(expected)):
+    found = {path.relative_to(folder).as_posix() for path in _files(folder)}
+    if not text.endswith("\n") or (exact and found - set(expected)):
         return [sums]
     paths = {folder / name: digest for name, digest in expected.items()}
     return [path for path, digest in paths.items() if not path.is_file() or sha256(path) != digest]

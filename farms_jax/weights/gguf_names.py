@@ -1,20 +1,20 @@
-"""From GGUF to Hugging Face: names of tensors and the order of rows.
+"""GGUF's names of tensors and order of rows, as those of Hugging Face.
 
 >>> hugging_face_names("llama", ["blk.3.attn_q.weight", "output.weight"], "model.gguf")
 {'model.layers.3.self_attn.q_proj.weight': 'blk.3.attn_q.weight', 'lm_head.weight': 'output.weight'}
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from farms_jax.errors import InputError
+from farms_jax.weights.conversion import Row, Table, listed
+from farms_jax.weights.reading import DOWNLOAD_AGAIN
 from farms_jax.weights.sanitise import printable, short_repr
 
 ROPE_FACTORS = "rope_freqs.weight"
-_NAME = re.compile(r"(?:blk\.(?P<block>0|[1-9]\d*)\.)?(?P<module>\w+)\.(?P<kind>weight|bias)")
 _ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
     "attn_norm": "input_layernorm",
@@ -28,25 +28,32 @@ _BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_BLOCKS = {"llama": _BLOCK, "qwen2": _BLOCK, "qwen3": _BLOCK | _HEAD_NORMS}
+
+
+def _table(in_block: Mapping[str, str]) -> Table:
+    modules = _ENDS | {f"blk.{{}}.{name}": f"model.layers.{{}}.{module}" for name, module in in_block.items()}
+    return Table(Row(f"{n}.{kind}", f"{path}.{kind}") for n, path in modules.items() for kind in ("weight", "bias"))
+
+
+_TABLES = {"llama": _table(_BLOCK), "qwen2": _table(_BLOCK), "qwen3": _table(_BLOCK | _HEAD_NORMS)}
 
 
 def architecture_of(metadata: Mapping[str, Any], where: str) -> str:
     """Return a file's architecture.
 
     Args:
-        metadata: of the file.
-        where: the file's name, for messages.
+        metadata: Metadata of the file.
+        where: Name of the file, for messages.
 
     Returns:
         llama (which is also Mistral and SmolLM), qwen2 or qwen3.
 
     Raises:
-        InputError: another one.
+        InputError: The file has another one.
     """
     architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in _BLOCKS:
-        raise InputError(f"{where}: unknown architecture {short_repr(architecture)}; known are {', '.join(_BLOCKS)}")
+    if not isinstance(architecture, str) or architecture not in _TABLES:
+        raise InputError(f"{where}: unknown architecture {short_repr(architecture)}; known are {', '.join(_TABLES)}")
     return architecture
 
 
@@ -54,34 +61,22 @@ def hugging_face_names(architecture: str, names: Iterable[str], where: str) -> d
     """Translate names of tensors.
 
     Args:
-        architecture: of the file.
-        names: of its tensors.
-        where: the file's name, for messages.
+        architecture: Architecture of the file.
+        names: Names of its tensors.
+        where: Name of the file, for messages.
 
     Returns:
         Hugging Face name -> name in the file, without the rotary factors.
 
     Raises:
-        InputError: names that are in no table, all in one error.
+        InputError: There are names that are in no table; all in one error.
     """
-    found, unknown = {}, []
-    for name in names:
-        if name == ROPE_FACTORS:
-            continue
-        match = _NAME.fullmatch(name)
-        table = {} if match is None else _ENDS if match["block"] is None else _BLOCKS[architecture]
-        if match is None or match["module"] not in table:
-            unknown.append(name)
-            continue
-        prefix = "" if match["block"] is None else f"model.layers.{match['block']}."
-        found[f"{prefix}{table[match['module']]}.{match['kind']}"] = name
-    if unknown:
-        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+    rows = {name: _TABLES[architecture].by_name(name) for name in names if name != ROPE_FACTORS}
+    if unknown := [printable(name) for name, row in rows.items() if row is None]:
         raise InputError(
-            f"{where}: unknown tensors for {architecture}: {', '.join(map(printable, unknown[:10]))}{more}; "
-            "give the model as a Hugging Face folder"
+            f"{where}: unknown tensors for {architecture}: {listed(unknown)}; give the model as a Hugging Face folder"
         )
-    return found
+    return {str(row.path): name for name, row in rows.items() if row}
 
 
 def heads_of(
@@ -90,16 +85,16 @@ def heads_of(
     """Find the tensors whose rows the file has interleaved, with their number of heads.
 
     Args:
-        architecture: of the file; the converter does so for llama alone.
-        metadata: of the file.
+        architecture: Architecture of the file; llama.cpp's converter interleaves rows for llama alone.
+        metadata: Metadata of the file.
         shapes: Hugging Face name -> shape.
-        where: the file's name, for messages.
+        where: Name of the file, for messages.
 
     Returns:
         Hugging Face names of query and key projections -> heads; for `restore_rows`.
 
     Raises:
-        InputError: rows are no whole number of heads.
+        InputError: Rows are no whole number of heads.
     """
     heads = metadata.get("llama.attention.head_count")
     keys = metadata.get("llama.attention.head_count_kv", heads)
@@ -110,7 +105,7 @@ def heads_of(
         if shapes[name][0] % (2 * count):
             raise InputError(
                 f"{where}: {name} has {shapes[name][0]} rows, which {count} heads of two halves do not divide; "
-                "download it again"
+                f"{DOWNLOAD_AGAIN}"
             )
     return found
 
@@ -121,8 +116,8 @@ def restore_rows(array: np.ndarray, heads: int) -> np.ndarray:
     GGUF files of the llama architecture have the two halves of a head interleaved: rows (half, i) -> (i, half).
 
     Args:
-        array: weight (heads * head_dim, in) or bias (heads * head_dim,).
-        heads: query or key heads.
+        array: Weight (heads * head_dim, in) or bias (heads * head_dim,).
+        heads: Number of query or key heads.
 
     Returns:
         The same rows, in each head first those of the first half.

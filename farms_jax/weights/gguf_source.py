@@ -1,6 +1,5 @@
 """GGUF files as weights: dequantised to float32, under Hugging Face names where the architecture is known."""
 
-import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -9,34 +8,42 @@ from farms_jax._axes import TORCH_AXES
 from farms_jax.errors import InputError
 from farms_jax.weights.gguf_file import read_gguf, read_tensor
 from farms_jax.weights.gguf_names import ROPE_FACTORS, architecture_of, heads_of, hugging_face_names, restore_rows
-from farms_jax.weights.safetensors_file import TensorInfo
+from farms_jax.weights.reading import TensorInfo
 from farms_jax.weights.source import WeightSource
 
 _FLOAT32 = np.dtype(np.float32)
 
 
 class GGUFSource(WeightSource):
-    """Weights in one GGUF file, of any architecture."""
+    """Weights in one GGUF file, of any architecture.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        metadata: Metadata of the file, without long arrays.
+    """
+
+    def __init__(self, path: Path, *, strict: bool = False) -> None:
         """Read a file's metadata.
 
         Args:
-            path: of the file.
+            path: Path of the file.
+            strict: Whether an architecture or a tensor without a Hugging Face name is an error; else the file's own
+                names serve.
 
         Raises:
-            InputError: see `read_gguf`.
+            InputError: See `read_gguf` and `strict`.
         """
         self._file = read_gguf(path)
-        found = self._file.tensors
-        self._names, self._heads, architecture = {name: name for name in found}, dict[str, int](), None
-        with contextlib.suppress(InputError):  # another architecture: the file's own names serve
-            architecture = architecture_of(self._file.metadata, str(path))
+        self.metadata, found, where = self._file.metadata, self._file.tensors, str(path)
+        self._names, architecture = {name: name for name in found}, ""
+        try:
+            architecture = architecture_of(self.metadata, where)
             rotary = {ROPE_FACTORS: ROPE_FACTORS} if ROPE_FACTORS in found else {}
-            self._names = hugging_face_names(architecture, found, str(path)) | rotary
-        shapes = {name: found[source].shape for name, source in self._names.items()}
-        if architecture is not None:
-            self._heads = heads_of(architecture, self._file.metadata, shapes, str(path))
+            self._names = hugging_face_names(architecture, found, where) | rotary
+        except InputError:
+            if strict:
+                raise
+        shapes = {name: found[own_name].shape for name, own_name in self._names.items()}
+        self._heads = heads_of(architecture, self.metadata, shapes, where)
         tensors = {name: TensorInfo(_FLOAT32, shape) for name, shape in shapes.items()}
         super().__init__(path, path.stem, "gguf", TORCH_AXES, tensors)
 

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.weights.safetensors_file import TensorInfo
+from farms_jax.weights.reading import TensorInfo, read_json
 from farms_jax.weights.safetensors_source import open_safetensors
 from farms_jax.weights.sanitise import printable, short_repr
-from farms_jax.weights.shards import read_json
 from farms_jax.weights.source import WeightSource
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -40,11 +39,11 @@ class LoraSource(WeightSource):
         """Match an adapter to a model.
 
         Args:
-            base: the model that the adapter was trained on, open.
-            path: of the adapter's folder.
+            base: The model that the adapter was trained on, open.
+            path: Folder of the adapter.
 
         Raises:
-            InputError: the adapter is of another kind, damaged, or does not fit the model.
+            InputError: The adapter is of another kind, damaged, or does not fit the model.
         """
         self._base, self._config = base, read_json(path / ADAPTER_CONFIG, "give the folder of a PEFT adapter")
         _check_kind(path, self._config)
@@ -103,7 +102,7 @@ class LoraSource(WeightSource):
             self._factors.setdefault(target, {})[factor] = name
 
     def _target(self, name: str, wanted: str) -> str:
-        """Name in the model: the same, or the only one that ends alike: models differ in what they call their root."""
+        """Find a tensor by name, or the only one whose name ends alike: models differ in what they call their root."""
         if wanted in self._base.tensors:
             return wanted
         alike = [n for n in self._base.tensors if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")]
@@ -154,14 +153,14 @@ def open_lora(base: WeightSource, adapter: str | Path) -> LoraSource:
     """Open a model with a LoRA adapter added.
 
     Args:
-        base: the model that the adapter was trained on, open; closed with the result.
+        base: The model that the adapter was trained on, open; closed with the result.
         adapter: PEFT's folder, with `adapter_config.json` and `adapter_model.safetensors`.
 
     Returns:
         The weights of the model, changed where the adapter changes them.
 
     Raises:
-        InputError: the adapter is of another kind, damaged, or does not fit the model.
+        InputError: The adapter is of another kind, damaged, or does not fit the model.
     """
     return LoraSource(base, Path(adapter).expanduser())
 

@@ -1,32 +1,32 @@
-"""The msgpack format, as far as Flax uses it: maps, text, numbers, and arrays as an extension of it.
+"""The tree of a Flax msgpack file, with the places of its arrays.
 
-The format's own package would bring every array into memory; here they are passed over, and their places kept.
+The `msgpack` package reads all but the arrays, which are skipped by their length: the package would hold each array
+whole to pass over it (80 MiB and 0.4 s instead of nothing and 0.01 s for a file of 192 MiB whose largest array has 32).
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping
+import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from farms_jax._extras import from_extra
 from farms_jax.errors import InputError
-from farms_jax.weights.cursor import Cursor
+from farms_jax.weights.reading import TensorInfo, os_errors_named
 from farms_jax.weights.sanitise import is_valid_shape, one_line, short_repr
 
-_REMEDY = "write it again with flax.serialization.to_bytes"
-_ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # Flax's extensions
-_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
-_NUMBERS = dict(enumerate("fdBHIQbhiq", start=0xCA))  # in the words of `struct`, as those of lengths below
-_TEXT = dict(enumerate("BHI", start=0xD9))
-_BYTES = dict(enumerate("BHI", start=0xC4))
-_LIST = dict(enumerate("HI", start=0xDC))
-_MAP = dict(enumerate("HI", start=0xDE))
-_EXTENSION = dict(enumerate("BHI", start=0xC7))
-_FIXED_EXTENSION = dict(enumerate((1, 2, 4, 8, 16), start=0xD4))  # bytes
-_DEEPEST = 100  # maps in maps
+REMEDY = "write it again with flax.serialization.to_bytes"
+# First bytes of values. Short maps have their length in the first byte.
+_MAPS = {*range(0x80, 0x90), 0xDE, 0xDF}
+_EXTENSIONS = {0xC7: ">BBb", 0xC8: ">BHb", 0xC9: ">BIb", **dict.fromkeys(range(0xD4, 0xD9), ">Bb")}
+_ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # codes of Flax's extensions
+_BYTES_HEADERS = (2, 3, 5)  # bytes before those of a value of bytes: their type and their number
+_MAX_DEPTH = 100  # maps in maps
+_HEAD = 2048  # bytes; shape and dtype of an array take fewer
 
 Tree = dict[str, Any]
 
@@ -35,136 +35,129 @@ class ArrayAt(NamedTuple):
     """An array in the file: what it is, and where its bytes are.
 
     Attributes:
-        dtype: of its entries.
-        shape: of the array.
-        start: first byte in the file.
-        size: in bytes.
+        info: Dtype and shape.
+        start: Offset of the first byte in the file.
+        size: Size in bytes.
     """
 
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
+    info: TensorInfo
     start: int
     size: int
 
 
 def read_tree(path: Path) -> Tree:
-    """Read the tree of a file, without its arrays' entries.
+    """Read the tree of a file, without the entries of its arrays.
 
     Args:
-        path: of the file.
+        path: Path of the file.
 
     Returns:
-        Nested dict; its leaves are `ArrayAt`, numbers, text, lists, `None` (also for bytes and complex numbers).
+        Nested dict; its leaves are `ArrayAt`, or whatever else was written.
 
     Raises:
-        InputError: the file is damaged or truncated, or holds what Flax does not write.
+        InputError: The file is damaged or truncated, or holds what Flax does not write.
     """
-    try:
-        with path.open("rb") as file:
-            walker = _Walker(file, path)
-            tree = walker.value()
-            if not isinstance(tree, dict):
-                raise InputError(f"{path}: no msgpack file of Flax (it does not start with a map); {_REMEDY}")
-            if rest := walker.size - file.tell():
-                raise InputError(f"{path}: {rest} bytes after its tree belong to nothing; {_REMEDY}")
-            return tree
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror or error}); check the path and its rights"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: a text in it is damaged ({one_line(error)}); {_REMEDY}") from error
+    with from_extra("diagnose", f"{path}: a msgpack file"):
+        import msgpack
+    with os_errors_named(path), path.open("rb") as file:
+        reader = _Reader(msgpack, file, path)
+        try:
+            tree = reader.value()
+        except msgpack.exceptions.OutOfData as error:
+            raise InputError(f"{path}: ends inside its tree: truncated; {REMEDY}") from error
+        except (ValueError, msgpack.exceptions.UnpackException) as error:
+            raise InputError(f"{path}: damaged at byte {reader.position} ({one_line(error)}); {REMEDY}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: no msgpack file of Flax (it does not start with a map); {REMEDY}")
+    if rest := reader.size - reader.position:
+        raise InputError(f"{path}: {rest} bytes after its tree belong to nothing; {REMEDY}")
+    return tree
 
 
-class _Walker(Cursor):
-    """Reads values one after the other, and passes over arrays."""
+class _Reader:
+    """Reads values one after the other, and skips arrays."""
 
-    order, content, remedy, depth = ">", "tree", _REMEDY, 0
+    def __init__(self, msgpack: Any, file: IO[bytes], path: Path) -> None:
+        self._msgpack, self._file, self._path = msgpack, file, path
+        self.size, self._depth = path.stat().st_size, 0
+        self._move(0)
+
+    @property
+    def position(self) -> int:
+        """Offset of the next value in the file."""
+        return self._start + self._unpacker.tell()
+
+    def _move(self, position: int) -> None:
+        self._file.seek(position)
+        self._start = position
+        self._unpacker = self._msgpack.Unpacker(self._file, read_size=_HEAD, max_buffer_size=max(_HEAD, self.size))
+
+    def _peek(self, position: int, count: int) -> bytes:
+        after = self._file.tell()  # where the unpacker reads on
+        self._file.seek(position)
+        found = self._file.read(count)
+        self._file.seek(after)
+        return found
 
     def value(self) -> Any:
-        first = self.take(1)[0]
-        if first < 0x80 or first >= 0xE0:  # small numbers, positive and negative
-            return first if first < 0x80 else first - 0x100
-        if first in _CONSTANTS:
-            return _CONSTANTS[first]
-        if first in _NUMBERS:
-            return self.number(_NUMBERS[first])
-        if first < 0x90 or first in _MAP:
-            return self.map(self.length(first, 0x80, _MAP))
-        if first < 0xA0 or first in _LIST:
-            return self.list(self.length(first, 0x90, _LIST))
-        if first < 0xC0 or first in _TEXT:
-            return self.take(self.length(first, 0xA0, _TEXT)).decode()
-        if first in _BYTES:
-            return self.skip(self.number(_BYTES[first]))
-        if first in _FIXED_EXTENSION:
-            return self.extension(_FIXED_EXTENSION[first])
-        if first in _EXTENSION:
-            return self.extension(self.number(_EXTENSION[first]))
-        raise InputError(f"{self.path}: byte {first:#x} starts no value of msgpack: damaged; {_REMEDY}")
+        first = self._peek(self.position, 1)
+        if first and first[0] in _MAPS:
+            return self._map()
+        return self._extension(first[0]) if first and first[0] in _EXTENSIONS else self._unpacker.unpack()
 
-    def length(self, first: int, zero: int, long: Mapping[int, str]) -> int:
-        """Length of a value: of a short one its first byte's distance from `zero`, else a number of its own."""
-        return self.number(long[first]) if first in long else first - zero
-
-    def map(self, count: int) -> Tree:
+    def _map(self) -> Tree:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise ValueError(f"more than {_MAX_DEPTH} maps in maps")
         tree: Tree = {}
-        self.enter()
-        for _ in range(count):
-            key = self.value()
+        for _ in range(self._unpacker.read_map_header()):
+            key = self._unpacker.unpack()
             if not isinstance(key, str) or key in tree:
-                raise InputError(f"{self.path}: key {short_repr(key)} of a map is no text, or there twice; {_REMEDY}")
+                raise ValueError(f"key {short_repr(key)} of a map is no text, or there twice")
             tree[key] = self.value()
-        self.depth -= 1
+        self._depth -= 1
         return tree
 
-    def list(self, count: int) -> list[Any]:
-        self.enter()
-        items = [self.value() for _ in range(count)]
-        self.depth -= 1
-        return items
-
-    def enter(self) -> None:
-        self.depth += 1
-        if self.depth > _DEEPEST:
-            raise InputError(f"{self.path}: more than {_DEEPEST} maps in maps: damaged; {_REMEDY}")
-
-    def extension(self, size: int) -> Any:
-        code = self.number("b")
+    def _extension(self, first: int) -> ArrayAt | None:
+        form, position = _EXTENSIONS[first], self.position
+        head = self._peek(position, struct.calcsize(form))
+        if len(head) < struct.calcsize(form):
+            raise self._msgpack.exceptions.OutOfData
+        *_, code = fields = struct.unpack(form, head)
+        start = position + len(head)
+        end = start + (fields[1] if len(fields) == 3 else 1 << (first - 0xD4))
         if code not in {_ARRAY, _COMPLEX, _SCALAR}:
-            raise InputError(f"{self.path}: extension {code} of msgpack is none of Flax's; {_REMEDY}")
-        if code == _COMPLEX:
-            return self.skip(size)
-        array = self.array(self.file.tell() + size)
-        self.skip(array.size)
+            raise ValueError(f"extension {code} of msgpack is none of Flax's")
+        if end > self.size:
+            raise self._msgpack.exceptions.OutOfData
+        array = None if code == _COMPLEX else self._array(start, end)
+        self._move(end)
         return array
 
-    def array(self, end: int) -> ArrayAt:
-        """Read what the array is that ends at byte `end` of the file, up to its entries."""
-        if self.take(1) != b"\x93":
-            raise self.damaged("is not (shape, dtype, bytes)")
-        shape, name, kind = self.value(), self.value(), self.take(1)[0]
+    def _array(self, start: int, end: int) -> ArrayAt:
+        """Read (shape, dtype, bytes) between two places of the file, up to the bytes."""
+        unpacker = self._msgpack.Unpacker(max_buffer_size=_HEAD)
+        unpacker.feed(self._peek(start, min(_HEAD, end - start)))
+        if unpacker.read_array_header() != 3:
+            raise ValueError("an array is not (shape, dtype, bytes)")
+        shape, name = unpacker.unpack(), unpacker.unpack()
         if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-            raise self.damaged(f"has the shape {short_repr(shape)}")
-        if kind not in _BYTES:
-            raise self.damaged("has no bytes")
-        size, start, dtype = self.number(_BYTES[kind]), self.file.tell(), self.dtype(name)
-        fits = is_valid_shape(shape, dtype.itemsize) and math.prod(shape) * dtype.itemsize == size
-        if start + size != end or not fits:
-            raise self.damaged(f"of shape {short_repr(tuple(shape))} and {dtype} has {size} bytes")
-        return ArrayAt(dtype, tuple(shape), start, size)
+            raise ValueError(f"an array has the shape {short_repr(shape)}")
+        info = TensorInfo(_dtype(name), tuple(shape))
+        size = math.prod(shape) * info.dtype.itemsize
+        header = end - start - unpacker.tell() - size
+        if not is_valid_shape(shape, info.dtype.itemsize) or header not in _BYTES_HEADERS:
+            raise ValueError(
+                f"an array of shape {short_repr(info.shape)} and {info.dtype} has {end - start} bytes with its shape"
+            )
+        return ArrayAt(info, end - size, size)
 
-    def dtype(self, name: Any) -> np.dtype[Any]:
-        fault = self.damaged(f"has the dtype {short_repr(name)}, which is no kind of number")
-        if not isinstance(name, str) or not re.fullmatch(r"[a-z]\w*", name):
-            raise fault
-        try:
+
+def _dtype(name: Any) -> np.dtype[Any]:
+    dtype = None
+    if isinstance(name, str) and re.fullmatch(r"[a-z]\w*", name):
+        with contextlib.suppress(TypeError):
             dtype = np.dtype(getattr(ml_dtypes, name, name))
-        except TypeError as error:
-            raise fault from error
-        if dtype.hasobject or dtype.itemsize == 0:
-            raise fault
-        return dtype
-
-    def damaged(self, fault: str) -> InputError:
-        return InputError(f"{self.path}: the array at byte {self.file.tell()} {fault}; {_REMEDY}")
+    if dtype is None or dtype.hasobject or dtype.itemsize == 0:
+        raise ValueError(f"an array has the dtype {short_repr(name)}, which is no kind of number")
+    return dtype

@@ -1,8 +1,7 @@
-"""Flax's msgpack files (`flax.serialization.to_bytes`): the tree is walked by position, arrays are read when asked for.
+"""Flax's msgpack files (`flax.serialization.to_bytes`): the tree is walked, arrays are read when asked for.
 
-A file is one map of maps; its leaves are arrays (a shape, the name of a dtype and the bytes, as an extension of the
-format), numbers or text. Arrays above 1 GiB are in pieces: a map with their shape and the pieces. Only arrays are
-weights; numbers and text are passed over.
+A file is one map of maps; its leaves are arrays (an extension of the format), numbers, text or lists. Arrays above
+1 GiB are in pieces: a map with their shape and the pieces. Only arrays are weights; all else is passed over.
 """
 
 import math
@@ -14,8 +13,8 @@ import numpy as np
 
 from farms_jax._axes import FLAX_AXES
 from farms_jax.errors import InputError
-from farms_jax.weights.msgpack_file import ArrayAt, Tree, read_tree
-from farms_jax.weights.safetensors_file import TensorInfo, read_bytes
+from farms_jax.weights.msgpack_file import REMEDY, ArrayAt, Tree, read_tree
+from farms_jax.weights.reading import TensorInfo, read_bytes
 from farms_jax.weights.sanitise import is_valid_shape, printable, short_repr
 from farms_jax.weights.source import WeightSource
 
@@ -36,13 +35,14 @@ class MsgpackSource(WeightSource):
         """Walk a file's tree.
 
         Args:
-            path: of the file.
+            path: Path of the file.
 
         Raises:
-            InputError: it is damaged or truncated, or holds what Flax does not write.
+            InputError: It is damaged or truncated, or holds what Flax does not write.
         """
-        self._places = dict(_named(read_tree(path), (), str(path)))
-        super().__init__(path, path.stem, "msgpack", FLAX_AXES, {n: place.info for n, place in self._places.items()})
+        self._places = dict(_named_arrays(read_tree(path), (), str(path)))
+        tensors = {name: place.info for name, place in self._places.items()}
+        super().__init__(path, path.stem, "msgpack", FLAX_AXES, tensors)
 
     def _read(self, name: str) -> np.ndarray:
         info, pieces = self._places[name]
@@ -53,34 +53,35 @@ class MsgpackSource(WeightSource):
         return array.view(info.dtype).reshape(info.shape)
 
 
-def _named(tree: Tree, path: tuple[str, ...], where: str) -> Iterator[tuple[str, _Place]]:
+def _named_arrays(tree: Tree, path: tuple[str, ...], where: str) -> Iterator[tuple[str, _Place]]:
     for key, value in tree.items():
         here = (*path, key)
         if isinstance(value, ArrayAt):
-            yield "/".join(here), _Place(TensorInfo(value.dtype, value.shape), (value,))
+            yield "/".join(here), _Place(value.info, (value,))
         elif isinstance(value, dict) and _PIECES in value:
             yield "/".join(here), _joined(value, f"{where}: {printable('/'.join(here))}")
         elif isinstance(value, dict):
-            yield from _named(value, here, where)
+            yield from _named_arrays(value, here, where)
 
 
 def _joined(node: Mapping[str, Any], where: str) -> _Place:
-    """Put an array that is in pieces together; raises InputError where they do not fit."""
-    shape, pieces = _in_order(node.get("shape")), _in_order(node.get("chunks"))
-    sizes = all(type(size) is int and size >= 0 for size in shape)
-    if not pieces or not sizes or not all(isinstance(piece, ArrayAt) for piece in pieces):
-        raise InputError(f"{where}: an array in pieces needs a shape and its pieces; write it again")
-    dtypes = {piece.dtype for piece in pieces}
-    found = sum(math.prod(piece.shape) for piece in pieces)
-    if len(dtypes) != 1 or not is_valid_shape(shape, pieces[0].dtype.itemsize) or found != math.prod(shape):
+    """Put the pieces of an array together; raises InputError where they do not fit."""
+    shape, pieces = _values_in_order(node.get("shape")), _values_in_order(node.get("chunks"))
+    are_sizes = all(type(size) is int and size >= 0 for size in shape)
+    if not pieces or not are_sizes or not all(isinstance(piece, ArrayAt) for piece in pieces):
+        raise InputError(f"{where}: an array in pieces needs a shape and its pieces; {REMEDY}")
+    dtypes = {piece.info.dtype for piece in pieces}
+    found = sum(math.prod(piece.info.shape) for piece in pieces)
+    fits = len(dtypes) == 1 and is_valid_shape(shape, pieces[0].info.dtype.itemsize) and found == math.prod(shape)
+    if not fits:
         raise InputError(
-            f"{where}: its pieces have {found} entries, its shape {short_repr(shape)} another number; write it again"
+            f"{where}: its pieces have {found} entries, its shape {short_repr(shape)} another number; {REMEDY}"
         )
     return _Place(TensorInfo(dtypes.pop(), shape), pieces)
 
 
-def _in_order(node: Any) -> tuple[Any, ...]:
-    """Values of a map with the keys "0", "1", ..., which stands for a tuple; empty where it is no such map."""
+def _values_in_order(node: Any) -> tuple[Any, ...]:
+    """Return the values of a map with the keys "0", "1", ..., which stands for a tuple; nothing for any other value."""
     if not isinstance(node, dict) or set(node) != {str(i) for i in range(len(node))}:
         return ()
     return tuple(node[str(i)] for i in range(len(node)))

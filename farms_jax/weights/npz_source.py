@@ -1,31 +1,27 @@
-"""Archives of numpy arrays (`numpy.savez`), read member by member; nothing is ever unpickled."""
+"""Archives of NumPy arrays (`numpy.savez`), read member by member; nothing is ever unpickled."""
 
 import contextlib
-import struct
+import math
 import zipfile
-import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
+from numpy.lib import format as npy
 
 from farms_jax._axes import FLAX_AXES
 from farms_jax.errors import InputError
-from farms_jax.weights.npy_file import NpyHeader, read_npy_entries, read_npy_header
-from farms_jax.weights.safetensors_file import TensorInfo
-from farms_jax.weights.sanitise import one_line, printable, short_repr
+from farms_jax.weights.reading import TensorInfo, os_errors_named
+from farms_jax.weights.sanitise import is_valid_shape, one_line, printable, short_repr
 from farms_jax.weights.source import WeightSource
 
 _REMEDY = "write it again with numpy.savez"
-# What reading a damaged archive comes to: NotImplementedError for a method, RuntimeError for a password.
-_DAMAGED = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
-_DAMAGED += (struct.error, OverflowError)  # for a place in the archive
-_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # of numpy; others have no bound on what they grow to
-_MOST_DEFLATED = 1032  # bytes that one byte of a deflated stream can stand for
-_LISTED = 12  # arrays that an error names
-_SLACK = 1 << 16  # bytes; for streams too short for that bound to mean anything
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # NumPy's; others have no bound on what they grow to
+_MAX_DEFLATED = 1032  # bytes that one byte of a deflated stream can stand for
+_SLACK = 1 << 16  # bytes; streams shorter than this may be denser
 
 
 class NpzSource(WeightSource):
@@ -35,87 +31,80 @@ class NpzSource(WeightSource):
         """Read the headers of all members.
 
         Args:
-            path: of the archive.
+            path: Path of the archive.
 
         Raises:
-            InputError: it is damaged or no archive, a member is no array or one of Python objects, or a member's shape
-                needs other bytes than it has.
+            InputError: It is damaged or no archive, a member is no array or one of Python objects, or a member does not
+                have the bytes that its shape needs.
         """
         tensors: dict[str, TensorInfo] = {}
-        with _archive(path) as archive:
+        with _damage_named(path), zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
                 if name in tensors:
                     raise InputError(f"{path}: {printable(name)} is in it twice; {_REMEDY}")
-                header = _read_header(path, archive, member)
-                tensors[name] = TensorInfo(_stored(header.dtype), header.shape)
+                tensors[name] = _read_info(archive, member, f"{path}: {printable(member.filename)}")
         super().__init__(path, path.stem, "npz", FLAX_AXES, tensors)
 
     def _read(self, name: str) -> np.ndarray:
-        array = read_npz(self.path, name)
+        with (
+            os_errors_named(self.path, name, "check the disk"),
+            _damage_named(self.path),
+            np.load(self.path, allow_pickle=False) as archive,
+        ):
+            array = archive[f"{name}.npy"]
+            array = array.view(_stored_dtype(array.dtype))
         if (array.dtype, array.shape) != self.tensors[name]:
             raise InputError(f"{self.path}: {name} has changed since it was opened; open it again")
         return array
 
 
-def read_npz(path: Path, name: str) -> np.ndarray:
-    """Read one array of an archive.
-
-    Args:
-        path: of the archive.
-        name: of the array.
-
-    Returns:
-        The array.
-
-    Raises:
-        InputError: there is no such array, or it cannot be read.
-    """
-    try:
-        with _archive(path) as archive:
-            if f"{name}.npy" not in (names := archive.namelist()):
-                listed = ", ".join(printable(member.removesuffix(".npy")) for member in names[:_LISTED])
-                raise InputError(f"{path}: has no array {printable(name)}, only {listed}; {_REMEDY}")
-            member = archive.getinfo(f"{name}.npy")
-            header = _read_header(path, archive, member)
-            with archive.open(member) as stream:
-                stream.seek(header.start)
-                array = read_npy_entries(stream, header, f"{path}: {printable(name)}")
-    except OSError as error:
-        raise InputError(
-            f"{path}: {printable(name)} cannot be read ({error.strerror or one_line(error)}); check the disk"
-        ) from error
-    return array.view(_stored(array.dtype))
-
-
 @contextlib.contextmanager
-def _archive(path: Path) -> Generator[zipfile.ZipFile]:
+def _damage_named(path: Path) -> Generator[None]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except _DAMAGED as error:
-        if isinstance(error, InputError):
-            raise
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # of any kind: it depends on what is damaged
         raise InputError(f"{path}: damaged, or no npz archive ({one_line(error)}); {_REMEDY}") from error
 
 
-def _read_header(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NpyHeader:
-    where = f"{path}: {printable(member.filename)}"
+def _read_info(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> TensorInfo:
+    """Read a member's header: `numpy.load` would read the entries too, and take memory for whatever shape it says."""
     if not member.filename.endswith(".npy"):
         raise InputError(f"{where} is no array; {_REMEDY}")
     if member.compress_type not in _METHODS:
-        raise InputError(f"{where} is compressed by method {member.compress_type}, none of numpy's; {_REMEDY}")
+        raise InputError(f"{where} is compressed by method {member.compress_type}, none of NumPy's; {_REMEDY}")
     with archive.open(member) as stream:
-        header = read_npy_header(stream, where)
-    whole = header.start + header.size == member.file_size
-    if not whole or member.file_size > _MOST_DEFLATED * member.compress_size + _SLACK:
+        dtype, shape = _read_header(stream, where)
+        size = math.prod(shape) * dtype.itemsize
+        is_whole = stream.tell() + size == member.file_size
+    if not is_whole or member.file_size > _MAX_DEFLATED * member.compress_size + _SLACK:
         raise InputError(
-            f"{where}: shape {short_repr(header.shape)} of {printable(str(header.dtype))} needs {header.size} bytes, "
-            f"which its {member.compress_size} bytes in the archive cannot hold; {_REMEDY}"
+            f"{where}: shape {short_repr(shape)} of {printable(str(dtype))} needs {size} bytes, which its "
+            f"{member.compress_size} bytes in the archive cannot hold; {_REMEDY}"
         )
-    return header
+    return TensorInfo(_stored_dtype(dtype), shape)
 
 
-def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    # numpy has no name for bfloat16 and writes two bytes without a meaning; no other kind of number comes out so.
+def _read_header(stream: IO[bytes], where: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    version = npy.read_magic(stream)
+    if version not in _HEADERS:
+        raise InputError(f"{where}: version {version} of the npy format holds no plain numbers; {_REMEDY}")
+    shape, _, dtype = _HEADERS[version](stream)
+    sizes: Sequence[Any] = shape
+    if dtype.hasobject:
+        raise InputError(f"{where} holds Python objects, that is pickles, which are never loaded; save numbers instead")
+    if dtype.itemsize == 0 or dtype.shape:
+        raise InputError(f"{where}: its entries are {printable(str(dtype))}, no plain numbers; {_REMEDY}")
+    # type(), not isinstance(): True is an int to Python.
+    if not all(type(size) is int and size >= 0 for size in sizes) or not is_valid_shape(shape, dtype.itemsize):
+        raise InputError(
+            f"{where}: there can be no array of shape {short_repr(shape)} and {printable(str(dtype))}; {_REMEDY}"
+        )
+    return dtype, shape
+
+
+def _stored_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    # NumPy has no name for bfloat16 and writes two bytes without a meaning; no other kind of number comes out so.
     return np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype

@@ -1,4 +1,4 @@
-"""Opening weights by their path, whatever they are."""
+"""Open weights by their path, whatever their format."""
 
 import stat
 from collections.abc import Callable
@@ -15,31 +15,31 @@ from farms_jax.weights.runs import model_of
 from farms_jax.weights.safetensors_source import open_safetensors, open_safetensors_folder
 from farms_jax.weights.source import WeightSource
 
-_FILES: dict[str, Callable[[Path], WeightSource]] = {
+_READERS: dict[str, Callable[[Path], WeightSource]] = {
     ".safetensors": open_safetensors,
     ".gguf": GGUFSource,
     ".npz": NpzSource,
     ".msgpack": MsgpackSource,
 }
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-_KNOWN = f"{', '.join(_FILES)}, a Hugging Face folder, an Orbax checkpoint, or a run directory"
+_KNOWN = f"{', '.join(_READERS)}, a Hugging Face folder, an Orbax checkpoint, or a run directory"
 
 
 def open_weights(path: str | Path, *, axes: Axes | None = None) -> WeightSource:
     """Open the weights of a model; headers are read and checked, arrays are not.
 
     Args:
-        path: a Hugging Face folder or any other with safetensors; a `.safetensors`, `.gguf`, `.npz` or Flax `.msgpack`
+        path: A Hugging Face folder or any other with safetensors; a `.safetensors`, `.gguf`, `.npz` or Flax `.msgpack`
             file; an Orbax checkpoint, or a folder of numbered ones; a run directory of the programs here, of which the
             first seed's best checkpoint counts, or the pruned model.
-        axes: which axes of an array are rows and columns, where not those usual in the format: outputs first in
-            safetensors and GGUF, last in all others.
+        axes: Which axes of an array are rows and columns, where they are not those usual in the format: outputs first
+            in safetensors and GGUF, last in all others.
 
     Returns:
         The weights, for a `with` block.
 
     Raises:
-        InputError: nothing is there, it is damaged, not finished, or of a kind that is not read.
+        InputError: There is no such path, or it is damaged, not finished, or of a kind that is not read.
     """
     path = Path(path).expanduser()
     try:
@@ -64,8 +64,8 @@ def _open_file(path: Path, mode: int) -> WeightSource:
         raise InputError(f"{path}: neither a file nor a folder; give {_KNOWN}")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty; download or save it again")
-    if path.suffix in _FILES:
-        return _FILES[path.suffix](path)
+    if path.suffix in _READERS:
+        return _READERS[path.suffix](path)
     with path.open("rb") as file:
         start = file.read(4)
     if path.suffix in _PICKLES or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5"):
@@ -88,7 +88,7 @@ def _open_folder(path: Path) -> WeightSource:
         raise InputError(f"{path}: a LoRA adapter, which is no model by itself; give the model that it was trained on")
     if source := open_safetensors_folder(path, filenames):
         return source
-    files = [name for name in filenames if Path(name).suffix in _FILES and not name.startswith(".")]
+    files = [name for name in filenames if Path(name).suffix in _READERS and not name.startswith(".")]
     if len(files) == 1:
         return open_weights(path / files[0])
     raise InputError(_nothing_in(path, filenames, files))
@@ -104,7 +104,7 @@ def _nothing_in(path: Path, filenames: list[str], files: list[str]) -> str:
     inside = [
         name
         for name in filenames
-        if (path / name).is_dir() and any(child.suffix in _FILES for child in (path / name).iterdir())
+        if (path / name).is_dir() and any(child.suffix in _READERS for child in (path / name).iterdir())
     ]
     if inside:
         return f"{path}: there are no weights in it, but in its folders {', '.join(inside[:5])}; give one of them"

@@ -23,12 +23,12 @@ class OrbaxSource(WeightSource):
         """Find the arrays.
 
         Args:
-            path: of the checkpoint.
-            name: for people.
-            trees: name -> folder of a tree; names begin those of its arrays where there are several.
+            path: Path of the checkpoint.
+            name: Name for people.
+            trees: Name -> folder of a tree; where there are several, the names of arrays begin with that of their tree.
 
         Raises:
-            InputError: metadata are damaged, an array is missing, or the package `orbax-checkpoint` is.
+            InputError: Metadata are damaged, an array is missing, or the package `orbax-checkpoint` is.
         """
         self._arrays: dict[str, tuple[Path, Array]] = {}
         for tree, folder in trees.items():
@@ -47,13 +47,13 @@ def open_orbax(path: Path) -> OrbaxSource | None:
     """Open a checkpoint.
 
     Args:
-        path: of a tree, of a checkpoint with one or more trees, or of a folder with numbered ones.
+        path: Path of a tree, of a checkpoint with one or more trees, or of a folder with numbered ones.
 
     Returns:
         The weights, of the newest step where there are several; `None` where the folder is none of these.
 
     Raises:
-        InputError: the checkpoint is not finished, or damaged.
+        InputError: The checkpoint is not finished, or damaged.
     """
     if found := trees(path):
         return OrbaxSource(path, path.resolve().name, found)
@@ -68,7 +68,7 @@ def open_orbax(path: Path) -> OrbaxSource | None:
 
 
 def trees(folder: Path) -> dict[str, Path]:
-    """Return the trees of a checkpoint, name -> folder, by name; the one of a folder that is a tree has the name ""."""
+    """Return the trees of a checkpoint, name -> folder; a folder that is itself a tree has the name ""."""
     if (folder / TABLE).is_file():
         return {"": folder}
     if not (folder / _CHECKPOINT).is_file():
@@ -77,7 +77,7 @@ def trees(folder: Path) -> dict[str, Path]:
 
 
 def steps(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder that are called by a number, such as `300` or `step_300`, in its order."""
+    """Return the checkpoints of a folder whose names are numbers, such as `300` or `step_300`, in numerical order."""
     numbered = [(int(match[1]), child) for child in _folders(folder) if (match := _STEP.fullmatch(child.name))]
     return [child for _, child in sorted(numbered) if trees(child)]
 

@@ -8,9 +8,9 @@ from farms_jax._names import natural_key
 from farms_jax.errors import InputError
 from farms_jax.programs.files import CHECKSUMS, damaged_files
 from farms_jax.weights import orbax_source
-from farms_jax.weights.shards import WEIGHTS
+from farms_jax.weights.safetensors_source import WEIGHTS
 
-FILES = (".safetensors", ".gguf", ".npz", ".msgpack")
+SUFFIXES = (".safetensors", ".gguf", ".npz", ".msgpack")
 _PLACES = ("seed*/checkpoints", "*/seed*/checkpoints", "*/checkpoints")
 
 
@@ -25,14 +25,14 @@ def model_of(run: Path) -> Found | None:
     """Find the model of a run directory; a checkpoint of `train` and `sciml` is compared with its checksums.
 
     Args:
-        run: a folder.
+        run: Path of a folder.
 
     Returns:
         The pruned model of `prune`; of `train` and `sciml` the best checkpoint of the first seed (of the first
         setting), the last one where there is no best; `None` where the folder is no run directory.
 
     Raises:
-        InputError: the run has no checkpoint yet, or files are not as their checksums say.
+        InputError: The run has no checkpoint yet, or files are not as their checksums say.
     """
     _check_files(run)
     if (run / "run.json").is_file() and (run / "model").is_dir():
@@ -69,17 +69,17 @@ def _check_files(folder: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Find the checkpoints inside a run directory, of the programs here or others'.
+    """Find the checkpoints inside a run directory of any program.
 
     Args:
-        run: a folder.
+        run: Path of a folder.
 
     Returns:
-        Paths for `open_weights`, oldest first: Orbax steps, folders of shards, files. Of a `best` beside a `last` only
-        the latter counts, which has been every one.
+        Paths for `open_weights`, oldest first: Orbax steps, folders of shards, files. `best` beside `last` is left out,
+        since every best checkpoint has once been the last.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: There is no such folder.
     """
     if not run.is_dir():
         raise InputError(f"{run}: no such folder; give the directory of a run")
@@ -106,7 +106,7 @@ def _inside(folder: Path) -> Iterator[Path]:
     elif WEIGHTS in names:
         yield folder / WEIGHTS
     else:
-        yield from (child for child in children if child.suffix in FILES and child.is_file())
+        yield from (child for child in children if child.suffix in SUFFIXES and child.is_file())
     for child in children:
         if child.is_dir() and not child.is_symlink() and not (child.name == "best" and "last" in names):
             yield from _inside(child)

@@ -1,18 +1,18 @@
-"""Safetensors files: the header checked before anything is read, one tensor read at a time, headers made anew.
+"""Safetensors files: where each tensor lies, in files that are read and in those that will be written.
 
-A file is eight bytes with the length of a JSON header (little-endian), the header, and the tensors' bytes. Files are
-read with plain reads, not mapped: mapped pages would count as memory of the run.
+A file is eight bytes with the length of a JSON header (little-endian), the header, and the tensors' bytes. The
+`safetensors` package checks headers; its writer needs all values at once, so a header for tensors that come one after
+the other is made here.
 
 >>> import numpy as np
->>> header = make_header({"weight": TensorInfo(np.dtype("float32"), (2, 3))})
->>> header[8:].decode().rstrip()
+>>> layout = make_layout({"weight": TensorInfo(np.dtype("float32"), (2, 3))})
+>>> layout.header[8:].decode().rstrip()
 '{"weight":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}'
 """
 
 import json
 import math
 import struct
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from farms_jax._extras import from_extra
 from farms_jax.errors import InputError
+from farms_jax.weights.reading import DOWNLOAD_AGAIN, TensorInfo, os_errors_named, read_bytes
 from farms_jax.weights.sanitise import check_name, is_valid_shape, one_line, short_repr
 
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
-# Largest alignment last: files are laid out from the end of this table to its start, as the format's own writer does,
-# so that every tensor is aligned to its items.
+# Largest alignment last: the format's own writer lays files out from the end of this table to its start, so that every
+# tensor is aligned to its items.
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -42,222 +43,130 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U64": np.dtype(np.uint64),
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_REMEDY = "download it again"
-
-
-class TensorInfo(NamedTuple):
-    """What a tensor is, without its values."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
 
 
 class Entry(NamedTuple):
     """A tensor in a file; its bytes are [start, stop) of the whole file."""
 
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
+    info: TensorInfo
     start: int
     stop: int
 
 
-class Header(NamedTuple):
-    """A checked header.
+class FileLayout(NamedTuple):
+    """What is where in a file.
 
     Attributes:
-        raw: the eight length bytes and the JSON as they stand in the file, so that a copy can have the same bytes.
-        tensors: name -> entry, in the order of their bytes.
-        metadata: the header's free text, name -> value.
-        size: of the file in bytes.
+        header: First bytes of the file, up to the tensors.
+        tensors: Name -> entry, in the order of their bytes.
+        metadata: Free text of the header, name -> value.
+        size: Size of the file in bytes.
     """
 
-    raw: bytes
+    header: bytes
     tensors: dict[str, Entry]
     metadata: dict[str, str]
     size: int
 
 
-def read_header(path: Path) -> Header:
+def read_layout(path: Path) -> FileLayout:
     """Read and check the header of a file.
 
     Args:
-        path: of a safetensors file.
+        path: Path of a safetensors file.
 
     Returns:
-        The header; every tensor lies inside the file, has the bytes that its shape and dtype need, and no byte
+        The layout; every tensor lies inside the file, has the bytes that its shape and dtype need, and no byte
         belongs to none or to two.
 
     Raises:
-        InputError: the file is damaged, truncated, no safetensors file, or of a dtype that is not known.
+        InputError: The file is damaged, truncated, no safetensors file, or has a dtype that is not known.
     """
+    with from_extra("diagnose", f"{path}: a safetensors file"):
+        import safetensors
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            if len(start) < 8:
-                raise InputError(f"{path}: {size} bytes are too few for a safetensors file; {_REMEDY}")
-            length = int.from_bytes(start, "little")
-            if length > MAX_HEADER or 8 + length > size:
-                raise InputError(
-                    f"{path}: its header should have {length} bytes, but the file has {size} (and a header at most "
-                    f"{MAX_HEADER}): truncated, or no safetensors file; {_REMEDY}"
-                )
-            raw = start + file.read(length)
-    except OSError as error:
+        with os_errors_named(path), path.open("rb") as raw, safetensors.safe_open(path, framework="numpy") as file:
+            size = path.stat().st_size
+            infos = {name: _info(path, name, file.get_slice(name)) for name in file.offset_keys()}
+            # The package has made sure that the tensors fill the file, without gaps, from the header to the end.
+            header = raw.read(size - sum(map(_num_bytes, infos.values())))
+            metadata = file.metadata() or {}
+    except safetensors.SafetensorError as error:
         raise InputError(
-            f"{path}: cannot be read ({error.strerror or error}); check the path and its rights"
+            f"{path}: damaged, truncated, or no safetensors file ({one_line(error)}); {DOWNLOAD_AGAIN}"
         ) from error
-    return parse_header(raw, size, str(path))
+    return FileLayout(header, _entries(infos, len(header)), metadata, size)
 
 
-def parse_header(raw: bytes, size: int, name: str) -> Header:
-    """Check a header.
-
-    Args:
-        raw: the eight length bytes and the JSON.
-        size: of the whole file in bytes.
-        name: of the file, for messages.
-
-    Returns:
-        The header.
-
-    Raises:
-        InputError: see `read_header`.
-    """
-    try:
-        content = json.loads(raw[8:].decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}: the safetensors header is not valid JSON ({one_line(error)}); {_REMEDY}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{name}: the safetensors header is not a JSON object; {_REMEDY}")
-    metadata = content.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InputError(f"{name}: __metadata__ of the safetensors header is not a table of texts; {_REMEDY}")
-    for tensor in content:
-        check_name(tensor, name)
-    entries = {tensor: _entry(fields, len(raw), f"{name}: {tensor}") for tensor, fields in content.items()}
-    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
-    end = len(raw)
-    for tensor, entry in ordered.items():
-        if entry.stop > size:
-            raise InputError(
-                f"{name}: {tensor} should end at byte {short_repr(entry.stop)}, but the file has {size}: truncated; "
-                f"{_REMEDY}"
-            )
-        if entry.start != end:
-            fault = "overlaps another tensor" if entry.start < end else "leaves bytes before it that no tensor owns"
-            raise InputError(
-                f"{name}: {tensor} {fault} (starts at byte {short_repr(entry.start)}, expected {end}); {_REMEDY}"
-            )
-        end = entry.stop
-    if end != size:
-        raise InputError(f"{name}: {size - end} bytes after the last tensor belong to none; {_REMEDY}")
-    return Header(raw, ordered, metadata, size)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"twice in it: {counts.most_common(1)[0][0]}")
-    return content
-
-
-def _entry(fields: Any, data_start: int, where: str) -> Entry:
-    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        raise InputError(f"{where}: its entry needs exactly dtype, shape and data_offsets; {_REMEDY}")
-    code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(code, str) or code not in DTYPES:
+def _info(path: Path, name: str, tensor: Any) -> TensorInfo:
+    check_name(name, str(path))
+    code, shape = tensor.get_dtype(), tuple(tensor.get_shape())
+    if code not in DTYPES:
         raise InputError(
-            f"{where}: unknown dtype {short_repr(code)}; give a checkpoint in float32, float16 or bfloat16"
+            f"{path}: {name}: unknown dtype {short_repr(code)}; give a checkpoint in float32, float16 or bfloat16"
         )
-    if not _are_sizes(shape):
-        raise InputError(f"{where}: shape {short_repr(shape)} is not a list of whole numbers >= 0; {_REMEDY}")
     if not is_valid_shape(shape, DTYPES[code].itemsize):
-        raise InputError(f"{where}: there can be no array of shape {short_repr(shape)}; {_REMEDY}")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise InputError(f"{where}: data_offsets {short_repr(offsets)} are not [start, stop]; {_REMEDY}")
-    needed, given = math.prod(shape) * DTYPES[code].itemsize, offsets[1] - offsets[0]
-    if needed != given:
-        raise InputError(
-            f"{where}: shape {short_repr(shape)} of {code} needs {needed} bytes, the file gives "
-            f"{short_repr(given)}; {_REMEDY}"
-        )
-    return Entry(DTYPES[code], tuple(shape), data_start + offsets[0], data_start + offsets[1])
-
-
-def _are_sizes(value: Any) -> bool:
-    # type(), not isinstance(): true is an int to Python.
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+        raise InputError(f"{path}: {name}: there can be no array of shape {short_repr(shape)}; {DOWNLOAD_AGAIN}")
+    return TensorInfo(DTYPES[code], shape)
 
 
 def read_tensor(path: Path, name: str, entry: Entry) -> np.ndarray:
     """Read one tensor.
 
     Args:
-        path: of the file.
-        name: of the tensor, for messages.
-        entry: from the file's header.
+        path: Path of the file.
+        name: Name of the tensor, for messages.
+        entry: Its entry in the layout of the file.
 
     Returns:
         Array of the entry's shape and dtype, writable.
 
     Raises:
-        InputError: the file cannot be read, or has become shorter.
+        InputError: The file cannot be read, or has become shorter.
     """
     array = np.empty(entry.stop - entry.start, np.uint8)
     read_bytes(path, entry.start, array, name)
-    return array.view(entry.dtype).reshape(entry.shape)
+    return array.view(entry.info.dtype).reshape(entry.info.shape)
 
 
-def read_bytes(path: Path, start: int, out: np.ndarray, name: str) -> None:
-    """Fill an array with bytes of a file.
-
-    Args:
-        path: of the file.
-        start: first byte.
-        out: uint8, shape (bytes,); filled.
-        name: of the tensor, for messages.
-
-    Raises:
-        InputError: the file cannot be read, or ends too early.
-    """
-    view, done = memoryview(out.data), 0
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            # One call reads at most 2 GiB on Linux.
-            while done < len(view) and (count := file.readinto(view[done:])):
-                done += count
-    except OSError as error:
-        raise InputError(f"{path}: {name} cannot be read ({error.strerror or error}); check the disk") from error
-    if done < len(view):
-        raise InputError(f"{path}: ends inside {name}: truncated; {_REMEDY}")
-
-
-def make_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Lay out a file.
+def make_layout(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> FileLayout:
+    """Lay out a new file.
 
     Args:
-        tensors: name -> what it is.
-        metadata: free text, name -> value; transformers wants `{"format": "pt"}`.
+        tensors: Name -> what the tensor is.
+        metadata: Free text, name -> value; transformers wants `{"format": "pt"}`.
 
     Returns:
-        The length bytes and the JSON, padded so that the data begins at a multiple of eight. The same bytes that the
-        `safetensors` package writes: tensors ordered by dtype, the widest first, then by name.
+        The layout, with the same header that the `safetensors` package writes: tensors are ordered by dtype, the widest
+        first, then by name, and their bytes begin at a multiple of eight.
 
     Raises:
-        InputError: a dtype that the format does not have.
+        InputError: The format does not have one of the dtypes.
     """
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
     for name, (dtype, _) in tensors.items():
         if dtype not in ranks:
             raise InputError(f"{name}: safetensors files hold no {dtype}; convert it to float32")
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-ranks[item[1].dtype], item[0])))
     content: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    end = 0
-    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-ranks[item[1].dtype], item[0])):
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        content[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    for name, ((dtype, shape), start, stop) in _entries(ordered, 0).items():
+        content[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    header = struct.pack("<Q", len(text)) + text
+    size = len(header) + sum(map(_num_bytes, tensors.values()))
+    return FileLayout(header, _entries(ordered, len(header)), dict(metadata or {}), size)
+
+
+def _entries(tensors: Mapping[str, TensorInfo], start: int) -> dict[str, Entry]:
+    """Put tensors one after the other, the first at byte `start`."""
+    entries = {}
+    for name, info in tensors.items():
+        stop = start + _num_bytes(info)
+        entries[name] = Entry(info, start, stop)
+        start = stop
+    return entries
+
+
+def _num_bytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * info.dtype.itemsize

@@ -1,92 +1,171 @@
-"""Safetensors as weights: a file, a folder of one model, shards with an index."""
+"""Safetensors as weights: one file, a folder of one model, shards with an index as Hugging Face lays them out."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from farms_jax._axes import TORCH_AXES
 from farms_jax.errors import InputError
-from farms_jax.weights.safetensors_file import TensorInfo, read_tensor
-from farms_jax.weights.shards import INDEX, WEIGHTS, Shards, read_files, read_indexed
+from farms_jax.weights.reading import DOWNLOAD_AGAIN, read_json
+from farms_jax.weights.safetensors_file import read_layout, read_tensor
+from farms_jax.weights.sanitise import printable, short_repr
 from farms_jax.weights.source import WeightSource
 
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(?P<start>.*)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
+_LISTED = 10  # tensors that an error names
 
 
 class SafetensorsSource(WeightSource):
-    """Weights in safetensors files of one folder."""
+    """Weights in safetensors files of one folder.
 
-    def __init__(self, path: Path, name: str, folder: Path, shards: Shards) -> None:
-        """Describe files whose headers are read.
+    Attributes:
+        layouts: File name -> layout.
+    """
+
+    def __init__(self, path: Path, folder: Path, filenames: Iterable[str]) -> None:
+        """Read the headers of files that make up one model.
 
         Args:
-            path: of the file or the folder that was asked for.
-            name: for people.
-            folder: of the files.
-            shards: the files.
+            path: Path of the file or folder that was asked for.
+            folder: Folder of the files.
+            filenames: Names of the files.
+
+        Raises:
+            InputError: A file is damaged, a tensor is in two files, or there are no tensors.
         """
-        self._folder, self._shards = folder, shards
-        tensors = {
-            tensor: TensorInfo(entry.dtype, entry.shape)
-            for header in shards.headers.values()
-            for tensor, entry in header.tensors.items()
-        }
+        self._folder = folder
+        self.layouts = {filename: read_layout(folder / filename) for filename in filenames}
+        self._file_of: dict[str, str] = {}
+        for filename, layout in self.layouts.items():
+            for name in layout.tensors:
+                if name in self._file_of:
+                    raise InputError(
+                        f"{folder}: {name} is in two shards, {self._file_of[name]} and {filename}; download them again"
+                    )
+                self._file_of[name] = filename
+        tensors = {name: entry.info for layout in self.layouts.values() for name, entry in layout.tensors.items()}
+        name = path.resolve().name if path == folder else path.stem
         super().__init__(path, name, "safetensors", TORCH_AXES, tensors)
 
+    def check_index(self, index: Path, weight_map: Mapping[str, str]) -> None:
+        """Compare the files with an index of them.
+
+        Args:
+            index: Path of the index, for the message.
+            weight_map: Tensor -> name of the file that should hold it.
+
+        Raises:
+            InputError: A tensor is in another file, in none, or not in the index.
+        """
+        missing = [
+            f"{printable(name)} (not in {printable(filename)})"
+            for name, filename in weight_map.items()
+            if self._file_of.get(name) != filename
+        ]
+        unlisted = [
+            f"{printable(name)} (in {printable(filename)}, not in the index)"
+            for name, filename in self._file_of.items()
+            if name not in weight_map
+        ]
+        if faults := missing + unlisted:
+            more = f" and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+            raise InputError(
+                f"{index}: it disagrees with its shards: {', '.join(faults[:_LISTED])}{more}; download all"
+            )
+
     def _read(self, name: str) -> np.ndarray:
-        filename = self._shards.home[name]
-        return read_tensor(self._folder / filename, name, self._shards.headers[filename].tensors[name])
+        filename = self._file_of[name]
+        return read_tensor(self._folder / filename, name, self.layouts[filename].tensors[name])
 
 
 def open_safetensors(path: Path) -> SafetensorsSource:
     """Open one file.
 
     Args:
-        path: of the file.
+        path: Path of the file.
 
     Returns:
         Its weights.
 
     Raises:
-        InputError: the file is damaged or holds nothing.
+        InputError: The file is damaged or holds no tensors.
     """
-    return SafetensorsSource(path, path.stem, path.parent, read_files(path.parent, [path.name]))
+    return SafetensorsSource(path, path.parent, [path.name])
+
+
+def open_indexed(path: Path) -> SafetensorsSource:
+    """Open the shards that an index names.
+
+    Args:
+        path: Path of the index; the shards are beside it.
+
+    Returns:
+        The weights; files are in the order of their names.
+
+    Raises:
+        InputError: A file is missing or damaged, or index and shards disagree.
+    """
+    weight_map = _read_weight_map(path)
+    filenames = sorted(set(weight_map.values()))
+    for filename in filenames:
+        if not (path.parent / filename).is_file():
+            raise InputError(f"{path.parent / filename}: this shard is missing, {path.name} names it; {DOWNLOAD_AGAIN}")
+    source = SafetensorsSource(path.parent, path.parent, filenames)
+    source.check_index(path, weight_map)
+    return source
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json(path, DOWNLOAD_AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: it has no weight_map; {DOWNLOAD_AGAIN}")
+    for name, filename in weight_map.items():
+        # A name with a folder in it would make an export write outside its own.
+        if not isinstance(filename, str) or Path(filename).name != filename or not _is_valid_filename(filename):
+            raise InputError(
+                f"{path}: {printable(name)} is in {short_repr(filename)}, no plain file name; {DOWNLOAD_AGAIN}"
+            )
+    return weight_map
+
+
+def _is_valid_filename(name: str) -> bool:
+    return name.isprintable() and len(name.encode()) <= 255  # the limit of most file systems
 
 
 def open_safetensors_folder(path: Path, filenames: Iterable[str]) -> SafetensorsSource | None:
     """Open the safetensors files of a folder.
 
     Args:
-        path: of the folder.
-        filenames: names of all files in it.
+        path: Path of the folder.
+        filenames: Names of all files in it.
 
     Returns:
-        The weights of `model.safetensors`, or of the shards of an index, or of all safetensors files; `None` where
+        The weights in `model.safetensors`, or in the shards of an index, or in all safetensors files; `None` where
         there are none of these.
 
     Raises:
-        InputError: a file is missing or damaged, or files disagree.
+        InputError: A file is missing or damaged, or files disagree.
     """
     files = [name for name in filenames if name.endswith(".safetensors") and not name.startswith(".")]
     indices = [name for name in filenames if name.endswith(".safetensors.index.json")]
     if WEIGHTS in files:
-        shards = read_files(path, [WEIGHTS])
-    elif indices:
+        return SafetensorsSource(path, path, [WEIGHTS])
+    if indices:
         if INDEX not in indices and len(indices) > 1:
             raise InputError(f"{path}: it has several models ({', '.join(indices)}); give a file of one of them")
-        shards = read_indexed(path / (INDEX if INDEX in indices else indices[0]))
-    elif files:
-        _check_numbers(path, files)
-        shards = read_files(path, files)
-    else:
+        return open_indexed(path / (INDEX if INDEX in indices else indices[0]))
+    if not files:
         return None
-    return SafetensorsSource(path, path.resolve().name, path, shards)
+    _check_numbers(path, files)
+    return SafetensorsSource(path, path, files)
 
 
 def _check_numbers(folder: Path, filenames: Iterable[str]) -> None:
-    """Without an index, the numbers in the shards' names tell whether all are there."""
+    """Check by the numbers in their names that all shards are there, where no index tells."""
     found: dict[tuple[str, str], set[int]] = {}
     for match in filter(None, map(_SHARD.fullmatch, filenames)):
         found.setdefault((match["start"], match["count"]), set()).add(int(match["number"]))
@@ -95,5 +174,5 @@ def _check_numbers(folder: Path, filenames: Iterable[str]) -> None:
             number = str(missing[0]).zfill(len(count))
             raise InputError(
                 f"{folder / f'{start}-{number}-of-{count}.safetensors'}: this shard is missing"
-                f"{f', as are {len(missing) - 1} more' if len(missing) > 1 else ''}; download it again"
+                f"{f', as are {len(missing) - 1} more' if len(missing) > 1 else ''}; {DOWNLOAD_AGAIN}"
             )

@@ -1,4 +1,4 @@
-"""Which arrays of a checkpoint are not weights of the model: states of optimisers, averages, running statistics.
+"""Tell the weights of a model from what else is in a checkpoint: optimiser states, averages, running statistics.
 
 >>> import numpy as np
 >>> matrix, count = TensorInfo(np.dtype("float32"), (3, 4)), TensorInfo(np.dtype("int32"), ())
@@ -13,7 +13,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from farms_jax.weights.safetensors_file import TensorInfo
+from farms_jax.weights.reading import TensorInfo
 
 OPTIMISER, STATISTICS, AVERAGE = "optimiser state", "running statistics", "moving average of the weights"
 _ALWAYS = {
@@ -35,10 +35,10 @@ def not_weights(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Find arrays that are not weights of the model.
 
     Args:
-        tensors: name -> what it is; parts of a name are separated by `/` or `.`.
+        tensors: Name -> what it is; parts of a name are separated by `/` or `.`.
 
     Returns:
-        name -> the reason, for those arrays alone, in the order given.
+        Name -> the reason, for those arrays alone, in the order given.
     """
     paths = {name: tuple(re.split(r"[/.]", name)) for name in tensors}
     shapes = {path: tensors[name].shape for name, path in paths.items()}
@@ -64,14 +64,7 @@ def _reason(path: _Path, counted: Iterable[_Path], mirrors: Mapping[_Path, str])
 
 
 def _mirrors(shapes: Mapping[_Path, tuple[int, ...]]) -> dict[_Path, str]:
-    """Find subtrees whose name says that they are a copy, and of which there is an original.
-
-    Args:
-        shapes: of all arrays.
-
-    Returns:
-        Path of the subtree -> the reason to leave it out.
-    """
+    """Find subtrees whose name says that they are a copy and that have an original; path -> reason to leave it out."""
     inside: dict[_Path, list[_Path]] = {}
     for path in shapes:
         for end, part in enumerate(path[:-1], start=1):

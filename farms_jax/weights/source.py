@@ -1,4 +1,4 @@
-"""What weights on disk are, whatever their format: named arrays, read one at a time."""
+"""Weights on disk, whatever their format: named arrays, read one at a time."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import numpy as np
 from farms_jax._axes import Axes
 from farms_jax._names import natural_key
 from farms_jax.errors import InputError
-from farms_jax.weights.safetensors_file import TensorInfo
+from farms_jax.weights.reading import TensorInfo
 from farms_jax.weights.sanitise import check_name, printable
 from farms_jax.weights.skipped import not_weights
 
@@ -19,26 +19,26 @@ class WeightSource(ABC):
     """Weights on disk; closed at the end of a `with` block.
 
     Attributes:
-        name: for people.
-        path: of the file or the folder.
+        name: Name for people.
+        path: Path of the file or folder.
         format: safetensors, gguf, orbax, msgpack or npz.
-        axes: which axes of an array are rows and columns.
-        tensors: full name -> dtype and shape, in natural order: `layer2` before `layer10`.
-        skipped: name -> why an array is no weight of the model, such as "optimiser state".
+        axes: Which axes of an array are rows and columns.
+        tensors: Full name -> dtype and shape, in natural order: `layer2` before `layer10`.
+        skipped: Name -> why an array is no weight of the model, such as "optimiser state".
     """
 
     def __init__(self, path: Path, name: str, format: str, axes: Axes, tensors: Mapping[str, TensorInfo]) -> None:
         """Describe what was found.
 
         Args:
-            path: of the file or the folder.
-            name: for people.
-            format: see the class.
-            axes: see the class.
-            tensors: full name -> dtype and shape, in any order.
+            path: See the class.
+            name: See the class.
+            format: See the class.
+            axes: See the class.
+            tensors: Full name -> dtype and shape, in any order.
 
         Raises:
-            InputError: there are no tensors, or a name is none.
+            InputError: There are no tensors, or a name is very long or not printable.
         """
         if not tensors:
             raise InputError(f"{path}: there are no arrays in it; give the checkpoint of a model")
@@ -52,13 +52,13 @@ class WeightSource(ABC):
         """Read one tensor.
 
         Args:
-            name: a key of `tensors`.
+            name: A key of `tensors`.
 
         Returns:
             A new array of its dtype and shape, the caller's own; bfloat16 is that of `ml_dtypes`.
 
         Raises:
-            InputError: there is no such tensor, or it cannot be read.
+            InputError: There is no such tensor, or it cannot be read.
         """
         if name not in self.tensors:
             raise InputError(
@@ -68,7 +68,7 @@ class WeightSource(ABC):
 
     @abstractmethod
     def _read(self, name: str) -> np.ndarray:
-        """Read a tensor that is there."""
+        """Read a tensor that exists."""
 
     def close(self) -> None:  # noqa: B027 (most formats open their files anew for every tensor)
         """Release open files."""

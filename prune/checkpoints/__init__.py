@@ -7,9 +7,7 @@
 Opening reads headers only, and finds every fault of names, shapes and sizes before long work begins.
 """
 
-from farms_jax.weights.safetensors_file import TensorInfo as TensorInfo
-
-from .base import Checkpoint as Checkpoint, Shard as Shard
+from .base import Checkpoint as Checkpoint
 from .folder import FolderCheckpoint as FolderCheckpoint
 from .gguf_checkpoint import GGUFCheckpoint as GGUFCheckpoint
 from .opening import (

@@ -1,85 +1,80 @@
 """What a checkpoint is, whatever its format: names, orientation and config are those of Hugging Face."""
 
-import hashlib
 import tempfile
 from abc import ABC, abstractmethod
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from farms_jax.errors import InputError
-from farms_jax.programs.files import atomic
-from farms_jax.weights.safetensors_file import TensorInfo
+from farms_jax.programs import files
+from farms_jax.weights import TensorInfo, WeightSource
+from farms_jax.weights.safetensors_file import FileLayout
 
 from ..models import Network, make_network
 
-_PIECE = 1 << 24  # bytes read at a time for the hash
-
-
-class Shard(NamedTuple):
-    """A weight file as an exported copy will have it.
-
-    Attributes:
-        filename: inside the folder.
-        header: first bytes of the file, up to the tensors.
-        tensors: name -> (start, stop) in bytes of the whole file.
-        size: of the file in bytes.
-    """
-
-    filename: str
-    header: bytes
-    tensors: dict[str, tuple[int, int]]
-    size: int
-
 
 class Checkpoint(ABC):
-    """A model on disk, read one tensor at a time.
+    """A model to prune: its weights, config and tokenizer, and how a copy of it is laid out.
 
     Attributes:
-        name: for people and run directories.
-        path: of the folder or the file.
-        config: content of `config.json`.
-        tensors: full tensor name -> its dtype and shape, (out, in) for linears.
-        files: the weight files.
+        source: The weights.
+        name: Name for people and run directories.
+        path: Path of the folder or the file.
+        config: Content of `config.json`.
+        tensors: Full tensor name -> its dtype and shape, (out, in) for linears.
+        files: Paths of the weight files, in the order of their names.
     """
 
-    name: str
-    path: Path
-    config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-    files: tuple[Path, ...]
+    def __init__(
+        self,
+        source: WeightSource,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, TensorInfo],
+        paths: tuple[Path, ...],
+        name: str | None = None,
+    ) -> None:
+        """Put a checkpoint together.
 
-    @abstractmethod
+        Args:
+            source: See the class.
+            config: See the class.
+            tensors: See the class; those of the source that belong to the model.
+            paths: Paths of the weight files.
+            name: See the class; default: that of the source.
+        """
+        self.source, self.path, self.name = source, source.path, name or source.name
+        self.config, self.tensors, self.files = dict(config), dict(tensors), paths
+
     def read(self, name: str) -> np.ndarray:
         """Read one tensor.
 
         Args:
-            name: full name, a key of `tensors`.
+            name: Full name, a key of `tensors`.
 
         Returns:
             Array of the stored dtype and shape.
 
         Raises:
-            InputError: there is no such tensor, or its file cannot be read.
+            InputError: There is no such tensor, or its file cannot be read.
         """
+        return self.source.read(name)
 
     @abstractmethod
-    def shards(self) -> list[Shard]:
-        """Return how an exported copy is laid out, file by file."""
+    def shards(self) -> dict[str, FileLayout]:
+        """Return how an exported copy is laid out: file name -> layout."""
 
     @abstractmethod
     def copy_sidecars(self, folder: Path, tokenizer: Any = None) -> None:
         """Write everything but the weights into an export folder.
 
         Args:
-            folder: made where there is none.
-            tokenizer: saved instead of the checkpoint's own.
+            folder: Folder of the export, made where there is none.
+            tokenizer: Tokenizer to save instead of the checkpoint's own.
 
         Raises:
-            InputError: the checkpoint's tokenizer cannot be made; never with one given.
+            InputError: The checkpoint's tokenizer cannot be made; never with one given.
         """
 
     @abstractmethod
@@ -87,7 +82,7 @@ class Checkpoint(ABC):
         """Load the tokenizer, one of `transformers`.
 
         Raises:
-            InputError: there is none, or it cannot be loaded.
+            InputError: There is none, or it cannot be loaded.
         """
 
     def network(self) -> Network:
@@ -97,7 +92,7 @@ class Checkpoint(ABC):
             The network; no weights are read.
 
         Raises:
-            InputError: the config is not supported, or tensors are unknown, missing or of another shape.
+            InputError: The config is not supported, or tensors are unknown, missing or of another shape.
         """
         network = make_network(self.config, self.tensors)
         network.check({name: info.shape for name, info in self.tensors.items()})
@@ -105,25 +100,16 @@ class Checkpoint(ABC):
 
     def sha256(self) -> str:
         """Return the SHA-256 of the weight files, read one after the other in the order of their names."""
-        return self._sha256
-
-    @cached_property
-    def _sha256(self) -> str:
-        digest, total = hashlib.sha256(), sum(path.stat().st_size for path in self.files)
-        with tqdm(total=total, desc="hash weights", unit="B", unit_scale=True, leave=False) as bar:
-            for path in self.files:
-                with path.open("rb", buffering=0) as file:
-                    while piece := file.read(_PIECE):
-                        digest.update(piece)
-                        bar.update(len(piece))
-        return digest.hexdigest()
-
-    def _no_tensor(self, name: str) -> InputError:
-        return InputError(f"{self.path}: there is no tensor {name} among its {len(self.tensors)}; check the family")
+        return files.sha256(*self.files, title="hash weights")
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer's files into a folder, each whole or not at all."""
+    """Write a tokenizer's files into a folder, each in one step.
+
+    Args:
+        tokenizer: A tokenizer of `transformers`.
+        folder: Folder, made where there is none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as draft:
         tokenizer.save_pretrained(draft)
@@ -134,5 +120,5 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
             encoding="utf-8",
         )
         for path in sorted(Path(draft).iterdir()):
-            with atomic(folder / path.name) as part:
+            with files.atomic(folder / path.name) as part:
                 path.rename(part)

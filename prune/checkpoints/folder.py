@@ -5,15 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from farms_jax.errors import InputError
 from farms_jax.programs.files import atomic
-from farms_jax.weights.safetensors_file import TensorInfo, read_tensor
-from farms_jax.weights.shards import INDEX, WEIGHTS, Shards, read_files, read_indexed, read_json
+from farms_jax.weights.reading import read_json
+from farms_jax.weights.safetensors_file import FileLayout
+from farms_jax.weights.safetensors_source import INDEX, WEIGHTS, SafetensorsSource, open_indexed
 
 from ..tokenizing import check_tokenizer, tokenizer_faults
-from .base import Checkpoint, Shard, save_tokenizer
+from .base import Checkpoint, save_tokenizer
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _TOKENIZER_FILES = (
@@ -34,46 +33,28 @@ class FolderCheckpoint(Checkpoint):
         """Open a folder.
 
         Args:
-            path: of the folder.
-            name: for people; the folder's own where not given.
+            path: Path of the folder.
+            name: Name for people; default: the folder's own.
 
         Raises:
-            InputError: a file is missing or damaged, or index and shards disagree.
+            InputError: A file is missing or damaged, or index and shards disagree.
         """
-        self.path, self.name = path, name or path.resolve().name
-        self.config = read_json(path / "config.json", "give a Hugging Face model folder")
-        self._shards = read_files(path, [WEIGHTS]) if (path / WEIGHTS).is_file() else _read_shards(path)
-        self.files = tuple(path / filename for filename in self._shards.headers)
-        self.tensors = {
-            name: TensorInfo(entry.dtype, entry.shape)
-            for header in self._shards.headers.values()
-            for name, entry in header.tensors.items()
-        }
+        config = read_json(path / "config.json", "give a Hugging Face model folder")
+        source = _open_weights(path)
+        files = tuple(path / filename for filename in source.layouts)
+        super().__init__(source, config, source.tensors, files, name)
+        self._layouts = source.layouts
 
-    def read(self, name: str) -> np.ndarray:  # noqa: D102
-        headers, home = self._shards
-        if name not in home:
-            raise self._no_tensor(name)
-        return read_tensor(self.path / home[name], name, headers[home[name]].tensors[name])
-
-    def shards(self) -> list[Shard]:
+    def shards(self) -> dict[str, FileLayout]:
         """Return the folder's own layout: headers verbatim, so that an unpruned export has the same bytes."""
-        return [
-            Shard(
-                filename,
-                header.raw,
-                {name: (entry.start, entry.stop) for name, entry in header.tensors.items()},
-                header.size,
-            )
-            for filename, header in self._shards.headers.items()
-        ]
+        return self._layouts
 
     def copy_sidecars(self, folder: Path, tokenizer: Any = None) -> None:
         """Copy config, generation config, tokenizer files and index, byte for byte.
 
         Args:
-            folder: made where there is none.
-            tokenizer: saved instead of the checkpoint's own.
+            folder: Folder of the export, made where there is none.
+            tokenizer: Tokenizer to save instead of the checkpoint's own.
         """
         names = ["config.json", "generation_config.json", *([] if (self.path / WEIGHTS).is_file() else [INDEX])]
         for filename in names if tokenizer is not None else [*names, *_TOKENIZER_FILES]:
@@ -93,7 +74,7 @@ class FolderCheckpoint(Checkpoint):
 
 
 def how_to_convert(folder: Path) -> str:
-    """Return what to do with a folder of pickled weights."""
+    """Return what the user can do with a folder of pickled weights."""
     return (
         'Convert them where torch is installed: python -c "from transformers import AutoModelForCausalLM as Model; '
         f"Model.from_pretrained('{folder}').save_pretrained('CONVERTED')\", copy the tokenizer files, "
@@ -101,29 +82,31 @@ def how_to_convert(folder: Path) -> str:
     )
 
 
-def _read_shards(folder: Path) -> Shards:
-    if not (folder / INDEX).is_file():
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        if pickles:
-            raise InputError(
-                f"{folder}: its weights are pickles ({', '.join(pickles[:3])}), which can run any code and are never "
-                f"loaded. {how_to_convert(folder)}"
-            )
-        raise InputError(f"{folder}: neither {WEIGHTS} nor {INDEX} is in it; give a folder with safetensors weights")
-    return read_indexed(folder / INDEX)
+def _open_weights(folder: Path) -> SafetensorsSource:
+    if (folder / WEIGHTS).is_file():
+        return SafetensorsSource(folder, folder, [WEIGHTS])
+    if (folder / INDEX).is_file():
+        return open_indexed(folder / INDEX)
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickles:
+        raise InputError(
+            f"{folder}: its weights are pickles ({', '.join(pickles[:3])}), which can run any code and are never "
+            f"loaded. {how_to_convert(folder)}"
+        )
+    raise InputError(f"{folder}: neither {WEIGHTS} nor {INDEX} is in it; give a folder with safetensors weights")
 
 
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a Hugging Face folder; only files of the folder are read, and no code of it is run.
 
     Args:
-        folder: with `tokenizer.json` or the files of an older form.
+        folder: Folder with `tokenizer.json` or the files of an older form.
 
     Returns:
         A tokenizer of `transformers`.
 
     Raises:
-        InputError: there is none, or it cannot be loaded.
+        InputError: There is none, or it cannot be loaded.
     """
     if not any((folder / filename).is_file() for filename in _TOKENIZERS):
         raise InputError(f"{folder}: there is no tokenizer in it; give a folder that has one with --tokenizer PATH")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from farms_jax.errors import InputError
-from farms_jax.weights.shards import WEIGHTS
+from farms_jax.weights.safetensors_source import WEIGHTS
 
 from .base import Checkpoint
 from .folder import FolderCheckpoint, how_to_convert, load_tokenizer

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import printable
+from farms_jax.weights.conversion import Shape, listed, mismatches
 
 from .operations import State, linear
 
@@ -24,11 +24,9 @@ from .operations import State, linear
 # on 2 cores with blocks of 576 and 2048 features: 15 % faster, and neither better nor worse; shorter ones lose up to
 # 25 %.
 LONG = 256
-_LISTED = 10  # tensors that an error names
 
 Part = int | Literal["embed", "head"]  # number of a block, or one of the two ends
 Kind = Literal["embed", "block", "head"]
-Shape = tuple[int, ...]
 Inputs = tuple[Array, ...]
 
 
@@ -217,15 +215,8 @@ def _exactly(function: Callable[[State, Array], Any], state: State, x: Array) ->
 
 
 def _compare(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
-    faults = [f"missing: {printable(name)} {list(shape)}" for name, shape in expected.items() if name not in found]
-    for name, shape in found.items():
-        if name not in expected:
-            faults.append(f"not in a network of this config.json: {printable(name)} {list(shape)}")
-        elif tuple(shape) != tuple(expected[name]):
-            faults.append(f"of another shape: {printable(name)} is {list(shape)}, must be {list(expected[name])}")
-    if faults:
-        more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+    if faults := mismatches(found, expected):
         raise InputError(
             f"{len(faults)} tensor(s) do not fit the config.json (use the one that belongs to these weights, "
-            f"and the complete set of weight files): {'; '.join(faults[:_LISTED])}{more}"
+            f"and the complete set of weight files): {listed(faults.values())}"
         )

@@ -15,8 +15,6 @@ import numpy as np
 from farms_jax._extras import from_extra
 from farms_jax.errors import InputError
 from farms_jax.programs import files
-from farms_jax.weights.npy_file import read_npy
-from farms_jax.weights.npz_source import read_npz
 from farms_jax.weights.sanitise import one_line, printable, short_repr
 
 from . import hub
@@ -174,9 +172,16 @@ def _read_tokens(path: Path, where: str) -> Source:
 
 
 def _load_ids(path: Path, where: str) -> np.ndarray:
-    with path.open("rb") as file:
-        is_archive = file.read(2) == b"PK"
     try:
-        return read_npz(path, "ids") if is_archive else read_npy(path)
-    except InputError as error:
-        raise InputError(f"{where}: no token ids: {error}") from error
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            ids = found if isinstance(found, np.ndarray) else found["ids"]
+            if not isinstance(ids, np.ndarray) or (ids is found and file.read(1)):
+                raise ValueError("no array, or more than one")
+            return ids
+    except OSError:
+        raise
+    except Exception as error:  # of any kind: it depends on what is damaged
+        raise InputError(
+            f'{where}: no token ids ({one_line(error)}); write them with numpy.save, or with numpy.savez as "ids"'
+        ) from error

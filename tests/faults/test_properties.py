@@ -238,7 +238,6 @@ PLANS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("tree", "dtype", "window", "tail"), PLANS)
 @examples(40)
 @given(data=st.data())

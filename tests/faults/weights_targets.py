@@ -3,7 +3,7 @@
 Everything is imported inside functions: a process that fuzzes one reader should not wait for the others' packages.
 """
 
-import contextlib
+import functools
 import io
 import logging
 import struct
@@ -137,48 +137,50 @@ def _read_gguf(path: Path) -> None:
     both(lambda: read_weights(path), as_checkpoint)
 
 
-@contextlib.contextmanager
-def _numbers_read() -> Any:
-    """Where `Cursor` reads numbers: a list of (first byte, size) that grows."""
-    from farms_jax.weights.cursor import Cursor
+def _places_of(find: Callable[[Any, Any], list[tuple[int, int]]]) -> Callable[[bytes], Sequence[tuple[int, int]]]:
+    """Where a reader reads numbers: (first byte, size), for the content of a file."""
 
-    places: list[tuple[int, int]] = []
-    original = Cursor.numbers
-
-    def numbers(self: Cursor, code: str, count: int) -> Any:
-        start, size = self.file.tell(), struct.calcsize(f"={code}")
-        places.extend((start + i * size, size) for i in range(min(count, 40)))
-        return original(self, code, count)
-
-    with mock.patch.object(Cursor, "numbers", numbers):
-        yield places
-
-
-def _places_of(read: Callable[[io.BytesIO, Path], object]) -> Callable[[bytes], Sequence[tuple[int, int]]]:
-    known: dict[bytes, list[tuple[int, int]]] = {}
-
+    @functools.cache
     def places(content: bytes) -> Sequence[tuple[int, int]]:
-        if content not in known:
-            file = mock.Mock(wraps=io.BytesIO(content))
-            path = mock.Mock(stat=lambda: mock.Mock(st_size=len(content)))
-            with _numbers_read() as found:
-                read(file, path)
-            known[content] = found
-        return known[content]
+        path = mock.Mock(stat=lambda: mock.Mock(st_size=len(content)))
+        return find(io.BytesIO(content), path)
 
     return places
 
 
-def _walk_gguf(file: Any, path: Any) -> None:
+def _gguf_numbers(file: Any, path: Any) -> list[tuple[int, int]]:
     from farms_jax.weights import gguf_file
 
-    gguf_file._read(gguf_file._Cursor(file, path), long_arrays=True)
+    found: list[tuple[int, int]] = []
+    original = gguf_file._Cursor.numbers
+
+    def numbers(self: gguf_file._Cursor, code: str, count: int) -> Any:
+        start, size = self.file.tell(), struct.calcsize(f"={code}")
+        found.extend((start + i * size, size) for i in range(min(count, 40)))
+        return original(self, code, count)
+
+    with mock.patch.object(gguf_file._Cursor, "numbers", numbers):
+        gguf_file._read(gguf_file._Cursor(file, path), long_arrays=True)
+    return found
 
 
-def _walk_msgpack(file: Any, path: Any) -> None:
+def _msgpack_numbers(file: Any, path: Any) -> list[tuple[int, int]]:
+    import msgpack
+
     from farms_jax.weights import msgpack_file
 
-    msgpack_file._Walker(file, path).value()
+    found: list[tuple[int, int]] = []
+    original = msgpack_file._Reader._peek
+
+    def peek(self: msgpack_file._Reader, position: int, count: int) -> bytes:
+        # First bytes of values, headers of extensions, and the shapes and dtypes that follow them.
+        found.extend([(position, 1), (position + 1, min(count, 4))])
+        found.extend((position + i, 1) for i in range(2, min(count, 20)))
+        return original(self, position, count)
+
+    with mock.patch.object(msgpack_file._Reader, "_peek", peek):
+        msgpack_file._Reader(msgpack, file, path).value()
+    return [(start, size) for start, size in found if start + size <= path.stat().st_size]
 
 
 def _npz(folder: Path) -> list[Path]:
@@ -219,8 +221,8 @@ _ORBAX_FILES = {
 TARGETS: dict[str, Target] = {
     "safetensors": Target(2000, _safetensors, {"*": mutations.mutate_safetensors}, read_weights),
     "index": Target(500, _shards, {"*.index.json": mutations.mutate_json}, _read_shards),
-    "gguf": Target(1500, _gguf, {"*": mutations.at_places(_places_of(_walk_gguf))}, _read_gguf),
+    "gguf": Target(1500, _gguf, {"*": mutations.at_places(_places_of(_gguf_numbers))}, _read_gguf),
     "npz": Target(800, _npz, {"*": mutations.mutate_archive}, read_weights),
-    "msgpack": Target(1000, _msgpack, {"*": mutations.at_places(_places_of(_walk_msgpack))}, read_weights),
+    "msgpack": Target(1000, _msgpack, {"*": mutations.at_places(_places_of(_msgpack_numbers))}, read_weights),
     "orbax": Target(500, _orbax, _ORBAX_FILES, read_weights),
 }
