@@ -34,26 +34,17 @@ def results():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        *("median", "rounds", "peak", "ks", "svd", "gram64, whole"),
-        *("host arrays", "arrays of one device", "two meshes", "explicit axes", "traced without a mesh"),
-    ],
-)
+CASES = ["median", "little memory", "peak", "ks", "svd", "gram64, whole", "eigenvalues", "accelerator"]
+CASES += ["host arrays", "arrays of one device", "two meshes", "traced", "explicit axes", "traced without a mesh"]
+
+
+@pytest.mark.parametrize("case", [*CASES, "training"])
 def test_the_result_is_that_of_one_device(results, case):
-    worst, alpha = results[case]
-    assert alpha < 1e-6
-    assert worst < 1e-5  # a distance is a difference of numbers near 1
-
-
-@pytest.mark.parametrize("case", ["eigenvalues", "accelerator", "training"])
-def test_numbers_are_those_of_one_device(results, case):
     assert results[case] < 1e-6
 
 
 def test_double_precision_is_kept(results):
-    assert results["x64"][0] < 1e-12
+    assert results["x64"] < 1e-12
 
 
 def test_every_device_has_the_report(results):
@@ -62,11 +53,7 @@ def test_every_device_has_the_report(results):
 
 def test_inside_jit_no_device_holds_two_layers(results):
     """Six layers are analysed; of one there are copies while it is gathered, and in another order of axes."""
-    assert max(results["temporary"].values()) < 3 * results["layer"]
-
-
-def test_inside_jit_the_result_is_that_of_one_device(results):
-    assert all(worst < 1e-6 for worst, _ in results["traced"].values())
+    assert results["temporary"] < 3 * results["layer"]
 
 
 def test_nan_inside_jit_gives_alpha_zero(results):

@@ -160,7 +160,7 @@ def test_cores_without_a_large_window_go_to_blas(windows, rows, threads, monkeyp
     assert given == [(threads, "blas")]
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 31, 32, 33, 34, 35, 64, 65, 66, 97, 150])
+@pytest.mark.parametrize("rows", [1, 2, 24, 25, 26, 49, 97])
 def test_two_stages_find_all_eigenvalues(rows):
     rng = np.random.default_rng(rows)
     heavy, low = rng.standard_t(1.5, (rows, rows)), rng.standard_normal((rows, 1))
