@@ -176,10 +176,15 @@ def _on_host(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
     shape = jax.ShapeDtypeStruct((positions * len(grid.starts), min(grid.rows, grid.cols)), weight.real.dtype)
     owners = [device.process_index for device in mesh.devices.flat]
     first_devices = [owners.index(process) for process in _processes(mesh)]
+    connected = jnp.zeros((), np.int32)
+    if len(first_devices) > 1:
+        # Processes connect at the first collective of a group of devices, and give up after 30 seconds (Gloo): not only
+        # after the solver, where one may come much later than another.
+        connected = lax.all_gather(connected, mesh.axis_names).sum()
 
     def spectrum(solver: str) -> Array:
         write = functools.partial(_write_eigenvalues, grid=grid, mesh=mesh, options=options._replace(solver=solver))
-        (values,) = buffer_callback(write, [shape], vmap_method="sequential")(weight)
+        (values,) = buffer_callback(write, [shape], vmap_method="sequential")(weight, connected)
         if len(first_devices) > 1:
             # Of the windows that other processes solve each has zeros, so that the sum is exact.
             values = lax.all_gather(values, mesh.axis_names)[np.array(first_devices)].sum(0)
@@ -198,10 +203,10 @@ def _processes(mesh: Mesh) -> list[int]:
 
 
 def _write_eigenvalues(
-    context: Any, out: Sequence[Any], weight: Any, *, grid: Grid, mesh: Mesh, options: Options
+    context: Any, out: Sequence[Any], weight: Any, connected: Any, *, grid: Grid, mesh: Mesh, options: Options
 ) -> None:
     """Write the eigenvalues of this process's windows, and zeros for the others, to XLA's memory (K * W, n)."""
-    del context
+    del context, connected
     weight = read_only(weight)
     stack = as_matrices(weight, options.axes)
     processes = _processes(mesh)
