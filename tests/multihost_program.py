@@ -1,11 +1,12 @@
 """One of two processes of `jax.distributed`: writes what `test_multihost.py` asserts, as JSON.
 
-python tests/multihost_program.py PORT PROCESS
+python tests/multihost_program.py PORT PROCESS FILE all|late
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
@@ -16,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import farms_jax
 from farms_jax._report import METRICS
+from farms_jax.solvers import cpu
 
 RNG = np.random.default_rng(0)
 WEIGHTS = {
@@ -54,19 +56,32 @@ def fault(call):
         return f"{type(error).__name__}: {error}"
 
 
-def main():
-    port, process = int(sys.argv[1]), int(sys.argv[2])
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+def spread(weights):
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    return {
+        name: jax.make_array_from_callback(
+            weight.shape, NamedSharding(mesh, SPECS[name]), lambda index, weight=weight: weight[index]
+        )
+        for name, weight in weights.items()
+    }
 
-    def spread(weights):
-        return {
-            name: jax.make_array_from_callback(
-                weight.shape, NamedSharding(mesh, SPECS[name]), lambda index, weight=weight: weight[index]
-            )
-            for name, weight in weights.items()
-        }
 
+def late(process):
+    """The first process solves its windows 35 seconds later than the second."""
+    expected, solve, start = farms_jax.analyze(WEIGHTS), cpu.solve, time.monotonic()
+
+    def solve_late(*args, **settings):
+        cpu.solve = solve
+        time.sleep(35)
+        return solve(*args, **settings)
+
+    if process == 0:
+        cpu.solve = solve_late
+    alpha = np.asarray(farms_jax.analyze(spread(WEIGHTS)).alpha)
+    return {"late": time.monotonic() - start, "alpha": alpha.tolist(), "one": np.asarray(expected.alpha).tolist()}
+
+
+def every(process):
     settings = {"eigenvalues": True, "kernel_scale": 0.25}
     results = {"one": facts(farms_jax.analyze(WEIGHTS, **settings))}
     report = farms_jax.analyze(spread(WEIGHTS), **settings)
@@ -89,7 +104,7 @@ def main():
     }
     lazy["a"].__class__ = Unreadable
     results["faults"]["unreadable"] = fault(lambda: farms_jax.multihost.analyze(lazy))
-    Path(sys.argv[3]).write_text(json.dumps(results))
+    return results
 
 
 class Unreadable(Lazy):
@@ -97,6 +112,12 @@ class Unreadable(Lazy):
 
     def __array__(self, dtype=None, copy=None):
         raise OSError("the disk is gone")
+
+
+def main():
+    port, process = int(sys.argv[1]), int(sys.argv[2])
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+    Path(sys.argv[3]).write_text(json.dumps({"all": every, "late": late}[sys.argv[4]](process)))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,8 @@ from farms_jax.errors import InputError
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Two processes on this machine make all analyses."""
-    folder = tmp_path_factory.mktemp("multihost")
+def run_two_processes(folder, analyses):
+    """Results of two processes on this machine that make the same analyses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -30,6 +28,7 @@ def results(tmp_path_factory):
         # Errors go to a file as well: a full pipe would stop one process, and the other would wait for it.
         with (folder / f"{number}.err").open("w") as errors:
             command = [sys.executable, "tests/multihost_program.py", str(port), str(number), str(folder / str(number))]
+            command.append(analyses)
             env = {**os.environ, "PYTHONPATH": str(ROOT)}
             processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=errors, stderr=errors))
     try:
@@ -39,6 +38,19 @@ def results(tmp_path_factory):
             process.kill()
     assert statuses == [0, 0], [(folder / f"{number}.err").read_text() for number in range(2)]
     return [json.loads((folder / str(number)).read_text()) for number in range(2)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_two_processes(tmp_path_factory.mktemp("multihost"), "all")
+
+
+@pytest.mark.slow
+def test_a_process_may_be_late(tmp_path):
+    """Gloo gives up after 30 seconds where processes meet for the first time."""
+    first, second = run_two_processes(tmp_path, "late")
+    assert first["late"] > 35
+    assert first["alpha"] == second["alpha"] == first["one"]
 
 
 @pytest.mark.parametrize("way", ["mesh", "layers"])
