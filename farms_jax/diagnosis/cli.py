@@ -49,7 +49,7 @@ class Measuring:
     tail: Literal["median", "peak", "ks"] = "median"
     """Rule that finds the start of the tail, for windows and for `whole_alpha`."""
     whole: bool = True
-    """Measure whole matrices too: WeightWatcher's columns and the aspect-ratio bias."""
+    """Measure whole matrices too: WeightWatcher's measures and the aspect-ratio bias."""
     randomize: bool = True
     """Shuffle each matrix and measure it again, for the distance from noise."""
     resamples: int = 200
@@ -59,11 +59,11 @@ class Measuring:
     tolerance: float | None = None
     """Adaptive windows: stop adding them when alpha's interval is within +- this."""
     seed: int = 0
-    """Of shuffles and resamples."""
+    """Seed of shuffles and resamples."""
     cache: bool = True
     """Keep results by the hash of the weights, so that only what changed is measured again."""
     cache_dir: Path | None = None
-    """Where they are kept; by default in the user's cache folder."""
+    """Folder of the kept results; by default in the user's cache folder."""
 
     def options(self) -> dict[str, Any]:
         """Return the options of `diagnose`."""
@@ -172,7 +172,7 @@ class Watch(Measuring):
     ww_alpha_below: Annotated[float, tyro.conf.arg(aliases=("--alpha-below",))] = Rules.ww_alpha_below
     """Alert when WeightWatcher's alpha of the whole matrix falls below this."""
     spikes: int = Rules.spikes
-    """Alert when so many eigenvalues stand beyond the bulk of noise, where none did before."""
+    """Alert when at least this many eigenvalues stand beyond the bulk of noise, where none did before."""
     out: Path | None = None
     """Where alerts.jsonl and the diagnoses go; RUN_DIR/farms by default."""
 
