@@ -20,7 +20,7 @@ import torch
 
 import farms_jax
 from benchmarks._common import interleave, machine, timed, write
-from benchmarks.spectral import torch_layout, torch_loop
+from benchmarks.spectral import exact_alphas, torch_layout, torch_loop
 from benchmarks.torch_dpot import TorchDPOT
 from sciml.balanced_layers import measure
 from sciml.checkpoints import to_torch
@@ -124,7 +124,7 @@ def time_refresh(model: ModelConfig, repeats: int) -> dict[str, float]:
     leaves = {name: np.asarray(leaf) for name, leaf in farms_jax.named_leaves(params) if name in report.names}
     layers = {name: torch.from_numpy(torch_layout(leaves[name])) for name in report.names}
     seconds = interleave({"ours": ours, "loop": lambda: torch_loop(layers, "median")}, repeats)
-    exact = np.array(torch_loop({name: layer.double() for name, layer in layers.items()}, "median"))
+    exact = np.array(exact_alphas(layers, "median"))
     medians = {name: median(values) for name, values in seconds.items()}
     difference = np.abs(np.asarray(report.alpha) / exact - 1).max()
     return {

@@ -34,8 +34,9 @@ def pairwise(cases, *keys):
 
 
 def few(cases, step):
-    """Cases as parameters of a test, of which all but each `step`-th are slow."""
-    return [pytest.param(case, marks=[pytest.mark.slow] * (n % step > 0)) for n, case in enumerate(cases)]
+    """Cases, or tuples of arguments, as parameters of a test; all but each `step`-th are slow."""
+    arguments = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=[pytest.mark.slow] * (n % step > 0)) for n, case in enumerate(arguments)]
 
 
 def tail_of(case):

@@ -1,20 +1,15 @@
 """analyze(): layouts, what is left out, options, degenerate weights, tracing."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from flax import nnx
 
 import farms_jax
-from farms_jax import TORCH_AXES, Tail, Window, analyze
+from farms_jax import Tail, Window, analyze
 from farms_jax._axes import as_matrices
 from farms_jax._windows import make_grid
-
-RNG = np.random.default_rng(0)
 
 
 def normal(*shape, seed=0):
@@ -54,7 +49,8 @@ def oracle_alphas(weight, window, tail, axes=farms_jax.FLAX_AXES, kernel_scale=0
 
 
 WINDOWS = [Window(), Window(rows=7, per_axis=3), Window(aspect_ratio=2.0, stride=5), None]
-CASES = [(PARAMS, window, rule) for window in WINDOWS for rule in ("median", "peak", "ks")]
+CASES = [(PARAMS, Window(), rule) for rule in ("median", "peak", "ks")]
+CASES += [(PARAMS, window, rule) for window, rule in zip(WINDOWS[1:], ("peak", "ks", "median"), strict=True)]
 CASES += [(MIXED, window, rule) for window, rule in zip(WINDOWS, ("median", "ks", "peak", "median"), strict=True)]
 
 
@@ -67,38 +63,6 @@ def test_equals_the_oracle(params, window, rule):
         np.testing.assert_allclose(
             alpha, np.mean(oracle_alphas(params[module][leaf], window, Tail(rule))), rtol=1e-3, err_msg=name
         )
-
-
-def test_layouts_agree():
-    linen = {"layers_0": {"kernel": normal(12, 9), "bias": normal(9)}, "layers_1": {"kernel": normal(3, 3, 4, 8)}}
-
-    class Model(nnx.Module):
-        def __init__(self):
-            self.layers_0 = nnx.Linear(12, 9, rngs=nnx.Rngs(0))
-            self.layers_1 = nnx.Conv(4, 8, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
-
-    model = Model()
-    nnx.update(model, linen)
-
-    @jax.tree_util.register_dataclass
-    @dataclasses.dataclass
-    class Module:
-        weight: jax.Array
-
-    torch = {
-        "layers_0.weight": linen["layers_0"]["kernel"].T,
-        "layers_1.weight": linen["layers_1"]["kernel"].transpose(3, 2, 0, 1),
-    }
-    equinox = {"layers_0": Module(torch["layers_0.weight"]), "layers_1": Module(torch["layers_1.weight"])}
-    reports = {
-        "layers_0/kernel": [analyze(linen), analyze(nnx.state(model, nnx.Param)), analyze(model)],
-        "layers_0.weight": [analyze(torch, axes=TORCH_AXES)],
-        "layers_0/weight": [analyze(equinox, axes=TORCH_AXES)],
-    }
-    for first, found in reports.items():
-        for report in found:
-            assert report.names[0] == first
-            np.testing.assert_allclose(report.alpha, reports["layers_0/kernel"][0].alpha, rtol=1e-6)
 
 
 def test_every_leaf_is_in_the_report_or_left_out_with_its_reason():
@@ -258,14 +222,6 @@ def test_vmap_over_seeds():
         np.testing.assert_allclose(alphas[seed], analyze({"m": stacked["m"][seed]}).alpha, rtol=1e-6)
 
 
-def test_float64_under_the_context_manager():
-    with jax.enable_x64(True):
-        report = analyze({"m": normal(50, 40).astype(np.float64)}, eigenvalues=True, window=None)
-    expected = np.sort(np.linalg.svd(normal(50, 40).astype(np.float64), compute_uv=False) ** 2)
-    assert report.eigenvalues[0].dtype == np.float64
-    np.testing.assert_allclose(np.asarray(report.eigenvalues[0][0]), expected, rtol=1e-12)
-
-
 @pytest.mark.parametrize("window", [Window(rows=20, per_axis=3), None])
 @pytest.mark.parametrize(("x64", "rtol"), [(False, 1e-5), (True, 1e-12)])
 def test_complex_eigenvalues_are_squared_singular_values_each_once(window, x64, rtol):
@@ -314,11 +270,6 @@ def test_complex_alphas_set_the_rates_of_real_leaves_of_the_same_names():
     assert scale["a"]["kernel"].dtype == np.float32
 
 
-def test_transposition_changes_nothing_at_aspect_ratio_one():
-    matrix = normal(60, 33)
-    np.testing.assert_allclose(analyze({"m": matrix}).alpha, analyze({"m": matrix.T}).alpha, rtol=1e-5)
-
-
 def test_report_is_a_pytree_and_drops_layers():
     report = analyze(PARAMS)
     doubled = jax.tree.map(lambda x: 2 * x, report)
@@ -335,7 +286,6 @@ def test_report_is_a_pytree_and_drops_layers():
 @pytest.mark.parametrize("rule", ["median", "peak", "ks"])
 def test_strict_promotion_finds_nothing(rule):
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        analyze(MIXED, tail=Tail(rule, min_eigenvalue=1e-5))
-        report = analyze(PARAMS, tail=Tail(rule, min_eigenvalue=1e-5))
+        report = analyze(MIXED, tail=Tail(rule, min_eigenvalue=1e-5))
         for mapping in farms_jax.mappings.NAMED:
             farms_jax.lr_scale(report, PARAMS, mapping=mapping)

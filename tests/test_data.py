@@ -134,7 +134,12 @@ def test_cache_is_used_and_follows_its_source(content, tmp_path, monkeypatch):
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".npz"]
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-900], lambda data: b"junk" + data[4:]])
+def _flip_a_bit(data):
+    third = len(data) // 3  # inside the training images, by far the largest array
+    return data[:third] + bytes([data[third] ^ 4]) + data[third + 1 :]
+
+
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda data: data[:-900], _flip_a_bit])
 def test_damaged_cache_is_rebuilt(damage, content, tmp_path, caplog):
     path = _folder_of(tmp_path / "plain", content)
     first = _load_folder(path, tmp_path)
@@ -144,16 +149,6 @@ def test_damaged_cache_is_rebuilt(damage, content, tmp_path, caplog):
     assert _load_folder(path, tmp_path).fingerprint == first.fingerprint
     assert "damaged cache" in caplog.text
     assert len(cache.read_bytes()) == len(whole)
-
-
-def test_flipped_bit_in_cache_is_found(content, tmp_path):
-    path = _folder_of(tmp_path / "plain", content)
-    first = _load_folder(path, tmp_path)
-    (cache,) = (tmp_path / "cache").iterdir()
-    data = bytearray(cache.read_bytes())
-    data[len(data) // 3] ^= 4  # inside the training images, by far the largest array
-    cache.write_bytes(data)
-    assert _load_folder(path, tmp_path).fingerprint == first.fingerprint
 
 
 def test_unwritable_cache_is_no_error(content, tmp_path, monkeypatch, caplog):
@@ -210,15 +205,12 @@ def test_folder_errors(case, packed, content, tmp_path):
     assert not list(tmp_path.glob("cache/*"))
 
 
-def test_missing_and_empty_paths(tmp_path):
+def test_missing_and_empty_paths(content, tmp_path):
     with pytest.raises(DataError, match="nowhere': no such file or directory"):
         _load_folder(tmp_path / "nowhere", tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="must hold split/class/name.jpg"):
         _load_folder(tmp_path / "empty", tmp_path)
-
-
-def test_empty_class(content, tmp_path):
     path = _folder_of(tmp_path / "plain", content)
     (path / "train" / "owl").mkdir()
     with pytest.raises(DataError, match="owl: must hold images"):
@@ -255,24 +247,21 @@ def test_duplicates_and_links_in_archives(content, tmp_path):
 # Arguments
 
 
-@pytest.mark.parametrize("dataset", ["cifar", "CIFAR10", "folder:", "folder", ""])
+@pytest.mark.parametrize("dataset", ["CIFAR10", "folder:", "folder", ""])
 def test_unknown_dataset(dataset):
     with pytest.raises(ValueError, match="dataset must be one of auto, cifar100, cifar10, digits, folder:PATH"):
         load(dataset)
 
 
-@pytest.mark.parametrize("limit", [0, -1, 1.5, True, "10"])
+@pytest.mark.parametrize("limit", [0, 1.5, True, "10"])
 def test_bad_limit_train(limit):
     with pytest.raises(ValueError, match=r"limit_train must be None or an integer >= 1, got"):
         load("digits", limit_train=limit)
 
 
-def test_limit_train_above_the_data_set():
+def test_arguments_that_do_not_fit(tmp_path):
     with pytest.raises(DataError, match="limit_train must be at most 1442 for this data set, got 1443"):
         load("digits", limit_train=1443)
-
-
-def test_data_dir_is_a_file(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match="data_dir must be a directory, got the file"):
         load("digits", data_dir=tmp_path / "file")

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers import few
 
 import farms_jax
 from farms_jax import FLAX_AXES, TORCH_AXES, Tail, Window
@@ -29,12 +30,15 @@ QUICK = Settings(resamples=0, randomize=False)
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        QUICK,
-        dataclasses.replace(QUICK, tail=Tail("ks")),
-        dataclasses.replace(QUICK, window=Window(rows=16, per_axis=3), tail=Tail(xmin_pos=4.0), kernel_scale=1.0),
-        dataclasses.replace(QUICK, window=Window(aspect_ratio=0.5, divisions="pooled")),
-    ],
+    few(
+        [
+            QUICK,
+            dataclasses.replace(QUICK, tail=Tail("ks")),
+            dataclasses.replace(QUICK, window=Window(rows=16, per_axis=3), tail=Tail(xmin_pos=4.0), kernel_scale=1.0),
+            dataclasses.replace(QUICK, window=Window(aspect_ratio=0.5, divisions="pooled")),
+        ],
+        2,
+    ),
     ids=["default", "ks", "grid", "pooled"],
 )
 def test_names_of_a_report_have_its_numbers(settings):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import few
 
 from benchmarks.interval_coverage import KINDS, coverage
 from farms_jax import TORCH_AXES, Tail, Window
@@ -14,14 +15,17 @@ from farms_jax.diagnosis.spectrum import fit_spectra
 
 @pytest.mark.parametrize(
     ("kind", "shape", "window"),
-    [
-        ("gaussian", (96, 96), Window()),
-        ("student t, 1.5", (32, 128), Window()),
-        ("spiked", (3, 3, 32, 32), Window()),
-        ("gaussian", (7, 7, 3, 32), Window()),
-        ("student t, 1.5", (64, 96), Window(rows=16)),
-        ("spiked", (64, 96), Window(rows=16)),
-    ],
+    few(
+        [
+            ("gaussian", (96, 96), Window()),
+            ("student t, 1.5", (32, 128), Window()),
+            ("spiked", (3, 3, 32, 32), Window()),
+            ("gaussian", (7, 7, 3, 32), Window()),
+            ("student t, 1.5", (64, 96), Window(rows=16)),
+            ("spiked", (64, 96), Window(rows=16)),
+        ],
+        2,
+    ),
 )
 def test_intervals_hold_the_mean_of_the_ensemble(kind, shape, window):
     found = coverage(kind, shape, window, draws=80)

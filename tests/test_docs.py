@@ -13,7 +13,15 @@ from farms_jax.diagnosis.columns import COLUMNS
 INLINE = sorted({command for page in PAGES for command in inline_commands(page)})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+# Tutorials train, prune and draw.
+TUTORIALS = [pytest.param(page, marks=pytest.mark.slow) for page in PAGES if "tutorials" in page.parts]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*(page for page in PAGES if "tutorials" not in page.parts), *TUTORIALS],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_page(page, tmp_path, monkeypatch):
     """Run a page's blocks in their order, in a folder of its own; a `text` block right after one is what it prints."""
     monkeypatch.chdir(tmp_path)

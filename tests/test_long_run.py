@@ -33,6 +33,7 @@ def found():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_kept_or_made_anew(kind, found):
     result, calls = found[kind], CALLS[kind] // 2

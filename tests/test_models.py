@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import few
 
 from tests.torch_weights import from_torch, leaves, load
 from train import cpu_gradients
@@ -150,7 +151,7 @@ def test_unknown_depth():
         MODELS["resnet18"].build.func(20, 10, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vgg16"])
+@pytest.mark.parametrize("name", few(["vgg16", "resnet18"], 2))
 def test_initial_values(name):
     parameters = leaves(nnx.state(MODELS[name].build(num_classes=10, width=0.5, rngs=nnx.Rngs(0)), nnx.Param))
     for path, value in parameters.items():
@@ -165,9 +166,7 @@ def test_initial_values(name):
             np.testing.assert_allclose(np.std(value), bound / math.sqrt(3), rtol=0.05)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("side", [7, 8])
+@pytest.mark.parametrize(("stride", "size", "side"), [(1, 1, 8), (1, 3, 7), (2, 1, 7), (2, 3, 8)])
 def test_convolution_equals_plain_one(stride, size, side):
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (4, side, side, 5))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import few
 from prune_helpers import bytes_of, small_run
 
 import prune.run
@@ -59,7 +60,7 @@ def wanda_scores(job):
     return scores
 
 
-@pytest.mark.parametrize("model", ["llama_tiny", "opt_tiny"])
+@pytest.mark.parametrize("model", few(["llama_tiny", "opt_tiny"], 2))
 @pytest.mark.parametrize("granularity", ["block", "layer"])
 def test_scores_of_owl_and_dlp(model, granularity, tmp_path):
     jobs = {
@@ -159,7 +160,7 @@ def test_the_reference_s_budget_removes_less(tmp_path):
 # --- N:M -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", few(["wanda", "magnitude", "sparsegpt"], 3))
 def test_uniform_groups_have_exactly_n_of_m(method, tmp_path):
     card, path = card_of(small_run(tmp_path, method=method, allocation="uniform", groups="2:4"))
     for layer, mask in read_masks(path / "model").items():
@@ -188,6 +189,7 @@ def test_mixed_groups_share_one_budget(granularity, tmp_path):
 # --- Search of epsilon -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_auto_takes_the_epsilon_of_the_lowest_perplexity_on_held_out_text(tmp_path):
     config = small_run(tmp_path, epsilon="auto")
     card, path = card_of(config)
@@ -204,7 +206,7 @@ def test_auto_takes_the_epsilon_of_the_lowest_perplexity_on_held_out_text(tmp_pa
     assert found["trials"][str(found["value"])] == pytest.approx(value, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", few(["wanda", "sparsegpt"], 2))
 def test_statistics_never_see_the_held_out_text(method, tmp_path, monkeypatch):
     monkeypatch.setattr(prune.run, "candidates", lambda allocation: (0.1,))
     config = small_run(tmp_path, method=method, allocation="owl", epsilon="auto")

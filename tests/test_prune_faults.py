@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import few
 from prune_helpers import DATA, bytes_of, command, small_run, weights_of, write_folder
 
 import farms_jax.programs.cache
@@ -239,7 +240,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", few(PLACES, 3))
 def test_no_space_on_the_way_keeps_what_is_done(place, whole, tmp_path, monkeypatch):
     module, name, number = PLACES[place]
     source = bytes_of(DATA / "llama_tiny")

@@ -12,6 +12,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from helpers import few
 from lm_eval.api.instance import Instance
 from prune_helpers import DATA, byte_tokenizer, folder_with_tokenizer
 
@@ -112,7 +113,7 @@ def splits(ids):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"batch_tokens": 100}, {"batch_tokens": 1, "stream_tokens": 100}, {"max_length": 39}]
+    "settings", few([{}, {"batch_tokens": 100}, {"batch_tokens": 1, "stream_tokens": 100}, {"max_length": 39}], 3)
 )
 def test_scores_are_the_references_whatever_the_batches(reference, folder, settings):
     ids, logprobs = reference
@@ -439,6 +440,7 @@ sys.meta_path = [Without(finder) for finder in sys.meta_path]
 """
 
 
+@pytest.mark.slow
 def test_all_runs_without_torch(folder, tmp_path):
     program = (
         f"{WITHOUT_TORCH}\n"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import few
 
 from farms_jax.errors import InputError
 from prune.models import Network, make_network
@@ -105,7 +106,7 @@ def test_a_network_costs_nothing_before_its_weights():
     assert network.tensors("head") == {"model.norm.weight": (2**20,), "lm_head.weight": (2**20, 2**20)}
 
 
-@pytest.mark.parametrize("name", ["llama_tiny", "llama_tiny_bias"])
+@pytest.mark.parametrize("name", few(["llama_tiny_bias", "llama_tiny"], 2))
 def test_inputs_of_a_llama_block(name):
     network, tensors = make_network(config_of(name)), weights_of(name)
     x, inputs, y = run_block(network, tensors)
@@ -131,7 +132,7 @@ def test_inputs_of_a_llama_block(name):
     np.testing.assert_allclose(inputs["self_attn.o_proj"][:, 0], repeated[:, 0].reshape(len(x), -1), **close)
 
 
-@pytest.mark.parametrize("name", ["opt_tiny", "opt_tiny_postnorm"])
+@pytest.mark.parametrize("name", few(["opt_tiny_postnorm", "opt_tiny"], 2))
 def test_inputs_of_an_opt_block(name):
     network, tensors = make_network(config_of(name)), weights_of(name)
     x, inputs, y = run_block(network, tensors)
@@ -192,6 +193,7 @@ def test_inputs_do_not_compute_the_output(name, last):
     assert flops[0] - flops[1] > 0.95 * product
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "window"),
     [

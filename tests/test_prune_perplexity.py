@@ -98,6 +98,7 @@ def test_one_sequence_is_worth_as_much_as_another():
     assert together == pytest.approx(np.prod(alone) ** (1 / 3), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_pruning_nothing_on_the_way_gives_the_dense_perplexity(method, tmp_path):
     job = prepare(small_run(tmp_path, method=method, allocation="uniform"))

@@ -15,7 +15,7 @@ from prune.methods import Groups
 from prune.models import make_network
 from prune.pruning import STATISTIC, prune_block
 from prune.scores import measure_alphas
-from tests.helpers import DATA, load_cases
+from tests.helpers import DATA, few, load_cases
 
 MODELS = ("llama_tiny", "opt_tiny")
 TAGS = [(model, tag) for model in MODELS for tag in load_cases(model)[0]["pruning"]["runs"]]
@@ -78,7 +78,7 @@ def prune(model, tag):
     return masks, weights, seen, np.asarray(logits)
 
 
-@pytest.mark.parametrize(("model", "tag"), TAGS)
+@pytest.mark.parametrize(("model", "tag"), few(TAGS, 3))
 def test_pruned_as_the_reference(model, tag):
     settings, arrays = load_cases(model)
     masks, weights, _, logits = prune(model, tag)

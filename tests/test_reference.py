@@ -31,9 +31,9 @@ def grouped(cases):
 
 
 def analyses(cases):
-    """Parameters of a test: all settings with a few weights each, other ones each time, and with all, which is slow."""
-    every = [pytest.param(*group, marks=pytest.mark.slow) for group in grouped(cases).items()]
-    return [*grouped(cases[::6]).items(), *every]
+    """Parameters of a test: settings with a few weights each, and in float64 with all, which is slow."""
+    some = [(*group, precision) for group in grouped(cases[::12]).items() for precision in ("float32", "float64")]
+    return [*some, *(pytest.param(*group, "float64", marks=pytest.mark.slow) for group in grouped(cases).items())]
 
 
 def same_windows(case):
@@ -99,14 +99,12 @@ def check(cases, numbers, key, settings, precision):
         np.testing.assert_allclose(row["alpha_hat"], numbers["alpha_hat"][number], rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float64"])
-@pytest.mark.parametrize(("settings", "cases"), analyses(LINEAR_SAME))
+@pytest.mark.parametrize(("settings", "cases", "precision"), analyses(LINEAR_SAME))
 def test_matrix(settings, cases, precision):
     check(cases, LINEAR_NUMBERS, "matrix", settings, precision)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float64"])
-@pytest.mark.parametrize(("settings", "cases"), analyses(CONV_SAME))
+@pytest.mark.parametrize(("settings", "cases", "precision"), analyses(CONV_SAME))
 def test_kernel(settings, cases, precision):
     check(cases, CONV_NUMBERS, "tensor", settings, precision)
 

@@ -40,7 +40,7 @@ CASES += ["host arrays", "arrays of one device", "two meshes", "traced", "explic
 
 @pytest.mark.parametrize("case", [*CASES, "training"])
 def test_the_result_is_that_of_one_device(results, case):
-    assert results[case] < 1e-6
+    assert results[case] < 1e-5  # sums in float32, in another order
 
 
 def test_double_precision_is_kept(results):

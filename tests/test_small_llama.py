@@ -51,6 +51,7 @@ def tensors_of(checkpoint):
     return {name: checkpoint.read(name).astype(np.float32) for name in checkpoint.tensors}
 
 
+@pytest.mark.slow
 def test_training_writes_a_model_that_has_learnt(config, record):
     assert json.loads((config.out / "training.json").read_text()) == json.loads(json.dumps(record))
     checkpoint = open_checkpoint(str(config.out))
@@ -64,6 +65,7 @@ def test_training_writes_a_model_that_has_learnt(config, record):
     assert record["loss"]["heldout"] < math.log(checkpoint.config["vocab_size"]) - 1
 
 
+@pytest.mark.slow
 def test_losses_in_the_record_are_those_of_the_folder(config, record):
     tokenizer = AutoTokenizer.from_pretrained(config.out)
     text = (config.out / "heldout.txt").read_text().replace("= Tale", f"{END}= Tale")
@@ -75,6 +77,7 @@ def test_losses_in_the_record_are_those_of_the_folder(config, record):
     assert loss == pytest.approx(record["loss"]["heldout"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("record")
 def test_training_differentiates_the_network_that_is_pruned(config):
     checkpoint = open_checkpoint(str(config.out))
@@ -92,6 +95,7 @@ def test_training_differentiates_the_network_that_is_pruned(config):
     assert float(evaluation_loss(network, params, ids)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

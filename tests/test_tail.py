@@ -1,4 +1,6 @@
-"""The tail's fit: known answers, the float64 oracle, degenerate spectra, memory."""
+"""The tail's fit: known answers, degenerate spectra, memory; drawn spectra are in `faults/test_properties.py`."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +15,20 @@ RULES = ["median", "peak", "ks"]
 
 
 def fit(values, tail, **kwargs):
-    return jax.jit(lambda e: fit_tail(e, tail, **kwargs))(jnp.asarray(values, jnp.float32))
+    return fitted(tail)(jnp.asarray(values, jnp.float32), **kwargs)
 
 
-@pytest.mark.parametrize("alpha", [1.8, 2.5, 4.0, 7.0])
+@functools.cache
+def fitted(tail):
+    return jax.jit(functools.partial(fit_tail, tail=tail))
+
+
+@pytest.mark.parametrize("alpha", [1.8, 4.0, 7.0])
 @pytest.mark.parametrize("rule", RULES)
 def test_power_law_gives_its_exponent(rule, alpha):
     found = fit(power_law(alpha, 20_000), Tail(rule))
     np.testing.assert_allclose(found.alpha, alpha, rtol=0.03)
     assert found.ks_distance < 0.02
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("seed", range(8))
-def test_equals_the_oracle(rule, seed):
-    rng = np.random.default_rng(seed)
-    values = np.sort(np.exp(rng.normal(rng.uniform(-3, 1), rng.uniform(0.3, 2), rng.integers(20, 700))))
-    values = values.astype(np.float32).astype(np.float64)
-    settings = {"xmin_pos": float(rng.choice([1.5, 2, 3])), "bins": int(rng.choice([50, 100]))}
-    minimum = float(np.quantile(values, 0.2)) if seed % 2 else None
-    found = fit(values, Tail(rule, min_eigenvalue=minimum, **settings))
-    alpha, distance, xmin = oracle.tail(values, rule, min_eigenvalue=minimum, **settings)
-    np.testing.assert_allclose(found.ks_distance, distance, atol=2e-6)
-    np.testing.assert_allclose(found.xmin, xmin, rtol=1e-6)
-    np.testing.assert_allclose(found.alpha, alpha, rtol=1e-5)
 
 
 MANY = {
@@ -52,7 +44,7 @@ MANY = {
 @pytest.mark.parametrize("kind", MANY)
 def test_the_search_finds_what_the_plain_search_finds(rule, kind):
     """Of near ties another one is right as well: its distance in float64 is the smallest but for rounding."""
-    values = np.sort(MANY[kind](np.random.default_rng(0), 3000)).astype(np.float32).astype(np.float64)
+    values = np.sort(MANY[kind](np.random.default_rng(0), 1000)).astype(np.float32).astype(np.float64)
     found = fit(values, Tail(rule))
     _, smallest, _ = oracle.tail(values, rule)
     chosen = range(*(np.searchsorted(values, np.float64(found.xmin), side) for side in ("left", "right")))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import few
 
 import farms_jax
 from farms_jax._figures import figure as make_figure
@@ -66,7 +67,7 @@ def test_baseline_rates_are_among_the_papers():
     assert all(RECIPES[f"{model}-cal"].learning_rate in {0.025, 0.05, 0.1} for model in ("vgg16", "vgg19"))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", few(RECIPES, 9))
 def test_every_recipe_builds(name):
     config = RECIPES[name]
     network = make_network(config, 100)

@@ -19,58 +19,14 @@ NUMBERS = (
     *(0, 1, -1, 2, 3, 7, 8, 63, 64, 65, 127, 128, 255, 256, 1000, 1024, 65535, 65536),
     *(2**31 - 1, 2**31, -(2**31), 2**32 - 1, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, -(2**63), 2**64 - 1),
 )
-_TEXTS = (
-    "",
-    "a",
-    "0",
-    "\0",
-    "a\nb",
-    "\x1b[31m",
-    "²",
-    "٣",
-    "é",
-    "🙂",
-    "\ud800",
-    "..",
-    "/",
-    "../..",
-    "a" * 300,
-    "a" * 5000,
-)
-_TEXTS += ("9" * 5000, "layers." + "9" * 5000, "nan", "1e999", "true", "(", "(a+)+$", "a{99999999999}", "F32", "BF16")
+_TEXTS = ("", "a", "0", "\0", "a\nb", "\x1b[31m", "²", "٣", "é", "🙂", "\ud800", "..", "/", "../..", "a" * 300)
+_TEXTS += ("a" * 5000, "9" * 5000, "layers." + "9" * 5000, "nan", "1e999", "true", "F32", "BF16")
+_TEXTS += ("(", "(a+)+$", "a{99999999999}")
 _DEEP = "@deep@"  # stands for lists in lists, which json could not write
-_JUNK: tuple[Any, ...] = (
-    *(
-        None,
-        True,
-        False,
-        0.5,
-        -0.0,
-        1e308,
-        1e-320,
-        float("nan"),
-        float("inf"),
-        -float("inf"),
-        10**30,
-        10**400,
-        -(10**30),
-    ),
-    *(
-        *NUMBERS,
-        *_TEXTS,
-        _DEEP,
-        [],
-        {},
-        [0],
-        [[]],
-        [-1, 2],
-        [0, 2**63],
-        [2**32, 2**32],
-        [1] * 65,
-        [1, "a", None],
-        {"": 0},
-    ),
-)
+_FLOATS = (0.5, -0.0, 1e308, 1e-320, float("nan"), float("inf"), -float("inf"))
+_LISTS = ([], {}, [0], [[]], [-1, 2], [0, 2**63], [2**32, 2**32], [1] * 65, [1, "a", None], {"": 0})
+_HUGE = (10**30, 10**400, -(10**30))
+_JUNK: tuple[Any, ...] = (None, True, False, *_FLOATS, *_HUGE, *NUMBERS, *_TEXTS, _DEEP, *_LISTS)
 
 
 def mutate_bytes(content: bytes, others: Sequence[bytes], random: Random) -> bytes:
@@ -132,21 +88,8 @@ def _splice(content: bytes, others: Sequence[bytes], random: Random) -> bytes:
     return content[:place] + other[start:stop] + content[place + stop - start :]
 
 
-_OF_BYTES: tuple[Mutator, ...] = (
-    *(
-        _flip,
-        _flip,
-        _overwrite,
-        _cut_off,
-        _insert,
-        _repeat,
-        _remove,
-        _write_number,
-        _write_number,
-        _write_number,
-        _splice,
-    ),
-)
+_NUMBERS_OF_BYTES = (_write_number,) * 3
+_OF_BYTES = (_flip, _flip, _overwrite, _cut_off, _insert, _repeat, _remove, *_NUMBERS_OF_BYTES, _splice)
 
 
 def _piece(content: bytes, random: Random) -> tuple[int, int]:
@@ -239,32 +182,14 @@ def _near(value: Any, random: Random) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
-        return random.choice((
-            value + 1,
-            value - 1,
-            -value,
-            value * 2,
-            value * 1000,
-            10**9 * value,
-            float(value % 1000),
-        ))
+        numbers = value + 1, value - 1, -value, value * 2, value * 1000, 10**9 * value, float(value % 1000)
+        return random.choice(numbers)
     if isinstance(value, str):
-        return random.choice((
-            value[:-1],
-            value + "a",
-            value * 2,
-            value + random.choice(_TEXTS),
-            value.upper(),
-            f" {value}",
-        ))
+        longer = value + "a", value * 2, value + random.choice(_TEXTS), f" {value}"
+        return random.choice((value[:-1], value.upper(), *longer))
     if isinstance(value, list):
-        return random.choice((
-            value[:-1],
-            value * 2,
-            value[::-1],
-            [*value, *value[:1]],
-            value * (500 if len(value) < 20 else 2),
-        ))
+        longer = value * 2, [*value, *value[:1]], value * (500 if len(value) < 20 else 2)
+        return random.choice((value[:-1], value[::-1], *longer))
     return {**value, random.choice(_TEXTS): random.choice(_JUNK)} if isinstance(value, dict) else random.choice(_JUNK)
 
 
@@ -353,35 +278,13 @@ def _members(content: bytes) -> dict[str, bytes]:
 
 
 _NPY = re.compile(rb"'descr': '[^']*'|'shape': \([^)]*\)|'fortran_order': \w+")
-_NPY_PARTS = (
-    *(
-        "'descr': '<f4'",
-        "'descr': '|O'",
-        "'descr': '<U1000000000'",
-        "'descr': '|V0'",
-        "'descr': '<M8[s]'",
-        "'descr': '<c16'",
-    ),
-    *(
-        "'descr': [('a', '<f4'), ('b', '<i8', (2,))]",
-        "'descr': '(2,2)<f4'",
-        "'descr': {}",
-        "'descr': ()",
-        "'descr': '%%'",
-    ),
-    *(
-        "'shape': ()",
-        "'shape': (-1,)",
-        "'shape': (-4, -6)",
-        "'shape': (0, 9223372036854775808)",
-        "'shape': 5",
-        "'shape': [2]",
-    ),
-    *(f"'shape': ({n},)" for n in NUMBERS),
-    *(f"'shape': (0, {n}, {n})" for n in NUMBERS),
-    *("'shape': (True, 6, 4)", "'shape': (1.5,)", f"'shape': ({'1, ' * 70}6, 4)", f"'shape': {'(' * 300}{')' * 300}"),
-    *("'fortran_order': True", "'fortran_order': 7", "'extra': 1", "'shape': (1,) * 10**9", "__import__('os')"),
-)
+_DTYPES = ("'<f4'", "'|O'", "'<U1000000000'", "'|V0'", "'<M8[s]'", "'<c16'", "{}", "()", "'%%'")
+_DTYPES += ("[('a', '<f4'), ('b', '<i8', (2,))]", "'(2,2)<f4'")
+_SHAPES = ("()", "(-1,)", "(-4, -6)", "5", "[2]", "(True, 6, 4)", "(1.5,)", "(1,) * 10**9", f"({'1, ' * 70}6, 4)")
+_SHAPES += ("(0, 9223372036854775808)", "(" * 300 + ")" * 300)
+_SHAPES += (*(f"({n},)" for n in NUMBERS), *(f"(0, {n}, {n})" for n in NUMBERS))
+_NPY_PARTS = (*(f"'descr': {dtype}" for dtype in _DTYPES), *(f"'shape': {shape}" for shape in _SHAPES))
+_NPY_PARTS += ("'fortran_order': True", "'fortran_order': 7", "'extra': 1", "__import__('os')")
 
 
 def mutate_npy(content: bytes, others: Sequence[bytes], random: Random) -> bytes:

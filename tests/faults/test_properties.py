@@ -238,6 +238,7 @@ PLANS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tree", "dtype", "window", "tail"), PLANS)
 @examples(40)
 @given(data=st.data())

@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from helpers import few
 from prune_helpers import DATA, bytes_of, command, small_run
 
 import prune.pruning
@@ -161,7 +162,7 @@ def test_two_processes_may_measure_the_same_weights(tmp_path):
 # --- Stopped by a signal ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), few([(signal.SIGTERM, 143), (signal.SIGINT, 130)], 2))
 @pytest.mark.parametrize("when", ["in a block", "after its weights are written"])
 def test_a_stop_costs_the_block_alone(number, status, when, whole, tmp_path, monkeypatch, capsys, pruned):
     config = dataclasses.replace(whole.config, out=tmp_path / "out")
@@ -210,7 +211,7 @@ def test_pruning_goes_on_from_the_block_before_a_damaged_one(file, tensor, first
     assert_same_run(stopped.path, whole.path)
 
 
-@pytest.mark.parametrize("damage", ["cut", "grow", "remove", "header"])
+@pytest.mark.parametrize("damage", few(["cut", "grow", "remove", "header"], 4))
 def test_a_cut_off_weight_file_costs_what_was_lost(damage, stopped, whole, pruned, capsys):
     path = stopped.path / "model.part" / "masks.safetensors"
     if damage == "cut":  # masks lie in it in the order of the blocks
@@ -250,7 +251,9 @@ def test_a_finished_model_has_checksums(whole):
     assert done.stdout == "config.json: OK\nmasks.safetensors: OK\nmodel.safetensors: OK\n"
 
 
-@pytest.mark.parametrize(("name", "place"), [("model.safetensors", 0.7), ("masks.safetensors", 0.9), (CHECKSUMS, 5)])
+@pytest.mark.parametrize(
+    ("name", "place"), few([("model.safetensors", 0.7), ("masks.safetensors", 0.9), (CHECKSUMS, 5)], 3)
+)
 def test_a_finished_model_that_is_damaged_is_named(name, place, finished, whole, pruned):
     path = finished.path / "model" / name
     flip(path, place)

@@ -1,35 +1,26 @@
-"""Training under faults: damaged checkpoints, stops in the middle of an epoch, losses that are not finite."""
+"""Training under faults: stops in the middle of an epoch, losses that are not finite."""
 
 import contextlib
 import csv
 import json
 import os
-import re
-import resource
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from dpot_helpers import write_fields
-from flax import nnx
+from helpers import few
 
 import sciml.fine_tuning
 import sciml.model
 import sciml.preparation
 import train.training
 from farms_jax.errors import InputError
-from farms_jax.programs.checkpoints import Progress
-from farms_jax.programs.config_file import write_config
-from farms_jax.programs.exits import reported
-from farms_jax.programs.finite import Recorder, call, first_not_finite
-from farms_jax.programs.run_directory import SeedDirectory, at_work
+from farms_jax.programs.run_directory import SeedDirectory
 from farms_jax.programs.stopping import Stopped
 from farms_jax.weights import open_weights
 from sciml import dpot
@@ -45,11 +36,19 @@ ROOT = Path(__file__).parent.parent.parent
 # Networks with fewer layers than the programs have: compiling takes most of the time here.
 CONVOLUTIONS = {16: (1, 1, 1, 1, 1)}
 MINI = sciml.model.ModelConfig(width=16, depth=1, num_blocks=2, modes=2, out_width=8, num_classes=3)
-FEWER_LAYERS = f"""
+# A program that says when it begins its first epoch, and waits there for a line.
+PROGRAM = f"""
 import sciml.model, train.vgg
+from farms_jax.programs.run_directory import SeedDirectory
 from sciml.model import ModelConfig
 train.vgg.CONVOLUTIONS = {CONVOLUTIONS}
 sciml.model.NAMED["mini"] = {MINI}
+append = SeedDirectory.append_layers
+def append_and_wait(*arguments):
+    append(*arguments)
+    print("first epoch", flush=True)
+    input()
+SeedDirectory.append_layers = append_and_wait
 """
 
 
@@ -64,255 +63,6 @@ def small_and_even():
 
 def same(a, b):
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
-
-
-# Checkpoints
-
-STATE = {"params": {"dense": {"kernel": jnp.arange(12.0).reshape(4, 3)}}, "opt_state": {"count": jnp.zeros((), int)}}
-
-
-def state_after(done, **partial_epoch):
-    """Where a training stands after so many steps."""
-    return Progress(jax.tree.map(lambda leaf: leaf + done, STATE), done, partial_epoch)
-
-
-def line_of(epoch):
-    row = {"epoch": epoch, "layer": "dense/kernel", "alpha": 2.0 + epoch, "lr_scale": 1.0, "learning_rate": 0.1}
-    return {"epoch": epoch, "test_accuracy": epoch / 10}, [row]
-
-
-def train_toy(folder, epochs):
-    with SeedDirectory(folder) as directory:
-        for epoch in range(epochs):
-            metrics, layers = line_of(epoch)
-            directory.append_layers(layers)
-            directory.append_metrics(metrics)
-            directory.save_best(state_after(10 * (epoch + 1)))
-            directory.save(state_after(10 * (epoch + 1)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """A run of one seed, three epochs of ten steps long."""
-    run = tmp_path_factory.mktemp("toy") / "run"
-    write_config(run, Config(), {})
-    train_toy(run / "seed1", 3)
-    return run
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def halve(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-DAMAGE = pytest.mark.parametrize("damage", [flip, halve, empty, Path.unlink])
-
-
-def files_of(checkpoint):
-    return sorted(path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file())
-
-
-@DAMAGE
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(toy, tmp_path, damage, capsys):
-    last = Path("checkpoints", "last", "30")
-    files = files_of(toy / "seed1" / last)
-    assert {"SHA256SUMS", "metrics.jsonl", "layers.csv", "_METADATA"} < {file.name for file in files}
-    for number, file in enumerate(files):
-        seed = shutil.copytree(toy / "seed1", tmp_path / str(number))
-        damage(seed / last / file)
-        with SeedDirectory(seed) as directory:
-            assert same(directory.restore(STATE), state_after(20))
-            assert [line["epoch"] for line in directory.metrics()] == [0, 1]
-            assert [row["epoch"] for row in directory.layers()] == [0, 1]
-            directory.save(state_after(30))
-            assert same(directory.restore(STATE), state_after(30))
-        error = capsys.readouterr().err
-        named = re.fullmatch(rf"{seed / last}: damaged \((.*)\); going on from 20, the checkpoint before it\n", error)
-        assert file.name == "SHA256SUMS" or named[1] == str(file)
-        assert sorted(path.name for path in (seed / last).parent.iterdir()) == ["20", "30"]
-
-
-def test_without_a_whole_checkpoint_a_run_does_not_go_on(toy, tmp_path):
-    seed = shutil.copytree(toy / "seed1", tmp_path / "seed1")
-    last = seed / "checkpoints" / "last"
-    (last / "20" / "SHA256SUMS").unlink()
-    flip(last / "30" / "default" / "_METADATA")
-    message = f"no checkpoint is whole: {last}/30 (default/_METADATA); {last}/20 (SHA256SUMS); put these files back"
-    with SeedDirectory(seed) as directory, pytest.raises(InputError, match=re.escape(message)):
-        directory.restore(STATE)
-    assert sorted(path.name for path in last.iterdir()) == ["20", "30"]
-
-
-def test_what_a_killed_process_left_half_written_is_not_there(toy, tmp_path):
-    seed = shutil.copytree(toy / "seed1", tmp_path / "seed1")
-    last = seed / "checkpoints" / "last"
-    for name in ("40.part", "10.old.part", "40.part.orbax-checkpoint-tmp"):
-        shutil.copytree(last / "30", last / name)
-    (last / "10.old.part" / "SHA256SUMS").unlink()
-    with SeedDirectory(seed) as directory:
-        assert directory.restore(STATE).done == 30
-        directory.save(state_after(35, train_loss=0.1))
-        assert same(directory.restore(STATE), state_after(35, train_loss=0.1))
-    assert sorted(path.name for path in last.iterdir()) == ["30", "35"]
-
-
-def test_a_full_disk_leaves_the_checkpoints_before(tmp_path):
-    noise = {"w": jnp.asarray(np.random.default_rng(0).standard_normal(100_000, dtype=np.float32))}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with SeedDirectory(tmp_path) as directory:
-        directory.save(Progress(noise, 10, {}))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        try:
-            with pytest.raises(
-                InputError, match=r"last/20: cannot be written \(.*\); make room, then --resume"
-            ) as error:
-                directory.save(Progress(noise, 20, {}))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert "\n" not in str(error.value)
-        assert [path.name for path in (tmp_path / "checkpoints" / "last").iterdir()] == ["10"]
-        assert same(directory.restore(noise).state, noise)
-        directory.save(Progress(noise, 20, {}))
-        assert directory.restore(noise).done == 20
-
-
-def test_lines_are_those_of_the_checkpoint(toy, tmp_path):
-    seed = shutil.copytree(toy / "seed1", tmp_path / "seed1")
-    with (seed / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 3}\n{"epoch": 4, "los')  # of a later epoch, and killed while writing
-    flip(seed / "layers.csv")
-    with SeedDirectory(seed) as directory:
-        assert directory.restore(STATE).done == 30
-        assert directory.metrics() == [line_of(epoch)[0] for epoch in range(3)]
-        assert directory.layers() == [line_of(epoch)[1][0] for epoch in range(3)]
-
-
-def test_lines_without_a_checkpoint_are_dropped(tmp_path):
-    with SeedDirectory(tmp_path) as directory:
-        directory.append_layers(line_of(0)[1])
-        directory.append_metrics(line_of(0)[0])
-        assert directory.restore(STATE) == (STATE, 0, {})
-        assert directory.metrics() == directory.layers() == []
-
-
-def test_a_checkpoint_of_other_settings_is_refused(toy):
-    with (
-        SeedDirectory(toy / "seed1") as directory,
-        pytest.raises(InputError, match="30 is not of these settings") as error,
-    ):
-        directory.restore({**STATE, "params": {"dense": {"kernel": jnp.zeros((4, 4))}}})
-    assert "\n" not in str(error.value)
-
-
-@DAMAGE
-@pytest.mark.parametrize("inside", [".", "seed1/checkpoints/best", "seed1/checkpoints/best/30"])
-def test_a_damaged_best_checkpoint_is_named_where_it_is_read(toy, tmp_path, damage, inside):
-    best = toy / "seed1" / "checkpoints" / "best" / "30"
-    with open_weights(toy / inside) as source:
-        np.testing.assert_array_equal(
-            source.read("params/dense/kernel"), state_after(30).state["params"]["dense"]["kernel"]
-        )
-    for number, file in enumerate(file for file in files_of(best) if file.name != "SHA256SUMS"):
-        run = shutil.copytree(toy, tmp_path / str(number))
-        path = run / best.relative_to(toy) / file
-        damage(path)
-        with pytest.raises(InputError, match=f"^{path}: missing or damaged") as error:
-            open_weights(run / inside)
-        assert "\n" not in str(error.value)
-
-
-# One process in a run directory, and what it says when it is stopped
-
-
-def test_a_run_at_work_is_refused(toy, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.cifar", "--resume", str(toy)])
-    with at_work(toy), pytest.raises(SystemExit) as ended:
-        cifar.main()
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith(f"train.cifar: {toy}: another process is at work there; wait until")
-
-
-def test_a_stop_says_how_to_go_on(tmp_path, capsys):
-    run = tmp_path / "of two words"
-    with pytest.raises(SystemExit) as ended, reported("prog"), at_work(run):
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert ended.value.code == 143
-    assert capsys.readouterr().err == f"\nprog: stopped by SIGTERM; go on with --resume '{run}'\n"
-    with at_work(run):  # it was let go
-        pass
-
-
-# What is not finite first
-
-
-class Scale(nnx.Module):
-    def __init__(self, by):
-        self.by = nnx.Param(jnp.full(2, by))
-
-    def __call__(self, x):
-        return self.by[...] * x
-
-
-class Toy(nnx.Module):
-    """`z_first` runs before `a_second`, against the order of their names; and `blocks` after them."""
-
-    def __init__(self, first, second, *blocks):
-        self.z_first, self.a_second = Scale(first), Scale(second)
-        self.blocks = nnx.List([Scale(by) for by in blocks])
-
-    def __call__(self, x):
-        x = self.a_second(self.z_first(x))
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-def test_modules_are_recorded_in_the_order_of_their_calls():
-    before = Scale.__call__
-    recorder = Recorder()
-    recorder(Toy(2.0, 3.0, 5.0), jnp.ones(2))
-    assert [(name, float(output[0])) for name, output in recorder.outputs] == [
-        ("z_first", 2),
-        ("a_second", 6),
-        ("blocks/0", 30),
-        ("", 30),
-    ]
-    assert Scale.__call__ is before
-    with pytest.raises(TypeError):
-        recorder(Toy(2.0, 3.0), None)
-    assert Scale.__call__ is before
-
-
-@pytest.mark.parametrize(
-    ("factors", "found"),
-    [
-        ((1.0, np.nan, np.nan), "weight a_second/by"),
-        ((1e20, 1e20, np.inf), "weight blocks/0/by"),
-        ((1e20, 1e20, 1.0), "output of a_second"),
-        ((1.0, 1e20, 1e20, 1e20), "output of blocks/0"),
-        ((3e38, 1.0), "the loss itself, of finite outputs"),
-        # Those of z_first/by and of a_second/by are 1e20, whose square is not finite.
-        ((1e-10, 1e-10, 1e15, 1e15), "gradient of a_second/by"),
-        ((1.0, 1.0), "nothing when the step was taken once more"),
-    ],
-)
-def test_the_first_that_is_not_finite_is_found(factors, found):
-    graph, params = nnx.split(Toy(*factors))
-
-    def loss_of(params, x, *, call=call):
-        return call(nnx.merge(graph, params), x).sum()
-
-    assert first_not_finite(loss_of, params, jnp.ones(2)) == found
 
 
 # Training networks for images
@@ -369,7 +119,7 @@ def stopping_at(function, number):
 
 
 # The calls of an epoch take 1, 2 and 1 steps. After the last step the epoch's test and lines come first.
-@pytest.mark.parametrize(("number", "done"), [(1, 1), (2, 3), (3, 4), (4, 5), (6, 8)])
+@pytest.mark.parametrize(("number", "done"), few([(2, 3), (1, 1), (3, 4), (4, 5), (6, 8)], 5))
 def test_training_stopped_at_a_step_ends_as_one_that_was_not(digits, whole, tmp_path, number, done, capsys):
     with pytest.raises(Stopped):
         train_digits(tmp_path, digits, steps=stopping_at(digits[2].steps, number))
@@ -380,6 +130,7 @@ def test_training_stopped_at_a_step_ends_as_one_that_was_not(digits, whole, tmp_
     assert lines_of(tmp_path) == lines_of(whole[0])
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_traced_to_its_layer(digits, tmp_path):
     steps = digits[2].steps
 
@@ -406,6 +157,7 @@ def test_a_loss_that_is_not_finite_is_traced_to_its_layer(digits, tmp_path):
 
 
 # In the first step, at a step in the middle, in the first of the second epoch.
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "done"), [(1, 0), (3, 3), (4, 4)])
 def test_a_fault_that_does_not_come_again_leaves_no_trace(digits, whole, tmp_path, number, done):
     steps, calls = digits[2].steps, iter(range(1, 100))
@@ -423,22 +175,20 @@ def test_a_fault_that_does_not_come_again_leaves_no_trace(digits, whole, tmp_pat
 
 
 @contextlib.contextmanager
-def started(program, settings, layers):
-    """A program in the first epoch of a training, and its run directory."""
+def started(program, settings):
+    """A program that waits in the first epoch of a training, and its run directory."""
     arguments = [str(part) for pair in settings.items() for part in pair]
     out = Path(settings["--out"])
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{FEWER_LAYERS}\nfrom {program} import main\nmain()", *arguments],
+        [sys.executable, "-c", f"{PROGRAM}\nfrom {program} import main\nmain()", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        deadline = time.monotonic() + 300
-        while process.poll() is None and time.monotonic() < deadline and not any(out.glob(layers)):
-            time.sleep(0.01)
-        assert process.poll() is None, process.communicate()
+        assert "first epoch\n" in iter(process.stdout.readline, ""), process.stderr.read()
         (run,) = out.iterdir()
         yield process, run
     finally:
@@ -446,20 +196,21 @@ def started(program, settings, layers):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_the_program_stops_at_a_step_and_goes_on(digits, whole, tmp_path, monkeypatch, capsys):
     settings = {"--dataset": "digits", "--model": "vgg16", "--width": CIFAR.width, "--epochs": CIFAR.epochs}
     settings |= {"--batch-size": 16, "--limit-train": 64, "--learning-rate": CIFAR.learning_rate, "--out": tmp_path}
-    with started("train.cifar", settings, "*/seed43/layers.csv") as (process, run):
+    with started("train.cifar", settings) as (process, run):
         monkeypatch.setattr(sys, "argv", ["train.cifar", "--resume", str(run)])
         with pytest.raises(SystemExit) as refused:
             cifar.main()
         assert (refused.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
         process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=300)
+        _, error = process.communicate("\n")
     assert process.returncode == 143, error
     assert error.endswith(f"\ntrain.cifar: stopped by SIGTERM; go on with --resume {run}\n")
     (checkpoint,) = (run / "seed43" / "checkpoints" / "last").iterdir()
-    assert 0 < int(checkpoint.name) < STEPS
+    assert checkpoint.name == "1"
     monkeypatch.setattr(train.training, "make_functions", lambda *_: digits[2])
     cifar.main()
     assert f"run: {run}" in capsys.readouterr().out
@@ -498,7 +249,7 @@ def whole_waves(waves, tmp_path_factory):
     return folder, train_waves(folder, waves)
 
 
-@pytest.mark.parametrize(("number", "done"), [(1, 1), (2, 2), (3, 3), (5, 5), (6, 6)])
+@pytest.mark.parametrize(("number", "done"), few([(2, 2), (1, 1), (3, 3), (5, 5), (6, 6)], 5))
 def test_fine_tuning_stopped_at_a_step_ends_as_one_that_was_not(waves, whole_waves, tmp_path, number, done):
     with pytest.raises(Stopped):
         train_waves(tmp_path, waves, step=stopping_at(waves[2].step, number))
@@ -507,6 +258,7 @@ def test_fine_tuning_stopped_at_a_step_ends_as_one_that_was_not(waves, whole_wav
     assert lines_of(tmp_path) == lines_of(whole_waves[0])
 
 
+@pytest.mark.slow
 def test_a_loss_of_fine_tuning_that_is_not_finite_is_traced_to_its_layer(waves, tmp_path):
     calls = iter(range(1, 100))
 
@@ -531,17 +283,18 @@ def test_a_loss_of_fine_tuning_that_is_not_finite_is_traced_to_its_layer(waves, 
     assert [line["epoch"] for line in lines_of(tmp_path)[0]] == [0]
 
 
+@pytest.mark.slow
 def test_the_fine_tuning_program_stops_at_a_step_and_goes_on(waves, whole_waves, tmp_path, monkeypatch, capsys):
     experiment, _, functions = waves
     settings = {"--data": experiment.config.data, "--resolution": 8, "--patch-size": 4, "--batch-size": 4}
     settings |= {"--epochs": 2, "--model": "mini", "--noise": 1e-3, "--out": tmp_path}
-    with started("sciml.dpot", settings, "*/farms/seed0/layers.csv") as (process, run):
+    with started("sciml.dpot", settings) as (process, run):
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=300)
+        _, error = process.communicate("\n")
     assert process.returncode == 130, error
     assert error.endswith(f"\nsciml.dpot: stopped by SIGINT; go on with --resume {run}\n")
     (checkpoint,) = (run / "farms" / "seed0" / "checkpoints" / "last").iterdir()
-    assert 0 < int(checkpoint.name) < DPOT_STEPS
+    assert checkpoint.name == "1"
     monkeypatch.setattr(sciml.fine_tuning, "make_functions", lambda *_: functions)
     monkeypatch.setattr(sciml.fine_tuning, "make_evaluate", lambda *_: functions.evaluate)
     monkeypatch.setattr(sys, "argv", ["sciml.dpot", "--resume", str(run)])

@@ -7,7 +7,7 @@ import torch
 from flax import nnx
 
 import farms_jax
-from benchmarks.spectral import WINDOW, torch_loop
+from benchmarks.spectral import WINDOW, exact_alphas
 from benchmarks.train_step import torch_resnet
 from train.resnet import ResNet
 
@@ -17,7 +17,7 @@ def test_the_loop_measures_what_we_measure(rule):
     rng = np.random.default_rng(0)
     shapes = [(20, 8, 3, 3), (8, 20, 3, 3), (16, 16, 1, 1), (30, 12), (12, 40)]
     weights = {f"w{i}": rng.standard_normal(shape).astype(np.float32) for i, shape in enumerate(shapes)}
-    theirs = torch_loop({name: torch.from_numpy(weight).double() for name, weight in weights.items()}, rule)
+    theirs = exact_alphas({name: torch.from_numpy(weight) for name, weight in weights.items()}, rule)
     ours = farms_jax.analyze(weights, window=WINDOW, tail=farms_jax.Tail(rule), axes=farms_jax.TORCH_AXES)
     np.testing.assert_allclose(ours.alpha, theirs, rtol=1e-4)
 
