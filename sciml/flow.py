@@ -27,9 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-# Primitive variables, by PDEBench's names; momenta, density and total energy are the conserved ones.
-VARIABLES = ("Vx", "Vy", "density", "pressure")
-VX, VY, DENSITY, PRESSURE = range(4)
+VX, VY, DENSITY, PRESSURE = range(4)  # primitive variables; momenta, density and total energy are the conserved ones
 GAMMA = 5 / 3  # of a gas of single atoms, as PDEBench has it
 CFL = 0.6  # of the sum over both axes, which is 0.3 along each, as PDEBench has it
 _MANY = 1e5  # pairs of steps to the next output that only a state that has broken down asks for

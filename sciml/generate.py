@@ -31,8 +31,8 @@ from farms_jax.programs.exits import reported
 from farms_jax.programs.files import atomic, reserve, write_json
 from farms_jax.programs.locking import locked
 
-from .flow import VARIABLES
 from .flow_config import FlowConfig, file_name
+from .hdf5 import CHANNELS
 from .shards import make_shards, ranges, read_shard, shard_path
 
 _CHUNK = 2**18  # bytes of a chunk of the file, at most where that is a state or more
@@ -145,12 +145,12 @@ def _chunk(config: FlowConfig) -> tuple[int, int, int, int]:
 
 def _file_size(config: FlowConfig) -> int:
     """Return the most bytes that the file can take: its numbers, and what HDF5 keeps for chunks and datasets."""
-    chunks = len(VARIABLES) * config.count * config.steps // _chunk(config)[1]
+    chunks = len(CHANNELS) * config.count * config.steps // _chunk(config)[1]
     return _data_size(config) + 256 * chunks + 2**16
 
 
 def _data_size(config: FlowConfig) -> int:
-    return 4 * len(VARIABLES) * config.count * config.steps * config.size**2
+    return 4 * len(CHANNELS) * config.count * config.steps * config.size**2
 
 
 def _new_file(path: Path, size: int) -> None:
@@ -177,13 +177,13 @@ def _merge(path: Path, parts: Path, config: FlowConfig) -> None:
         file = stack.enter_context(h5py.File(part, "r+"))  # which gives back at its end what it did not need
         for name, values in (("t-coordinate", times), ("x-coordinate", centres), ("y-coordinate", centres)):
             file.create_dataset(name, data=values.astype(np.float32))
-        datasets = {name: file.create_dataset(name, shape, **kind) for name in VARIABLES}
+        datasets = {name: file.create_dataset(name, shape, **kind) for name in CHANNELS}
         for shard in tqdm(ranges(config), desc="Merging", unit="shard", dynamic_ncols=True):
             content = read_shard(parts, shard, config)
             if content is None:
                 raise InputError(f"{shard_path(parts, shard.start)} is damaged; the same command computes it again")
             redraws += int(content[1].sum())
-            for channel, name in enumerate(VARIABLES):
+            for channel, name in enumerate(CHANNELS):
                 datasets[name][shard.start : shard.stop] = content[0][..., channel]
         file.attrs.update(config.attributes() | {"redraws": redraws, "generator": "farms_jax sciml.generate"})
 

@@ -49,12 +49,12 @@ class Source(abc.ABC):
     """
 
     layout: str
-
-    def __init__(
-        self, path: Path, count: int, shape: tuple[int, int, int, int], itemsize: int, datasets: Sequence[str]
-    ):
-        """Keep what is known of the trajectories."""
-        self.path, self.count, self.shape, self.itemsize, self.datasets = path, count, shape, itemsize, tuple(datasets)
+    path: Path
+    count: int
+    shape: tuple[int, int, int, int]
+    itemsize: int
+    datasets: Sequence[str]
+    _file: h5py.File | None = None  # closed by `close`
 
     @property
     def trajectory_bytes(self) -> int:
@@ -106,8 +106,10 @@ class Source(abc.ABC):
     def _load(self, index: int, start: int, length: int) -> np.ndarray:
         """Read without checks."""
 
-    def close(self) -> None:  # noqa: B027  a folder has nothing to close
+    def close(self) -> None:
         """Close the file; closing twice is harmless."""
+        if self._file is not None:
+            self._file.close()
 
 
 class _PDEBench(Source):
@@ -116,23 +118,21 @@ class _PDEBench(Source):
     layout = "pdebench"
 
     def __init__(self, path: Path, file: h5py.File):
-        self._file, self._channels = file, [_dataset(path, file, name, (4,)) for name in CHANNELS]
+        self.path, self._file, self.datasets = path, file, CHANNELS
+        self._channels = [_dataset(path, file, name, (4,)) for name in CHANNELS]
         shapes = {name: channel.shape for name, channel in zip(CHANNELS, self._channels, strict=True)}
         if len(set(shapes.values())) > 1:
             listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise InputError(f"{path}: datasets of unequal shapes: {listed}; the file is incomplete, so write it again")
-        count, steps, *size = self._channels[0].shape
-        itemsize = max(channel.dtype.itemsize for channel in self._channels)
-        super().__init__(path, count, (size[0], size[1], steps, len(CHANNELS)), itemsize, CHANNELS)
+        self.count, steps, x, y = self._channels[0].shape
+        self.shape = (x, y, steps, len(CHANNELS))
+        self.itemsize = max(channel.dtype.itemsize for channel in self._channels)
 
     def _load(self, index: int, start: int, length: int) -> np.ndarray:
         fields = np.empty((*self.shape[:2], length, self.shape[3]), np.float32)
         for number, channel in enumerate(self._channels):
             fields[..., number] = np.moveaxis(channel[index, start : start + length], 0, -1)
         return fields
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class _Stacked(Source):
@@ -141,16 +141,14 @@ class _Stacked(Source):
     layout = "stacked"
 
     def __init__(self, path: Path, file: h5py.File):
-        self._file, self._data = file, _dataset(path, file, "data", (5, 4))
-        shape = _with_channel(self._data.shape[1:])
-        super().__init__(path, self._data.shape[0], shape, self._data.dtype.itemsize, ["data"])
+        self.path, self._file, self.datasets = path, file, ("data",)
+        self._data = _dataset(path, file, "data", (5, 4))
+        self.count, self.shape = self._data.shape[0], _with_channel(self._data.shape[1:])
+        self.itemsize = self._data.dtype.itemsize
 
     def _load(self, index: int, start: int, length: int) -> np.ndarray:
         window = self._data[index, :, :, start : start + length]
         return window.reshape(*self.shape[:2], length, self.shape[3]).astype(np.float32)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class _Scattered(Source):
@@ -159,10 +157,10 @@ class _Scattered(Source):
     layout = "scattered"
 
     def __init__(self, path: Path, count: int):
+        self.path, self.count, self.datasets = path, count, ("data",)
         with _contents(path / "data_0.hdf5"), _opened(path / "data_0.hdf5") as file:
             data = _dataset(path / "data_0.hdf5", file, "data", (4, 3))
-            shape, itemsize = _with_channel(data.shape), data.dtype.itemsize
-        super().__init__(path, count, shape, itemsize, ["data"])
+            self.shape, self.itemsize = _with_channel(data.shape), data.dtype.itemsize
 
     def file(self, index: int) -> Path:
         return self.path / f"data_{index}.hdf5"
@@ -315,13 +313,13 @@ def _check_chunks(where: str, end: int, data: h5py.Dataset, shape: tuple[int, ..
 
 
 def _with_channel(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Shape of a trajectory stored as (X, Y, T, C), or as (X, Y, T) for one channel."""
+    """Return the shape of a trajectory stored as (X, Y, T, C), or as (X, Y, T) for one channel."""
     x, y, steps, *channels = shape
     return x, y, steps, channels[0] if channels else 1
 
 
 def _listing(file: h5py.File) -> str:
-    """Datasets and groups at the top of a file, with shapes; the first ones if there are many."""
+    """Return datasets and groups at the top of a file, with shapes; the first ones if there are many."""
     items = ((name, file.get(name)) for name in islice(file, _LISTED))
     listed = [
         f"{printable(name)} {short_repr(item.shape)}" if isinstance(item, h5py.Dataset) else f"{printable(name)}/"

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from farms_jax.errors import InputError
 from farms_jax.programs.files import atomic
 
-from .flow import VARIABLES
 from .flow_config import FlowConfig
+from .hdf5 import CHANNELS
 from .trajectories import TRIES, UNSTABLE, compute_trajectories
 
 SHARD = 16  # trajectories that a kill can cost, and that an accelerator computes side by side
@@ -68,7 +68,7 @@ def _whole_shards(parts: Path, config: FlowConfig) -> list[range]:
 
 def read_shard(parts: Path, shard: range, config: FlowConfig) -> tuple[np.ndarray, np.ndarray] | None:
     """Read fields and redraws; `None` if they are damaged, which the archive's own CRC-32 of each tells."""
-    shape = (len(shard), config.steps, config.size, config.size, len(VARIABLES))
+    shape = (len(shard), config.steps, config.size, config.size, len(CHANNELS))
     path = shard_path(parts, shard.start)
     try:
         with zipfile.ZipFile(path) as archive:
