@@ -1,7 +1,6 @@
 """A run: pretraining where asked, fine-tuning with each setting and seed, table and plots."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,14 @@ def run_experiment(run: Path, experiment: Experiment) -> str:
     evaluate = make_evaluate(network, config)
     pretrained = _pretrain(run, experiment, evaluate)
     starts = {seed: experiment.initial(seed) if pretrained is None else pretrained for seed in config.seeds}
-    results = dict(_finetune(run, experiment, starts, evaluate))
+    functions = make_functions(network, config, data, evaluate)
+    results: dict[tuple[TB, int], Results] = {}
+    for tb in config.settings():
+        for seed, params in starts.items():
+            stage = Stage(f"{tb}, seed {seed}", tb, seed, config, data, params)
+            trained = _train(run / tb / f"seed{seed}", stage, functions, experiment.model)
+            # Plots are of the first seed; a large model's parameters times all seeds would fill the memory.
+            results[tb, seed] = trained if seed == config.seeds[0] else trained._replace(params=None)
     before = run_test(starts[config.seeds[0]], data.test, config, evaluate)
     summary = summarise(results, before)
     plots = plot_run(run, experiment, results, before)
@@ -61,20 +67,8 @@ def _pretrain(run: Path, experiment: Experiment, evaluate: Evaluate) -> Any:
     return _train(run / "pretrain", stage, make_functions(network, pretrain, data, evaluate), model).params
 
 
-def _finetune(
-    run: Path, experiment: Experiment, starts: dict[int, Any], evaluate: Evaluate
-) -> Iterator[tuple[tuple[TB, int], Results]]:
-    config, model, network, data = experiment.config, experiment.model, experiment.network, experiment.finetune
-    functions = make_functions(network, config, data, evaluate)
-    for tb in config.settings():
-        for seed, params in starts.items():
-            stage = Stage(f"{tb}, seed {seed}", tb, seed, config, data, params)
-            results = _train(run / tb / f"seed{seed}", stage, functions, model)
-            # Plots are of the first seed; a large model's parameters times all seeds would fill the memory.
-            yield (tb, seed), results if seed == config.seeds[0] else results._replace(params=None)
-
-
 def _train(folder: Path, stage: Stage, functions: Functions, model: ModelConfig) -> Results:
+    """Train one stage in its folder, and export its weights."""
     with SeedDirectory(folder) as directory:
         state = train_stage(directory, stage, functions)
         results = Results(state.params, directory.metrics(), directory.layers())

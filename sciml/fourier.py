@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .activations import Activation
-from .modules import Draws
+from .modules import Activation, Draws
 
 
 class FourierFilter(nnx.Module):

@@ -25,9 +25,8 @@ from flax import nnx
 from farms_jax.errors import InputError
 from farms_jax.programs.finite import Call, call
 
-from .activations import ACTIVATIONS
 from .fourier import FourierFilter
-from .modules import GROUPS, Dense, Draws, GroupNorm, Mlp, PatchKernel
+from .modules import ACTIVATIONS, GROUPS, Dense, Draws, GroupNorm, Mlp, PatchKernel
 
 Params = dict[str, Any]  # nested, with string keys; its leaves are arrays
 
@@ -52,7 +51,7 @@ class ModelConfig:
     out_width: int = 32  # channels of the output layer
     num_classes: int = 12  # of the class head: data sets of the pre-training
     normalize: bool = False  # take out each sample's mean and deviation, and give them back
-    activation: str = "gelu"  # one of sciml.activations.ACTIVATIONS
+    activation: str = "gelu"  # one of sciml.modules.ACTIVATIONS
     time_aggregation: str = "exp_mlp"  # or "mlp", without the cosines in time
 
     @property

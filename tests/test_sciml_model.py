@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from farms_jax.errors import InputError
-from sciml.activations import ACTIVATIONS
 from sciml.checkpoints import from_torch, to_torch
 from sciml.fourier import from_kept_modes, kept_modes
 from sciml.model import DPOT, NAMED, make_network
+from sciml.modules import ACTIVATIONS
 from tests.dpot_helpers import SETTINGS, SMALL, arrays_of, below, config_of, state_of
 from tests.helpers import few
 
