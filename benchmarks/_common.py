@@ -4,10 +4,10 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+from farms_jax.programs.environment import installed_versions
 from farms_jax.programs.files import write_json
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("jax", "jaxlib", "flax", "numpy", "torch")},
+        "versions": installed_versions("jax", "jaxlib", "flax", "numpy", "torch"),
     }
 
 
@@ -73,10 +73,3 @@ def _processor() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -4,7 +4,6 @@ import argparse
 import csv
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from farms_jax.programs import files
+from farms_jax.programs.environment import installed_versions
 from farms_jax.programs.exits import reported
 
 # Okabe and Ito's colours: told apart by every kind of colour vision.
@@ -79,7 +79,7 @@ def write(out: Path, name: str, result: Result, settings: Mapping[str, Any], sec
     paths = [out / f"{name}.{ending}" for ending in ("png", "json", "csv")]
     with files.atomic(paths[0]) as part:
         result.figure.savefig(part, dpi=_DPI, format="png")
-    versions = {package: version(package) for package in _PACKAGES}
+    versions = installed_versions(*_PACKAGES)
     content = {"settings": dict(settings), "versions": versions, "seconds": round(seconds, 1)}
     files.write_json(paths[1], {**content, **result.facts, "summary": result.summary})
     with files.atomic(paths[2]) as part, part.open("w", newline="", encoding="utf-8") as file:

@@ -9,7 +9,6 @@ weights depend on.
 
 import dataclasses
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from farms_jax.errors import InputError
+from farms_jax.programs.environment import installed_versions
 from farms_jax.programs.exits import reported
 from farms_jax.programs.files import sha256, write_json, write_text
 from prune.models import Network, make_network
@@ -182,7 +182,7 @@ def _record(
         "kept_step": trained.step,
         "loss": {name: float(evaluation_loss(network, params, ids)) for name, ids in apart.items()},
         "history": trained.history,
-        "versions": {name: metadata.version(name) for name in ("jax", "optax", "tokenizers")},
+        "versions": installed_versions("jax", "optax", "tokenizers"),
     }
 
 

@@ -26,6 +26,7 @@ from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import status_of
 from farms_jax.errors import InputError
 from farms_jax.programs.cache import Cache, weights_key
+from farms_jax.programs.environment import installed_versions
 from farms_jax.weights import WeightSource, open_weights
 
 _CHUNK = 2**25  # bytes of weights measured at once, where a single layer is not larger: enough for all cores
@@ -111,7 +112,7 @@ def _facts(source: WeightSource, layers: list[_Layer], cached: int, start: float
         "from_cache": cached,
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(start)),
         "seconds": time.time() - start,
-        "versions": {name: version(name) for name in ("farms-jax", "jax", "numpy")},
+        "versions": installed_versions("farms-jax", "jax", "numpy"),
         "machine": platform.machine(),
     }
 
