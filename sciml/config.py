@@ -41,9 +41,9 @@ class Config:
     ratio: float = 1.0
     """Share of the training trajectories that is used (Table 4: 0.05, 0.1, 0.25, 0.5, 1)."""
     limit_train: int | None = None
-    """Use so many training trajectories, after `ratio`."""
+    """Number of training trajectories to use, after `ratio`. Default: all."""
     limit_test: int | None = None
-    """Use so many test trajectories. Default: 200, as DPOT does."""
+    """Number of test trajectories to use. Default: 200, as DPOT does."""
     weights: Path | None = None
     """Pretrained weights to start from, .safetensors or .pth (see sciml.convert)."""
     components: tuple[str, ...] = ("all",)

@@ -51,7 +51,7 @@ class Fields:
         self._axes = [None if old == new else _axis(old, new) for old, new in zip((x, y), self.size, strict=True)]
 
     def __len__(self) -> int:
-        """Number of trajectories."""
+        """Return the number of trajectories."""
         return len(self.indices)
 
     @property
@@ -130,8 +130,8 @@ def open_fields(
         ratio: fraction of the training trajectories to use, in (0, 1], spaced evenly: number i is floor(i / ratio), for
             a ratio of 1/k every k-th, as PDEBench's `reduced_batch`. Table 4 of the FARMS paper has 0.05, 0.1, 0.25,
             0.5 and 1.
-        limit_train: use only so many of these, the first ones.
-        limit_test: use only so many test trajectories, the first ones.
+        limit_train: number of these to use, the first ones; all if None.
+        limit_test: number of test trajectories to use, the first ones; all if None.
         channels: number of channels that the data must have.
 
     Returns:
@@ -169,7 +169,7 @@ def open_fields(
 
 
 def _share(ratio: float) -> Fraction:
-    """Ratio as the fraction that was meant: of 0.1 the binary number is not quite 1/10."""
+    """Return the ratio as the fraction that was meant: the binary number of 0.1 is not quite 1/10."""
     share = Fraction(ratio).limit_denominator(1_000_000) if 0 < ratio <= 1 else Fraction(0)
     if share == 0:
         raise InputError(f"ratio must be in (0, 1], got {ratio}; 0.05 uses every twentieth training trajectory")
@@ -199,7 +199,7 @@ def _paths(path: Path, test: Path | None) -> tuple[Path, Path | None]:
 
 
 def _part(folder: Path, split: str) -> Path | None:
-    """Where a folder keeps a split, if it does."""
+    """Return where a folder keeps a split, if it does."""
     return next((part for part in (folder / split, folder / f"{split}.hdf5") if part.exists()), None)
 
 
@@ -270,7 +270,7 @@ def _scan(train: Fields, test: Fields) -> tuple[str, list[str]]:
 
 
 def _axis(old: int, new: int) -> _Axis:
-    """Find where the centres of `new` cells lie among those of `old` cells; at the ends the edge value holds on."""
+    """Find where the centres of `new` cells lie among those of `old` cells; beyond the ends the edge value is taken."""
     # As torch.nn.functional.interpolate(mode="bilinear", align_corners=False), which DPOT resamples with.
     position = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
     lower = position.astype(np.intp)

@@ -47,8 +47,8 @@ def generate(path: Path, config: FlowConfig) -> Path:
     pressure did not stay positive. The four fields are in chunks with checksums (Fletcher-32), which every reader of
     HDF5 looks at.
 
-    Until it is whole, finished trajectories lie in a folder beside it, PATH.parts; a later call goes on from there,
-    and computes again what is damaged. The folder is of one process at a time.
+    Until the file is complete, finished trajectories lie in the folder PATH.parts; a later call goes on from there, and
+    computes again what is damaged. One process at a time works in the folder.
 
     Args:
         path: path of the file.
@@ -111,7 +111,7 @@ def _read_attributes(path: Path) -> dict[str, Any]:
 
 
 def _check_same(path: Path, attributes: dict[str, Any], config: FlowConfig, remedy: str) -> None:
-    """Raise an InputError if what is there was made with other settings."""
+    """Raise an InputError if a file or folder was made with other settings."""
     if "generator_version" not in attributes:
         raise InputError(f"{path}: there is such a file, which sciml.generate has not made; {remedy}")
     wanted = config.attributes()
@@ -154,7 +154,7 @@ def _data_size(config: FlowConfig) -> int:
 
 
 def _new_file(path: Path, size: int) -> None:
-    """Write an HDF5 file without content that has the disk space for so many bytes: a full disk crashes HDF5."""
+    """Write an HDF5 file without content and reserve its disk space, `size` bytes: a full disk crashes HDF5."""
     with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
         file.flush()
         image = file.id.get_file_image()

@@ -67,7 +67,7 @@ class Source(abc.ABC):
         return self.path
 
     def check(self, index: int) -> None:
-        """Make sure without reading the numbers that a trajectory is there in the right shape."""
+        """Raise an InputError if a trajectory is missing or of another shape, without reading its numbers."""
         del index
 
     def read(self, index: int, start: int, length: int) -> np.ndarray:
@@ -185,7 +185,7 @@ class _Scattered(Source):
 
 
 def open_source(path: Path) -> Source:
-    """Open trajectories of whichever layout is there.
+    """Open trajectories in any of the layouts.
 
     Args:
         path: an HDF5 file, or a folder of data_0.hdf5, data_1.hdf5, ...

@@ -20,7 +20,7 @@ DIVISOR = 1e4  # of the peak rate, for the first and the second end of a cycle
 def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
     """Make the optimizer: Adam with L2 in the gradient as DPOT has it, on clipped gradients; the layers' factors last.
 
-    The class head has no part in the loss: it is not decayed, as Torch's Adam skips what has no gradient.
+    The class head does not enter the loss: it is not decayed, as Torch's Adam skips what has no gradient.
 
     Args:
         config: resolved settings.

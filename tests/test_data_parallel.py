@@ -38,6 +38,6 @@ def test_steps_take_the_same_way(found):
 
 def test_devices_that_cannot_be_are_refused(found):
     too_many, uneven, negative = found["refused"]
-    assert too_many == "--devices 5: JAX sees 4; give at most so many, or 0 for all"
+    assert too_many == "--devices 5: JAX sees 4; give at most 4, or 0 for all"
     assert uneven == "--batch-size 16 must be a multiple of the 3 of --devices 3"
     assert "--devices -1" in negative

@@ -65,11 +65,11 @@ class Config:
     bfloat16: bool = False
     """Compute in bfloat16; parameters stay float32."""
     devices: int = 1
-    """Split every batch evenly over so many devices; 0: all that JAX sees."""
+    """Number of devices that share every batch evenly; 0: all that JAX sees."""
     seeds: Seeds = (43,)
     """One network is trained per seed; the paper's are 43 37 13."""
     limit_train: int | None = None
-    """Use so many training images, balanced over the classes."""
+    """Number of training images to use, balanced over the classes. Default: all."""
     out: Path = Path("runs")
     """Folder for run directories."""
 

@@ -35,7 +35,7 @@ def make_mesh(count: int, batch_size: int) -> Mesh | None:
     """
     devices = jax.devices()
     if not 0 <= count <= len(devices):
-        raise InputError(f"--devices {count}: JAX sees {len(devices)}; give at most so many, or 0 for all")
+        raise InputError(f"--devices {count}: JAX sees {len(devices)}; give at most {len(devices)}, or 0 for all")
     chosen = devices[: count or None]
     if batch_size % len(chosen):
         raise InputError(f"--batch-size {batch_size} must be a multiple of the {len(chosen)} of --devices {count}")

@@ -62,7 +62,7 @@ def alpha_distribution(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: s
 
 
 def save(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:
-    """Write figures as images, each whole or not at all.
+    """Write figures as images, each file atomically.
 
     Args:
         folder: folder to write to.

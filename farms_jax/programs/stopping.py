@@ -80,7 +80,7 @@ def stop_signals_raise() -> Generator[None]:
 
 @contextlib.contextmanager
 def _raised_again(stop: Callable[[int, FrameType | None], None]) -> Generator[None]:
-    """Ask once more where a stop came to nothing: raised in a destructor or the like, from which no error gets out.
+    """Ask again where a stop was lost: raised in a destructor or the like, from which no error gets out.
 
     Nor does JAX print the traceback of one that was raised in a callback.
     """
