@@ -6,7 +6,6 @@ python -m prune.evaluate MODEL --tasks mine --tasks-dir FOLDER    tasks from fil
 """
 
 from farms_jax.programs.commands import launch
-from farms_jax.programs.environment import installed_versions
 
 if __name__ == "__main__":  # above the imports, of which one may be missing
     launch(f"{__package__}.evaluate", extra="prune")
