@@ -2,20 +2,18 @@
 
 import hashlib
 import json
-import tracemalloc
 
 import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from prune_helpers import DATA, FOLDERS, weights_of, write_folder
+from prune_helpers import DATA, weights_of, write_folder
 
 from farms_jax.errors import InputError
 from prune.checkpoints import open_checkpoint, open_tokenizer
 
 INDEX = "model.safetensors.index.json"
-DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 def written_back(checkpoint):
@@ -30,7 +28,7 @@ def written_back(checkpoint):
     return files
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", ["llama_tiny_bias", "opt_tiny"])
 def test_fixture_folders_come_back_byte_for_byte(name):
     checkpoint = open_checkpoint(str(DATA / name))
     assert checkpoint.name == name
@@ -42,8 +40,7 @@ def test_fixture_folders_come_back_byte_for_byte(name):
         np.testing.assert_array_equal(checkpoint.read(key), array)
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "shards"), [(np.float16, 1), (ml_dtypes.bfloat16, 3)])
 def test_every_dtype_and_layout_comes_back_byte_for_byte(tmp_path, dtype, shards):
     tensors = {name: array.astype(dtype) for name, array in weights_of("llama_tiny_tied").items()}
     folder = write_folder(tmp_path / "model", tensors, shards=shards)
@@ -52,17 +49,6 @@ def test_every_dtype_and_layout_comes_back_byte_for_byte(tmp_path, dtype, shards
     for name, array in tensors.items():
         assert checkpoint.read(name).dtype == array.dtype == checkpoint.tensors[name].dtype
         np.testing.assert_array_equal(checkpoint.read(name), array)
-
-
-def test_reading_takes_the_memory_of_one_tensor(tmp_path):
-    tensors = {f"t{number}": np.full((512, 512), number, np.float32) for number in range(8)}
-    checkpoint = open_checkpoint(str(write_folder(tmp_path / "model", tensors)))
-    tracemalloc.start()
-    for name in tensors:
-        checkpoint.read(name)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert 1 << 20 <= peak < 1.2 * (1 << 20)
 
 
 def test_links_are_followed(tmp_path):
@@ -107,51 +93,26 @@ def test_a_weight_file_stands_for_its_folder():
     assert checkpoint.path == DATA / "llama_tiny"
 
 
-def test_an_unknown_tensor_is_named():
-    with pytest.raises(InputError, match=r"llama_tiny: there is no tensor model\.layers\.9"):
-        open_checkpoint(str(DATA / "llama_tiny")).read("model.layers.9.mlp.up_proj.weight")
-
-
 # Damage to a folder of three shards: what is done, what the error says.
 
 
-def drop_shard(folder):
-    (folder / "model-00002-of-00003.safetensors").unlink()
+SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 
 
 def cut_shard(folder):
-    path = folder / "model-00002-of-00003.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
+    (folder / SHARDS[1]).write_bytes((folder / SHARDS[1]).read_bytes()[:-1])
 
 
-def edit_index(folder, change):
-    content = json.loads((folder / INDEX).read_text())
-    change(content["weight_map"])
-    (folder / INDEX).write_text(json.dumps(content))
+def list_tensor(name, filename):
+    """Have the index say where a tensor is; `None`: nowhere."""
 
+    def damage(folder):
+        content = json.loads((folder / INDEX).read_text())
+        content["weight_map"][name] = filename
+        content["weight_map"] = {key: value for key, value in content["weight_map"].items() if value}
+        (folder / INDEX).write_text(json.dumps(content))
 
-def list_a_tensor_too_many(folder):
-    edit_index(folder, lambda weight_map: weight_map.update({"model.extra.weight": "model-00001-of-00003.safetensors"}))
-
-
-def list_a_tensor_too_few(folder):
-    edit_index(folder, lambda weight_map: weight_map.pop("lm_head.weight"))
-
-
-def list_a_tensor_elsewhere(folder):
-    edit_index(folder, lambda weight_map: weight_map.update({"lm_head.weight": "model-00003-of-00003.safetensors"}))
-
-
-def leave_the_folder(folder):
-    edit_index(folder, lambda weight_map: weight_map.update({"lm_head.weight": "../other.safetensors"}))
-
-
-def name_no_file(folder):
-    edit_index(folder, lambda weight_map: weight_map.update({"lm_head.weight": "a" * 300}))
-
-
-def name_a_file_of_two_lines(folder):
-    edit_index(folder, lambda weight_map: weight_map.update({"lm_head.weight": "a\nb"}))
+    return damage
 
 
 def have_a_tensor_twice(folder):
@@ -160,24 +121,8 @@ def have_a_tensor_twice(folder):
     safetensors.numpy.save_file(tensors, path)
 
 
-def empty_the_index(folder):
-    (folder / INDEX).write_text("{}")
-
-
-def break_the_index(folder):
-    (folder / INDEX).write_text('{"weight_map": {')
-
-
-def drop_config(folder):
-    (folder / "config.json").unlink()
-
-
-def break_config(folder):
-    (folder / "config.json").write_bytes(b'{"model_type": "\xff"}')
-
-
-def make_config_a_list(folder):
-    (folder / "config.json").write_text("[1]")
+def write_file(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
 
 
 def drop_weights(folder):
@@ -193,32 +138,32 @@ def pickle_weights(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (drop_shard, r"model-00002-of-00003\.safetensors: this shard is missing.*download it again"),
-        (cut_shard, r"model-00002-of-00003\.safetensors: .*truncated.*download it again"),
-        (list_a_tensor_too_many, r"index\.json: .*model\.extra\.weight \(not in model-00001.*download"),
-        (list_a_tensor_too_few, r"index\.json: .*lm_head\.weight \(in model-00001.*not in the index.*download"),
-        (list_a_tensor_elsewhere, r"index\.json: .*lm_head\.weight \(not in model-00003.*download"),
-        (leave_the_folder, r"index\.json: lm_head\.weight is in '\.\./other\.safetensors'.*download"),
-        (name_no_file, r"index\.json: lm_head\.weight is in 'aaa.*aaa', no plain file name; download"),
-        (name_a_file_of_two_lines, r"index\.json: lm_head\.weight is in 'a\\nb', no plain file name; download"),
-        (have_a_tensor_twice, r"lm_head\.weight is in two shards, model-00001\S* and model-00002.*download"),
-        (empty_the_index, r"index\.json: it has no weight_map.*download"),
-        (break_the_index, r"index\.json: not valid JSON.*download"),
-        (drop_config, r"config\.json: no such file; give a Hugging Face model folder"),
-        (break_config, r"config\.json: not valid JSON.*download"),
-        (make_config_a_list, r"config\.json: not a JSON object.*download"),
-        (drop_weights, r"neither model\.safetensors nor .* give a folder with safetensors weights"),
-        (pickle_weights, r"pickles \(pytorch_model\.bin\).*never loaded.*save_pretrained.*--model CONVERTED"),
+        (lambda folder: (folder / SHARDS[1]).unlink(), "model-00002-of-00003.safetensors: this shard is missing"),
+        (cut_shard, "model-00002-of-00003.safetensors: .*truncated"),
+        (list_tensor("model.extra.weight", SHARDS[0]), r"index.json: .*model.extra.weight \(not in model-00001"),
+        (list_tensor("lm_head.weight", None), r"index.json: .*lm_head.weight \(in model-00001.*not in the index"),
+        (list_tensor("lm_head.weight", SHARDS[2]), r"index.json: .*lm_head.weight \(not in model-00003"),
+        (list_tensor("lm_head.weight", "../other"), r"lm_head.weight is in '\.\./other', no plain file name"),
+        (list_tensor("lm_head.weight", "a" * 300), "lm_head.weight is in 'aaa.*aaa', no plain file name"),
+        (list_tensor("lm_head.weight", "a\nb"), r"lm_head.weight is in 'a\\nb', no plain file name"),
+        (have_a_tensor_twice, r"lm_head.weight is in two shards, model-00001\S* and model-00002"),
+        (write_file(INDEX, b"{}"), "index.json: it has no weight_map"),
+        (write_file(INDEX, b'{"weight_map": {'), "index.json: not valid JSON"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
+        (write_file("config.json", b'{"model_type": "\xff"}'), "config.json: not valid JSON"),
+        (write_file("config.json", b"[1]"), "config.json: not a JSON object"),
+        (drop_weights, r"neither model\.safetensors nor "),
+        (pickle_weights, r"pickles \(pytorch_model\.bin\).*never loaded.*save_pretrained"),
     ],
 )
 def test_a_damaged_folder_is_one_clear_error(tmp_path, damage, message):
     folder = write_folder(tmp_path / "model", weights_of("llama_tiny"), shards=3)
     open_checkpoint(str(folder))
     damage(folder)
-    with pytest.raises(InputError, match=f"(?s){message}") as caught:
+    with pytest.raises(InputError, match=f"{message}.*(download|give)") as caught:
         open_checkpoint(str(folder))
     assert str(tmp_path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 def test_a_file_cut_after_opening_is_one_clear_error(tmp_path):

@@ -305,13 +305,10 @@ def pieces(**changes):
         (b"\x81\xa1w\xd6\xff\0\0\0\0", "extension -1 of msgpack"),  # a time
         (packed(shape=(2, 3)), r"an array of shape \(2, 3\) and float32 has 30 bytes"),
         (packed(shape=(-2, -2)), r"has the shape \[-2, -2\]"),
-        (packed(shape="all"), "has the shape 'all'"),
         (packed(shape=(1,) * 70 + (4,)), r"an array of shape \(1, 1, .* has 101 bytes"),
         (packed(shape=(0, 2**63), data=b""), r"an array of shape \(0, 9223372036854775808\) and float32 has"),
         (packed(dtype="object"), "has the dtype 'object'"),
-        (packed(dtype="no kind"), "has the dtype 'no kind'"),
         (packed(dtype="finfo"), "has the dtype 'finfo'"),
-        (packed(dtype=3), "has the dtype 3"),
         (packed(data="text"), "has 17 bytes"),
         (extension(1, msgpack.packb([1, 2])), r"is not \(shape, dtype, bytes\)"),
         (extension(3, msgpack.packb(([], "float32", bytes(4))) + b"more"), "has 20 bytes"),
@@ -324,7 +321,6 @@ def pieces(**changes):
         (b"\x82\xa1a\x01\xa1a\x02", "'a' of a map is no text, or there twice"),
         (msgpack.packb({"a": 1}) + b"\x01", "1 bytes after its tree"),
         (b"\x81\xa1a\xc1", "damaged at byte 3 .FormatError"),
-        (b"\x81\xa2\xff\xff\x01", "damaged at byte 3 .*utf-8"),
         (b"\x81\xa1a" * 200 + b"\x01", "more than 100 maps in maps"),
         (b"\xdf\xff\xff\xff\xff\xa1a\x01", "truncated"),
         (b"\x81\xa1a\xc6\xff\xff\xff\xff", "truncated"),
@@ -349,29 +345,34 @@ def cut_data(folder):
         file.write_bytes(file.read_bytes()[:-9])
 
 
-NAMELESS = {"tree_metadata": {"w": {"key_metadata": [{"key": ""}], "value_metadata": {"value_type": "jax.Array"}}}}
-
-
 @pytest.mark.parametrize("form", ["orbax", "orbax-zarr3", "orbax-folders"])
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: (folder / "_METADATA").write_text('{"tree_metadata": {'), "_METADATA: not valid JSON"),
-        (lambda folder: (folder / "_METADATA").write_text("{}"), "_METADATA: not a table of Orbax"),
-        (lambda folder: (folder / "_METADATA").write_text('{"tree_metadata": {"w": 3}}'), "not a table of Orbax"),
-        (lambda folder: (folder / "_METADATA").write_text('{"tree_metadata": {}}'), "there are no arrays in it"),
-        (
-            lambda folder: (folder / "_METADATA").write_text(json.dumps(NAMELESS)),
-            " is missing or damaged",  # the library refuses an array in no folder before it starts
-        ),
-        (lambda folder: (folder / "_METADATA").unlink(), "without _METADATA"),
-        (remove_data, "(is missing or damaged|cannot be read)"),
-        (cut_data, "(is missing or damaged|cannot be read)"),
-    ],
-)
-def test_a_faulty_orbax_checkpoint(tmp_path, form, damage, message):
+@pytest.mark.parametrize("damage", [remove_data, cut_data])
+def test_damaged_data_of_orbax(tmp_path, form, damage):
     path = write(form, tmp_path, arrays() | {"big": np.random.default_rng(0).normal(size=(128, 128))})
     damage(path)
+    refused(path, "(is missing or damaged|cannot be read)")
+
+
+NAMELESS = {"w": {"key_metadata": [{"key": ""}], "value_metadata": {"value_type": "jax.Array"}}}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('{"tree_metadata": {', "_METADATA: not valid JSON"),
+        ("{}", "_METADATA: not a table of Orbax"),
+        ('{"tree_metadata": {"w": 3}}', "not a table of Orbax"),
+        ('{"tree_metadata": {}}', "there are no arrays in it"),
+        # The library refuses an array in no folder before it starts.
+        (json.dumps({"tree_metadata": NAMELESS}), " is missing or damaged"),
+        (None, "without _METADATA"),
+    ],
+)
+def test_a_damaged_table_of_orbax(tmp_path, table, message):
+    path = write("orbax", tmp_path, arrays())
+    (path / "_METADATA").unlink()
+    if table is not None:
+        (path / "_METADATA").write_text(table)
     refused(path, message)
 
 
@@ -414,7 +415,10 @@ def test_an_orbax_checkpoint_that_is_not_finished(tmp_path):
 # Packages that are not there
 
 
-@pytest.mark.parametrize(("form", "package"), [("gguf", "gguf"), ("orbax", "tensorstore")])
+@pytest.mark.parametrize(
+    ("form", "package"),
+    [("gguf", "gguf"), ("orbax", "tensorstore"), ("msgpack", "msgpack"), ("safetensors", "safetensors")],
+)
 def test_a_missing_package_says_what_to_install(tmp_path, form, package, monkeypatch):
     path = write(form, tmp_path, arrays())
     monkeypatch.setitem(sys.modules, package, None)
