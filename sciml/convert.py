@@ -28,7 +28,7 @@ def convert(source: Path, target: Path) -> str:
         What was written, in words.
 
     Raises:
-        InputError: the source cannot be used, or the target is no `.safetensors` name or the source itself.
+        InputError: The source cannot be used, or the target is no `.safetensors` name or the source itself.
     """
     if target.suffix != ".safetensors":
         raise InputError(f"{target}: the file to write must end in .safetensors")

@@ -1,4 +1,4 @@
-"""From GGUF to Hugging Face: the config."""
+"""The `config.json` of a model, made from the metadata of its GGUF file."""
 
 import math
 from collections.abc import Mapping
@@ -32,16 +32,16 @@ def make_config(
     """Make the content of `config.json`, in the form that every version of `transformers` reads.
 
     Args:
-        metadata: of the file.
+        metadata: Metadata of the file.
         shapes: Hugging Face name -> shape.
-        rope_factors: divisors of the rotary frequencies, float32, shape (head_dim / 2,), where the file has them.
-        where: the file's name, for messages.
+        rope_factors: Divisors of the rotary frequencies, float32, shape (head_dim / 2,), where the file has them.
+        where: Name of the file, for messages.
 
     Returns:
         The config.
 
     Raises:
-        InputError: a number is missing, or the model has something that the networks here have not.
+        InputError: A number is missing, or the model has something that the networks here do not support.
     """
     architecture = architecture_of(metadata, where)
     facts = _Facts(metadata, architecture, where)
@@ -90,7 +90,7 @@ def _special_tokens(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Facts:
-    """An architecture's own keys; one that is asked for without a default must be there."""
+    """The metadata under an architecture's own keys; a key without a default must exist."""
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str, where: str) -> None:
         self.metadata, self.architecture, self.where = metadata, architecture, where

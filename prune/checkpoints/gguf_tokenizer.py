@@ -47,14 +47,14 @@ def make_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
     """Make the tokenizer of a file.
 
     Args:
-        metadata: of the file, long arrays included.
-        where: the file's name, for messages.
+        metadata: Metadata of the file, long arrays included.
+        where: Name of the file, for messages.
 
     Returns:
         A `transformers.PreTrainedTokenizerFast`; it can be saved with `save_pretrained`.
 
     Raises:
-        InputError: of a kind that is not known here, or damaged.
+        InputError: The tokenizer is of a kind that is not known here, or damaged.
     """
     makers = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = metadata.get("tokenizer.ggml.model")

@@ -1,4 +1,4 @@
-"""Opening a checkpoint or a tokenizer by its path or its name on the hub."""
+"""Open a checkpoint or a tokenizer by its path or its name on the hub."""
 
 import re
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ def open_checkpoint(model: str) -> Checkpoint:
     """Open a model.
 
     Args:
-        model: a Hugging Face folder, a safetensors file of one, a GGUF file, or a hub name "OWNER/NAME", which is
+        model: A Hugging Face folder, a safetensors file in one, a GGUF file, or a hub name "OWNER/NAME", which is
             downloaded; "OWNER/NAME@REVISION" takes another branch, tag or commit than the default one.
 
     Returns:
         The checkpoint; its headers are read and checked, its weights are not.
 
     Raises:
-        InputError: nothing is there, it cannot be downloaded, or it is damaged.
+        InputError: There is no such model, it cannot be downloaded, or it is damaged.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -59,13 +59,13 @@ def open_tokenizer(source: str) -> Any:
     """Load a tokenizer that is not the checkpoint's own; no code that comes with it is run.
 
     Args:
-        source: a folder with tokenizer files, a file of one, or a hub name "OWNER/NAME" (or "OWNER/NAME@REVISION").
+        source: A folder with tokenizer files, a file in one, or a hub name "OWNER/NAME" (or "OWNER/NAME@REVISION").
 
     Returns:
         A tokenizer of `transformers`.
 
     Raises:
-        InputError: nothing is there, it cannot be downloaded, or it cannot be loaded.
+        InputError: There is no such tokenizer, it cannot be downloaded, or it cannot be loaded.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -79,15 +79,15 @@ def choose_tokenizer(checkpoint: Checkpoint, given: str | None, *, needed: bool)
     """Load the tokenizer that goes with a model.
 
     Args:
-        checkpoint: of the model.
-        given: takes the place of the checkpoint's own; see `open_tokenizer`.
-        needed: whether there is text to turn into tokens.
+        checkpoint: Checkpoint of the model.
+        given: Tokenizer to take instead of the checkpoint's own; see `open_tokenizer`.
+        needed: Whether there is text to turn into tokens.
 
     Returns:
         A tokenizer of `transformers`; `None` where none is needed and none given.
 
     Raises:
-        InputError: there is none, or it cannot be loaded.
+        InputError: There is none, or it cannot be loaded.
     """
     if given:
         return open_tokenizer(given)
