@@ -21,13 +21,12 @@ from threadpoolctl import threadpool_limits
 import farms_jax
 from benchmarks._common import machine, write
 from farms_jax._sparsity import impute_alphas
-from prune.activations import Activations
 from prune.allocation import Plan
 from prune.checkpoints import Checkpoint, open_checkpoint
 from prune.forward import embed, reader, run_blocks
 from prune.models import Network
 from prune.perplexity import losses, perplexity
-from prune.pruning import STATISTIC, prune_block
+from prune.pruning import PrunedBlock, prune_blocks
 from prune.scores import measure_alphas
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
@@ -149,20 +148,15 @@ def check_pruned(
     layers = list(network.layer_shapes())
     ratios = run["ratios"] or [run["sparsity"]] * len(layers)
     plan = Plan(run["method"], dict(zip(layers, ratios, strict=True)))
-    ids = reference["arrays"]["test_ids"].astype(np.int32)
-    statistic = STATISTIC[plan.method]
-    seen = reference["arrays"]["calib_ids"].astype(np.int32) if statistic else ids[:0]
+    ids, seen = (reference["arrays"][name].astype(np.int32) for name in ("test_ids", "calib_ids"))
     removed, read = [0, 0], reader(checkpoint.read, network)
 
-    def visit(block: int, tensors: Any, statistics: Any) -> Any:
-        pruned = prune_block(network, block, tensors, statistics, plan)
+    def count(block: int, pruned: PrunedBlock) -> None:
         removed[0] += sum(int((~mask).sum()) for mask in pruned.masks.values())
         removed[1] += sum(mask.size for mask in pruned.masks.values())
-        return pruned.tensors
 
-    activations: Activations = embed(network, read, np.concatenate([seen, ids]))
     title = f"{run['method']} {run['allocation']}"
-    run_blocks(network, read, activations, title=title, visit=visit, statistic=statistic, calibration=len(seen))
+    activations = prune_blocks(network, read, plan, count, calibration=seen, evaluation=ids, title=title)
     nll = losses(network, network.to_state("head", read("head")), activations, ids)
     found, tolerance = float(np.exp(nll.mean())), TOLERANCE[run["method"]]
     sparsity = {"sparsity": removed[0] / removed[1], "reference_sparsity": run["achieved_sparsity"]}

@@ -1,4 +1,4 @@
-"""What a pruning run is made of."""
+"""Settings of a pruning run."""
 
 import dataclasses
 import re
@@ -56,11 +56,11 @@ class Config:
     length: int | None = None
     """Tokens in a sequence, for calibration and evaluation. Default: 2048, or what the model can take."""
     seed: int = 0
-    """Of the calibration samples."""
+    """Seed of the calibration samples."""
     text: str | None = None
     """Text to measure perplexity on: wikitext2, c4, or a file. Default: wikitext2."""
     limit: int | None = None
-    """Evaluate only so many blocks of the text, from the first on."""
+    """Number of blocks of the text to evaluate, from the first on."""
     special_tokens: bool = True
     """Let the tokenizer add those it adds by default, such as a first BOS."""
     tokenizer: str | None = None
@@ -176,7 +176,7 @@ def resolve(config: Config, max_length: int) -> Config:
     """Fill in what depends on the model.
 
     Args:
-        config: as given.
+        config: settings as given.
         max_length: the longest sequence that the model takes.
 
     Returns:

@@ -53,7 +53,7 @@ class Config:
     tasks_dir: Path | None = None
     """Folder with task files (YAML) of your own. They may name Python functions, which are run."""
     limit: int | None = None
-    """Take only so many examples of each task, and blocks of the text."""
+    """Number of examples of each task, and of blocks of the text, to evaluate."""
     text: str | None = None
     """Text for the perplexity: wikitext2, c4, or a file (text, .jsonl, .parquet, or tokens in .npy or .npz)."""
     length: int | None = None
@@ -65,7 +65,7 @@ class Config:
     batch_tokens: int = 4096
     """Tokens of the tasks that go through the network at a time."""
     stream_tokens: int | None = None
-    """For the tasks, read the model block by block for every so many tokens instead of holding it in memory."""
+    """Tokens of the tasks after which the model is read anew, block by block, instead of being held in memory."""
     json: Path | None = None
     """Write the results, and all that they depend on, as JSON."""
 

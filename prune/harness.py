@@ -51,7 +51,7 @@ class JaxLM(TemplateLM):
                 positions for.
             batch_tokens: tokens of one forward pass, padding included; bounds the memory besides the weights.
             stream_tokens: `None` holds the whole model in memory, in float32; a number reads it anew, block by
-                block, for every so many tokens, whose activations are held instead.
+                block, for every group of inputs of that many tokens, whose activations are held instead.
             special_tokens: let the tokenizer add those that it adds by default, such as a first BOS.
 
         Raises:

@@ -21,15 +21,15 @@ from .texts import Samples, are_token_ids, calibration_samples, evaluation_block
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run that can begin.
+    """The inputs of a run, opened and checked.
 
     Attributes:
         config: resolved.
-        checkpoint: of the dense model.
-        network: of its family.
+        checkpoint: the dense model.
+        network: its network.
         calibration: sequences; those beyond `config.samples` are for the search of epsilon.
         evaluation: blocks of the evaluation text.
-        tokenizer: of the texts; `None` where they are token ids.
+        tokenizer: tokenizer of the texts; `None` where they are token ids.
         weights: hash of all tensors: names, dtypes, shapes, values.
     """
 
@@ -71,7 +71,7 @@ def prepare(config: Config) -> Job:
     """Open and check everything.
 
     Args:
-        config: as given.
+        config: settings as given.
 
     Returns:
         The job.

@@ -1,4 +1,4 @@
-"""Which scores are the lowest: of a matrix, of each row, of each group in a row.
+"""Selection of the lowest scores of a matrix, of each row, or of each group in a row.
 
 Sorting is the slow part of pruning. The k-th smallest score is found here bit by bit instead: float32 numbers that are
 not negative order like their bits, so 31 counts over the matrix give it exactly, whatever the number of elements.
@@ -24,7 +24,7 @@ def lowest(scores: Array, position: Array | int) -> Array:
 
 
 def lowest_of_rows(scores: Array, count: Array | int) -> Array:
-    """Mark so many lowest scores of each row; of equal ones the first, as a stable sort does.
+    """Mark the `count` lowest scores of each row; of equal ones the first, as a stable sort does.
 
     Args:
         scores: (R, C) float32, not negative.
@@ -48,7 +48,7 @@ def lowest_of_rows(scores: Array, count: Array | int) -> Array:
 
 
 def lowest_of_groups(scores: Array, count: Array | int, group: int) -> Array:
-    """Mark so many lowest scores of every group of consecutive ones in a row (N:M); of equal ones the first.
+    """Mark the `count` lowest scores of every group of consecutive ones in a row (N:M); of equal ones the first.
 
     Args:
         scores: (R, C) float32, C a multiple of `group`.

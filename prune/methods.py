@@ -78,7 +78,7 @@ def wanda_variant(weight: Array, squares: Array, sparsity: float) -> Array:
 
     Args:
         weight: (out, in).
-        squares: as for `wanda`.
+        squares: (in,) as for `wanda`.
         sparsity: fraction of the layer to remove.
 
     Returns:

@@ -43,7 +43,7 @@ def perplexity(
         checkpoint: its weights.
         ids: (N, T) int32, blocks of the text.
         spill: folder to hold activations instead of memory.
-        title: of the progress bar.
+        title: title of the progress bar.
 
     Returns:
         The perplexity.

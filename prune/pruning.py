@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ from jax import Array
 from tqdm import tqdm
 
 from .activations import Activations
-from .allocation import Plan
+from .allocation import Plan, sizes_of
 from .calibration import Statistic, Statistics
 from .config import Method
 from .forward import Read, Tensors, embed, reader, run_blocks, weights_of
@@ -110,24 +111,28 @@ def _factor(hessian: Array, damping: float, layer: str) -> Factor:
 
 
 def prune_blocks(
-    job: Job,
-    plan: Plan,
+    network: Network,
     read: Read,
+    plan: Plan,
     keep: Callable[[int, PrunedBlock], None],
     *,
-    title: str,
+    calibration: np.ndarray,
     evaluation: np.ndarray | None = None,
+    spill: Path | None = None,
+    title: str = "prune",
     first: int = 0,
 ) -> Activations:
     """Prune all blocks, one in memory at a time.
 
     Args:
-        job: the run: model and calibration sequences.
-        plan: how to prune.
+        network: the model.
         read: returns the tensors of a part.
+        plan: how to prune.
         keep: called with the number of each block and the block, pruned.
+        calibration: tokens (M, T) that the statistics are of; not looked at by methods without any.
+        evaluation: tokens (N, T) that travel behind the calibration.
+        spill: folder to hold the activations instead of memory.
         title: title of the progress bar.
-        evaluation: tokens (N, T) that travel behind the calibration, which alone gives the statistics.
         first: blocks before this one are pruned already.
 
     Returns:
@@ -136,16 +141,15 @@ def prune_blocks(
     Raises:
         InputError: a Hessian cannot be factorised.
     """
-    network, statistic = job.network, STATISTIC[plan.method]
-    calibration = job.seen if statistic else job.seen[:0]
+    statistic = STATISTIC[plan.method]
+    seen = calibration if statistic else calibration[:0]
 
     def visit(block: int, tensors: Tensors, statistics: Statistics) -> Tensors:
         pruned = prune_block(network, block, tensors, statistics, plan)
         keep(block, pruned)
         return pruned.tensors
 
-    ids = calibration if evaluation is None else np.concatenate([calibration, evaluation])
-    activations = embed(network, read, ids, job.config.spill)
+    activations = embed(network, read, seen if evaluation is None else np.concatenate([seen, evaluation]), spill)
     run_blocks(
         network,
         read,
@@ -153,7 +157,7 @@ def prune_blocks(
         title=title,
         visit=visit,
         statistic=statistic,
-        calibration=len(calibration),
+        calibration=len(seen),
         first=first,
     )
     return activations
@@ -177,8 +181,10 @@ def simulate(job: Job, plan: Plan, ids: np.ndarray, title: str) -> Simulation:
         nonlocal removed
         removed += sum(int((~mask).sum()) for mask in pruned.masks.values())
 
-    read = reader(job.checkpoint.read, job.network)
-    activations = prune_blocks(job, plan, read, count, title=title, evaluation=ids)
-    nll = losses(job.network, job.network.to_state("head", read("head")), activations, ids)
-    total = sum(rows * columns for rows, columns in job.network.layer_shapes().values())
+    network, read = job.network, reader(job.checkpoint.read, job.network)
+    activations = prune_blocks(
+        network, read, plan, count, calibration=job.seen, evaluation=ids, spill=job.config.spill, title=title
+    )
+    nll = losses(network, network.to_state("head", read("head")), activations, ids)
+    total = sum(sizes_of(network.layer_shapes()).values())
     return Simulation(float(np.exp(nll.mean())), removed / total, nll.tolist())

@@ -93,7 +93,7 @@ def sparsegpt(
 
     Args:
         weight: (out, in).
-        factor: of `factorise`.
+        factor: result of `factorise`.
         sparsity: fraction to remove, in [0, 1). Without effect with `groups`.
         groups: remove by groups of consecutive inputs.
         block: columns in a block, a multiple of 16; with groups rounded to a multiple of their size.

@@ -16,6 +16,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from farms_jax.errors import InputError
+from farms_jax.weights.sanitise import one_line
 
 from .harness import JaxLM
 from .texts import hub
@@ -42,7 +43,7 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, Ta
     """Load tasks of lm-eval, and their data.
 
     Args:
-        names: of tasks, groups or tags.
+        names: names of tasks, groups or tags.
         folder: Folder with task files (YAML), which come before lm-eval's own of the same name. Relative paths
             under `dataset_kwargs: data_files` are looked up beside the task file first. Task files can name Python
             functions, which are run: include only what you trust.
@@ -84,9 +85,8 @@ def _load_task(manager: TaskManager, name: str) -> dict[str, Task]:
         with hub.offline_where_unreachable():
             return manager.load([spec])["tasks"]
     except Exception as error:  # of lm-eval, datasets, and several network libraries
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"--tasks {name}: cannot be loaded ({reason}); without internet give --tasks-dir FOLDER, "
+            f"--tasks {name}: cannot be loaded ({one_line(error)}); without internet give --tasks-dir FOLDER, "
             "a folder with a task file of that name whose data_files are on this machine"
         ) from error
 
@@ -105,8 +105,8 @@ def zero_shot(lm: JaxLM, tasks: Mapping[str, Task], limit: int | None = None) ->
 
     Args:
         lm: the model.
-        tasks: from `load_tasks`.
-        limit: take only so many examples of each, from the first on.
+        tasks: tasks of `load_tasks`.
+        limit: number of examples of each task, from the first on.
 
     Returns:
         Metrics in the order of the tasks.

@@ -38,7 +38,7 @@ def check_tokenizer(tokenizer: Any) -> None:
     """Find faults that show only in use, where some of them would end the process.
 
     Args:
-        tokenizer: of `transformers`.
+        tokenizer: tokenizer of `transformers`.
 
     Raises:
         ValueError: its ids have gaps without measure: `tokenizers` takes memory for all up to the highest.
@@ -53,7 +53,7 @@ def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> np.ndar
     """Turn text into token ids.
 
     Args:
-        tokenizer: of `transformers`.
+        tokenizer: tokenizer of `transformers`.
         text: any.
         special_tokens: let the tokenizer add those that it adds by default, such as a first BOS.
 

@@ -127,5 +127,5 @@ def write_pruned(job: Job, plan: Plan, record: Record, output: Output | None) ->
         record.put("written", done)
         last = now
 
-    prune_blocks(job, plan, read, keep, title="prune", first=first)
+    prune_blocks(job.network, read, plan, keep, calibration=job.seen, spill=job.config.spill, first=first)
     output.finish()

@@ -254,3 +254,24 @@ def command(config, **changes):
         for part in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)]))
     ]
     return [sys.executable, "-m", "prune.llama", *flags]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def card_of(path):
+    """The card of a run."""
+    return json.loads((path / "run.json").read_text())
+
+
+def without_times(card):
+    return {key: value for key, value in card.items() if "seconds" not in key and key != "peak_memory_bytes"}
+
+
+def assert_same_run(path, expected):
+    """Byte for byte the same model and table, and the same card but for times."""
+    assert bytes_of(path / "model") == bytes_of(expected / "model")
+    assert (path / "layers.csv").read_bytes() == (expected / "layers.csv").read_bytes()
+    assert without_times(card_of(path)) == without_times(card_of(expected))
+    assert not (path / "model.part").exists()

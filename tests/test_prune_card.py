@@ -15,6 +15,7 @@ from prune_helpers import (
     DATA,
     byte_tokenizer,
     bytes_of,
+    card_of,
     folder_with_tokenizer,
     numbers_of,
     small_run,
@@ -38,10 +39,6 @@ def finished(tmp_path_factory):
     job = prepare(small_run(tmp_path_factory.mktemp("run")))
     run(job)
     return job
-
-
-def card_of(job):
-    return json.loads((job.path / "run.json").read_text())
 
 
 # --- Export ----------------------------------------------------------------------------------------------------------
@@ -72,7 +69,7 @@ def test_nothing_removed_gives_the_same_bytes_back(dtype, shards, method, tmp_pa
     del found["masks.safetensors"], found["SHA256SUMS"], expected["pytorch_model.bin"]
     assert found == expected
     assert all(mask.all() for mask in read_masks(job.path / "model").values())
-    assert card_of(job)["perplexity"]["pruned"] == card_of(job)["perplexity"]["dense"]
+    assert card_of(job.path)["perplexity"]["pruned"] == card_of(job.path)["perplexity"]["dense"]
 
 
 def assert_pruned(job, source):
@@ -87,7 +84,7 @@ def assert_pruned(job, source):
         assert before[name].tobytes() == after[name].tobytes(), name
     for layer, mask in masks.items():
         np.testing.assert_array_equal(after[f"{layer}.weight"] != 0, mask, err_msg=layer)
-    rows = {row["layer"]: row for row in card_of(job)["allocation"]["layers"]}
+    rows = {row["layer"]: row for row in card_of(job.path)["allocation"]["layers"]}
     assert {layer: 1 - mask.mean() for layer, mask in masks.items()} == pytest.approx({
         layer: row["reached"] for layer, row in rows.items()
     })
@@ -120,7 +117,7 @@ def test_masks_of_other_methods_and_families(model, method, allocation, layers, 
 
 def test_card_holds_all_that_the_numbers_depend_on(finished):
     job = finished
-    card, (arrays, numbers) = card_of(job), numbers_of("llama_tiny")
+    card, (arrays, numbers) = card_of(job.path), numbers_of("llama_tiny")
     asked = {field.name for field in dataclasses.fields(Config)} - {"out"}
     assert set(card["settings"]) == asked
     assert (card["settings"]["method"], card["settings"]["seed"], card["settings"]["sparsity"]) == ("wanda", 0, 0.5)
@@ -141,7 +138,7 @@ def test_card_holds_all_that_the_numbers_depend_on(finished):
 
 
 def test_card_holds_the_allocation(finished):
-    card = card_of(finished)
+    card = card_of(finished.path)
     allocation, rows = card["allocation"], card["allocation"]["layers"]
     assert (allocation["by"], allocation["granularity"], allocation["epsilon"]) == ("farms", "block", {"value": 0.3})
     weights = {name.removesuffix(".weight"): w.size for name, w in weights_of("llama_tiny").items() if "_proj" in name}
@@ -183,7 +180,7 @@ def test_text_goes_through_the_tokenizer_of_the_model(tmp_path):
     config = small_run(tmp_path, model, method="magnitude", allocation="uniform", text=str(text), limit=5)
     job = prepare(config)
     run(job)
-    card, found = card_of(job), bytes_of(job.path / "model")
+    card, found = card_of(job.path), bytes_of(job.path / "model")
     assert (card["evaluation"]["count"], card["evaluation"]["tokens"]) == (5, 9 * 45)  # a byte is a token
     assert card["evaluation"]["text_sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
     assert len(card["tokenizer_sha256"]) == 64

@@ -2,8 +2,6 @@
 
 import json
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -45,22 +43,6 @@ def test_perplexity_is_that_of_the_reference_s_logits(model):
         assert np.mean(found.nll) == pytest.approx(numbers["loss_mean"], rel=1e-5)
 
 
-def test_perplexity_is_that_of_our_own_logits_to_rounding():
-    network, checkpoint = opened(DATA / "llama_tiny")
-    ids = np.random.default_rng(1).integers(0, 256, (3, 40), dtype=np.int32)
-
-    def state(part):
-        return network.to_state(part, {name: checkpoint.read(name) for name in network.tensors(part)})
-
-    apply, x = jax.jit(network.block), network.embed(state("embed"), jnp.asarray(ids))
-    for block in range(network.num_blocks):
-        x = apply(state(block), x)
-    expected = losses_of(np.asarray(jax.jit(network.head)(state("head"), x)), ids)
-    found = perplexity(network, checkpoint, ids)
-    np.testing.assert_allclose(found.nll, expected, rtol=2e-6)
-    assert found.value == pytest.approx(np.exp(expected.mean()), rel=1e-5)
-
-
 @pytest.mark.parametrize("tokens", [1, 80, 200], ids=["one by one", "two and one", "all at once"])
 def test_batches_change_nothing(tokens, tmp_path, monkeypatch):
     arrays, _ = numbers_of("llama_tiny")
@@ -86,16 +68,6 @@ def test_logits_of_a_few_tokens_at_a_time_change_nothing(at_once, monkeypatch):
     finally:
         prune.perplexity._losses.clear_cache()
     np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-6)
-
-
-def test_one_sequence_is_worth_as_much_as_another():
-    """The mean is over sequences, in nats, before exp: not a mean of perplexities."""
-    network, checkpoint = opened(DATA / "llama_tiny")
-    arrays, _ = numbers_of("llama_tiny")
-    alone = [perplexity(network, checkpoint, arrays["ids"][i : i + 1]).value for i in range(3)]
-    assert max(alone) > 1.05 * min(alone)
-    together = perplexity(network, checkpoint, arrays["ids"]).value
-    assert together == pytest.approx(np.prod(alone) ** (1 / 3), rel=1e-5)
 
 
 @pytest.mark.slow

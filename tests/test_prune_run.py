@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -13,10 +12,14 @@ import pytest
 from helpers import few
 from prune_helpers import (
     DATA,
+    Killed,
+    assert_same_run,
     bytes_of,
+    card_of,
     command,
     small_run,
     weights_of,
+    without_times,
     write_random_llama,
 )
 
@@ -47,31 +50,11 @@ def finished_copy(finished, tmp_path):
     return dataclasses.replace(finished[0].config, out=tmp_path / "out")
 
 
-def card_of(path):
-    return json.loads((path / "run.json").read_text())
-
-
-def without_times(card):
-    return {key: value for key, value in card.items() if "seconds" not in key and key != "peak_memory_bytes"}
-
-
-def assert_same_run(path, expected):
-    """Byte for byte the same model and table, and the same card but for times."""
-    assert bytes_of(path / "model") == bytes_of(expected / "model")
-    assert (path / "layers.csv").read_bytes() == (expected / "layers.csv").read_bytes()
-    assert without_times(card_of(path)) == without_times(card_of(expected))
-    assert not (path / "model.part").exists()
-
-
 def never(*arguments, **keywords):
     pytest.fail("computed again")
 
 
 # --- Stopped ---------------------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing catches it."""
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -53,7 +53,7 @@ def read_rope(config: Fields, max_length: int) -> Rope:
     """Read a config.json in today's form (`rope_parameters`) or in the older one (`rope_theta`, `rope_scaling`).
 
     Args:
-        config: of the whole model.
+        config: config of the whole model.
         max_length: positions of the model; stands in for those before the context was extended if they are left out.
 
     Returns:

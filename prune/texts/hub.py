@@ -10,6 +10,7 @@ from typing import Any
 
 from farms_jax._extras import from_extra
 from farms_jax.errors import InputError
+from farms_jax.weights.sanitise import one_line
 
 _SECONDS = 5.0
 
@@ -55,7 +56,7 @@ def load(flag: str, name: str, *arguments: str, **keywords: Any) -> Any:
     """Load a data set with `datasets.load_dataset`.
 
     Args:
-        flag: of the command line that asked for it, for the error.
+        flag: option of the command line that asked for it, for the error.
         name: by which the user knows it, for the error.
         *arguments: for `load_dataset`.
         **keywords: for `load_dataset`.
@@ -73,5 +74,4 @@ def load(flag: str, name: str, *arguments: str, **keywords: Any) -> Any:
         with offline_where_unreachable():
             return datasets.load_dataset(*arguments, **keywords)
     except Exception as error:  # of several network libraries
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{flag} {name}: cannot be had from the hub ({reason}); {remedy}") from error
+        raise InputError(f"{flag} {name}: cannot be had from the hub ({one_line(error)}); {remedy}") from error

@@ -35,7 +35,7 @@ class Source(NamedTuple):
         kind: one text, documents that are complete in themselves, or token ids.
         texts: the text, or the documents; empty for token ids.
         ids: token ids, integer (N, T) or (N,); `None` for text.
-        sha256: of the file; for a named data set of its texts, joined by blank lines.
+        sha256: hash of the file; for a named data set, of its texts, joined by blank lines.
     """
 
     kind: Literal["text", "documents", "tokens"]

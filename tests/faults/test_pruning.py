@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import few
-from prune_helpers import DATA, bytes_of, command, small_run
+from prune_helpers import DATA, Killed, assert_same_run, bytes_of, command, small_run
 
 import prune.pruning
 import prune.record
@@ -27,10 +27,6 @@ from prune.run import run
 
 ROOT = DATA.parent.parent
 BLOCKS = 4
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing catches it."""
 
 
 def killed_at(block):
@@ -101,12 +97,6 @@ def place_of(path, name):
         size = int.from_bytes(file.read(8), "little")
         start, stop = json.loads(file.read(size))[name]["data_offsets"]
     return 8 + size + (start + stop) // 2
-
-
-def assert_same_run(path, expected):
-    assert bytes_of(path / "model") == bytes_of(expected / "model")
-    assert (path / "layers.csv").read_bytes() == (expected / "layers.csv").read_bytes()
-    assert not (path / "model.part").exists()
 
 
 # --- One process per run ---------------------------------------------------------------------------------------------
