@@ -64,7 +64,7 @@ class Llama(Network):
     # Frequencies that older versions of `transformers` saved; ours come from the config.
     ignored = r".*layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
-    def shapes(self, kind: Kind) -> dict[str, Shape]:  # noqa: D102
+    def _shapes(self, kind: Kind) -> dict[str, Shape]:
         size, inner = self.hidden_size, self.intermediate_size
         if kind == "embed":
             return {"embed_tokens.weight": (self.vocab_size, size)}
@@ -85,7 +85,7 @@ class Llama(Network):
             **linear_shapes("mlp.down_proj", size, inner, self.mlp_bias),
         }
 
-    def block_constants(self, block: int) -> dict[str, float]:
+    def _block_constants(self, block: int) -> dict[str, float]:
         """Return the width of a block's sliding window, where any block has one.
 
         A number in the state, not in the code, so that one compilation serves blocks with and without it.
@@ -95,10 +95,10 @@ class Llama(Network):
         window = self.windows[block]
         return {"self_attn.window": float("inf") if window is None else window}
 
-    def apply_embed(self, state: State, ids: Array) -> Array:  # noqa: D102
+    def _embed(self, state: State, ids: Array) -> Array:
         return embedding(state, "embed_tokens", ids)
 
-    def apply_block(self, state: State, x: Array) -> tuple[Array, Inputs]:  # noqa: D102
+    def _block(self, state: State, x: Array) -> tuple[Array, Inputs]:
         attention_input = rms_norm(state, "input_layernorm", x, self.epsilon)
         heads = self._attention(state, attention_input)
         x = x + linear(state, "self_attn.o_proj", heads)
@@ -118,7 +118,7 @@ class Llama(Network):
             key = rms_norm(state, "self_attn.k_norm", key, self.epsilon)
         return attend(rotate(query, self.rope), rotate(key, self.rope), value, state.get("self_attn.window"))
 
-    def apply_head(self, state: State, x: Array) -> Array:  # noqa: D102
+    def _head(self, state: State, x: Array) -> Array:
         return self.unembed(state, rms_norm(state, "norm", x, self.epsilon))
 
 

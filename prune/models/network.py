@@ -56,25 +56,25 @@ class Network(ABC):
     ignored: ClassVar[str] = r"(?!)"
 
     @abstractmethod
-    def shapes(self, kind: Kind) -> dict[str, Shape]:
+    def _shapes(self, kind: Kind) -> dict[str, Shape]:
         """Return the shapes of a part's tensors as in the checkpoint, by their names without prefix and block."""
 
     @abstractmethod
-    def apply_embed(self, state: State, ids: Array) -> Array:
+    def _embed(self, state: State, ids: Array) -> Array:
         """Return (B, T, D) for ids (B, T)."""
 
     @abstractmethod
-    def apply_block(self, state: State, x: Array) -> tuple[Array, Inputs]:
+    def _block(self, state: State, x: Array) -> tuple[Array, Inputs]:
         """Return a block's output (B, T, D), and the input of each of the `input_groups`.
 
         Where jitted code asks for one of them alone, the other is not computed.
         """
 
     @abstractmethod
-    def apply_head(self, state: State, x: Array) -> Array:
+    def _head(self, state: State, x: Array) -> Array:
         """Return logits (B, T, V) for x (B, T, D)."""
 
-    def block_constants(self, block: int) -> dict[str, float]:
+    def _block_constants(self, block: int) -> dict[str, float]:
         """Return what is in a block's state beside its weights."""
         del block
         return {}
@@ -95,7 +95,7 @@ class Network(ABC):
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
         """Return the shape (out, in) of every linear of all blocks, by full name, in network order."""
-        inside: dict[str, Any] = self.shapes("block")
+        inside: dict[str, Any] = self._shapes("block")
         blocks = range(self.num_blocks)
         return {self.layer_name(block, name): inside[f"{name}.weight"] for block in blocks for name in self.linears}
 
@@ -142,7 +142,7 @@ class Network(ABC):
             is_linear = array.ndim == 2 and not name.startswith("embed_")
             # A copy, so that the caller's array may be freed or changed.
             state[name] = jnp.array(array.T if is_linear else array, jnp.float32)
-        constants = self.block_constants(part) if isinstance(part, int) else {}
+        constants = self._block_constants(part) if isinstance(part, int) else {}
         return state | {name: jnp.float32(value) for name, value in constants.items()}
 
     def embed(self, state: State, ids: Array) -> Array:
@@ -160,11 +160,11 @@ class Network(ABC):
         """
         if ids.shape[1] > self.max_length:
             raise InputError(f"sequences of {ids.shape[1]} tokens: this model takes {self.max_length} at most")
-        return _exactly(self.apply_embed, state, ids)
+        return _exactly(self._embed, state, ids)
 
     def block(self, state: State, x: Array) -> Array:
         """Apply a decoder block: (B, T, D) -> (B, T, D)."""
-        return self._map_block(lambda x: _exactly(self.apply_block, state, x)[0], x)
+        return self._map_block(lambda x: _exactly(self._block, state, x)[0], x)
 
     def inputs(self, state: State, x: Array) -> dict[str, Array]:
         """Return what each linear of a block is given.
@@ -176,12 +176,12 @@ class Network(ABC):
         Returns:
             Name of a linear -> its input, (B, T, in); linears of one input group have the same array.
         """
-        inputs = self._map_block(lambda x: _exactly(self.apply_block, state, x)[1], x)
+        inputs = self._map_block(lambda x: _exactly(self._block, state, x)[1], x)
         return {name: array for group, array in zip(self.input_groups, inputs, strict=True) for name in group}
 
     def head(self, state: State, x: Array) -> Array:
         """Return logits (B, T, V) for the output of the last block (B, T, D)."""
-        return _exactly(self.apply_head, state, x)
+        return _exactly(self._head, state, x)
 
     def unembed(self, state: State, x: Array) -> Array:
         """Multiply by the head's matrix, or by the embedding's where they are tied."""
@@ -200,7 +200,7 @@ class Network(ABC):
         return lax.platform_dependent(x, cpu=one_by_one, default=function)
 
     def _sorted_shapes(self, part: Part) -> dict[str, Shape]:
-        return dict(sorted(self.shapes("block" if isinstance(part, int) else part).items()))
+        return dict(sorted(self._shapes("block" if isinstance(part, int) else part).items()))
 
     def _full_name(self, part: Part, name: str) -> str:
         if name == "lm_head.weight":

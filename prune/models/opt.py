@@ -38,7 +38,7 @@ class OPT(Network):
         ("fc2",),
     )
 
-    def shapes(self, kind: Kind) -> dict[str, Shape]:  # noqa: D102
+    def _shapes(self, kind: Kind) -> dict[str, Shape]:
         size, inner = self.hidden_size, self.embedding_size
         projects = inner != size
         if kind == "embed":
@@ -58,13 +58,13 @@ class OPT(Network):
     def _norm_shapes(self, name: str) -> dict[str, Shape]:
         return {f"{name}.{kind}": (self.hidden_size,) for kind in ("weight", "bias")} if self.affine else {}
 
-    def apply_embed(self, state: State, ids: Array) -> Array:  # noqa: D102
+    def _embed(self, state: State, ids: Array) -> Array:
         tokens = embedding(state, "embed_tokens", ids)
         if self.embedding_size != self.hidden_size:
             tokens = linear(state, "project_in", tokens)
         return tokens + embedding(state, "embed_positions", jnp.arange(ids.shape[1]) + OFFSET)[None]
 
-    def apply_block(self, state: State, x: Array) -> tuple[Array, Inputs]:  # noqa: D102
+    def _block(self, state: State, x: Array) -> tuple[Array, Inputs]:
         attention_input = layer_norm(state, "self_attn_layer_norm", x, EPSILON) if self.pre_norm else x
         heads = self._attention(state, attention_input)
         x = x + linear(state, "self_attn.out_proj", heads)
@@ -83,7 +83,7 @@ class OPT(Network):
         query, key, value = (linear(state, name, x).reshape(*x.shape[:2], self.num_heads, -1) for name in names)
         return attend(query[:, :, :, None], key, value)
 
-    def apply_head(self, state: State, x: Array) -> Array:  # noqa: D102
+    def _head(self, state: State, x: Array) -> Array:
         if self.final_norm:
             x = layer_norm(state, "final_layer_norm", x, EPSILON)
         if self.embedding_size != self.hidden_size:
