@@ -1,6 +1,6 @@
 """Pruning of large language models: per-block sparsities from their spectra, under magnitude, Wanda or SparseGPT.
 
 The way from weights to masks: `job` opens and checks everything; `run` goes through the stages from top to bottom,
-each kept by `record`; `scores` measures the layers, `allocation` turns scores into a plan, `pruning` follows it block by
-block (`forward`, `calibration`, `methods`, `sparsegpt`), `writing` puts every block on disk; `card` is what stays.
+each kept by `record`; `scores` measures the layers, `allocation` turns scores into a plan, `pruning` follows it block
+by block (`forward`, `calibration`, `methods`, `sparsegpt`), `writing` puts every block on disk; `card` is what stays.
 """
