@@ -41,7 +41,7 @@ def gguf_of(path, name="llama_tiny", changes=(), **settings):
     return write_gguf(path, settings.pop("tensors", tensors), metadata, heads=heads, **settings)
 
 
-@pytest.mark.parametrize("name", ["llama_tiny", "llama_tiny_tied", "llama_tiny_bias"])
+@pytest.mark.parametrize("name", ["llama_tiny_tied", "llama_tiny_bias"])
 def test_float32_tensors_come_back_exactly_under_their_names(tmp_path, name):
     config, tensors = fixture(name)
     checkpoint = open_checkpoint(str(gguf_of(tmp_path / "small.gguf", name)))
@@ -63,7 +63,7 @@ def test_query_rows_are_really_interleaved_in_the_file():
     np.testing.assert_array_equal(interleave_heads(np.arange(8), 2), [0, 2, 1, 3, 4, 6, 5, 7])
 
 
-@pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1])
+@pytest.mark.parametrize("kind", [Kind.BF16, Kind.Q8_0, Kind.Q4_1])
 def test_quantised_tensors_are_dequantised(tmp_path, kind):
     _, tensors = fixture()
     kinds = {name: kind for name, array in tensors.items() if array.ndim == 2}
@@ -145,32 +145,23 @@ def test_llama3_scaling_is_found_from_the_factors(tmp_path, factor, original, he
 
 
 @pytest.mark.parametrize(
-    ("changes", "scaling"),
+    ("changes", "expected"),
     [
-        ({}, None),
-        ({"llama.rope.scaling.type": "none"}, None),
+        ({}, {"model_type": "llama", "rope_scaling": None}),
+        ({"llama.rope.scaling.type": "none"}, {"rope_scaling": None}),
         (
             {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
-            {"rope_type": "linear", "factor": 4.0},
+            {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
         ),
-        ({"llama.rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"llama.rope.scale_linear": 2.0}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ({"llama.attention.sliding_window": 64}, {"model_type": "mistral", "sliding_window": 64}),
     ],
 )
-def test_rotary_scaling_is_read(tmp_path, changes, scaling):
+def test_the_config_is_read(tmp_path, changes, expected):
     config = open_checkpoint(str(gguf_of(tmp_path / "small.gguf", changes=changes))).config
-    assert config["rope_scaling"] == scaling
-
-
-def test_numbers_are_the_shortest_of_their_float32(tmp_path):
-    config = open_checkpoint(str(gguf_of(tmp_path / "small.gguf"))).config
-    assert repr(config["rms_norm_eps"]) == "1e-05"  # stored: 9.999999747378752e-06
-
-
-def test_a_sliding_window_makes_it_mistral(tmp_path):
-    config = open_checkpoint(
-        str(gguf_of(tmp_path / "small.gguf", changes={"llama.attention.sliding_window": 64}))
-    ).config
-    assert (config["model_type"], config["sliding_window"]) == ("mistral", 64)
+    assert {key: config[key] for key in expected} == expected
+    # The shortest decimal of its float32; stored is 9.999999747378752e-06.
+    assert repr(config["rms_norm_eps"]) == "1e-05"
 
 
 def test_export_is_one_float32_file_that_opens_as_a_folder(tmp_path):
@@ -238,13 +229,7 @@ SCALE = {"rope_freqs.weight": np.linspace(1, 3, 12, dtype=np.float32)}
             {"extra": {"rope_freqs.weight": np.r_[1.5, np.full(11, np.inf)].astype(np.float32)}},
             "no known rotary scaling",
         ),
-        (
-            {
-                "changes": dict.fromkeys(HEAD_SIZES, 25),
-                "extra": {"rope_freqs.weight": np.linspace(1, 3, 12, dtype=np.float32)},
-            },
-            "no known rotary scaling",
-        ),
+        ({"changes": dict.fromkeys(HEAD_SIZES, 25), "extra": SCALE}, "no known rotary scaling"),
         ({"changes": {"llama.attention.layer_norm_rms_epsilon": math.inf}}, "epsilon is inf, no number > 0"),
         ({"changes": {"llama.attention.layer_norm_rms_epsilon": 1e-45}}, "no number > 0"),
         ({"extra": {"token_types": np.zeros(5, np.int32)}}, "quantisation 26 cannot be undone"),
@@ -275,11 +260,8 @@ def test_what_is_not_supported_is_one_clear_error(tmp_path, settings, message):
     [
         (lambda content: b"GGML" + content[4:], "no GGUF file"),
         (lambda content: content[:4] + b"\1\0\0\0" + content[8:], "GGUF version 1 is not known"),
-        (lambda content: content[:4] + b"\0\0\0\3" + content[8:], "GGUF version 50331648 is not known"),
-        (lambda content: content[:30], "truncated; download it again"),
         (lambda content: content[:2000], "truncated; download it again"),
         (lambda content: content[:-100], "goes past the end of the file: truncated; download it again"),
-        (lambda _: b"", "truncated; download it again"),
     ],
 )
 def test_a_damaged_file_is_one_clear_error(tmp_path, change, message):
