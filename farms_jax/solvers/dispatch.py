@@ -82,19 +82,19 @@ def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], options: O
 
 
 def read_only(buffer: Any) -> np.ndarray:
-    """XLA's own memory, which a callback is shown, as an array that nobody can write to by mistake."""
+    """View the memory of XLA that a callback is given as an array that cannot be written to by mistake."""
     array = np.asarray(buffer)
     array.setflags(write=False)
     return array
 
 
 def choose_solver(solver: Solver, *, platform: str, exact: bool) -> Literal["gram", "gram64", "svd"]:
-    """Choose the solver that `"auto"` stands for, and see that the platform has it.
+    """Choose the solver that `"auto"` stands for, and check that the platform has it.
 
     Args:
         solver: see `analyze`.
         platform: see `Options`.
-        exact: the small eigenvalues count too.
+        exact: small eigenvalues count too.
 
     Returns:
         The solver.
