@@ -42,7 +42,7 @@ def symmetric_eigenvalues(matrices: np.ndarray) -> np.ndarray:
     values, work = np.empty((count, n), np.finfo(matrices.dtype).dtype), np.empty((3 * n + _BLOCK * n,), matrices.dtype)
     size, work_size, info = (np.array([number], integer) for number in (n, _BLOCK * n, 0))
     pointer, length, status = size.ctypes.data, work_size.ctypes.data, info.ctypes.data
-    # Addresses are counted on by hand: to wrap all arguments anew for each matrix, as `call` does, took 20 microseconds,
+    # Addresses are counted on by hand: to wrap all arguments for each matrix, as `call` does, took 20 microseconds,
     # four times what a matrix of 8 rows takes, and a seventh of what one of 64 rows takes.
     off_diagonal = work.ctypes.data
     reflectors, scratch = off_diagonal + n * work.itemsize, off_diagonal + 2 * n * work.itemsize
