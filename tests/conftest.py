@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -12,23 +13,28 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 
-@pytest.fixture(scope="module")
-def tests_done():
-    """Numbers of the tests of a module, in a list that grows."""
-    done = []
-    yield done
+@pytest.fixture(scope="module", autouse=True)
+def compiled_for_a_module():
+    """Free what a module has compiled at its end: no other uses it."""
+    yield
     _drop_compiled_programs()
 
 
 @pytest.fixture(autouse=True)
-def drop_compiled_programs(tests_done):
-    """Free what tests have compiled now and then: over a whole suite it comes to gigabytes, and few share it."""
+def compiled_so_far():
+    """Free what tests have compiled whenever the process has grown by much: over a module it comes to gigabytes."""
+    global _resident
     yield
-    tests_done.append(len(tests_done))
-    if len(tests_done) % 40 == 0:
+    if (now := _PROCESS.memory_info().rss) > _resident + MOST_GROWTH:
         _drop_compiled_programs()
+        _resident = now  # freed memory is used again, but seldom given back
 
 
 def _drop_compiled_programs():
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+
+
+MOST_GROWTH = 2**28  # bytes
+_PROCESS = psutil.Process()
+_resident = 2**29  # of a process that has imported the tests
