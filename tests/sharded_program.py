@@ -193,7 +193,7 @@ def faults(results):
     weights = place(names)
     solve, cpu.solve = cpu.solve, fail
     try:
-        jax.block_until_ready(farms_jax.analyze(weights))
+        jax.block_until_ready(jax.jit(lambda weights: farms_jax.analyze(weights, mesh=MESH))(weights))
     except Exception as error:
         results["failing solver"] = str(error)
     cpu.solve = solve

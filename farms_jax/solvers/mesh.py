@@ -6,7 +6,8 @@ that all of them have the result of one device.
 On CPU the devices of a process share its cores, and the solver takes all of them at once (`solvers.cpu`). There the
 first device that comes solves for all of its process, and the others wait for its result in Python: not in a
 collective, where XLA ends the process after 40 seconds. Nobody waits for a device that might not come, so nothing can
-stand still. Several processes solve a share each.
+stand still. Several processes solve a share each. Outside of `jit`, in one process, the devices hold a layer each, and
+the host solves for all of them at once.
 """
 
 import functools
@@ -84,6 +85,8 @@ def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh
         L arrays (D, E), ascending, real, not negative, replicated.
     """
     traced = any(isinstance(weight, Tracer) for weight in weights)
+    if options.platform == "cpu" and not traced and jax.process_count() == 1:
+        return _on_one_host(weights, grids, mesh, options)
     spectra: list[Array] = []
     for weight, grid in zip(weights, grids, strict=True):
         if traced:
@@ -93,6 +96,22 @@ def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh
             # One at a time: with over 32 programs under way XLA's threads on CPU wait to start another one, and none is
             # left to run them.
             spectra.append(jax.block_until_ready(_solve(_on_all_devices(weight, mesh), grid, mesh, options)))
+    return spectra
+
+
+def _on_one_host(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh, options: Options) -> list[Array]:
+    """Return what `pooled_eigenvalues` does, where the host solves for all devices: each holds another layer meanwhile.
+
+    Several layers keep all cores busy, also where a layer has a single window.
+    """
+    spectra: list[Array] = []
+    for first in range(0, len(weights), mesh.size):
+        group = slice(first, first + mesh.size)
+        placed = [jax.device_put(*pair) for pair in zip(weights[group], mesh.devices.flat, strict=False)]
+        stacks = [as_matrices(np.asarray(in_working_precision(weight)), options.axes) for weight in placed]
+        with SOLVING:
+            found = cpu.spectra(stacks, grids[group], solver=options.solver, max_bytes=options.max_batch_bytes)
+        spectra += jax.device_put(found, _replicated(mesh))
     return spectra
 
 
