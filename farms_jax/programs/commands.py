@@ -46,10 +46,8 @@ def run(module: str, extra: str, name: str) -> None:
         extra: Extra that the module's imports come with.
         name: What the program is called in its messages.
     """
-    with reported(name):
-        with from_extra(extra):
-            program = importlib.import_module(module)
-        program.main(name)
+    with reported(name), from_extra(extra):
+        importlib.import_module(module).main(name)
 
 
 def launch(module: str, extra: str) -> NoReturn:
