@@ -96,12 +96,13 @@ def prepare(config: Config) -> Job:
 
 def _check_groups(config: Config, network: Network) -> None:
     groups = config.groups_of()
-    for linear in network.linears if groups else ():
-        size = network.tensors(0)[f"{network.layer_name(0, linear)}.weight"][1]
-        if groups and size % groups.size:
+    if groups is None:
+        return
+    for layer, (_, inputs) in network.layer_shapes().items():
+        if inputs % groups.size:
             raise InputError(
-                f"--groups {config.groups}: the {size} inputs of {network.layer_name(0, linear)} are no multiple of "
-                f"{groups.size}; choose an M that divides them"
+                f"--groups {config.groups}: the {inputs} inputs of {layer} are no multiple of {groups.size}; "
+                "choose an M that divides them"
             )
 
 
