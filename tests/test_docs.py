@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import shlex
 import sys
 
@@ -65,6 +66,16 @@ def test_every_column_of_a_diagnosis_is_in_the_reference():
     text = (ROOT / "docs/api/diagnosis.md").read_text()
     rows = [f"| `{c.name}` | {c.meaning} | {c.head} | {c.group} | {c.weightwatcher} |" for c in COLUMNS]
     assert "\n".join(rows) in text
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_files_that_are_named_exist(page):
+    text = (ROOT / page).read_text()
+    named = re.findall(r"`([a-z_]+/[\w/.]*)`", text) + re.findall(r"\]\(([\w/.-]+)\)", text)
+    assert len(named) > 5
+    assert [
+        name for name in named if not ((ROOT / name).exists() or (ROOT / page).parent.joinpath(name).exists())
+    ] == []
 
 
 def test_what_is_shown_is_compared():
