@@ -22,7 +22,7 @@ import farms_jax
 from benchmarks._common import interleave, machine, timed, write
 from benchmarks.spectral import exact_alphas, torch_layout, torch_loop
 from benchmarks.torch_dpot import TorchDPOT
-from sciml.balanced_layers import measure
+from sciml.balanced_layers import NOT_IN_REFERENCE, spectral_view
 from sciml.checkpoints import to_torch
 from sciml.config import Config, resolve
 from sciml.model import NAMED, ModelConfig, make_network
@@ -116,7 +116,7 @@ def time_refresh(model: ModelConfig, repeats: int) -> dict[str, float]:
     scale_of = jax.jit(farms_jax.lr_scale)
 
     def ours() -> farms_jax.LayerReport:
-        report = measure(params, analyse="reference", window=WINDOW, tail=farms_jax.Tail())
+        report = farms_jax.analyze(spectral_view(params), window=WINDOW, exclude=NOT_IN_REFERENCE)
         jax.block_until_ready(farms_jax.refresh(opt_state, scale_of(report, params)))
         return report
 

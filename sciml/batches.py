@@ -16,35 +16,23 @@ _AHEAD = 2  # batches: one hides the reading, the second a slow spell of the dis
 
 
 class Batch(NamedTuple):
-    """Trajectories of a batch.
+    """Trajectories of a batch."""
 
-    Attributes:
-        fields: float32, shape (B, X, Y, T, C).
-        weights: float32, shape (B,): 1 for a trajectory, 0 for what fills up the last batch.
-    """
-
-    fields: np.ndarray
-    weights: np.ndarray
+    fields: np.ndarray  # float32, shape (B, X, Y, T, C)
+    weights: np.ndarray  # float32, shape (B,): 1 for a trajectory, 0 for what fills up the last batch
 
 
 def train_batches(
     fields: Fields, *, batch_size: int, steps: int, seed: int, epoch: int, first: int = 0
 ) -> Generator[Batch]:
-    """Give every trajectory once, in an order and from a first time step drawn from `seed` and `epoch`.
+    """Return batches of every trajectory once, in an order and from a first time step drawn from `seed` and `epoch`.
 
-    Args:
-        fields: training trajectories.
-        batch_size: trajectories per batch B; the last batch is filled up with its first trajectory at weight 0.
-        steps: time steps per trajectory: those put in and those to be predicted.
-        seed: seed of the run, at least 0.
-        epoch: number of the pass over the data, at least 0.
-        first: number of the batch to begin with, where the pass was broken off.
-
-    Returns:
-        Batches with T = steps. The reading thread ends with the iterator, also when that is left early.
+    Trajectories have `steps` time steps, inputs and targets together. `first` is the batch to begin with, in an epoch
+    that was interrupted. The last batch is filled up with its first trajectory at weight 0. The reading thread ends
+    with the iterator, also when that is left early.
 
     Raises:
-        InputError: the trajectories are shorter than `steps`, or a number is out of range; while iterating, when a
+        InputError: the trajectories are shorter than `steps`, or `batch_size` is below 1; while iterating, when a
             trajectory cannot be read.
     """
     if not 1 <= steps <= fields.steps:
@@ -56,25 +44,14 @@ def train_batches(
 
 
 def test_batches(fields: Fields, *, batch_size: int) -> Generator[Batch]:
-    """Give whole trajectories, in order.
-
-    Args:
-        fields: test trajectories.
-        batch_size: trajectories per batch B; the last batch is filled up with its first trajectory at weight 0.
-
-    Returns:
-        Batches with all stored time steps. The reading thread ends with the iterator, also when that is left early.
-
-    Raises:
-        InputError: `batch_size` is below 1; while iterating, when a trajectory cannot be read.
-    """
+    """Return batches of whole trajectories, in order; for the last batch, the thread and errors see `train_batches`."""
     return _batches(fields, np.arange(len(fields)), np.zeros(len(fields), int), fields.steps, batch_size)
 
 
 def _batches(
     fields: Fields, order: np.ndarray, starts: np.ndarray, steps: int, batch_size: int, first: int = 0
 ) -> Generator[Batch]:
-    """Cut the trajectories, in this order and each from its start, into batches that are read when called for."""
+    """Cut trajectories, in this order and each from its start, into batches; raise an InputError for empty batches."""
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
 
@@ -91,7 +68,7 @@ def _batches(
 
 
 def _read_ahead(read: Callable[[int], Batch], firsts: range) -> Generator[Batch]:
-    """Read in a thread of its own, a few batches before they are asked for; its errors are raised here."""
+    """Read in a thread, a few batches before they are asked for; the thread's errors are raised here."""
     waiting = iter(firsts)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fields") as reader:
         ahead = deque(reader.submit(read, first) for first in islice(waiting, _AHEAD))

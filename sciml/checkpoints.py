@@ -6,11 +6,11 @@ import json
 import math
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -28,18 +28,13 @@ from .model import NAMED, ModelConfig, Params, make_network
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """Read a state dict.
+    """Return a state dict: Torch's name -> array, float32, in Torch's layout.
 
-    Args:
-        path: Path of a `.safetensors` file; or of a `.pth` or `.pt` file, which need Torch: a state dict, or one under
-            "model" as the published checkpoints have it, with or without "module." before every name.
-
-    Returns:
-        Torch's name -> array, float32, in Torch's layout.
+    A `.pth` or `.pt` file needs Torch, and holds a state dict, or one under "model" as the published checkpoints do.
+    A "module." before every name is dropped.
 
     Raises:
-        InputError: There is no such file, or it is of another kind, damaged, with code in it, or with values that are
-            not finite.
+        InputError: the file is missing, of another kind, damaged, with code in it, or with values that are not finite.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a .safetensors or .pth checkpoint")
@@ -87,37 +82,20 @@ def _expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {path: leaf.shape for path, leaf in named_leaves(skeleton)}
 
 
-def _nest(arrays: Mapping[str, Any]) -> Params:
-    params: Params = {}
-    for path, array in arrays.items():
-        *parents, last = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = array
-    return params
-
-
 def _faults(
     found: Mapping[str, np.ndarray], expected: Mapping[str, Shape], unknown: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, str]:
-    """Compare parameters with those that a model needs.
+    """Return by Torch's name how parameters, by path, differ from those a model needs; under "" the number of blocks.
 
-    Args:
-        found: Path -> array.
-        expected: Path -> shape.
-        unknown: Name -> array of tensors that have no path.
-
-    Returns:
-        Torch's name -> what is wrong; the number of blocks under the name "".
+    `unknown` are tensors, by Torch's name, that have no path.
     """
     shapes = {_torch_name(path): array.shape for path, array in found.items()}
     shapes |= {name: array.shape for name, array in (unknown or {}).items()}
     faults = mismatches(shapes, {_torch_name(path): shape for path, shape in expected.items()})
     depth, expected_depth = _depth(found), _depth(expected)
-    return (
-        {"": f"{depth} blocks, the model has {expected_depth}"} if depth not in {0, expected_depth} else {}
-    ) | faults
+    if depth in {0, expected_depth}:
+        return faults
+    return {"": f"{depth} blocks, the model has {expected_depth}"} | faults  # first, as it explains those after it
 
 
 def _torch_name(path: str) -> str:
@@ -130,7 +108,7 @@ def _depth(paths: Iterable[str]) -> int:
 
 
 def _place_all(state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return arrays by our paths in our layout, and by name those that no row of the table knows."""
+    """Return arrays by our path, in our layout, and those that no row of the table knows, by name."""
     rows = {name: TABLE.by_name(name) for name in state}
     arrays = {
         str(row.path): np.ascontiguousarray(row.to_ours(state[name]), np.float32) for name, row in rows.items() if row
@@ -139,36 +117,22 @@ def _place_all(state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], 
 
 
 def from_torch(state: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
-    """Convert a state dict to parameters.
-
-    Args:
-        state: Torch's name -> array.
-        config: Configuration of the model that they are for.
-
-    Returns:
-        Nested dict of float32 arrays, in our layouts (see `sciml.model`).
+    """Return a state dict as parameters, float32.
 
     Raises:
-        InputError: Tensors are unknown, missing, or of another shape than the model's; one message for all.
+        InputError: tensors are unknown, missing, or of another shape than the model's; one message for all.
     """
     arrays, unknown = _place_all(state)
     if faults := _faults(arrays, _expected_shapes(config), unknown):
         raise InputError(f"state dict: {listed(faults.values())}. Use the configuration that it was saved from")
-    return _nest(arrays)
+    return unflatten_dict(arrays, sep="/")
 
 
 def to_torch(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Convert parameters to a state dict, which DPOT's own code loads.
-
-    Args:
-        params: Parameters of the model.
-        config: Configuration of the model.
-
-    Returns:
-        Torch's name -> array, float32, contiguous.
+    """Return parameters as a state dict that DPOT's own code loads: Torch's name -> array, float32, contiguous.
 
     Raises:
-        InputError: The parameters are not the model's.
+        InputError: the parameters are not the model's.
     """
     arrays = {path: np.asarray(leaf, np.float32) for path, leaf in named_leaves(params)}
     if faults := _faults(arrays, _expected_shapes(config)):
@@ -178,15 +142,10 @@ def to_torch(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def save(path: Path, params: Params, config: ModelConfig) -> None:
-    """Write a safetensors file with Torch's names and layouts; the configuration is in its metadata, under `config`.
-
-    Args:
-        path: Path of the file, which is written atomically.
-        params: Parameters of the model.
-        config: Configuration of the model.
+    """Write a safetensors file atomically, with Torch's names and layouts and the configuration in its metadata.
 
     Raises:
-        InputError: The parameters are not the model's, or the disk is full.
+        InputError: the parameters are not the model's, or the disk is full.
     """
     # One entry only: safetensors writes several in random order, and equal weights should be equal files.
     metadata = {"config": json.dumps(dataclasses.asdict(config))}
@@ -201,20 +160,13 @@ def save(path: Path, params: Params, config: ModelConfig) -> None:
 def load(
     path: Path, config: ModelConfig, params: Params, components: tuple[str, ...] = ("all",)
 ) -> tuple[Params, list[str]]:
-    """Replace parameters by those of a checkpoint.
+    """Return parameters with some components replaced by a checkpoint's, and notes on what was adapted.
 
-    Args:
-        path: Path of the checkpoint, see `read`.
-        config: Configuration of the model.
-        params: Parameters of the model, arrays or their shapes.
-        components: Which of COMPONENTS to replace; "all" for every one.
-
-    Returns:
-        The parameters, those replaced as float32 arrays; and notes on what was adapted: a position embedding of another
-        resolution is interpolated bilinearly.
+    `params` are arrays or their shapes; those replaced are float32 arrays. A position embedding of another resolution
+    is interpolated bilinearly.
 
     Raises:
-        InputError: A component is unknown or not in the checkpoint or the model; tensors do not fit.
+        InputError: a component is unknown or not in the checkpoint or the model; tensors do not fit.
     """
     chosen = _chosen(components)
     state = read(path)
@@ -229,7 +181,7 @@ def load(
     if faults := _faults(given, wanted, unknown):
         raise InputError(f"{path}: {listed(faults.values())}. {_remedy(faults, chosen, state)}")
     replaced = {p: jnp.asarray(given[p]) if p in given else leaf for p, leaf in named_leaves(params)}
-    return _nest(replaced), notes + _differences(path, config)
+    return unflatten_dict(replaced, sep="/"), notes + _differences(path, config)
 
 
 def _chosen(components: tuple[str, ...]) -> set[str]:
@@ -269,47 +221,35 @@ def _resize_positions(arrays: dict[str, np.ndarray], shape: tuple[int, ...]) -> 
 
 
 def _differences(path: Path, config: ModelConfig) -> list[str]:
-    """Return a note for every setting that no shape shows but our files record, and that differs here."""
+    """Return notes on settings that no shape shows, but our files record, and that differ from the model's."""
     if path.suffix != ".safetensors":
         return []
     try:
-        saved = json.loads(read_layout(path).metadata.get("config", "{}"))
-    except (ValueError, RecursionError):
+        saved = dict(json.loads(read_layout(path).metadata.get("config", "{}")))
+    except (ValueError, TypeError, RecursionError):  # written by somebody else
         return []
-    names = ("modes", "activation")
     return [
         f"{name}: the checkpoint was trained with {printable(str(saved[name]))}, the model has {getattr(config, name)}"
-        for name in names
-        if isinstance(saved, dict) and name in saved and saved[name] != getattr(config, name)
+        for name in ("modes", "activation")
+        if saved.get(name, getattr(config, name)) != getattr(config, name)
     ]
 
 
 def infer_config(state: Mapping[str, np.ndarray]) -> ModelConfig:
-    """Read a model's configuration off the shapes of a state dict.
-
-    What no shape shows (`modes`, `activation`) has its default.
-
-    Args:
-        state: Torch's name -> array.
-
-    Returns:
-        The configuration; out_steps are 1 where the shapes leave it open.
+    """Return a model's configuration by the shapes of a state dict; `modes` and `activation` have their defaults.
 
     Raises:
-        InputError: These are not the tensors of a DPOT model.
+        InputError: the tensors are not those of a DPOT model.
     """
     arrays, _ = _place_all(state)
     try:
-        hidden, (side, _, inputs, _) = (
-            arrays["patch_embed/proj/kernel"].shape[2],
-            arrays["patch_embed/patches/kernel"].shape,
-        )
+        side, _, inputs, hidden = arrays["patch_embed/patches/kernel"].shape
         latent, _, width = arrays["pos_embed"].shape
-        outputs = (hidden - 3) // side
+        outputs = (hidden - 3) // side  # see ModelConfig.patch_width
         config = ModelConfig(
             image_size=latent * side,
             patch_size=side,
-            in_channels=inputs - 3,
+            in_channels=inputs - 3,  # less the coordinates x, y, t
             out_channels=outputs,
             in_steps=len(arrays["time_agg/w"]),
             out_steps=len(arrays["out_layer/conv2/bias"]) // outputs,
@@ -336,7 +276,7 @@ def _ratio(hidden: int, width: int) -> float:
 
 
 def fitting_name(state: Mapping[str, np.ndarray]) -> str | None:
-    """Return which of NAMED has a state dict's shapes; `None` if none has, or these are no tensors of a DPOT model."""
+    """Return the name of the published model that has a state dict's shapes; `None` if none has."""
     try:
         config = infer_config(state)
     except InputError:

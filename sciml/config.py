@@ -1,4 +1,4 @@
-"""What a fine-tuning run is made of, and the named recipes of the paper.
+"""Settings of a fine-tuning run, and the named recipes of the paper.
 
 Recipes are the cells of Table 4 with the settings of Table 14, `tiny-25-farms` for DPOT-Tiny on 25 % of the data;
 `python -m sciml.dpot --recipe list` names all.
@@ -8,7 +8,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from farms_jax import Tail, Window
 from farms_jax.errors import InputError
 from farms_jax.programs.command_line import Seeds
 
@@ -102,7 +101,7 @@ class Config:
     """Folder for run directories."""
 
     def check(self) -> None:
-        """Raise an InputError that names the flag where a value is out of its range."""
+        """Raise an InputError that names the flag whose value is out of its range."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, int | float) or isinstance(value, bool):
@@ -133,20 +132,12 @@ class Config:
         """Return whether the data are made here."""
         return self.data == "generated"
 
-    def window_of(self, tb: TB) -> Window | None:
-        """Return the windows to analyse with: those of FARMS, also without TempBalance; `None` for sigmoid."""
-        return None if tb == "sigmoid" else Window(aspect_ratio=self.aspect_ratio)
-
-    def tail_rule(self) -> Tail:
-        """Return the tail rule to analyse with."""
-        return Tail(self.tail)
-
     def bounds(self) -> tuple[float, float]:
         """Return the lowest and the highest factor of a layer's rate."""
         return 10 ** (-self.scaling[0] / 2), 10 ** (self.scaling[1] / 2)
 
     def settings(self) -> tuple[TB, ...]:
-        """Return the settings to fine-tune with, in the order of the table."""
+        """Return the settings to fine-tune with, in the order of the results table."""
         return tuple(tb for tb in SETTINGS if tb == self.tb or tb in (self.against or ()))
 
 
@@ -186,14 +177,7 @@ PUBLISHED = {
 
 
 def resolve(config: Config) -> Config:
-    """Fill in what is `None`.
-
-    Args:
-        config: settings as given.
-
-    Returns:
-        A config without `None` in its numbers, but for `limit_train`, `limit_test` and `test_steps`.
-    """
+    """Return the config with defaults for `None`; `limit_train`, `limit_test` and `test_steps` may stay `None`."""
     defaults: dict[str, Any] = dict(GENERATED if config.is_generated() else PUBLISHED)
     defaults["learning_rate"] = TABLE_14.get(
         (config.model or defaults["model"], config.ratio), defaults["learning_rate"]

@@ -1,4 +1,4 @@
-"""Where each tensor of DPOT's state dict goes in our parameters, and the components that parameters belong to.
+"""Where each tensor of DPOT's state dict goes in our parameters, and which component a parameter belongs to.
 
 >>> TABLE.by_name("blocks.3.mlp.2.weight").path
 'blocks/3/mlp/fc2/kernel'
@@ -59,5 +59,5 @@ TABLE = Table([
 
 
 def component_of(path: str) -> str:
-    """Return which of COMPONENTS a parameter, by its path, belongs to."""
+    """Return the component, one of COMPONENTS, that a parameter belongs to by its path."""
     return _COMPONENT_OF[path.partition("/")[0]]

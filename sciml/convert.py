@@ -20,15 +20,11 @@ from . import checkpoints
 def convert(source: Path, target: Path) -> str:
     """Convert one checkpoint, checked tensor by tensor.
 
-    Args:
-        source: Path of a `.pth`, `.pt` or `.safetensors` file.
-        target: Path of the `.safetensors` file to write.
-
     Returns:
-        What was written, in words.
+        A line that says what was written.
 
     Raises:
-        InputError: The source cannot be used, or the target is no `.safetensors` name or the source itself.
+        InputError: the source cannot be used, or the target is no `.safetensors` name or the source itself.
     """
     if target.suffix != ".safetensors":
         raise InputError(f"{target}: the file to write must end in .safetensors")
@@ -43,11 +39,7 @@ def convert(source: Path, target: Path) -> str:
 
 
 def main(name: str = "sciml.convert") -> None:
-    """Run the program; a mistake is one line on stderr, and exit status 2.
-
-    Args:
-        name: What the program is called in its messages.
-    """
+    """Run the program, called `name` in its messages; a mistake is one line on stderr, and exit status 2."""
     parser = argparse.ArgumentParser(prog=name, description="Convert a DPOT checkpoint to safetensors.")
     parser.add_argument("source", type=Path, help="checkpoint: .pth or .pt (needs Torch), or .safetensors")
     parser.add_argument("target", type=Path, nargs="?", help="file to write; default: the source's name, .safetensors")

@@ -22,27 +22,12 @@ from .preparation import complete, prepare
 
 
 def main(name: str = "sciml.dpot") -> None:
-    """Run the program; a mistake in settings or data is one line on stderr, and exit status 2.
-
-    Args:
-        name: What the program is called in its messages.
-    """
+    """Run the program, called `name` in its messages; a mistake in settings or data is one line and exit status 2."""
     run_program(name, usage(__doc__, name), default=Config(), recipes=RECIPES, start=start, resume=resume)
 
 
 def start(config: Config, run: Path | None = None) -> str:
-    """Begin a run.
-
-    Args:
-        config: settings of the run.
-        run: run directory; by default one in `config.out`, named after the data, the model and the time.
-
-    Returns:
-        A table of the results.
-
-    Raises:
-        InputError: a setting is out of its range, weights or data cannot be used, or a loss is not finite.
-    """
+    """Begin a run, and return a table of its results; `run` is by default named after data, model and time."""
     config.check()
     experiment = prepare(complete(config))
     config = experiment.config
@@ -54,18 +39,7 @@ def start(config: Config, run: Path | None = None) -> str:
 
 
 def resume(run: Path) -> str:
-    """Go on with a run from its last checkpoints.
-
-    Args:
-        run: run directory.
-
-    Returns:
-        A table of the results.
-
-    Raises:
-        InputError: there is no run, another process is at work in it, data or weights are not the same any more, all
-            checkpoints are damaged, or a loss is not finite.
-    """
+    """Go on with a run from its last checkpoints, and return a table of its results."""
     config, before = read_config(run, Config)
     with at_work(run):
         experiment = prepare(config)

@@ -1,4 +1,4 @@
-"""Training and test trajectories: which are used, on what grid, and whether they can be.
+"""Training and test trajectories: which ones are used, on which grid, and whether they are usable.
 
 Nothing is held in memory: `Fields.read` fetches one window of one trajectory.
 """
@@ -6,6 +6,7 @@ Nothing is held in memory: `Fields.read` fetches one window of one trajectory.
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -32,43 +33,21 @@ class _Axis(NamedTuple):
 
 
 class Fields:
-    """One split of the data, read from disk when asked for.
-
-    Attributes:
-        name: name of the data, and which split this is.
-        source: where it is stored.
-        indices: indices of its trajectories in `source`.
-        size: (X, Y) of the grid that `read` gives.
-        steps: time steps T of each trajectory.
-        channels: number of channels C.
-    """
+    """One split of the data, trajectories (X, Y, T, C) that are read from disk when asked for."""
 
     def __init__(self, name: str, source: Source, indices: Sequence[int], resolution: int | None = None):
         """Take some trajectories of a source, on their own grid or on one of (resolution, resolution)."""
-        x, y, self.steps, self.channels = source.shape
+        x, y, self.steps, self.channels = source.shape  # as stored
         self.name, self.source, self.indices = name, source, tuple(indices)
-        self.size = (x, y) if resolution is None else (resolution, resolution)
+        self.size = (x, y) if resolution is None else (resolution, resolution)  # as read
         self._axes = [None if old == new else _axis(old, new) for old, new in zip((x, y), self.size, strict=True)]
 
     def __len__(self) -> int:
         """Return the number of trajectories."""
         return len(self.indices)
 
-    @property
-    def resampled(self) -> bool:
-        """Whether `read` gives another grid than the stored one."""
-        return any(self._axes)
-
     def read(self, i: int, start: int, length: int) -> np.ndarray:
-        """Read a window of time of one trajectory.
-
-        Args:
-            i: which, in [0, len(self)).
-            start: first time step.
-            length: number of time steps, at least 1.
-
-        Returns:
-            Fields of shape (X, Y, length, C), float32, finite, in the units of the file.
+        """Return a time window, (X, Y, length, C), float32 and finite, in the units of the file; `i` in [0, len(self)).
 
         Raises:
             IndexError: there is no such trajectory or no such window.
@@ -90,20 +69,15 @@ class Fields:
 class FieldData(NamedTuple):
     """Both splits of one data set.
 
-    Attributes:
-        train: training trajectories.
-        test: test trajectories.
-        fingerprint: SHA-256, 64 hexadecimal digits, over layout, shapes, which trajectories each split has, and the
-            content of those read at opening. Neither the place of the files nor the grid they are resampled to enters.
-        name: name of the training file or folder.
-        notes: what the user should know: the split, subsampling, resampling, checks left for later.
+    The fingerprint is a SHA-256 over layout, shapes, which trajectories each split has, and the content of those read
+    at opening. Neither the place of the files nor the grid they are resampled to enters.
     """
 
     train: Fields
     test: Fields
     fingerprint: str
-    name: str
-    notes: tuple[str, ...]
+    name: str  # of the training file or folder
+    notes: tuple[str, ...]  # for the user: the split, subsampling, resampling, checks left for later
 
 
 def open_fields(
@@ -119,6 +93,8 @@ def open_fields(
 ) -> FieldData:
     """Open training and test trajectories and check them; see `sciml.hdf5` for the layouts.
 
+    Data of at most 2 GiB are read whole to find faults, of larger data 8 trajectories.
+
     Args:
         path: HDF5 file or folder. A folder with train/ and test/ (or train.hdf5 and test.hdf5) gives both splits.
             Otherwise, without `test`, the first 9/10 of the trajectories are for training and the rest for testing, as
@@ -128,8 +104,7 @@ def open_fields(
         steps_needed: time steps that every trajectory must have.
         test: HDF5 file or folder of the test trajectories.
         ratio: fraction of the training trajectories to use, in (0, 1], spaced evenly: number i is floor(i / ratio), for
-            a ratio of 1/k every k-th, as PDEBench's `reduced_batch`. Table 4 of the FARMS paper has 0.05, 0.1, 0.25,
-            0.5 and 1.
+            a ratio of 1/k every k-th, as PDEBench's `reduced_batch`.
         limit_train: number of these to use, the first ones; all if None.
         limit_test: number of test trajectories to use, the first ones; all if None.
         channels: number of channels that the data must have.
@@ -138,8 +113,7 @@ def open_fields(
         The data, open; close both splits when done.
 
     Raises:
-        InputError: an argument is out of its range, or the data are not there, damaged or not as described here. Data
-            of at most 2 GiB are read whole to find that out, of larger data 8 trajectories.
+        InputError: an argument is out of its range, or the data are missing, damaged or not as described here.
     """
     share = _share(ratio)
     for flag, value in (("resolution", resolution), ("limit_train", limit_train), ("limit_test", limit_test)):
@@ -169,7 +143,7 @@ def open_fields(
 
 
 def _share(ratio: float) -> Fraction:
-    """Return the ratio as the fraction that was meant: the binary number of 0.1 is not quite 1/10."""
+    """Return the ratio as the fraction that was meant: the binary number 0.1 is not quite 1/10."""
     share = Fraction(ratio).limit_denominator(1_000_000) if 0 < ratio <= 1 else Fraction(0)
     if share == 0:
         raise InputError(f"ratio must be in (0, 1], got {ratio}; 0.05 uses every twentieth training trajectory")
@@ -183,7 +157,7 @@ def _subsample(count: int, share: Fraction) -> list[int]:
 
 
 def _paths(path: Path, test: Path | None) -> tuple[Path, Path | None]:
-    """Find the training and, if it is apart, the test data."""
+    """Return the paths of the training and, if they are separate, the test data."""
     train_part, test_part = _part(path, "train"), _part(path, "test")
     if test is not None:
         chosen = _part(test, "test") or test
@@ -199,12 +173,12 @@ def _paths(path: Path, test: Path | None) -> tuple[Path, Path | None]:
 
 
 def _part(folder: Path, split: str) -> Path | None:
-    """Return where a folder keeps a split, if it does."""
+    """Return where a folder keeps a split; `None` if it has none."""
     return next((part for part in (folder / split, folder / f"{split}.hdf5") if part.exists()), None)
 
 
 def _split(train: Source, test: Source | None) -> tuple[int, range, list[str]]:
-    """Return how many trajectories train, which ones test, and a note if they share a file."""
+    """Return the number of training trajectories, which ones test, and a note if they share a file."""
     if test is not None:
         return train.count, range(test.count), []
     if train.count < 2:
@@ -217,20 +191,20 @@ def _split(train: Source, test: Source | None) -> tuple[int, range, list[str]]:
 
 
 def _use_notes(train: Fields, test: Fields, train_count: int, share: Fraction) -> list[str]:
-    """Say what is left out and what is resampled."""
+    """Return notes on trajectories left out and on resampling."""
     notes = []
     if len(train) < train_count:
         rule = f", every {float(1 / share):g}-th" if share < 1 else ""
         notes.append(f"{len(train)} of {train_count} training trajectories are used{rule}.")
     for fields in (train, test):
-        if fields.resampled:
-            (x, y), (new_x, new_y) = fields.source.shape[:2], fields.size
+        (x, y), (new_x, new_y) = fields.source.shape[:2], fields.size
+        if (x, y) != (new_x, new_y):
             notes.append(f"{fields.name}: fields of {x}x{y} are resampled to {new_x}x{new_y}, bilinearly.")
     return notes
 
 
 def _check_shape(fields: Fields, steps_needed: int, channels: int) -> None:
-    """Hold a split to the number of channels and of time steps that the model needs."""
+    """Raise an InputError if a split has not the channels and time steps that the model needs."""
     source = fields.source
     where = f"{source.path}, dataset {', '.join(source.datasets)}"
     x, y, steps, stored = source.shape
@@ -247,9 +221,9 @@ def _check_shape(fields: Fields, steps_needed: int, channels: int) -> None:
 
 
 def _scan(train: Fields, test: Fields) -> tuple[str, list[str]]:
-    """Read all trajectories in use, or a sample of many, for their faults and for the fingerprint."""
+    """Read all trajectories in use, or a sample of many; return their fingerprint and notes."""
     used = [(fields.source, index) for fields in (train, test) for index in fields.indices]
-    total = sum(source.trajectory_bytes for source, _ in used)
+    total = sum(math.prod(source.shape) * source.itemsize for source, _ in used)  # uncompressed
     sampled = range(len(used)) if total <= SCAN_BYTES else np.linspace(0, len(used) - 1, SAMPLED).round().astype(int)
     described = [(f.source.layout, f.source.shape, f.source.itemsize, f.indices) for f in (train, test)]
     digest = hashlib.sha256(json.dumps(described).encode())
@@ -270,7 +244,7 @@ def _scan(train: Fields, test: Fields) -> tuple[str, list[str]]:
 
 
 def _axis(old: int, new: int) -> _Axis:
-    """Find where the centres of `new` cells lie among those of `old` cells; beyond the ends the edge value is taken."""
+    """Return where the centres of `new` cells lie among those of `old` cells; beyond the ends the edge value holds."""
     # As torch.nn.functional.interpolate(mode="bilinear", align_corners=False), which DPOT resamples with.
     position = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
     lower = position.astype(np.intp)

@@ -20,15 +20,7 @@ from .steps import Evaluate, make_evaluate
 
 
 def run_experiment(run: Path, experiment: Experiment) -> str:
-    """Pretrain where asked, fine-tune with every setting and seed, write summary and plots.
-
-    Args:
-        run: run directory, with `config.json` written.
-        experiment: what the run rests on.
-
-    Returns:
-        A table of the results, and where they are.
-    """
+    """Pretrain if asked, fine-tune with every setting and seed, write summary and plots; return the results table."""
     for line in (*experiment.notes, f"{experiment.title()} -> {run}"):
         tqdm.write(line)
     config, network, data = experiment.config, experiment.network, experiment.finetune
@@ -51,7 +43,7 @@ def run_experiment(run: Path, experiment: Experiment) -> str:
 
 
 def _pretrain(run: Path, experiment: Experiment, evaluate: Evaluate) -> Any:
-    """Return the parameters after pretraining, or `None` where there is none."""
+    """Return the pretrained parameters, or `None` if nothing is pretrained."""
     config, model, network, data = experiment.config, experiment.model, experiment.network, experiment.pretrain
     if data is None or not config.pretrain_epochs:
         return None
@@ -62,7 +54,7 @@ def _pretrain(run: Path, experiment: Experiment, evaluate: Evaluate) -> Any:
         warmup_epochs=config.pretrain_epochs // 5,
         schedule="cycle",
     )
-    seed = config.seeds[0]
+    seed = config.seeds[0]  # one pretraining for all seeds, as if its weights had been downloaded
     stage = Stage("pretrain", "none", seed, pretrain, data, experiment.initial(seed))
     return _train(run / "pretrain", stage, make_functions(network, pretrain, data, evaluate), model).params
 

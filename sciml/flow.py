@@ -29,54 +29,39 @@ from jax import Array, lax
 
 VX, VY, DENSITY, PRESSURE = range(4)  # primitive variables; momenta, density and total energy are the conserved ones
 GAMMA = 5 / 3  # of a gas of single atoms, as PDEBench has it
-CFL = 0.6  # of the sum over both axes, which is 0.3 along each, as PDEBench has it
-_MANY = 1e5  # pairs of steps to the next output that only a state that has broken down asks for
+CFL = 0.6  # cells crossed per step, both axes added, which is 0.3 along each, as PDEBench has it
+_MANY = 1e5  # pairs of steps to the next output: only a state that has broken down needs more
 
 
 class Gas(NamedTuple):
-    """An ideal gas.
+    """An ideal gas."""
 
-    Attributes:
-        eta: shear viscosity, dynamic (density * length * speed), >= 0.
-        zeta: bulk viscosity, likewise.
-        gamma: ratio of specific heats, > 1.
-    """
-
-    eta: float | Array
-    zeta: float | Array
-    gamma: float | Array = GAMMA
+    eta: float | Array  # shear viscosity, dynamic (density * length * speed), >= 0
+    zeta: float | Array  # bulk viscosity, likewise
+    gamma: float | Array = GAMMA  # ratio of specific heats, > 1
 
 
 @jax.jit
-def simulate(initial: Array, gas: Gas, times: Array, cfl: float | Array = CFL) -> Array:
-    """Follow a flow in time.
+def simulate(initial: Array, gas: Gas, times: Array) -> Array:
+    """Return the flow at `times`, shape (T, X, Y, 4), computed in the dtype of `initial`.
 
-    Args:
-        initial: velocity along x and along y, density and pressure at the cell centres, shape (X, Y, 4), density
-            and pressure positive. Its dtype is the one computed in.
-        gas: the gas.
-        times: when to report, shape (T,), increasing; the first is the time of `initial`. Steps end on them exactly.
-        cfl: length of a flow step over the time in which sound and flow pass a cell, both axes added, in (0, 1).
-
-    Returns:
-        The same variables at `times`, shape (T, X, Y, 4). From where density or pressure has become negative, or
-        steps uselessly short, to the end all are NaN.
+    `initial`, shape (X, Y, 4), holds velocity along x and y, density > 0 and pressure > 0 at the cell centres, at the
+    first of the increasing `times` (T,). Steps end on all of these exactly. From where density or pressure has become
+    negative, or steps uselessly short, to the end all variables are NaN.
     """
     state = _conserved(jnp.moveaxis(initial, -1, 0), gas)
 
     def to_next_time(state: Array, interval: Array) -> tuple[Array, Array]:
-        state, _ = lax.while_loop(
-            lambda carry: carry[1] > 0, lambda carry: _advance(*carry, gas, cfl), (state, interval)
-        )
+        state, _ = lax.while_loop(lambda carry: carry[1] > 0, lambda carry: _advance(*carry, gas), (state, interval))
         return state, jnp.moveaxis(_primitive(state, gas), 0, -1)
 
     _, fields = lax.scan(to_next_time, state, jnp.diff(times).astype(initial.dtype))
     return jnp.concatenate([initial[None], fields])
 
 
-def _advance(state: Array, remaining: Array, gas: Gas, cfl: float | Array) -> tuple[Array, Array]:
-    """Make two flow steps between two viscous ones; return the state and the time that remains to the output."""
-    longest = cfl / _crossing_rate(_primitive(state, gas), gas)
+def _advance(state: Array, remaining: Array, gas: Gas) -> tuple[Array, Array]:
+    """Take two flow steps between two viscous ones; return the state and the time that remains to the output."""
+    longest = CFL / _crossing_rate(_primitive(state, gas), gas)
     pairs = jnp.ceil(remaining / (2 * longest))  # equally long: no tiny step at the end
     # NaN, here or from a negative pressure, ends the loop over steps and marks all that follows.
     pair = jnp.where(pairs < _MANY, remaining / pairs, jnp.nan)
@@ -87,21 +72,21 @@ def _advance(state: Array, remaining: Array, gas: Gas, cfl: float | Array) -> tu
 
 
 def _conserved(primitive: Array, gas: Gas) -> Array:
-    """Turn (vx, vy, density, pressure) into (momenta, density, total energy), shape (4, ...)."""
+    """Return (momenta, density, total energy) for (vx, vy, density, pressure), shape (4, ...)."""
     vx, vy, density, pressure = primitive
     energy = pressure / (gas.gamma - 1) + density * (vx**2 + vy**2) / 2
     return jnp.stack([density * vx, density * vy, density, energy])
 
 
 def _primitive(state: Array, gas: Gas) -> Array:
-    """Turn (momenta, density, total energy) into (vx, vy, density, pressure), shape (4, ...)."""
+    """Return (vx, vy, density, pressure) for (momenta, density, total energy), shape (4, ...)."""
     mx, my, density, energy = state
     pressure = (gas.gamma - 1) * (energy - (mx**2 + my**2) / (2 * density))
     return jnp.stack([mx / density, my / density, density, pressure])
 
 
 def _crossing_rate(primitive: Array, gas: Gas) -> Array:
-    """Return how many cells a second sound and flow cross at most, both axes added; NaN if a pressure is negative."""
+    """Return the most cells that sound and flow cross per second, both axes added; NaN if a pressure is negative."""
     vx, vy, density, pressure = primitive
     sound = jnp.sqrt(gas.gamma * pressure / density)
     return jnp.max((jnp.abs(vx) + sound) * vx.shape[0] + (jnp.abs(vy) + sound) * vx.shape[1])
@@ -112,18 +97,18 @@ def _next(field: Array, axis: int) -> Array:
     return jnp.roll(field, -1, axis - 2)
 
 
-def _last(field: Array, axis: int) -> Array:
-    """Return each cell's last neighbour along x (axis 0) or y (axis 1), shape (..., X, Y)."""
+def _previous(field: Array, axis: int) -> Array:
+    """Return each cell's previous neighbour along x (axis 0) or y (axis 1), shape (..., X, Y)."""
     return jnp.roll(field, 1, axis - 2)
 
 
 def _divergence(flux: Array, axis: int) -> Array:
-    """Return what a flux through the faces after the cells takes from them, shape (..., X, Y)."""
-    return (flux - _last(flux, axis)) * flux.shape[axis - 2]
+    """Return what a flux through the face after each cell takes from the cell, per volume, shape (..., X, Y)."""
+    return (flux - _previous(flux, axis)) * flux.shape[axis - 2]
 
 
 def _flow_step(state: Array, step: Array, gas: Gas) -> Array:
-    """Make one step without viscosity: two-stage strong-stability-preserving Runge-Kutta (Heun)."""
+    """Take one step without viscosity: two-stage strong-stability-preserving Runge-Kutta (Heun)."""
 
     def euler(state: Array) -> Array:
         primitive = _primitive(state, gas)
@@ -134,7 +119,7 @@ def _flow_step(state: Array, step: Array, gas: Gas) -> Array:
 
 def _flux(primitive: Array, gas: Gas, axis: int) -> Array:
     """Return the flux through the face after each cell along an axis, shape (4, X, Y)."""
-    before, after = primitive - _last(primitive, axis), _next(primitive, axis) - primitive
+    before, after = primitive - _previous(primitive, axis), _next(primitive, axis) - primitive
     product = before * after
     # Van Leer: the harmonic mean, at most twice the smaller difference, so that no face has a negative pressure.
     slope = jnp.where(product > 0, 2 * product / jnp.where(product > 0, before + after, 1), 0)
@@ -166,7 +151,7 @@ def _hllc(left: Array, right: Array, gas: Gas, axis: int) -> Array:
 
 
 def _viscous_step(state: Array, step: Array, gas: Gas) -> Array:
-    """Make one step of viscosity alone, in which the density stays: the RKL2 of Meyer et al."""
+    """Take one step of viscosity alone, which leaves the density as it is: the RKL2 of Meyer et al."""
     momenta_energy = state[jnp.array([0, 1, 3])]
     density = state[DENSITY]
 
@@ -198,12 +183,12 @@ def _viscous_step(state: Array, step: Array, gas: Gas) -> Array:
 
 
 def _viscous_flux(velocity: Array, gas: Gas, axis: int) -> Array:
-    """Return stress and its power through the face after each cell: (x, y, energy), shape (3, X, Y); it is gained."""
+    """Return stress and its power through the face after each cell: gains of (x, y, energy), shape (3, X, Y)."""
     other = 1 - axis
     following = _next(velocity, axis)
     face = (velocity + following) / 2
     along = (following - velocity) * velocity.shape[axis + 1]
-    across = (_next(face, other) - _last(face, other)) * (velocity.shape[other + 1] / 2)
+    across = (_next(face, other) - _previous(face, other)) * (velocity.shape[other + 1] / 2)
     normal = 2 * gas.eta * along[axis] + (gas.zeta - 2 / 3 * gas.eta) * (along[axis] + across[other])
     shear = gas.eta * (across[axis] + along[other])
     x, y = (normal, shear) if axis == 0 else (shear, normal)

@@ -16,7 +16,7 @@ _LEAST_SIZE = 16  # four cells for the shortest wave
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
-    """What the trajectories are."""
+    """Settings of the trajectories."""
 
     mach: float = 0.1
     """Mach number: mean modulus of the velocity over the speed of sound at the start."""
@@ -56,13 +56,13 @@ class FlowConfig:
             raise InputError("; ".join(wrong))
 
     def attributes(self) -> dict[str, Any]:
-        """Return all that the numbers depend on, as attributes of the file: `eta`, `zeta` and `M` as published."""
+        """Return all settings that the numbers depend on, as HDF5 attributes; `M` is the Mach number."""
         settings = dataclasses.asdict(self)
         return {"M": settings.pop("mach"), **settings, "gamma": GAMMA, "cfl": CFL, "generator_version": VERSION}
 
 
 def file_name(config: FlowConfig) -> str:
-    """Return a file name as PDEBench's.
+    """Return the name that PDEBench would give the file.
 
     >>> file_name(FlowConfig())
     '2D_CFD_Rand_M0.1_Eta0.01_Zeta0.01_periodic_128_Train.hdf5'

@@ -28,15 +28,7 @@ class FourierFilter(nnx.Module):
     """
 
     def __init__(self, width: int, num_blocks: int, modes: int, activation: Activation, *, draws: Draws) -> None:
-        """Ask for the parameters, uniform in [0, 1 / (width / num_blocks)^2) as in the reference.
-
-        Args:
-            width: channels C.
-            num_blocks: blocks of the channels.
-            modes: kept on each axis, at most.
-            activation: between the two layers.
-            draws: initial values of the whole model.
-        """
+        """Ask for the parameters, uniform in [0, 1 / (width / num_blocks)^2) as in the reference."""
         size = width // num_blocks
         weights, biases, high = (2, num_blocks, size, size), (2, num_blocks, size), 1 / size**2
         self.w1 = draws.uniform(weights, 0, high)
@@ -69,14 +61,10 @@ class FourierFilter(nnx.Module):
 
 
 def kept_modes(x: jax.Array, modes: int) -> jax.Array:
-    """Return the first modes of the orthonormal rfft2 over X and Y.
+    """Return the first modes of the orthonormal rfft2 of x (B, X, Y, C) over X and Y, at most `modes` on each axis.
 
-    Args:
-        x: (B, X, Y, C).
-        modes: modes on each axis, at most.
-
-    Returns:
-        (B, M, N, 2, C), M = min(modes, X), N = min(modes, Y // 2 + 1), real and imaginary part on axis 3.
+    The shape is (B, M, N, 2, C) with M = min(modes, X), N = min(modes, Y // 2 + 1), and real and imaginary part on
+    axis 3.
     """
     batch, size_x, size_y, channels = x.shape
     m, n = min(modes, size_x), min(modes, size_y // 2 + 1)
@@ -87,17 +75,9 @@ def kept_modes(x: jax.Array, modes: int) -> jax.Array:
 
 
 def from_kept_modes(z: jax.Array, size_x: int, size_y: int) -> jax.Array:
-    """Return the orthonormal irfft2 of a spectrum whose other modes are 0.
+    """Return the orthonormal irfft2, (B, X, Y, C), of a spectrum z with the modes of `kept_modes` and 0 elsewhere.
 
     As in any irfft, on Y the imaginary parts of modes 0 and Y / 2 are ignored, after the transform of X.
-
-    Args:
-        z: (B, M, N, 2, C), as `kept_modes` gives it.
-        size_x: X of the result.
-        size_y: Y of the result.
-
-    Returns:
-        (B, X, Y, C).
     """
     batch, m, n, _, channels = z.shape
     from_x, from_y = _inverse_matrices(size_x, size_y, m, n)

@@ -39,27 +39,20 @@ _CHUNK = 2**18  # bytes of a chunk of the file, at most where that is a state or
 
 
 def generate(path: Path, config: FlowConfig) -> Path:
-    """Make a file of trajectories, or find it made.
+    """Return the path of a file of trajectories, which is made unless it is complete already.
 
     Datasets `Vx`, `Vy`, `density` and `pressure` of shape (trajectory, time, x, y), and `t-coordinate` (steps + 1: the
     published files have the time after the last one too), `x-coordinate` and `y-coordinate` (cell centres), all
     float32. Attributes: the settings, and `redraws`, how often an initial state was drawn anew because density or
     pressure did not stay positive. The four fields are in chunks with checksums (Fletcher-32), which every reader of
-    HDF5 looks at.
+    HDF5 verifies.
 
     Until the file is complete, finished trajectories lie in the folder PATH.parts; a later call goes on from there, and
     computes again what is damaged. One process at a time works in the folder.
 
-    Args:
-        path: path of the file.
-        config: what the trajectories are.
-
-    Returns:
-        `path`.
-
     Raises:
-        InputError: a setting is out of its range, there is a file of other settings, another process is making it, the
-            disk is too full, or more than one in ten flows did not stay positive.
+        InputError: a setting is out of its range, the file or folder has other settings, another process is making it,
+            the disk is too full, or more than one in ten flows did not stay positive.
     """
     config.check()
     parts = path.with_name(f"{path.name}.parts")
@@ -81,7 +74,7 @@ def generate(path: Path, config: FlowConfig) -> Path:
 
 
 def _is_made(path: Path, config: FlowConfig) -> bool:
-    """Return whether there is the file; raise an InputError if it is of other settings."""
+    """Return whether the file is complete; raise an InputError if it has other settings."""
     if not path.exists():
         return False
     _check_same(path, _read_attributes(path), config, "delete it, or choose another folder")
@@ -90,7 +83,7 @@ def _is_made(path: Path, config: FlowConfig) -> bool:
 
 
 def _check_begun(parts: Path, config: FlowConfig) -> None:
-    """Raise an InputError if the folder is of other settings; write them where it is new."""
+    """Raise an InputError if the folder was begun with other settings; write them where it is new."""
     path = parts / "settings.json"
     if path.exists():
         try:
@@ -102,7 +95,7 @@ def _check_begun(parts: Path, config: FlowConfig) -> None:
 
 
 def _read_attributes(path: Path) -> dict[str, Any]:
-    """Read a file's attributes; none if it is no HDF5 file."""
+    """Return a file's scalar attributes; none if it is no HDF5 file."""
     try:
         with h5py.File(path) as file:
             return {name: np.asarray(value).item() for name, value in file.attrs.items() if np.size(value) == 1}
@@ -144,7 +137,7 @@ def _chunk(config: FlowConfig) -> tuple[int, int, int, int]:
 
 
 def _file_size(config: FlowConfig) -> int:
-    """Return the most bytes that the file can take: its numbers, and what HDF5 keeps for chunks and datasets."""
+    """Return an upper bound on the file's bytes: its numbers, and HDF5's own records of chunks and datasets."""
     chunks = len(CHANNELS) * config.count * config.steps // _chunk(config)[1]
     return _data_size(config) + 256 * chunks + 2**16
 
@@ -154,7 +147,7 @@ def _data_size(config: FlowConfig) -> int:
 
 
 def _new_file(path: Path, size: int) -> None:
-    """Write an HDF5 file without content and reserve its disk space, `size` bytes: a full disk crashes HDF5."""
+    """Write an empty HDF5 file and reserve `size` bytes of disk for it, because a full disk crashes HDF5."""
     with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
         file.flush()
         image = file.id.get_file_image()
@@ -189,11 +182,7 @@ def _merge(path: Path, parts: Path, config: FlowConfig) -> None:
 
 
 def main(name: str = "sciml.generate") -> None:
-    """Run the program; a mistake in the settings is one line on stderr, and exit status 2.
-
-    Args:
-        name: What the program is called in its messages.
-    """
+    """Run the program, called `name` in its messages; a mistake in the settings is one line, and exit status 2."""
 
     def run(flow: Annotated[FlowConfig, tyro.conf.arg(name="")], out: Path = Path("data")) -> Path:
         """Make a data set of compressible flows.

@@ -37,29 +37,15 @@ _LISTED = 12  # datasets and files named in a message: enough to recognise a fil
 
 
 class Source(abc.ABC):
-    """Trajectories of one size, stored in one file or folder.
+    """Trajectories of one shape in one file or folder, closed by `close`."""
 
-    Attributes:
-        path: the file or folder.
-        layout: "pdebench", "stacked" or "scattered".
-        count: number of trajectories N.
-        shape: (X, Y, T, C) of each.
-        itemsize: bytes per stored number.
-        datasets: names of the datasets that hold the channels: one per channel, or one for all.
-    """
-
-    layout: str
+    layout: str  # "pdebench", "stacked" or "scattered"
     path: Path
-    count: int
-    shape: tuple[int, int, int, int]
-    itemsize: int
-    datasets: Sequence[str]
+    count: int  # trajectories N
+    shape: tuple[int, int, int, int]  # (X, Y, T, C) of each
+    itemsize: int  # bytes per stored number
+    datasets: Sequence[str]  # names of those that hold the channels: one per channel, or one for all
     _file: h5py.File | None = None  # closed by `close`
-
-    @property
-    def trajectory_bytes(self) -> int:
-        """Bytes that one trajectory takes on disk, uncompressed."""
-        return math.prod(self.shape) * self.itemsize
 
     def file(self, index: int) -> Path:
         """Return the file that holds a trajectory."""
@@ -71,15 +57,7 @@ class Source(abc.ABC):
         del index
 
     def read(self, index: int, start: int, length: int) -> np.ndarray:
-        """Read a window of time of one trajectory.
-
-        Args:
-            index: number of the trajectory, in [0, count).
-            start: first time step.
-            length: number of time steps, at least 1.
-
-        Returns:
-            Fields of shape (X, Y, length, C), float32, all finite.
+        """Return a window of time of one trajectory, (X, Y, length, C), float32 and finite.
 
         Raises:
             IndexError: there is no such trajectory or no such window.
@@ -152,7 +130,7 @@ class _Stacked(Source):
 
 
 class _Scattered(Source):
-    """One file per trajectory; each is opened to be read, since a process may not hold thousands of files open."""
+    """One file per trajectory, opened for each read, since a process may not hold thousands of files open."""
 
     layout = "scattered"
 
@@ -185,17 +163,7 @@ class _Scattered(Source):
 
 
 def open_source(path: Path) -> Source:
-    """Open trajectories in any of the layouts.
-
-    Args:
-        path: an HDF5 file, or a folder of data_0.hdf5, data_1.hdf5, ...
-
-    Returns:
-        The trajectories, not read yet.
-
-    Raises:
-        InputError: there are none, or they cannot be used.
-    """
+    """Open trajectories of any layout, without reading their numbers; raise an InputError if they are unusable."""
     if path.is_dir():
         return _Scattered(path, _count_scattered(path))
     with contextlib.ExitStack() as stack:
@@ -213,7 +181,7 @@ def open_source(path: Path) -> Source:
 
 @contextlib.contextmanager
 def _damage(fault: str, remedy: str) -> Generator[None]:
-    """Turn whatever h5py raises inside into one error: of any kind, it depends on what is damaged."""
+    """Turn any error of h5py inside into an InputError: its kind depends on what is damaged."""
     try:
         yield
     except InputError:
@@ -227,7 +195,7 @@ def _contents(path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _count_scattered(folder: Path) -> int:
-    """Count data_0.hdf5, data_1.hdf5, ..., which must be there without a gap."""
+    """Return the number of files data_0.hdf5, data_1.hdf5, ...; raise an InputError if there are none or gaps."""
     names = [entry.name for entry in folder.iterdir()]
     numbers = {int(match[1]) for name in names if (match := re.fullmatch(r"data_(0|[1-9]\d*)\.hdf5", name))}
     if not numbers:
@@ -246,7 +214,7 @@ def _count_scattered(folder: Path) -> int:
 
 
 def _opened(path: Path) -> h5py.File:
-    """Open an HDF5 file for reading, or say why that cannot be done."""
+    """Open an HDF5 file for reading; raise an InputError that says why it cannot be."""
     try:
         path.open("rb").close()  # h5py's own messages bury what the system says
     except OSError as error:
@@ -281,7 +249,7 @@ def _dataset(path: Path, file: h5py.File, name: str, axes: tuple[int, ...]) -> h
 
 
 def _check_storage(where: str, path: Path, data: h5py.Dataset) -> None:
-    """Make sure that the file can hold a dataset, before memory is taken for what its header says."""
+    """Raise an InputError if the file cannot hold a dataset, before memory is taken for the shape in its header."""
     if data.is_virtual or data.external:  # it lies in other files
         return
     end, plan = path.stat().st_size, data.id.get_create_plist()
@@ -298,7 +266,7 @@ def _check_storage(where: str, path: Path, data: h5py.Dataset) -> None:
 
 
 def _check_chunks(where: str, end: int, data: h5py.Dataset, shape: tuple[int, ...], packed: float) -> None:
-    """Make sure that every chunk lies in the file and can hold its numbers: the library takes on trust that it does."""
+    """Raise an InputError if a chunk is not in the file or cannot hold its numbers; the HDF5 library does not check."""
     whole = math.prod(shape) * data.dtype.itemsize
 
     def is_bad(chunk: Any) -> bool | None:
@@ -319,7 +287,7 @@ def _with_channel(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
 
 
 def _listing(file: h5py.File) -> str:
-    """Return datasets and groups at the top of a file, with shapes; the first ones if there are many."""
+    """Return names and shapes at the top of a file, the first dozen, for messages."""
     items = ((name, file.get(name)) for name in islice(file, _LISTED))
     listed = [
         f"{printable(name)} {short_repr(item.shape)}" if isinstance(item, h5py.Dataset) else f"{printable(name)}/"

@@ -24,24 +24,15 @@ _EDGE = 0.01  # width of a window's rim, in sides of the square
 
 
 def random_state(key: Array, size: int, mach: float, kind: Kind = "rand") -> Array:
-    """Draw the initial state of a flow.
+    """Return a random initial state, shape (X, Y, 4): velocity along x and y, density, pressure; JAX's default float.
 
     Both kinds add up waves of random phase with wave numbers of 1 to 4 periods, either sign, along both axes.
 
     - "rand": velocity of mean modulus `mach` times the speed of sound; a density in [0.1, 10] and a temperature
       (pressure / density) in [0.1, 10], and waves in density and in pressure of mean modulus 1 to 20 %. In one state
-      of two all this stands in a rectangle with soft rims only, around which the gas is at rest and uniform.
+      of two all this stands in a rectangle with soft rims, around which the gas is at rest and uniform. About one
+      state in two thousand has a density or a pressure that is not positive.
     - "turb": velocity without divergence, of mean modulus 1; density 1; uniform pressure, after the Mach number.
-
-    Args:
-        key: JAX key.
-        size: cells along each axis, X = Y.
-        mach: Mach number, dimensionless, > 0.
-        kind: kind of state.
-
-    Returns:
-        Velocity along x and along y, density and pressure at the cell centres, shape (X, Y, 4), of JAX's default
-        float. With "rand", about one state in two thousand has a density or a pressure that is not positive.
     """
     wave_key, key = random.split(key)
     if kind == "turb":
@@ -67,16 +58,9 @@ def centres(size: int) -> Array:
 
 
 def _waves(key: Array, size: int, count: int, *, solenoidal: bool = False) -> Array:
-    """Add up waves of random phases whose amplitude falls with the root of the wave number.
+    """Return sums of waves with random phases, of amplitude 1 / sqrt(wave number) and any scale, shape (count, X, Y).
 
-    Args:
-        key: JAX key.
-        size: cells along each axis.
-        count: number of fields.
-        solenoidal: the two fields are a velocity, of which only the part across each wave's direction is kept.
-
-    Returns:
-        Fields of arbitrary scale, shape (count, X, Y).
+    With `solenoidal` the two fields are a velocity, of which only the part across each wave's direction is kept.
     """
     signed = [k for k in range(-HIGHEST, HIGHEST + 1) if k != 0]
     numbers = np.array([(i, j) for i in signed for j in signed])  # (K, 2)

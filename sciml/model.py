@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from farms_jax.errors import InputError
 from farms_jax.programs.finite import Call, call
@@ -156,19 +157,11 @@ class TimeAggregation(nnx.Module):
             self.gamma = nnx.Param(2.0 ** jnp.linspace(-10, 10, width))
 
     def __call__(self, patches: jax.Array, proj: Dense, pos: jax.Array) -> jax.Array:
-        """Project the patches of every step, adds the positions, and aggregates.
+        """Return (B, h, w, width): patches (B, h, w, T, P) projected by `proj`, plus positions `pos`, aggregated.
 
         All three are linear in the patches, and patches have few channels. So each step's projection and weights are
         multiplied first, and the latent fields of the single steps are never made: the same up to rounding, with a
         third less multiplications in the whole of DPOT-Tiny.
-
-        Args:
-            patches: (B, h, w, T, P), P channels.
-            proj: P -> width.
-            pos: position embedding, (h, w, width).
-
-        Returns:
-            (B, h, w, width).
         """
         steps, width, _ = self.w.shape
         batch, h, w, _, channels = patches.shape
@@ -233,18 +226,10 @@ class OutLayer(nnx.Module):
 
 
 class DPOT(nnx.Module):
-    """The model: the field's next `out_steps` states, and which data set it comes from."""
+    """The model: a field's next `out_steps` states, and the data set that it comes from."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        """Draw the parameters as the reference does.
-
-        Args:
-            config: shape of the model.
-            rngs: random streams, `params` among them.
-
-        Raises:
-            InputError: a configuration that no model has.
-        """
+        """Draw the parameters as the reference does; raise an InputError for an impossible configuration."""
         config.check()
         self.config = config
         size, width, draws = config.latent_size, config.width, Draws()
@@ -261,17 +246,10 @@ class DPOT(nnx.Module):
         draws.fill(rngs.params())
 
     def __call__(self, fields: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Predict the next states.
-
-        Args:
-            fields: (B, X, Y, in_steps, in_channels), float32.
-
-        Returns:
-            Next states (B, X, Y, out_steps, out_channels), and class logits (B, num_classes), made from the mean of
-            the latent field.
+        """Return the next states (B, X, Y, out_steps, out_channels) and class logits (B, num_classes).
 
         Raises:
-            InputError: fields of another shape.
+            InputError: fields are not (B, X, Y, in_steps, in_channels) as configured.
         """
         config = self.config
         size = config.image_size
@@ -307,33 +285,22 @@ def _statistics(fields: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Network(NamedTuple):
-    """A model as pure functions of a nested dict of parameters with string keys.
+    """A model as pure functions of a nested dict of parameters with string keys."""
 
-    Attributes:
-        init: key -> parameters, float32; compiled.
-        apply: (parameters, fields) -> (next states, class logits), see `DPOT.__call__`; with `call=` as in
-            `farms_jax.programs.finite`.
-    """
-
-    init: Callable[[jax.Array], Params]
+    init: Callable[[jax.Array], Params]  # from a key; compiled
+    # (params, fields) as `DPOT.__call__`; its `call=` is for `farms_jax.programs.finite`
     apply: Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def make_network(config: ModelConfig) -> Network:
-    """Return the pure functions of a model.
-
-    Args:
-        config: shape of the model.
-
-    Raises:
-        InputError: a configuration that no model has.
-    """
-    config.check()
+    """Return the pure functions of a model; an impossible configuration is an InputError."""
     graph, abstract = nnx.split(nnx.eval_shape(lambda: DPOT(config, rngs=nnx.Rngs(0))))
 
     @jax.jit
     def init(key: jax.Array) -> Params:
-        return _string_keys(nnx.to_pure_dict(nnx.state(DPOT(config, rngs=nnx.Rngs(params=key)))))
+        leaves = flatten_dict(nnx.to_pure_dict(nnx.state(DPOT(config, rngs=nnx.Rngs(params=key)))))
+        # String keys, as checkpoints have them, also for the numbers of the blocks.
+        return unflatten_dict({tuple(map(str, path)): leaf for path, leaf in leaves.items()})
 
     def apply(params: Params, fields: jax.Array, *, call: Call = call) -> tuple[jax.Array, jax.Array]:
         state = jax.tree.map(lambda leaf: leaf, abstract)
@@ -341,9 +308,3 @@ def make_network(config: ModelConfig) -> Network:
         return call(nnx.merge(graph, state), fields)
 
     return Network(init, apply)
-
-
-def _string_keys(tree: Any) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    return {str(key): _string_keys(value) for key, value in tree.items()}

@@ -36,10 +36,10 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 class Draws:
-    """Initial values of a model's parameters, of one random draw.
+    """Initial values of all of a model's parameters from a single random draw.
 
-    A draw takes XLA a third of a second to compile on CPU: one of each parameter's own would take many of them. So
-    layers ask for their parameters here, and `fill` gives all of them their values.
+    A draw takes XLA a third of a second to compile on CPU; a model would need one for each parameter. So layers ask for
+    their parameters here, and `fill` gives all of them their values.
     """
 
     def __init__(self) -> None:
@@ -79,14 +79,7 @@ class Dense(nnx.Module):
     """Affine map of the last axis: a linear layer, or a convolution with a 1 x 1 kernel."""
 
     def __init__(self, inputs: int, outputs: int, *, convolution: bool = False, draws: Draws) -> None:
-        """Ask for the parameters.
-
-        Args:
-            inputs: channels in.
-            outputs: channels out.
-            convolution: whether the kernel is (1, 1, inputs, outputs), not (inputs, outputs).
-            draws: initial values of the whole model.
-        """
+        """Ask for a kernel (inputs, outputs), or (1, 1, inputs, outputs) of a convolution, and a bias."""
         self.kernel = draws.torch_default((1, 1, inputs, outputs) if convolution else (inputs, outputs), inputs)
         self.bias = draws.torch_default((outputs,), inputs)
 
@@ -105,15 +98,7 @@ class PatchKernel(nnx.Module):
     """Kernel (P, P, inputs, outputs) and bias of a convolution whose stride is its size P, or of its transpose."""
 
     def __init__(self, size: int, inputs: int, outputs: int, fan_in: int, *, draws: Draws) -> None:
-        """Ask for the parameters.
-
-        Args:
-            size: side P.
-            inputs: channels in.
-            outputs: channels out.
-            fan_in: sets the range, 1 / sqrt(fan_in).
-            draws: initial values of the whole model.
-        """
+        """Ask for kernel and bias, within +-1 / sqrt(fan_in)."""
         self.kernel = draws.torch_default((size, size, inputs, outputs), fan_in)
         self.bias = draws.torch_default((outputs,), fan_in)
 
@@ -143,19 +128,12 @@ def _group_means(x: jax.Array) -> jax.Array:
 
 
 class Mlp(nnx.Module):
-    """Dense layers in a row, `fc1` and on, with activations between them."""
+    """Dense layers `fc1`, `fc2`, ... with activations between them."""
 
     def __init__(
         self, sizes: tuple[int, ...], activation: Activation, *, convolution: bool = False, draws: Draws
     ) -> None:
-        """Ask for the parameters.
-
-        Args:
-            sizes: channels of the input and of every layer.
-            activation: between the layers.
-            convolution: whether the kernels are (1, 1, in, out).
-            draws: initial values of the whole model.
-        """
+        """Ask for the parameters; `sizes` are the channels of the input and of every layer."""
         self.depth = len(sizes) - 1
         self.activation = activation
         for i in range(self.depth):

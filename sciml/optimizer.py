@@ -14,20 +14,14 @@ from .config import Config
 Schedule = Callable[[Array | int], Array]
 BETAS = (0.9, 0.9)  # DPOT's
 CYCLED_BETA = (0.95, 0.85)  # Torch's one-cycle schedule moves Adam's first beta too, from and to these
-DIVISOR = 1e4  # of the peak rate, for the first and the second end of a cycle
+DIVISOR = 1e4  # a cycle starts at peak / DIVISOR and ends at peak / DIVISOR**2
 
 
 def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
-    """Make the optimizer: Adam with L2 in the gradient as DPOT has it, on clipped gradients; the layers' factors last.
+    """Return DPOT's Adam: clipped gradients, L2 in the gradient, and the layers' factors last.
 
-    The class head does not enter the loss: it is not decayed, as Torch's Adam skips what has no gradient.
-
-    Args:
-        config: resolved settings.
-        steps_per_epoch: updates in an epoch.
-
-    Returns:
-        The chain; its `learning_rate`, `b1` and `lr_scale` are visible state.
+    The class head does not enter the loss: it is not decayed, as Torch's Adam skips what has no gradient. The state
+    shows `learning_rate`, `b1` and `lr_scale`.
     """
     rate, beta = schedules(config, steps_per_epoch)
     return optax.chain(
@@ -47,13 +41,6 @@ def schedules(config: Config, steps_per_epoch: int) -> tuple[Schedule, Schedule]
 
     `cycle` is Torch's OneCycleLR as DPOT calls it: both rise and fall along cosines, the beta the other way round.
     `step` multiplies the rate by `step_gamma` every `step_size` epochs; the beta stays.
-
-    Args:
-        config: resolved settings.
-        steps_per_epoch: updates in an epoch.
-
-    Returns:
-        The two functions.
     """
     assert config.learning_rate is not None and config.epochs is not None and config.warmup_epochs is not None
     peak, gamma = config.learning_rate, config.step_gamma
@@ -67,17 +54,9 @@ def schedules(config: Config, steps_per_epoch: int) -> tuple[Schedule, Schedule]
 
 
 def one_cycle(steps: int, rise: int, first: float, middle: float, last: float) -> Schedule:
-    """Make two half cosines: from `first` to `middle` until update `rise`, then to `last` at the final update.
+    """Return two half cosines: from `first` to `middle` at update `rise - 1`, then to `last` at update `steps - 1`.
 
-    Args:
-        steps: updates in all.
-        rise: updates of the first half; 0 starts at the middle.
-        first: value of update 0.
-        middle: value of update `rise - 1`.
-        last: value of update `steps - 1`.
-
-    Returns:
-        The value by the update's number, from 0; later updates keep the last one.
+    Updates count from 0. A `rise` of 0 starts at the middle; later updates keep the last value.
     """
 
     def value(step: Array | int) -> Array:

@@ -1,4 +1,4 @@
-"""What a run rests on: weights, network and data, opened and checked before anything is computed."""
+"""Weights, network and data of a run, opened and checked before anything is computed."""
 
 import dataclasses
 from pathlib import Path
@@ -23,26 +23,17 @@ FINETUNE_FLOW = FlowConfig(mach=1.0, eta=0.01, zeta=0.01, size=32, count=160, se
 
 
 class Experiment(NamedTuple):
-    """Weights, network and data of a run, opened and checked.
+    """Weights, network and data of a run, opened and checked."""
 
-    Attributes:
-        config: resolved settings.
-        model: shapes of the network.
-        network: pure functions of that model.
-        finetune: trajectories to fine-tune on.
-        pretrain: trajectories to pretrain on, where there are some.
-        notes: what the user should know of weights and data.
-    """
-
-    config: Config
+    config: Config  # resolved
     model: ModelConfig
     network: Network
     finetune: FieldData
     pretrain: FieldData | None
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # on weights and data, for the user
 
     def facts(self) -> dict[str, Any]:
-        """What a run's numbers depend on besides its settings: data, weights, versions, machine."""
+        """Return what a run's numbers depend on besides its settings: data, weights, versions, machine."""
         data = {"finetune": self.finetune, "pretrain": self.pretrain}
         return {
             "data": {key: f"{value.name} {value.fingerprint}" for key, value in data.items() if value is not None},
@@ -52,7 +43,7 @@ class Experiment(NamedTuple):
 
     def check_same(self, before: dict[str, Any]) -> None:
         """Raise an InputError if data or weights are not those of the run whose facts are given."""
-        now = self.facts()
+        now = self.facts()  # versions and machine may differ: a run may go on elsewhere
         for what in ("data", "weights"):
             if now[what] != before.get(what):
                 raise InputError(
@@ -67,17 +58,7 @@ class Experiment(NamedTuple):
         return f"DPOT {config.model} on {self.finetune.name}, {size}, {config.epochs} epochs, tb={config.tb}"
 
     def initial(self, seed: int) -> Any:
-        """Return the parameters before any training here: given weights, or drawn ones.
-
-        Args:
-            seed: seed to draw with.
-
-        Returns:
-            The parameters.
-
-        Raises:
-            InputError: the weights do not fit.
-        """
+        """Return the parameters before any training: given weights, or drawn ones."""
         drawn = self.network.init(jax.random.key(seed))
         if self.config.weights is None:
             return drawn
@@ -85,13 +66,7 @@ class Experiment(NamedTuple):
 
 
 def complete(config: Config) -> Config:
-    """Fill in what is `None`: the model's shape from the weights where there are some, and then the defaults.
-
-    Args:
-        config: settings as given.
-
-    Returns:
-        A resolved config.
+    """Return the config resolved, with the model's shape from the weights if there are some.
 
     Raises:
         InputError: the weights cannot be read, or are of no DPOT model.
@@ -120,16 +95,9 @@ def complete(config: Config) -> Config:
 
 
 def prepare(config: Config) -> Experiment:
-    """Check shapes, then weights, then data; generated data are made where they are not there yet.
+    """Return the experiment of a resolved config: shapes are checked, then weights, then data.
 
-    Args:
-        config: resolved settings.
-
-    Returns:
-        The experiment.
-
-    Raises:
-        InputError: something given cannot be used.
+    Generated data are made unless they exist. An InputError says what cannot be used.
     """
     model = _model_config(config)
     network = make_network(model)
@@ -162,7 +130,7 @@ def _model_config(config: Config) -> ModelConfig:
     assert config.normalize is not None
     if config.resolution % config.patch_size:
         raise InputError(f"--resolution {config.resolution} must be a multiple of --patch-size {config.patch_size}")
-    model = dataclasses.replace(
+    return dataclasses.replace(
         NAMED[config.model],
         image_size=config.resolution,
         patch_size=config.patch_size,
@@ -170,5 +138,3 @@ def _model_config(config: Config) -> ModelConfig:
         out_steps=config.bundle,
         normalize=config.normalize,
     )
-    model.check()
-    return model

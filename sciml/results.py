@@ -9,23 +9,18 @@ from .config import TB
 
 
 class Results(NamedTuple):
-    """What a stage gave: final parameters where they are needed, lines of `metrics.jsonl`, rows of `layers.csv`."""
+    """Outcome of a stage."""
 
-    params: Any
-    metrics: list[dict[str, Any]]
-    layers: list[dict[str, Any]]
+    params: Any  # final ones; `None` where nobody needs them
+    metrics: list[dict[str, Any]]  # lines of metrics.jsonl
+    layers: list[dict[str, Any]]  # rows of layers.csv
 
 
 def summarise(results: dict[tuple[TB, int], Results], before: dict[str, Any]) -> dict[str, Any]:
-    """Return the errors of each setting.
+    """Return `before`, the errors of the starting weights, and `settings`: seeds and measures of each setting.
 
-    Args:
-        results: results by setting and seed.
-        before: errors of the weights that fine-tuning started from.
-
-    Returns:
-        `before`, and `settings`: per setting its `seeds`, and mean and standard deviation (of the sample, 0 for one
-        seed) of the last and the best L2RE over the rollout, and of the last mean over its steps.
+    Measures are mean and standard deviation (of the sample, 0 for one seed) of the last and the best L2RE over the
+    rollout, of the last mean over its steps, and of the seconds.
     """
     settings = {}
     for tb in dict.fromkeys(tb for tb, _ in results):
@@ -51,16 +46,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def table(summary: dict[str, Any], run: Path, plots: list[Path]) -> str:
-    """Format the summary for the terminal.
-
-    Args:
-        summary: summary of `summarise`.
-        run: run directory.
-        plots: files of the plots.
-
-    Returns:
-        The lines.
-    """
+    """Return the summary as lines for the terminal."""
     before = summary["before"]
     head = f"{'':>14} {'rollout':>22} {'best':>22} {'per step':>22} {'time':>9} {'refresh':>9}"
     lines = ["\nL2RE of the test trajectories, mean and deviation over the seeds", head]

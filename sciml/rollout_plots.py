@@ -25,18 +25,14 @@ _COLUMNS = 4  # times
 
 
 def plot_run(run: Path, experiment: Experiment, results: dict[tuple[TB, int], Results], before: Any) -> list[Path]:
-    """Draw the plots of a run, and write what they show.
+    """Draw the plots of a run, write what they show, and return the files.
 
-    Args:
-        run: directory to write to.
-        experiment: what was run.
-        results: results by setting and seed.
-        before: errors of the weights that fine-tuning started from.
+    Per setting, of the first seed: `prediction_TB.png` (and `.npz`: a test trajectory, true and predicted) and
+    `layers_TB.png`. Over all: `rollout.png`, the error over time; `alphas.png` and `alphas_by_layer.png`, the layers at
+    the end, all measured alike by FARMS windows (paper, Figure 11).
 
     Returns:
-        The files: per setting `prediction_TB.png` (and `.npz`: a test trajectory, true and predicted) and
-        `layers_TB.png`, both of the first seed; `rollout.png`, the error over time; `alphas.png` and
-        `alphas_by_layer.png`, the layers at the end, all measured alike by FARMS windows (paper, Figure 11).
+        The files of the pictures.
     """
     config, title = experiment.config, experiment.title()
     first = {str(tb): result for (tb, seed), result in results.items() if seed == config.seeds[0]}
@@ -56,7 +52,7 @@ def plot_run(run: Path, experiment: Experiment, results: dict[tuple[TB, int], Re
 
 
 def _alphas(params: Any, config: Config) -> list[dict[str, Any]]:
-    report = measure(params, analyse=config.layers, window=config.window_of("farms"), tail=config.tail_rule())
+    report = measure(params, config, "farms")
     return [{"epoch": 0, "layer": name, "alpha": row["alpha"]} for name, row in report.to_dict().items()]
 
 
@@ -72,7 +68,7 @@ def _predict(experiment: Experiment, params: Mapping[str, Any]) -> tuple[np.ndar
 
 
 def _prediction(times: np.ndarray, true: np.ndarray, predicted: np.ndarray, title: str) -> Figure:
-    """Per channel three rows: true, predicted, and the error; columns are times."""
+    """Draw three rows per channel: true, predicted, and the error; columns are times."""
     columns = np.unique(np.linspace(0, len(times) - 1, _COLUMNS).round().astype(int))
     drawing = Figure(figsize=(2.2 * len(columns) + 1, 5.4 * len(_SHOWN)), layout="constrained")
     drawing.suptitle(title, fontsize=9)

@@ -1,4 +1,4 @@
-"""Shards: finished trajectories of a data set in the making, so that a kill costs little work."""
+"""Shards: finished trajectories of an unfinished data set, so that a kill costs little work."""
 
 import contextlib
 import itertools
@@ -55,7 +55,7 @@ def shard_path(parts: Path, start: int) -> Path:
 
 
 def _whole_shards(parts: Path, config: FlowConfig) -> list[range]:
-    """Return the shards that an earlier process computed and that are as it wrote them."""
+    """Return the shards that an earlier process computed, but for damaged ones."""
     there = [shard for shard in ranges(config) if shard_path(parts, shard.start).exists()]
     whole = []
     for shard in tqdm(there, desc="Checking", unit="shard", leave=False, disable=not there):
@@ -67,7 +67,7 @@ def _whole_shards(parts: Path, config: FlowConfig) -> list[range]:
 
 
 def read_shard(parts: Path, shard: range, config: FlowConfig) -> tuple[np.ndarray, np.ndarray] | None:
-    """Read fields and redraws; `None` if they are damaged, which the archive's own CRC-32 of each tells."""
+    """Read fields and redraws; return `None` if they are damaged, by the CRC-32s of the archive."""
     shape = (len(shard), config.steps, config.size, config.size, len(CHANNELS))
     path = shard_path(parts, shard.start)
     try:

@@ -25,20 +25,11 @@ _SUMS = ("train_l2re_step", "train_l2re")  # the first two numbers that a step m
 
 
 class Stage(NamedTuple):
-    """What one training needs.
+    """One training: settings whose epochs, rate and batch are this stage's, data and start."""
 
-    Attributes:
-        name: name for the progress bar.
-        tb: how the layers get their rates.
-        seed: seed of order, start steps and noise.
-        config: resolved settings; epochs, rate and batch are this stage's.
-        data: trajectories.
-        params: parameters to start from.
-    """
-
-    name: str
+    name: str  # for the progress bar
     tb: TB
-    seed: int
+    seed: int  # of order, start steps and noise
     config: Config
     data: FieldData
     params: Any
@@ -55,17 +46,7 @@ class Functions(NamedTuple):
 
 
 def make_functions(network: Network, config: Config, data: FieldData, evaluate: Evaluate) -> Functions:
-    """Make the functions that train on `data`; each compiles at its first call.
-
-    Args:
-        network: pure functions of the model.
-        config: resolved settings.
-        data: trajectories to train on.
-        evaluate: compiled test of a batch.
-
-    Returns:
-        The functions.
-    """
+    """Return the functions that train on `data`; each compiles at its first call."""
     steps = -(-len(data.train) // _batch_size(config, data.train))
     optimizer = make_optimizer(config, steps)
     step, fault = make_step(network, optimizer, config), make_fault(network, config)
@@ -73,20 +54,7 @@ def make_functions(network: Network, config: Config, data: FieldData, evaluate: 
 
 
 def train_stage(directory: SeedDirectory, stage: Stage, functions: Functions) -> TrainState:
-    """Train, from where the directory stands.
-
-    Args:
-        directory: run directory of the stage.
-        stage: what to train.
-        functions: compiled functions.
-
-    Returns:
-        The final state.
-
-    Raises:
-        InputError: a loss or a gradient is not finite; the state before that step is the last checkpoint then.
-        Stopped: by Ctrl-C or SIGTERM; there is a checkpoint of the step where it came.
-    """
+    """Return the state after training from where the directory stands; for its errors see `run_epochs`."""
     config, steps = stage.config, functions.steps_per_epoch
     assert config.epochs is not None
     params = jax.tree.map(jnp.array, stage.params)  # a copy: the step donates it
@@ -139,20 +107,10 @@ def _take_steps(
 
 
 def run_test(params: Any, fields: Fields, config: Config, evaluate: Evaluate) -> dict[str, Any]:
-    """Roll out every test trajectory.
+    """Return errors of rollouts, means over the test trajectories: `test_l2re` over the whole rollout, its `_by_step`.
 
     Every point of the model's grid counts. DPOT's code leaves out points that it interpolated between stored ones;
     at the resolution of the data, as in the paper, there are none.
-
-    Args:
-        params: parameters of the network.
-        fields: test trajectories.
-        config: resolved settings.
-        evaluate: compiled test of a batch.
-
-    Returns:
-        `test_l2re` over whole rollouts, `test_l2re_step` the mean of its steps, and `test_l2re_by_step`, a list; means
-        over trajectories.
     """
     whole, by_step = [], []
     for batch in test_batches(fields, batch_size=_batch_size(config, fields)):
@@ -169,7 +127,7 @@ def run_test(params: Any, fields: Fields, config: Config, evaluate: Evaluate) ->
 
 
 def _batch_size(config: Config, fields: Fields) -> int:
-    """Return the trajectories in a step: no more than there are, as the rest would be padding."""
+    """Return the trajectories per step: no more than the data have, as the rest would be padding."""
     assert config.batch_size is not None
     return min(config.batch_size, len(fields))
 
@@ -181,19 +139,11 @@ def _scale_of(low: float, high: float, slope: float) -> Callable[..., Any]:
 
 
 def make_refresh(config: Config, tb: TB) -> Callable[[TrainState], Refreshed]:
-    """Make the function that measures the layers and sets their rates, at the start of an epoch.
-
-    Args:
-        config: resolved settings.
-        tb: how the layers get their rates; "none" leaves the rates alone and measures only.
-
-    Returns:
-        `refresh(state)`.
-    """
+    """Return the function that measures the layers and sets their rates; with "none" it leaves the rates alone."""
     scale_of = _scale_of(*config.bounds(), config.slope)
 
     def refresh(state: TrainState) -> Refreshed:
-        report = measure(state.params, analyse=config.layers, window=config.window_of(tb), tail=config.tail_rule())
+        report = measure(state.params, config, tb)
         scale = jax.tree.map(lambda _: jnp.ones((), jnp.float32), state.params)
         if tb != "none":
             # An end with too few eigenvalues is not in the report in the first place.

@@ -28,20 +28,13 @@ Evaluate = Callable[[Any, Any], tuple[Array, Array]]
 
 
 def make_step(network: Network, optimizer: optax.GradientTransformationExtraArgs, config: Config) -> Step:
-    """Compile a training step.
+    """Return the compiled `step(state, key, fields (B, X, Y, T, C), weights (B,)) -> (state, measured (3,))`.
+
+    T is `in_steps + rollout_steps`. Measured are L2RE per prediction and over all of them, each summed over samples,
+    and the norm of the gradient. The state is donated, and comes back unchanged where not all of that is finite.
 
     The loss is the sum over samples and predictions, as in DPOT's code; predictions are fed back and differentiated
     through. Noise is relative to the norm of a sample's whole input, drawn anew for each prediction.
-
-    Args:
-        network: pure functions of the network.
-        optimizer: optax chain of the training.
-        config: resolved settings.
-
-    Returns:
-        `step(state, key, fields (B, X, Y, T, C), weights (B,)) -> (state, measured)`; T is `in_steps + rollout_steps`,
-        measured (3,) is L2RE per prediction and over all of them, each summed over the samples, and the norm of the
-        gradient. The state is donated, and comes back as it was where not all of `measured` is finite.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -53,7 +46,7 @@ def make_step(network: Network, optimizer: optax.GradientTransformationExtraArgs
         params: Any = optax.apply_updates(state.params, updates)
         per_prediction = error * config.bundle / config.rollout_steps
         measured = jnp.stack([per_prediction, whole, norm(gradients)])
-        is_finite = jnp.isfinite(measured).all()
+        is_finite = jnp.isfinite(measured).all()  # else the state before is kept, for a checkpoint to resume from
         return jax.tree.map(functools.partial(jnp.where, is_finite), TrainState(params, opt_state), state), measured
 
     return step
@@ -62,7 +55,7 @@ def make_step(network: Network, optimizer: optax.GradientTransformationExtraArgs
 def _loss(
     apply: Callable[..., Any], config: Config, params: Any, key: Array, fields: Array, weights: Array
 ) -> tuple[Array, Array]:
-    """Return L2RE of a batch, summed over samples: the sum of the predictions' own, and that of all together."""
+    """Return L2RE of a batch, summed over samples: the sum over single predictions, and that of all together."""
     seen, future = jnp.split(fields, [config.in_steps], axis=-2)
     predicted, errors = [], jnp.zeros(())
     for index, true in enumerate(jnp.split(future, config.rollout_steps // config.bundle, axis=-2)):
@@ -77,16 +70,7 @@ def _loss(
 
 
 def make_fault(network: Network, config: Config) -> Callable[..., str]:
-    """Make the function that finds what in a step is the first that is not finite.
-
-    Args:
-        network: pure functions of the network.
-        config: resolved settings.
-
-    Returns:
-        `fault(params, key, fields, weights)` of the parameters before the step; for what it returns see
-        `farms_jax.programs.finite.first_not_finite`.
-    """
+    """Return `fault(params, key, fields, weights)`, which names the first thing in a step that is not finite."""
 
     def loss_of(params: Any, *inputs: Any, call: Call = call) -> Array:
         return _loss(functools.partial(network.apply, call=call), config, params, *inputs)[0]
@@ -101,38 +85,23 @@ def add_noise(key: Array, fields: Array, scale: float) -> Array:
 
 
 def rollout(network: Network, params: Any, seen: Array, steps: int) -> Array:
-    """Predict step after step, each prediction fed back.
-
-    Args:
-        network: pure functions of the network.
-        params: parameters of the network.
-        seen: (B, X, Y, in_steps, C).
-        steps: time steps to predict; those of a last bundle beyond it are cut off.
-
-    Returns:
-        (B, X, Y, steps, C).
-    """
+    """Return `steps` predictions, (B, X, Y, steps, C), each fed back; `seen` is (B, X, Y, in_steps, C)."""
     bundle = jax.eval_shape(network.apply, params, seen)[0].shape[-2]
 
     def one(seen: Array, _: Any) -> tuple[Array, Array]:
         prediction, _ = network.apply(params, seen)
         return jnp.concatenate([seen[..., bundle:, :], prediction], axis=-2), prediction
 
+    # The last bundle may reach beyond the steps asked for, and is cut.
     _, predictions = lax.scan(one, seen, None, length=-(-steps // bundle))  # (N, B, X, Y, bundle, C)
     ordered = jnp.moveaxis(predictions, 0, -3)
     return ordered.reshape(*seen.shape[:3], -1, seen.shape[-1])[..., :steps, :]
 
 
 def make_evaluate(network: Network, config: Config) -> Evaluate:
-    """Compile the test of a batch of trajectories.
+    """Return the compiled `evaluate(params, fields (B, X, Y, T, C)) -> (whole (B,), by_step (B, S))`.
 
-    Args:
-        network: pure functions of the network.
-        config: resolved settings.
-
-    Returns:
-        `evaluate(params, fields (B, X, Y, T, C)) -> (whole (B,), by_step (B, S))`: L2RE over the whole rollout and at
-        each of its S steps.
+    Both are L2RE: over the whole rollout, and at each of its S steps.
     """
 
     @jax.jit

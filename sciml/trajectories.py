@@ -22,18 +22,13 @@ Solver = Callable[[np.ndarray, np.ndarray], Array]
 
 
 def compute_trajectories(config: FlowConfig, indices: list[int], lanes: int) -> Generator[tuple[np.ndarray, int]]:
-    """Compute trajectories; each depends on the seed and its index alone.
+    """Yield fields (T, X, Y, 4), float32, and number of redraws of each trajectory, in the order of `indices`.
 
-    Args:
-        config: settings of the flows.
-        indices: numbers of the trajectories.
-        lanes: trajectories that an accelerator computes side by side, as it needs many at a time to be busy.
+    A trajectory depends on the seed and its index alone. An accelerator computes `lanes` side by side, as it needs
+    many at a time to be busy. An InputError says that a trajectory was redrawn too often.
 
     Yields:
-        Fields, float32, shape (T, X, Y, 4), and redraws of each, in the order of `indices`.
-
-    Raises:
-        InputError: a trajectory was redrawn too often.
+        Fields and redraws.
     """
     # A CPU computes one per core, each in a thread of its own: `jax.vmap`, where all wait for the one with the shortest
     # steps, takes three times as long, and so the numbers cannot depend on the neighbours.
@@ -54,7 +49,7 @@ def compute_trajectories(config: FlowConfig, indices: list[int], lanes: int) -> 
 
 
 def _solver(config: FlowConfig, lanes: int) -> Solver:
-    """Compile the way from indices and attempts, uint32 of shape (lanes,), to fields (lanes, T, X, Y, 4)."""
+    """Compile the function from indices and attempts, uint32 of shape (lanes,), to fields (lanes, T, X, Y, 4)."""
     times = jnp.linspace(0, config.end, config.steps)
 
     def solve(index: Array, attempt: Array) -> Array:
@@ -71,7 +66,7 @@ def _solver(config: FlowConfig, lanes: int) -> Solver:
 
 
 def _draw(solve: Solver, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute trajectories (lanes, T, X, Y, 4), from other initial states where one does not stay positive."""
+    """Compute trajectories (lanes, T, X, Y, 4); one that does not stay positive is drawn again, 10 times at most."""
     attempts = np.zeros_like(indices)
     fields = np.asarray(solve(indices, attempts), np.float32)
     while (failed := ~_stays_positive(fields)).any():
@@ -84,6 +79,6 @@ def _draw(solve: Solver, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _stays_positive(fields: np.ndarray) -> np.ndarray:
-    """Return whether all is finite, and density and pressure positive, (N, T, X, Y, 4) -> (N,)."""
+    """Return which of N trajectories (N, T, X, Y, 4) are finite, of positive density and pressure throughout, (N,)."""
     axes = (1, 2, 3, 4)
     return np.all(np.isfinite(fields), axes) & np.all(fields[..., DENSITY:] > 0, axes)

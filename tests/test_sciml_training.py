@@ -190,7 +190,7 @@ def test_evaluation_is_of_the_rollout(network):
 
 
 def layers_of(params, analyse):
-    return measure(params, analyse=analyse, window=None, tail=CONFIG.tail_rule())
+    return measure(params, dataclasses.replace(CONFIG, layers=analyse), "sigmoid")
 
 
 def test_reference_layers_are_torchs_linears_and_convolutions(network):
