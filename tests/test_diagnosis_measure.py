@@ -37,7 +37,7 @@ QUICK = Settings(resamples=0, randomize=False)
             dataclasses.replace(QUICK, window=Window(rows=16, per_axis=3), tail=Tail(xmin_pos=4.0), kernel_scale=1.0),
             dataclasses.replace(QUICK, window=Window(aspect_ratio=0.5, divisions="pooled")),
         ],
-        2,
+        4,
     ),
     ids=["default", "ks", "grid", "pooled"],
 )

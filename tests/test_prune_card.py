@@ -98,6 +98,7 @@ def test_masks_are_the_zeros_and_all_else_is_as_it_was(finished):
         np.testing.assert_array_equal(after[f"{layer}.weight"][mask], before[f"{layer}.weight"][mask])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "method", "allocation", "layers"),
     [("llama_tiny", "sparsegpt", "uniform", 28), ("opt_tiny", "wanda", "owl", 12)],

@@ -234,6 +234,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", few(PLACES, 3))
 def test_no_space_on_the_way_keeps_what_is_done(place, whole, tmp_path, monkeypatch):
     module, name, number = PLACES[place]

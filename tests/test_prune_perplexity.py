@@ -81,6 +81,7 @@ def test_pruning_nothing_on_the_way_gives_the_dense_perplexity(method, tmp_path)
     np.testing.assert_allclose(found.nll, dense.nll, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_pruning_on_the_way_is_pruning_and_then_evaluating(tmp_path):
     """The uniform baseline, which writes no model, beside the same run that does; weights are rounded in both."""
     tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in weights_of("llama_tiny").items()}

@@ -64,6 +64,7 @@ def damped_waves(size, time, eta, zeta):
     return np.stack([*fields, pressure * (1 + GAMMA * squeeze)], -1)
 
 
+@pytest.mark.slow
 def test_second_order_with_both_viscosities():
     eta, zeta = 0.05, 0.08  # the shear wave loses a tenth, the sound wave a fifth; viscous steps take up to 7 stages
     errors = []

@@ -77,6 +77,7 @@ def test_trajectories_are_flows(made):
     assert np.all((mach > 0.01) & (mach < 0.11))
 
 
+@pytest.mark.slow
 def test_trajectory_depends_on_seed_and_index_alone(made, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD", 3)
     fewer, _ = contents(generate(tmp_path / "fewer.hdf5", dataclasses.replace(SMALL, count=4)))
@@ -105,6 +106,7 @@ def parts(tmp_path, monkeypatch):
     return tmp_path / "flows.hdf5.parts"
 
 
+@pytest.mark.slow
 def test_goes_on_from_whole_shards(made, parts, monkeypatch):
     path, merge = parts.with_name("flows.hdf5"), module._merge
     shards = sorted(parts.glob("*.npz"))
