@@ -30,16 +30,9 @@ class NotebookFigure(Figure):
 def figure(
     title: str, columns: int, *, epochs: bool = True, size: tuple[float, float] = SIZE
 ) -> tuple[Figure, Sequence[Any]]:
-    """Make an empty figure.
+    """Return an empty figure and its `columns` axes side by side, with grids.
 
-    Args:
-        title: title above all columns.
-        columns: number of plots side by side.
-        epochs: whether the horizontal axes are epochs, ticked at whole numbers.
-        size: width and height in inches.
-
-    Returns:
-        The figure and its axes, with grids.
+    `epochs` ticks the horizontal axes at whole numbers; `size` is width and height in inches.
     """
     figure = NotebookFigure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=10)
@@ -52,12 +45,7 @@ def figure(
 
 
 def name_layers(axis: Any, names: Sequence[str]) -> None:
-    """Write the names of the layers under axes whose layers stand at 0, 1, 2, ...; numbers where they are many.
-
-    Args:
-        axis: Matplotlib axes.
-        names: names of the layers.
-    """
+    """Name the layers under axes where they stand at 0, 1, 2, ...; where they are many, numbers remain."""
     axis.margins(x=0.02)
     if len(names) > NAMED_TICKS:
         axis.set_xlabel("layer, in network order")

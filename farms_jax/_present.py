@@ -1,4 +1,4 @@
-"""How a table of layers is shown: as text, in a notebook, as a data frame; what all reports share.
+"""How a table of layers is shown: as text, in a notebook, as a data frame.
 
 >>> print(text_table(["layer", "alpha"], [["dense", "2.1"], ["head", "10.4"]]))
 layer  alpha
@@ -16,17 +16,10 @@ from farms_jax._extras import from_extra
 
 
 def shorten(text: str, width: int) -> str:
-    """Cut out the middle of a text that is too long.
+    """Return a layer's name in at most `width` characters, 3 or more, its middle cut out: its end tells more.
 
     >>> shorten("model.layers.10.self_attn.q_proj.weight", 24)
     'model.la…n.q_proj.weight'
-
-    Args:
-        text: a layer's name, whose end tells more than its beginning.
-        width: characters that there are, at least 3.
-
-    Returns:
-        The text, of at most that many characters.
     """
     if len(text) <= width:
         return text
@@ -45,15 +38,9 @@ def common_prefix(names: Sequence[str]) -> str:
 
 
 def text_table(heads: Sequence[str], cells: Iterable[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
-    """Set a table in plain text.
+    """Return a table in plain text, with two spaces between columns and none at the ends of lines.
 
-    Args:
-        heads: of the columns.
-        cells: row by row.
-        left: indices of the columns that are set to the left; numbers are set to the right.
-
-    Returns:
-        Lines, the heads first; two spaces between columns, none at the ends of lines.
+    `cells` are row by row; `left` has the indices of the columns set to the left, numbers are set to the right.
     """
     lines = [list(heads), *map(list, cells)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -67,7 +54,7 @@ def text_table(heads: Sequence[str], cells: Iterable[Sequence[str]], *, left: Co
 
 
 def by_reason(left_out: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Group (name, reason) of the arrays that are no layers: `{reason: [name, ...]}`."""
+    """Group (name, reason) of the arrays that are not layers: `{reason: [name, ...]}`."""
     reasons: dict[str, list[str]] = {}
     for name, reason in left_out:
         reasons.setdefault(reason, []).append(name)
@@ -75,7 +62,7 @@ def by_reason(left_out: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def left_out_lines(left_out: Iterable[tuple[str, str]]) -> list[str]:
-    """Return what was left out, one line per reason with three names at most.
+    """Return what was left out, one line per reason with at most three names.
 
     >>> left_out_lines([("bias", "1 axes"), ("scale", "1 axes")])
     ['left out (1 axes): bias, scale']
@@ -95,17 +82,10 @@ def html_table(
     title: str = "",
     left: Collection[int] = (0,),
 ) -> str:
-    """Set a table for a notebook: readable on light and dark pages, scrolls where it is long.
+    """Return a table for a notebook, readable on light and dark pages, scrolling where it is long; texts are escaped.
 
-    Args:
-        heads: of the columns, with what they mean, shown as a tooltip.
-        cells: row by row, as plain text.
-        lines: to stand below it.
-        title: line above it.
-        left: indices of the columns that are set to the left.
-
-    Returns:
-        HTML, whatever the texts hold.
+    `heads` has the meaning of each column, for its tooltip; `lines` stand below the table, `title` above it; `left`
+    has the indices of the columns set to the left.
     """
     rule = "border-bottom:1px solid rgba(128,128,128,.35);padding:.25em .7em;white-space:nowrap;text-align:"
 
@@ -126,14 +106,7 @@ def html_table(
 
 
 def data_frame(rows: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Make a pandas DataFrame with one line per layer.
-
-    Args:
-        rows: `{layer: {column: value}}`, the same columns in all.
-
-    Returns:
-        The data frame, indexed by `layer`.
-    """
+    """Return `{layer: {column: value}}`, the same columns in all, as a pandas DataFrame indexed by `layer`."""
     with from_extra("diagnose"):
         import pandas
     return pandas.DataFrame(list(rows.values()), index=pandas.Index(list(rows), name="layer"))

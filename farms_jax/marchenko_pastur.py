@@ -25,7 +25,7 @@ _TRACY_WIDOM_99 = 2.0234  # 99 % quantile of the Tracy-Widom law of real matrice
 
 
 class Bulk(NamedTuple):
-    """The part of a spectrum that is as noise would make it, in the scale of the eigenvalues of W W^T.
+    """The part of a spectrum that noise alone would have, in the scale of the eigenvalues of W W^T.
 
     Attributes:
         sigma: deviation of an entry of that noise.
@@ -41,7 +41,7 @@ class Bulk(NamedTuple):
 
 
 def edges(ratio: float, sigma: float = 1.0) -> tuple[float, float]:
-    """Ends of the law's support.
+    """Return the ends of the law's support.
 
     >>> edges(0.25)
     (0.25, 2.25)
@@ -62,13 +62,13 @@ def edges(ratio: float, sigma: float = 1.0) -> tuple[float, float]:
 
 
 def density(x: ArrayLike, ratio: float, sigma: float = 1.0) -> np.ndarray:
-    """Density of the eigenvalues of W W^T / N.
+    """Return the density of the eigenvalues of W W^T / N.
 
     >>> density([0.1, 1.0, 3.0], 0.25).round(3).tolist()
     [0.0, 0.616, 0.0]
 
     Args:
-        x: where, any shape.
+        x: eigenvalues, any shape.
         ratio: M / N, in (0, 1].
         sigma: deviation of an entry.
 
@@ -86,13 +86,13 @@ def density(x: ArrayLike, ratio: float, sigma: float = 1.0) -> np.ndarray:
 
 
 def cdf(x: ArrayLike, ratio: float, sigma: float = 1.0) -> np.ndarray:
-    """Share of the eigenvalues of W W^T / N up to x.
+    """Return the share of the eigenvalues of W W^T / N up to x.
 
     >>> cdf([0.25, 0.5, 1.0, 2.25], 0.25).round(3).tolist()
     [0.0, 0.186, 0.553, 1.0]
 
     Args:
-        x: where, any shape.
+        x: eigenvalues, any shape.
         ratio: M / N, in (0, 1].
         sigma: deviation of an entry.
 
@@ -108,7 +108,7 @@ def cdf(x: ArrayLike, ratio: float, sigma: float = 1.0) -> np.ndarray:
 
 
 def quantile(p: ArrayLike, ratio: float, sigma: float = 1.0) -> np.ndarray:
-    """Eigenvalue of W W^T / N below which a share p lies.
+    """Return the eigenvalue of W W^T / N below which a share p lies.
 
     >>> quantile([0.0, 0.5, 1.0], 0.25).round(3).tolist()
     [0.25, 0.916, 2.25]
@@ -128,12 +128,12 @@ def quantile(p: ArrayLike, ratio: float, sigma: float = 1.0) -> np.ndarray:
     return sigma**2 * _eigenvalue(_angle(p, ratio), ratio)
 
 
-@functools.cache  # of a network's layers few differ
+@functools.cache  # few shapes differ among a network's layers
 def hill_alpha(ratio: float, xmin_pos: float = 2.0) -> float:
-    """Alpha of the median rule on the law itself: 1 + 1 / E[ln(x / xmin) | x >= xmin], whatever sigma.
+    """Return alpha of the median rule on the law itself: 1 + 1 / E[ln(x / xmin) | x >= xmin], whatever sigma.
 
-    What `farms_jax.analyze` finds in large matrices of noise, by the aspect ratio of what it looks at: FARMS sees one
-    number in every layer, the baseline another in each shape.
+    This is what `farms_jax.analyze` finds in large matrices of noise. It depends on their aspect ratio: over FARMS's
+    windows it is one number for every layer, over whole matrices another for each shape.
 
     >>> round(hill_alpha(1.0), 3), round(hill_alpha(0.1), 3)
     (2.122, 4.873)
@@ -190,7 +190,7 @@ def fit(eigenvalues: ArrayLike, rows: int, cols: int) -> Bulk:
     ratio = shorter / longer
     sigma = float(np.median(values) / (longer * _median(ratio))) ** 0.5
     low, high = (longer * sigma**2 * edge for edge in edges(ratio))
-    root = (longer - 1) ** 0.5 if longer > 1 else 1.0  # Johnstone's N - 1; of a single entry there is none
+    root = (longer - 1) ** 0.5 if longer > 1 else 1.0  # Johnstone's N - 1, which is 0 for a single entry
     spread = (root + shorter**0.5) * (1 / root + shorter**-0.5) ** (1 / 3)
     threshold = sigma**2 * ((root + shorter**0.5) ** 2 + _TRACY_WIDOM_99 * spread)
     return Bulk(sigma, low, high, max(high, threshold))
@@ -214,7 +214,7 @@ def _eigenvalue(angle: np.ndarray, ratio: float) -> np.ndarray:
 
 
 def _share(angle: np.ndarray, ratio: float) -> np.ndarray:
-    """The law's integral up to an angle, in closed form."""
+    """Return the law's integral up to an angle, in closed form."""
     root = ratio**0.5
     turned = 2 * np.arctan2((1 + root) * np.sin(angle / 2), (1 - root) * np.cos(angle / 2))
     share = (2 * root * np.sin(angle) + (1 + ratio) * angle - (1 - ratio) * turned) / (2 * np.pi * ratio)
@@ -222,7 +222,7 @@ def _share(angle: np.ndarray, ratio: float) -> np.ndarray:
 
 
 def _angle(p: ArrayLike, ratio: float) -> np.ndarray:
-    """Angle up to which a share p lies, by halving."""
+    """Return the angle up to which a share p lies, by halving."""
     p = np.asarray(p, np.float64)
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError("marchenko_pastur: p must be in [0, 1]")

@@ -9,7 +9,7 @@ from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import Histogram
 
-KINDS = {"q_proj": (576, 576), "k_proj": (192, 576), "up_proj": (1536, 576), "down_proj": (576, 1536)}
+KINDS = {"down_proj": (576, 1536), "k_proj": (192, 576), "q_proj": (576, 576), "up_proj": (1536, 576)}
 NOISE = 2.13
 HOSTILE = 'model.layers.0.<b>&"quoted"</b>'
 

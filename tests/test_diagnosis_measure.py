@@ -70,13 +70,6 @@ def test_every_column_is_there_and_ready_for_json():
     assert (kernel["whole_num_eigenvalues"], kernel["num_params"]) == (144, 40 * 16 * 9)
 
 
-def test_without_whole_matrices_their_columns_are_missing():
-    (found,) = measure({"a": WEIGHTS["wide"]}, TORCH_AXES, dataclasses.replace(QUICK, whole=False)).values()
-    assert "alpha" in found.row
-    assert not {"ww_alpha", "whole_alpha", "whole_norm", "mp_sigma", "ww_softrank", "alpha_low"} & set(found.row)
-    assert found.histogram.whole == ()
-
-
 def test_measures_of_a_known_spectrum():
     rng = np.random.default_rng(3)
     left, _ = np.linalg.qr(rng.standard_normal((30, 30)))
@@ -86,39 +79,29 @@ def test_measures_of_a_known_spectrum():
     (found,) = measure({"a": weight}, TORCH_AXES, QUICK).values()
     row, norm = found.row, (singular**2).sum()
     assert (row["matrix_rank"], row["rank_loss"], row["weak_rank_loss"]) == (28, 2, 6)
-    np.testing.assert_allclose(
-        [row["whole_norm"], row["whole_largest_eigenvalue"], row["sv_max"]], [norm, 16, 4], rtol=1e-12
-    )
-    np.testing.assert_allclose(row["whole_stable_rank"], norm / 16, rtol=1e-12)
+    numbers = [row[name] for name in ("whole_norm", "whole_largest_eigenvalue", "sv_max", "whole_stable_rank")]
+    np.testing.assert_allclose(numbers, [norm, 16, 4, norm / 16], rtol=1e-12)
     shares = singular[:28] / singular.sum()
     np.testing.assert_allclose(row["effective_rank"], np.exp(-(shares * np.log(shares)).sum()), rtol=1e-9)
     powers = (singular[singular > 0] ** (2 * row["ww_alpha"])).sum()
     np.testing.assert_allclose(row["ww_log_alpha_norm"], np.log10(powers), rtol=1e-9)
     assert row["sv_min"] < 1e-13
+    nearly = WEIGHTS["square"].astype(np.float32)
+    nearly[0] *= 1e-5  # its smallest singular value is beyond a Gram matrix
+    (found,) = measure({"a": nearly}, TORCH_AXES, QUICK).values()
+    smallest = np.linalg.svd(nearly.astype(np.float64), compute_uv=False)[-1]
+    np.testing.assert_allclose(found.row["sv_min"], smallest, rtol=1e-5)
 
 
-def test_small_singular_values_are_exact():
-    weight = WEIGHTS["square"].astype(np.float32)
-    weight[0] = 1e-5 * weight[0]
-    row = measure({"a": weight}, TORCH_AXES, QUICK)["a"].row
-    smallest = np.linalg.svd(weight.astype(np.float64), compute_uv=False)[-1]
-    np.testing.assert_allclose(row["sv_min"], smallest, rtol=1e-5)
-
-
-def test_a_layer_of_zeros_has_no_numbers_but_counts():
+def test_layers_of_zeros_or_few_eigenvalues():
     found = measure({"zero": np.zeros((20, 30), np.float32)}, TORCH_AXES, Settings(resamples=5))["zero"]
-    missing = {name for name, value in found.row.items() if value is None}
-    assert {
-        "alpha",
-        "alpha_low",
-        "whole_alpha",
-        "ww_alpha",
-        "whole_log_norm",
-        "whole_stable_rank",
-        "ww_softrank",
-    } <= missing
+    alphas = ("alpha", "alpha_low", "whole_alpha", "ww_alpha")
+    assert not any(found.row[name] for name in (*alphas, "whole_log_norm", "whole_stable_rank", "ww_softrank"))
     assert (found.row["whole_norm"], found.row["matrix_rank"], found.row["weak_rank_loss"]) == (0, 0, 20)
     assert not found.deviations.any()
+    for count in (1, 2, 5):  # too few eigenvalues, and just enough
+        row = spectrum_measures(np.arange(1.0, count + 1), count, 7)
+        assert (row["whole_num_eigenvalues"], row["ww_alpha"] is None) == (count, count == 1)
 
 
 def test_a_layer_does_not_depend_on_the_others_and_weights_stay():
@@ -210,10 +193,3 @@ def test_a_bound_on_memory_leaves_one_worker(monkeypatch):
     for bound in (1, 2 * bytes_of_one, 100 * bytes_of_one):
         cpu.window_spectra([stack], [make_grid(None, stack.shape, is_kernel=False)], solver="gram64", max_bytes=bound)
     assert workers == [1, 2, 4]
-
-
-def test_few_eigenvalues_are_measured_without_error():
-    for count in (1, 2, 5):
-        row = spectrum_measures(np.arange(1.0, count + 1), count, 7)
-        assert row["whole_num_eigenvalues"] == count
-        assert (row["ww_alpha"] is None) == (count == 1)

@@ -50,13 +50,9 @@ def test_layers_are_those_of_analyze_in_network_order():
     assert all(row["status"] and row["reason"] for row in diagnosis.layers)
 
 
-def test_a_file_gives_what_its_arrays_give(tmp_path):
-    rows_equal(diagnose(write_npz(tmp_path / "model.npz", model()), **FAST), diagnose(model(), **FAST))
-
-
-def test_weights_in_memory_stay_as_they_are():
+def test_a_file_gives_what_its_arrays_give_and_these_stay_as_they_are(tmp_path):
     weights, before = model(), model()
-    diagnose(weights, resamples=0)
+    rows_equal(diagnose(write_npz(tmp_path / "model.npz", weights)), diagnose(weights))
     for (name, after), (_, then) in zip(farms_jax.named_leaves(weights), farms_jax.named_leaves(before), strict=True):
         np.testing.assert_array_equal(after, then, err_msg=name)
 
@@ -78,14 +74,16 @@ def test_patterns_choose_layers():
     ("settings", "absent", "present"),
     [
         ({"resamples": 0, "randomize": False}, {"rank", "alpha_low"}, {"ww_alpha", "mp_spikes"}),
-        ({"whole": False, "resamples": 20}, {"ww_alpha", "whole_alpha", "rand_distance"}, {"alpha", "rank_flips"}),
+        ({"whole": False, "resamples": 20}, {"ww_alpha", "whole_alpha", "mp_sigma", "rand_distance"}, {"rank_flips"}),
         ({"resamples": 0}, {"rank_flips"}, {"rand_distance", "ww_softrank"}),
     ],
 )
 def test_columns_follow_the_settings(settings, absent, present):
-    (row,) = diagnose({"layer": model()["block_10"]["kernel"]}, **settings).layers
+    diagnosis = diagnose({"layer": model()["block_10"]["kernel"]}, **settings)
+    (row,) = diagnosis.layers
     assert not absent & set(row)
-    assert present <= set(row)
+    assert {"alpha", *present} <= set(row)
+    assert bool(diagnosis.histograms["layer"].whole) == settings.get("whole", True)
 
 
 def test_only_what_changed_is_measured_again(tmp_path):
@@ -99,7 +97,19 @@ def test_only_what_changed_is_measured_again(tmp_path):
     changed = diagnose(weights, cache=cache, **FAST)
     assert changed.facts["from_cache"] == 2
     assert changed.column("whole_norm")[1] == pytest.approx(4 * first.column("whole_norm")[1])
-    assert diagnose(weights, cache=cache, **FAST | {"seed": 1}).facts["from_cache"] == 0
+    other = diagnose(weights, cache=cache, **FAST | {"seed": 1})
+    assert other.facts["from_cache"] == 0
+    hashes = [diagnosis.facts["weights_sha256"] for diagnosis in (first, again, changed, other)]
+    assert hashes[0] == hashes[1] != hashes[2] == hashes[3]  # of the weights, whatever the settings
+
+
+def test_a_key_tells_weights_and_settings_apart():
+    weight = np.arange(6.0).reshape(2, 3)
+    others = [weight.reshape(3, 2), weight.astype(np.float32), weight + 1]
+    keys = [weights_key({"a": array}) for array in (weight, *others)]
+    keys += [weights_key({"b": weight}), weights_key({"a": weight}, 1)]
+    assert len(set(keys)) == len(keys)
+    assert weights_key({"a": np.asfortranarray(weight)}) == keys[0]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"row": 1, "deviations": [], "histogram": {}}', "{" * 100_000])
@@ -112,20 +122,6 @@ def test_a_damaged_cache_is_no_cache(tmp_path, content):
     assert again.facts["from_cache"] == 0
     rows_equal(first, again)
     assert json.loads(kept.read_text())["row"]
-
-
-def test_keys_tell_weights_and_settings_apart():
-    weight = np.arange(6.0).reshape(2, 3)
-    keys = [
-        weights_key({"a": weight}),
-        weights_key({"b": weight}),
-        weights_key({"a": weight.reshape(3, 2)}),
-        weights_key({"a": weight.astype(np.float32)}),
-        weights_key({"a": weight + 1}),
-        weights_key({"a": weight}, 1),
-    ]
-    assert len(set(keys)) == len(keys)
-    assert weights_key({"a": np.asfortranarray(weight)}) == keys[0]
 
 
 def test_all_layers_with_nan_are_named(tmp_path):

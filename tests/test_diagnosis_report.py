@@ -1,6 +1,7 @@
 """How a diagnosis is shown: text, terminal, files, one HTML page, figures."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -84,7 +85,7 @@ def text_of_page(sample, write_page):
     return write_page(sample)
 
 
-def test_text_fits_and_says_what_needs_attention_first(sample):
+def test_text_fits_and_says_what_needs_attention_first(sample, capsys):
     text = str(sample)
     assert repr(sample) == text
     assert max(map(len, text.splitlines())) <= 120
@@ -95,6 +96,10 @@ def test_text_fits_and_says_what_needs_attention_first(sample):
     assert "all names begin with model.layers." in text
     assert "left out (excluded): lm_head.weight" in text
     assert all(f"{status}: {meaning}" in text for status, meaning in MEANINGS.items())
+    sample.show()  # no terminal: no colours, names in full
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert all(name in out for name in sample.names)
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
@@ -110,13 +115,6 @@ def test_table_is_as_wide_as_the_terminal(sample, width, monkeypatch):
     assert "\x1b[" in out.getvalue()
     if width == 200:
         assert HOSTILE in out.getvalue()
-
-
-def test_plain_and_complete_where_the_output_is_no_terminal(sample, capsys):
-    sample.show()
-    out = capsys.readouterr().out
-    assert "\x1b" not in out
-    assert all(name in out for name in sample.names)
 
 
 def test_attention_goes_by_status_then_by_alpha(sample):
@@ -190,9 +188,10 @@ def test_page_is_complete_without_its_script(sample, text_of_page):
     details = [row[0] for row in found.rows if len(row) == 1]
     assert all(row["reason"] in text for row, text in zip(sample.layers, details, strict=True))
     everything = " ".join(found.texts.values())
-    expected = [*MEANINGS.values(), "lm_head.weight", "/models/smol/model.safetensors", "ab" * 32, "resamples 200"]
-    expected += [column.meaning for column in sample.columns]
+    provenance = ["/models/smol/model.safetensors", "ab" * 32, "resamples 200"]
+    expected = [*MEANINGS.values(), "lm_head.weight", *provenance, *(column.meaning for column in sample.columns)]
     assert [text for text in expected if text not in everything] == []
+    assert all(text_of_page.index(text) > text_of_page.index("</table>") for text in provenance)
 
 
 def test_page_is_small_and_needs_nothing_from_outside(sample, text_of_page):
@@ -202,6 +201,13 @@ def test_page_is_small_and_needs_nothing_from_outside(sample, text_of_page):
     assert not re.search(r"url\(|@import|fetch\(|XMLHttp|innerHTML", text_of_page)
     found = Page(text_of_page)
     assert {mark.removeprefix("#") for mark in found.marks} <= set(found.ids)
+
+
+def test_page_and_chart_are_in_network_order(sample, write_page, text_of_page):
+    by_alpha = sample.sort("alpha")
+    assert by_alpha.names != sample.names
+    assert by_alpha.headline() == sample.headline()
+    assert write_page(by_alpha) == text_of_page
 
 
 def test_marks_of_layers_lead_to_their_rows(sample, text_of_page):
@@ -229,7 +235,7 @@ def test_names_are_text_never_markup(text_of_page, write_page):
     assert "<script>" not in hostile._repr_html_()
 
 
-def test_page_without_whole_matrices_statuses_and_spectra(sample, write_page):
+def test_page_without_whole_matrices_statuses_and_spectra_or_layers(sample, write_page):
     rows = tuple({name: row[name] for name in ("layer", "shape", "alpha")} for row in sample.layers)
     bare = Diagnosis(model="bare", layers=rows, left_out=(), settings={}, facts={}, histograms={})
     found = Page(write_page(bare))
@@ -238,10 +244,9 @@ def test_page_without_whole_matrices_statuses_and_spectra(sample, write_page):
     assert "undertrained" not in str(bare)
     with pytest.raises(InputError, match="bias needs whole matrices"):
         bare.plot("bias")
-
-
-def test_page_of_no_layers(write_page):
-    nothing = Diagnosis(model="none", layers=(), left_out=(("a", "scalar"),), settings={}, facts={}, histograms={})
+    median = f"<b>{(rows[0]['alpha'] + rows[1]['alpha']) / 2:.2f}</b><span>alpha</span>"
+    assert median in write_page(dataclasses.replace(bare, layers=rows[:2]))
+    nothing = dataclasses.replace(bare, layers=(), left_out=(("a", "scalar"),))
     assert "0 layers" in str(nothing)
     assert Page(write_page(nothing)).texts["b"] == "0"
 
@@ -256,13 +261,9 @@ def test_fitted_line_holds_the_share_of_the_tail():
     assert start == 1
     np.testing.assert_allclose([10**top, 10**bottom], densities[[50, 299]], rtol=0.05)
     assert math.isclose(end, 6)
-
-
-def test_spectrum_of_a_layer_without_tail_or_eigenvalues():
-    histogram = Histogram((0.0, 1.0, 2.0), (0.5, 0.5))
     assert tail_line({"layer": "a", "alpha": None, "xmin": None}, histogram) is None
     figure, axis = axes()
-    spectrum(axis, {"layer": "a"}, histogram._replace(windows=(0.0, 0.0)))
+    spectrum(axis, {"layer": "a"}, Histogram((0.0, 1.0, 2.0), (0.0, 0.0)))  # no eigenvalues
     figure.canvas.draw()
 
 
@@ -277,13 +278,9 @@ def test_figures(sample, kind):
         assert sample.names[1] in sample.plot("spectrum", sample.names[1]).get_suptitle()
     else:
         assert {"well trained", "undertrained", "over-correlated"} <= set(labels)
-
-
-def test_figures_that_cannot_be_drawn(sample):
-    with pytest.raises(InputError, match="no kind 'alphas'"):
-        sample.plot("alphas")
-    with pytest.raises(InputError, match="no layer 'head'"):
-        sample.plot("spectrum", "head")
+    for wrong, message in (("alphas",), "no kind 'alphas'"), (("spectrum", "head"), "no layer 'head'"):
+        with pytest.raises(InputError, match=message):
+            sample.plot(*wrong)
     with pytest.raises(InputError, match="leave out `layer`"):
         sample.plot("alpha", "head")
 

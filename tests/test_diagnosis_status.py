@@ -2,7 +2,7 @@
 
 import pytest
 
-from farms_jax.diagnosis.status import MEANINGS, status_of
+from farms_jax.diagnosis.status import status_of
 
 TRAINED = {
     "alpha": 1.8,
@@ -30,7 +30,7 @@ TRAINED = {
         (
             {"ww_alpha": 1.6, "whole_stable_rank": 4.0},
             "over-correlated",
-            "below 2; the largest eigenvalue holds 25% of the norm",
+            "the largest eigenvalue holds 25% of the norm",
         ),
         ({"ww_alpha": 2.0}, "well trained", "below that of noise"),
         ({"whole_largest_eigenvalue": 0, "alpha": None, "ww_alpha": None}, "degenerate", "every weight is zero"),
@@ -45,7 +45,6 @@ TRAINED = {
 def test_status(changes, status, reason):
     found, why = status_of(TRAINED | changes)
     assert found == status
-    assert found in MEANINGS
     assert reason in why
 
 

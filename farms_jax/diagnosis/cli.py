@@ -18,7 +18,7 @@ from farms_jax.diagnosis.columns import COLUMNS, Column, find_column
 from farms_jax.diagnosis.compare import Comparison, compare
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.pipeline import diagnose, layers_of
-from farms_jax.diagnosis.settings import Settings
+from farms_jax.diagnosis.settings import CommonSettings, Settings
 from farms_jax.diagnosis.watch import Alert, Rules, Seen, watch
 from farms_jax.errors import InputError
 from farms_jax.programs.cache import default_folder
@@ -48,18 +48,7 @@ class Measuring:
     """Rows and columns from one window to the next, instead of --per-axis."""
     tail: Literal["median", "peak", "ks"] = "median"
     """Rule that finds the start of the tail, for windows and for `whole_alpha`."""
-    whole: bool = True
-    """Measure whole matrices too: WeightWatcher's measures and the aspect-ratio bias."""
-    randomize: bool = True
-    """Shuffle each matrix and measure it again, for the distance from noise."""
-    resamples: int = 200
-    """Resamples of the windows for intervals and rank flips; 0 for none."""
-    level: float = 0.95
-    """Level of the confidence intervals."""
-    tolerance: float | None = None
-    """Adaptive windows: stop adding them when alpha's interval is within +- this."""
-    seed: int = 0
-    """Seed of shuffles and resamples."""
+    common: Annotated[CommonSettings, tyro.conf.arg(name="")] = CommonSettings()
     cache: bool = True
     """Keep results by the hash of the weights, so that only what changed is measured again."""
     cache_dir: Path | None = None
@@ -67,27 +56,20 @@ class Measuring:
 
     def options(self) -> dict[str, Any]:
         """Return the options of `diagnose`."""
-        settings = self.settings()
         return {
             "include": self.include,
             "exclude": self.exclude,
             "axes": {"auto": None, "torch": TORCH_AXES, "flax": FLAX_AXES}[self.axes],
             "cache": (self.cache_dir or default_folder()) if self.cache else None,
             "progress": True,
-            **{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)},
+            **vars(self.settings()),
         }
 
     def settings(self) -> Settings:
-        """Return what to measure.
-
-        Raises:
-            InputError: a setting is out of its range.
-        """
+        """Return what to measure; a value out of its range is an `InputError`."""
         try:
             window = Window(self.rows, self.aspect_ratio, self.stride, self.per_axis)
-            same = {field: getattr(self, field) for field in ("whole", "resamples", "level", "tolerance", "seed")}
-            randomize = self.randomize and self.whole
-            return Settings(window=window, tail=Tail(self.tail), randomize=randomize, **same)
+            return Settings(window=window, tail=Tail(self.tail), **vars(self.common))
         except ValueError as error:
             raise InputError(str(error)) from error
 
@@ -168,7 +150,7 @@ class Watch(Measuring):
     every: float = 30.0
     """Seconds from one look at the directory to the next."""
     once: _Flag = False
-    """Look at what is there, and end."""
+    """Measure the checkpoints that exist, and end."""
     ww_alpha_below: Annotated[float, tyro.conf.arg(aliases=("--alpha-below",))] = Rules.ww_alpha_below
     """Alert when WeightWatcher's alpha of the whole matrix falls below this."""
     spikes: int = Rules.spikes
@@ -192,11 +174,7 @@ class Watch(Measuring):
 
 
 def main(name: str) -> None:
-    """Run a program; a mistake is one line on stderr, and exit status 2.
-
-    Args:
-        name: `farms analyze`, `farms compare` or `farms watch`.
-    """
+    """Run `farms analyze`, `farms compare` or `farms watch`; a mistake is one line on stderr, and exit status 2."""
     options = {"farms analyze": Analyze, "farms compare": Compare, "farms watch": Watch}[name]
     return_freed_memory()
     with reported(name, when_stopped="; what was measured is kept, the same command goes on"):
@@ -204,7 +182,7 @@ def main(name: str) -> None:
 
 
 def _checked(outputs: Mapping[str, Path | None]) -> dict[str, Path]:
-    """Outputs that were asked for, after a look at where they go: before any long work."""
+    """Return the outputs that were asked for; a folder in place of a file is found before any long work."""
     wanted = {flag: path for flag, path in outputs.items() if path is not None}
     for flag, path in wanted.items():
         if path.is_dir():

@@ -5,21 +5,23 @@ The names say what is measured. Without a prefix, `alpha` and its companions are
 the whole matrix (the threshold of the smallest KS distance among eigenvalues above 1e-5) begins with `ww_`.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from farms_jax.errors import InputError
 
+Row = Mapping[str, Any]  # a layer's values by the name of the column
+
 
 class Column(NamedTuple):
-    """One column.
+    """One column: the key of a row, what it means in one line, and how it is shown.
 
     Attributes:
         name: key of a row.
-        meaning: one line, for people; tooltips and documentation show it.
+        meaning: explanation for tooltips and documentation.
         format: format of a number, for `format()`; empty for text.
-        head: short name, which the terminal shows and `find_column` knows; empty where the terminal leaves it out.
-        weightwatcher: name of the column with the same value in WeightWatcher; empty where it has none.
+        head: short name in the terminal, known to `find_column`; empty for a column that the terminal leaves out.
+        weightwatcher: name of the column with the same value in WeightWatcher, if any.
         group: heading under which reports list it.
     """
 
@@ -116,17 +118,10 @@ BY_NAME = {column.name: column for column in COLUMNS}
 
 
 def find_column(name: str, columns: Sequence[Column]) -> Column:
-    """Return the column of a name, or of a head as the terminal shows it.
+    """Return the column with a name, or with a head as in the terminal.
 
     >>> find_column("whole", COLUMNS).name
     'whole_alpha'
-
-    Args:
-        name: name or head of a column.
-        columns: the columns that there are.
-
-    Returns:
-        The column.
 
     Raises:
         InputError: there is no such column.

@@ -2,16 +2,16 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
 
-from farms_jax.diagnosis.columns import BY_NAME, Column
+from farms_jax.diagnosis.columns import BY_NAME, Column, Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
-from farms_jax.diagnosis.layer_table import LayerTable, Row
+from farms_jax.diagnosis.layer_table import LayerTable
 from farms_jax.diagnosis.pipeline import diagnose, opened
 from farms_jax.diagnosis.table import half_width, text
 from farms_jax.errors import InputError
@@ -86,10 +86,10 @@ def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Compar
         a: the model before: path, open `WeightSource`, pytree, `Diagnosis`, or path of a diagnosis in JSON.
         b: the model after, likewise, or the folder of a LoRA adapter of `a`, whose change is then added to `a`.
         progress: show progress bars, where the standard error is a terminal.
-        **options: of `diagnose`, the same for both.
+        **options: options of `diagnose`, the same for both.
 
     Returns:
-        The comparison, of the layers that both have under one name.
+        The comparison of the layers that both have under one name.
 
     Raises:
         InputError: a model cannot be read, or they have no layer in common.
@@ -137,7 +137,7 @@ def _compared(before: _Side, after: _Side, *, progress: bool) -> Comparison:
 
 
 def _moved(a: WeightSource, b: WeightSource, names: list[str], *, progress: bool) -> Iterator[tuple[str, float]]:
-    """|B - A| / |A| of the layers that have one shape in both."""
+    """Yield |B - A| / |A| of the layers that have one shape in both."""
     for name in tqdm(names, desc="compare", unit="layer", leave=False, disable=None if progress else True):
         first, second = a.read(name), b.read(name)
         if first.shape == second.shape:
@@ -148,8 +148,8 @@ def _moved(a: WeightSource, b: WeightSource, names: list[str], *, progress: bool
             yield name, change / size if size else float(change > 0)
 
 
-def _row(a: Mapping[str, Any], b: Mapping[str, Any], moved: float | None) -> Row:
-    row: Row = {"layer": a["layer"]}
+def _row(a: Row, b: Row, moved: float | None) -> Row:
+    row: dict[str, Any] = {"layer": a["layer"]}
     for name in ("status", "shape"):
         before, after = (text(side, BY_NAME[name]) for side in (a, b))
         row[name] = before if before == after else f"{before} -> {after}"

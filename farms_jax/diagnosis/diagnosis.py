@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from farms_jax._extras import from_extra
+from farms_jax._names import natural_key
 from farms_jax._present import left_out_lines
-from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column
-from farms_jax.diagnosis.layer_table import LayerTable, Row
+from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column, Row
+from farms_jax.diagnosis.layer_table import LayerTable
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import MEANINGS, attention, counts
 from farms_jax.diagnosis.table import number, plain, with_interval
@@ -30,10 +31,10 @@ class Diagnosis(LayerTable):
     """Measures of every layer of a model; `layers` is in network order, with the names of `columns.COLUMNS`.
 
     Attributes:
-        model: name of the model, for people.
-        left_out: (name, reason) of every array that is no layer.
+        model: name of the model.
+        left_out: (name, reason) of every array that is not a layer.
         settings: settings of the diagnosis, in types of JSON.
-        facts: path, format, versions, times and what else a reader may ask, in types of JSON.
+        facts: provenance, in types of JSON: path, format, hash of the weights, date, versions.
         histograms: spectra by layer.
     """
 
@@ -81,7 +82,9 @@ class Diagnosis(LayerTable):
             raise InputError(f"{path}: no diagnosis; make one with `farms analyze MODEL --json FILE`") from error
 
     def write_html(self, path: str | Path) -> None:
-        """Write one HTML file that needs nothing else: charts, table, spectra, what was left out.
+        """Write one HTML file that needs nothing else: charts, table, spectra, what was left out, how it was measured.
+
+        Layers are in network order.
 
         Raises:
             InputError: Matplotlib is not installed.
@@ -89,7 +92,7 @@ class Diagnosis(LayerTable):
         with from_extra("diagnose"):
             from farms_jax.diagnosis.page import page
         content = page(
-            self.layers,
+            self._by_depth(),
             self.columns,
             self.histograms,
             model=self.model,
@@ -103,8 +106,8 @@ class Diagnosis(LayerTable):
         """Draw a figure.
 
         Args:
-            kind: `alpha`: of all layers, with intervals, whole matrices and noise; `spectrum`: of one layer, with its
-                tail; `bias`: aspect-ratio bias against aspect ratio.
+            kind: `alpha`: alphas of all layers with intervals, of whole matrices and of noise; `spectrum`: one layer's
+                spectrum with its tail; `bias`: aspect-ratio bias against aspect ratio.
             layer: name of the layer whose spectrum is drawn; by default the one that needs attention most.
 
         Returns:
@@ -124,7 +127,7 @@ class Diagnosis(LayerTable):
             from farms_jax.diagnosis import figures
         if kind == "alpha":
             drawing, axis = figures.axes(f"{self.model}: alpha of the layers")
-            figures.alphas_by_depth(axis, self.layers)
+            figures.alphas_by_depth(axis, self._by_depth())
         elif kind == "bias":
             drawing, axis = figures.axes(f"{self.model}: what the whole matrix adds to alpha", figures.NARROW)
             figures.bias_by_aspect_ratio(axis, self.layers)
@@ -136,19 +139,23 @@ class Diagnosis(LayerTable):
             axis.legend(fontsize="small")
         return drawing
 
+    def _by_depth(self) -> list[Row]:
+        """Return the layers in network order, however the table was sorted."""
+        return sorted(self.layers, key=lambda row: natural_key(row["layer"]))
+
     def _drawn(self, layer: str | None) -> Row:
-        """The layer whose spectrum is drawn."""
+        """Return the layer whose spectrum is drawn."""
         rows = {row["layer"]: row for row in [*attention(self.layers), *self.layers]}
         name = next(iter(rows), "") if layer is None else layer
         if name not in rows:
-            raise InputError(f"plot: there is no layer {name!r}; `names` has those that there are")
+            raise InputError(f"plot: there is no layer {name!r}; `names` has all layers")
         if name not in self.histograms:
             raise InputError(f"plot: {name} has no spectrum in this diagnosis")
         return rows[name]
 
 
 def _fields(content: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a `Diagnosis` from its JSON; any of several errors where it is something else."""
+    """Return the fields of a `Diagnosis` from its JSON; other content raises any of several errors."""
     if content["format"] != _FORMAT:
         raise ValueError(content["format"])
     return {field.name: content[field.name] for field in dataclasses.fields(Diagnosis)} | {

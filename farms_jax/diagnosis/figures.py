@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from farms_jax._figures import SIZE, figure, name_layers
+from farms_jax.diagnosis.columns import Row
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import GOOD, SEVERITY
-from farms_jax.diagnosis.table import Row, number
+from farms_jax.diagnosis.table import number
 
 # The page has each of them once more for dark screens, under these names.
 COLOURS = {
@@ -35,16 +36,10 @@ _WHOLE = {"color": COLOURS["whole"], "label": "whole matrix"}
 
 
 def limits(values: np.ndarray) -> tuple[float, float]:
-    """Choose the ends of an axis so that single far points do not flatten all others.
+    """Return the ends of an axis for values (N,), N >= 1, so that single far points do not flatten all others.
 
     >>> limits(np.array([2.0, 2.0])), limits(np.array([1.0, 2.0, 3.0, 4.0, 1000.0]))[1] < 11
     ((1.5, 2.5), True)
-
-    Args:
-        values: what is shown, shape (N,), at least one.
-
-    Returns:
-        The lower and the upper end.
     """
     low, high = float(values.min()), float(values.max())
     first, third = np.quantile(values, [0.25, 0.75])
@@ -55,14 +50,7 @@ def limits(values: np.ndarray) -> tuple[float, float]:
 
 
 def alpha_limits(rows: Sequence[Row]) -> tuple[float, float]:
-    """Choose the ends of an axis for the alphas of windows, of whole matrices and of noise.
-
-    Args:
-        rows: one per layer.
-
-    Returns:
-        The lower and the upper end. Each kind's far points are cut off by themselves (see `limits`).
-    """
+    """Return the ends of an axis for alphas of windows, whole matrices and noise, without the far points of each."""
     kinds = (("alpha", "alpha_low", "alpha_high"), ("whole_alpha",), ("noise_alpha",))
     found = [np.concatenate([numbers(rows, name) for name in names]) for names in kinds]
     ends = [limits(values[np.isfinite(values)]) for values in found if np.isfinite(values).any()]
@@ -70,15 +58,7 @@ def alpha_limits(rows: Sequence[Row]) -> tuple[float, float]:
 
 
 def axes(title: str = "", size: tuple[float, float] = SIZE) -> tuple[Figure, Any]:
-    """Make a figure with empty axes, for one of the functions below.
-
-    Args:
-        title: title of the figure.
-        size: width and height in inches.
-
-    Returns:
-        The figure and its axes.
-    """
+    """Make a figure with empty axes for one of the functions below; `size` is width and height in inches."""
     drawing, (axis,) = figure(title, 1, epochs=False, size=size)
     axis.grid(visible=False, axis="x")
     return drawing, axis
@@ -88,10 +68,6 @@ def alphas_by_depth(axis: Any, rows: Sequence[Row]) -> None:
     """Draw the alphas of windows with their intervals, of whole matrices and of noise, layer by layer.
 
     An alpha that the axis does not reach stands on its edge.
-
-    Args:
-        axis: empty axes.
-        rows: one per layer, in network order.
     """
     low, high = alpha_limits(rows)
     levels, wholes, alphas = (numbers(rows, name) for name in ("noise_alpha", "whole_alpha", "alpha"))
@@ -110,12 +86,7 @@ def alphas_by_depth(axis: Any, rows: Sequence[Row]) -> None:
 
 
 def alpha_histogram(axis: Any, rows: Sequence[Row]) -> None:
-    """Draw how many layers have which alpha, by windows and by whole matrices.
-
-    Args:
-        axis: empty axes.
-        rows: one per layer.
-    """
+    """Draw how many layers have which alpha, by windows and by whole matrices."""
     low, high = alpha_limits(rows)
     bins = min(40, max(12, round(2 * len(rows) ** 0.5)))  # few layers in many bins are no histogram
     for name, style in (("alpha", _WINDOWS), ("whole_alpha", _WHOLE)):
@@ -132,13 +103,9 @@ def alpha_histogram(axis: Any, rows: Sequence[Row]) -> None:
 
 
 def bias_by_aspect_ratio(axis: Any, rows: Sequence[Row]) -> None:
-    """Draw what the whole matrix adds to alpha, against the aspect ratio.
+    """Draw what the whole matrix adds to alpha, against the aspect ratio; at least one row needs a bias.
 
     A bias that the axis does not reach stands on its edge.
-
-    Args:
-        axis: empty axes.
-        rows: one per layer; at least one has a bias.
     """
     ratios, biases = numbers(rows, "Q"), numbers(rows, "aspect_ratio_bias")
     low, high = limits(np.append(biases[np.isfinite(biases)], 0.0))
@@ -153,10 +120,7 @@ def bias_by_aspect_ratio(axis: Any, rows: Sequence[Row]) -> None:
 def spectrum(axis: Any, row: Row, histogram: Histogram) -> None:
     """Draw one layer's spectrum on logarithmic axes: windows, whole matrix, the tail's start and its fitted slope.
 
-    Args:
-        axis: empty axes, or axes with the spectrum of another layer, which this one replaces.
-        row: row of the layer.
-        histogram: spectra of the layer.
+    Axes with the spectrum of another layer are cleared first.
     """
     if axis.get_xscale() != "log":  # setting it is half the time of a drawing
         _log_scales(axis)
@@ -187,17 +151,10 @@ def _log_scales(axis: Any) -> None:
 
 
 def tail_line(row: Row, histogram: Histogram) -> tuple[float, float, float, float] | None:
-    """Fitted power law on logarithmic axes, scaled to the share of the windows' eigenvalues beyond `xmin`.
+    """Return log10 of (eigenvalue, density) where the fitted power law starts and, flattened after it, where it ends.
 
-    A density x^-alpha is x^(1 - alpha) over log10(x).
-
-    Args:
-        row: the layer's.
-        histogram: its spectra.
-
-    Returns:
-        log10 of eigenvalue and density where the tail starts, and where the spectrum ends; `None` without a tail, and
-        where it starts beyond the spectrum.
+    A density x^-alpha is x^(1 - alpha) over log10(x); it is scaled to the share of the windows' eigenvalues beyond
+    `xmin`. `None` for a layer without a tail, or whose tail starts below the spectrum.
     """
     alpha, xmin = number(row, "alpha"), number(row, "xmin")
     if alpha is None or not xmin or alpha <= 1:
@@ -213,8 +170,8 @@ def tail_line(row: Row, histogram: Histogram) -> tuple[float, float, float, floa
 
 
 def numbers(rows: Sequence[Row], name: str) -> np.ndarray:
-    """Return a column as numbers to draw, shape (L,); NaN where there is none."""
-    return np.array([np.nan if (value := number(row, name)) is None else value for row in rows])
+    """Return a column as numbers to draw, shape (L,); NaN for a missing value."""
+    return np.array([number(row, name) for row in rows], float)
 
 
 def _mark_layers(axis: Any, rows: Sequence[Row], x: np.ndarray, y: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""What every table of layers can do: columns, order, text, notebook, data frame, CSV, JSON."""
+"""A table of layers: its columns, order, and how it is shown and written: text, notebook, data frame, CSV, JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from farms_jax._extras import from_extra
 from farms_jax._present import data_frame, html_table
-from farms_jax.diagnosis.columns import Column, find_column
+from farms_jax.diagnosis.columns import Column, Row, find_column
 from farms_jax.diagnosis.status import severity
 from farms_jax.diagnosis.table import measured, plain, sheet
 from farms_jax.errors import InputError
@@ -21,12 +21,10 @@ from farms_jax.programs.files import write_json, write_text
 if TYPE_CHECKING:
     import pandas as pd
 
-Row = dict[str, Any]
-
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LayerTable:
-    """Rows of layers under known columns; what `Diagnosis` and `Comparison` are.
+    """Rows of layers under known columns: the base of `Diagnosis` and `Comparison`.
 
     Attributes:
         layers: one row per layer, `{column: value}`. A column that was not measured is missing; a number that does not
@@ -109,7 +107,7 @@ class LayerTable:
         return data_frame(self.to_dict())
 
     def write_csv(self, path: str | Path) -> None:
-        """Write one line per layer; numbers with all their digits, nothing where there is none."""
+        """Write one line per layer; numbers with all their digits, missing ones empty."""
         lines = io.StringIO(newline="")
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(column.name for column in self.columns)
@@ -136,7 +134,7 @@ class LayerTable:
             console.print(line, style="dim", markup=False)
 
     def __str__(self) -> str:
-        """Return a headline, a table of at most 120 characters, and what there is to add."""
+        """Return the headline, a table at most 120 characters wide, and the closing lines."""
         return self._text(width=120)
 
     __repr__ = __str__

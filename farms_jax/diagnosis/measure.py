@@ -1,4 +1,4 @@
-"""measure(): weights of a few layers -> every number of their rows. The measures are put together here alone."""
+"""measure(): weights of a few layers -> every number of their rows."""
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,9 +26,10 @@ from farms_jax.diagnosis.spectrum import (
 from farms_jax.solvers.cpu import cores
 from farms_jax.solvers.dispatch import Solver, window_eigenvalues
 
-_RESOLVED = 1e-10  # of the largest eigenvalue: below it Gram matrices in float64 lose a singular value's sixth digit
 _T = TypeVar("_T")
+_RESOLVED = 1e-10  # of the largest eigenvalue: below it Gram matrices in float64 lose a singular value's sixth digit
 _FIRST_WINDOWS = 16  # of an adaptive measure; each round after that doubles them
+_SHUFFLE, _RESAMPLE, _ORDER = range(3)  # uses of random numbers, each with a stream of its own
 
 
 class Measured(NamedTuple):
@@ -49,8 +50,8 @@ class _Layer(NamedTuple):
     name: str
     shape: tuple[int, ...]
     stack: np.ndarray  # (K, R, C)
-    grid: Grid  # of the estimate
-    intervals: Grid  # of the resamples
+    grid: Grid  # windows of the estimate
+    intervals: Grid  # windows that are resampled for the interval
 
     @property
     def whole(self) -> Grid:
@@ -60,12 +61,9 @@ class _Layer(NamedTuple):
     def is_kernel(self) -> bool:
         return len(self.shape) == 4
 
-    @property
-    def shorter(self) -> int:
-        return min(self.stack.shape[1:])
-
-    def seeds(self, settings: Settings, use: int) -> np.random.Generator:
-        """Draws that depend on the seed, the layer's name and their use alone."""
+    def generator(self, settings: Settings, use: int) -> np.random.Generator:
+        """Return a generator whose draws depend only on the seed, the layer's name and their use."""
+        # Not `hash`, which differs from process to process.
         return np.random.default_rng([settings.seed, zlib.crc32(self.name.encode()), use])
 
 
@@ -75,7 +73,7 @@ _Values = dict[tuple[str, Grid], np.ndarray]  # eigenvalues (K * W, n) of a laye
 def measure(
     weights: Mapping[str, np.ndarray], axes: Axes, settings: Settings, *, overwrite: bool = False
 ) -> dict[str, Measured]:
-    """Measure layers: their windows, their whole matrices, the same shuffled, and how sure it all is.
+    """Measure layers: windows, whole matrices, the same shuffled, and the uncertainty of alpha.
 
     Args:
         weights: weights by name; 2-D or 4-D, finite, with enough eigenvalues (`farms_jax._layers.select_layers`).
@@ -104,7 +102,7 @@ def _layer(name: str, weight: np.ndarray, axes: Axes, settings: Settings) -> _La
 
 
 def _solve(layers: list[_Layer], values: _Values, settings: Settings) -> None:
-    """Add the eigenvalues of all windows that are not there yet; no window of a layer is solved twice."""
+    """Add the eigenvalues of all windows that `values` lacks; no window of a layer is solved twice."""
     solver = _window_solver(settings.tail)
     wanted: dict[tuple[str, Grid], tuple[np.ndarray, Solver]] = {}
     for layer in layers:
@@ -144,8 +142,7 @@ def _measured(layer: _Layer, values: _Values, shuffled: np.ndarray | None, setti
         row |= _interval_columns(row["alpha"], scatter, settings)
     if whole is not None:
         row |= _whole_columns(layer, whole, row["alpha"], scale, settings)
-    if whole is not None and shuffled is not None:
-        row |= shuffled_measures(whole, shuffled * scale)
+        row |= {} if shuffled is None else shuffled_measures(whole, shuffled * scale)
     return Measured(row, scatter, histogram(windows.ravel(), whole))
 
 
@@ -156,13 +153,12 @@ def _shape_columns(layer: _Layer) -> dict[str, Any]:
 
 
 def _window_columns(layer: _Layer, windows: np.ndarray, settings: Settings) -> dict[str, Any]:
-    """FARMS's columns: means over the divisions of a kernel, as `analyze` takes them."""
+    """Return FARMS's columns: means over the divisions of a kernel, as in `analyze`."""
     pooled = layer.grid.pool(windows)
     if settings.window is not None and settings.window.divisions == "pooled":
         pooled = pooled.reshape(1, -1)
     pooled = np.sort(pooled.astype(np.float64), axis=-1)
-    fits = fit_spectra(pooled, settings.tail)
-    alphas, distances, starts = (np.asarray(part) for part in fits[:3])
+    alphas, distances, starts, *_ = fit_spectra(pooled, settings.tail)
     tails = alphas > 0
     return {
         "alpha": float(alphas[tails].mean()) if tails.any() else None,
@@ -175,7 +171,7 @@ def _window_columns(layer: _Layer, windows: np.ndarray, settings: Settings) -> d
 
 
 def _noise_alpha(grid: Grid, tail: Tail) -> float | None:
-    """Alpha of noise under the median rule; the others find a threshold of their own in every draw of it."""
+    """Return alpha of noise under the median rule; the others find a new threshold in every draw of noise."""
     if tail.xmin != "median":
         return None
     shorter, longer = sorted((grid.rows, grid.cols))
@@ -195,19 +191,19 @@ def _whole_columns(
     row = spectrum_measures(whole, *layer.stack.shape[1:])
     if row["mp_sigma"]:
         row["mp_sigma"] /= scale**0.5  # of the weight's own entries
-    alpha = float(np.asarray(fit_spectra(resolved(whole)[None], settings.tail).alpha)[0]) or None
+    alpha = float(fit_spectra(resolved(whole)[None], settings.tail).alpha[0]) or None  # 0: no tail
     bias = alpha - window_alpha if alpha and window_alpha else None
     return {"whole_alpha": alpha, "aspect_ratio_bias": bias, **row}
 
 
 def _scatter(layer: _Layer, windows: np.ndarray, settings: Settings) -> np.ndarray:
-    """Deviations (B,) of the layer's alpha over resamples of windows (K * W, n)."""
-    grids, positions, rng = (layer.intervals, layer.grid), layer.stack.shape[0], layer.seeds(settings, 1)
-    return deviations(windows, settings.tail, grids, positions, settings.resamples, rng)
+    """Return deviations (B,) of the layer's alpha over resamples of windows (K * W, n)."""
+    grids, rng = (layer.intervals, layer.grid), layer.generator(settings, _RESAMPLE)
+    return deviations(windows, settings.tail, grids, len(layer.stack), settings.resamples, rng)
 
 
 def _shuffled_spectra(layers: list[_Layer], settings: Settings, overwrite: bool) -> dict[str, np.ndarray]:
-    """Eigenvalues (E,) of each layer's matrices with their entries in random places, ascending."""
+    """Return eigenvalues (E,), ascending, of each layer's matrices with their entries in random order."""
     spectra: dict[str, np.ndarray] = {}
     with ThreadPoolExecutor(cores()) as threads:
         for group in in_groups(layers, lambda layer: layer.stack.nbytes, settings.max_batch_bytes):
@@ -218,7 +214,7 @@ def _shuffled_spectra(layers: list[_Layer], settings: Settings, overwrite: bool)
 
 
 def _shuffle(layer: _Layer, settings: Settings, overwrite: bool) -> np.ndarray:
-    rng, stack = layer.seeds(settings, 0), layer.stack
+    rng, stack = layer.generator(settings, _SHUFFLE), layer.stack
     if not (overwrite and stack.flags.c_contiguous and stack.flags.writeable):
         stack = np.array(stack, order="C")
     for matrix in stack:
@@ -227,7 +223,7 @@ def _shuffle(layer: _Layer, settings: Settings, overwrite: bool) -> np.ndarray:
 
 
 def in_groups(items: Iterable[_T], size_of: Callable[[_T], int], limit: int) -> Iterator[list[_T]]:
-    """Yield groups of items in their order, each up to a limit of its summed size, or a single larger item."""
+    """Yield groups of items in order, each of at most `limit` in summed size, or of one larger item."""
     group, size = [], 0
     for item in items:
         if group and size + size_of(item) > limit:
@@ -240,19 +236,17 @@ def in_groups(items: Iterable[_T], size_of: Callable[[_T], int], limit: int) -> 
 
 
 def _adapted(layers: list[_Layer], values: _Values, settings: Settings) -> Iterator[_Layer]:
-    """Add windows to each layer until its interval is narrow enough; their eigenvalues join `values`.
+    """Yield the layers in order, each with windows added until its interval is narrow enough.
 
-    Only layers whose windows are at most half as high as the matrix: of larger ones there are too few that differ.
-
-    Yields:
-        The layers in order, with the windows they ended with.
+    Their eigenvalues are added to `values`. A layer whose windows are more than half as high as its matrix stays as it
+    is: too few of them differ.
     """
     assert settings.tolerance is not None
     for layer in layers:
-        if layer.is_kernel or layer.grid.rows > layer.shorter // 2:
+        if layer.is_kernel or layer.grid.rows > min(layer.stack.shape[1:]) // 2:
             yield layer
             continue
-        order = layer.seeds(settings, 2).permutation(np.array(layer.grid.starts))
+        order = layer.generator(settings, _ORDER).permutation(np.array(layer.grid.starts))
         solved = np.zeros((0, min(layer.grid.rows, layer.grid.cols)))
         for count in _doubling(len(order)):
             more = layer.grid._replace(starts=_starts(order[len(solved) : count]))

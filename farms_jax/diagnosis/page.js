@@ -25,17 +25,10 @@ function setOpen(body, yes) {
   body.rows[0].querySelector("button").setAttribute("aria-expanded", String(yes));
 }
 
-// Numbers by size, other texts as people order them; layers without a value stay at the end either way.
+// Numbers by size, other texts in natural order; layers without a value stay at the end either way.
 function compare(a, b, sign) {
-  const [x, y] = [parseFloat(a), parseFloat(b)];
-  const numeric = /^[+-]?[\d.]/;
-  if (numeric.test(a) && numeric.test(b)) return sign * (x - y) || sign * a.localeCompare(b, "en", { numeric: true });
-  if (numeric.test(a) !== numeric.test(b) && (isMissing(a) || isMissing(b))) return isMissing(a) ? 1 : -1;
-  return sign * a.localeCompare(b, "en", { numeric: true });
-}
-
-function isMissing(text) {
-  return text === "–" || text === "no tail";
+  if (a === "–" || b === "–") return (a === "–") - (b === "–");
+  return sign * (parseFloat(a) - parseFloat(b) || a.localeCompare(b, "en", { numeric: true }));
 }
 
 // One click sorts up, the next down, the third brings the order of the network back.

@@ -1,7 +1,8 @@
 """A diagnosis as one HTML file: styles, script and drawings inside, nothing to fetch, complete without the script."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -12,14 +13,14 @@ import matplotlib as mpl
 from farms_jax._figures import NAMED_TICKS
 from farms_jax._present import by_reason
 from farms_jax.diagnosis import figures
-from farms_jax.diagnosis.columns import BY_NAME, Column
+from farms_jax.diagnosis.columns import BY_NAME, Column, Row
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import MEANINGS, SEVERITY, attention, counts, severity
 from farms_jax.diagnosis.svg import STYLE, inline_svg
-from farms_jax.diagnosis.table import MISSING, Row, number, text, with_interval
+from farms_jax.diagnosis.table import MISSING, number, text, with_interval
 
-_PRINTED = 24  # spectra on paper: of the layers that need attention most
-_NAMED = 200  # left-out arrays that are named, of one reason
+_PRINTED = 24  # layers that need attention most, whose spectra are printed on paper
+_NAMED = 200  # left-out arrays that are named for one reason
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _WITHOUT_SCRIPT = ".d{display:table-row}table:not(.all) tr>*{display:table-cell!important}.tools{display:none}"
 _SYMBOLS = dict(zip(SEVERITY, "✕■▲●", strict=True))  # the marks of the figures
@@ -37,7 +38,7 @@ def page(
     facts: Mapping[str, Any],
     left_out: Sequence[tuple[str, str]],
 ) -> str:
-    """Write the page.
+    """Return the page as HTML; whatever names and reasons contain is text, never markup.
 
     Args:
         rows: one per layer, in network order.
@@ -45,11 +46,8 @@ def page(
         histograms: spectra by layer; layers without one are shown without.
         model: name of the model.
         headline: line that says what needs attention; begins with the model's name.
-        facts: entries below the headline, in types of JSON.
-        left_out: (name, reason) of the arrays that are no layers.
-
-    Returns:
-        HTML. Whatever names and reasons hold is text, never markup.
+        facts: where the weights come from and how they were measured, in types of JSON.
+        left_out: (name, reason) of the arrays that are not layers.
     """
     style, script = _asset("page.css"), _asset("page.js")
     with mpl.rc_context(STYLE):
@@ -61,12 +59,14 @@ def page(
 <style>{style}</style>
 <noscript><style>{_WITHOUT_SCRIPT}</style></noscript>
 </head><body>
-{_header(model, headline.removeprefix(f"{model}: "), facts)}
+<header><p class="kind">Layer diagnosis</p><h1>{escape(model)}</h1>
+<p class="lead">{escape(headline.removeprefix(f"{model}: "))}.</p></header>
 <main>
 {_cards(rows)}
 {charts}
 {table}
 {_left_out(left_out)}
+{_provenance(facts)}
 {_glossary(columns)}
 </main>
 <script>{script}</script>
@@ -78,27 +78,11 @@ def _asset(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def _header(model: str, headline: str, facts: Mapping[str, Any]) -> str:
-    items = "".join(
-        f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(flat(value))}</dd></div>"
-        for name, value in facts.items()
-        if value is not None
-    )
-    return f"""<header><p class="kind">Layer diagnosis</p><h1>{escape(model)}</h1>
-<p class="lead">{escape(headline)}.</p><dl>{items}</dl></header>"""
-
-
 def flat(value: Any) -> str:
-    """Write a nested value in one line.
+    """Return a nested value of JSON's types in one line, without entries that are `None`.
 
     >>> flat({"window": {"rows": None, "per_axis": 10}, "whole": True, "seconds": 1.234567})
     'window (per axis 10), whole yes, seconds 1.235'
-
-    Args:
-        value: value in types of JSON.
-
-    Returns:
-        Its text; entries that are `None` are left out.
     """
     if isinstance(value, Mapping):
         parts = []
@@ -115,24 +99,21 @@ def flat(value: Any) -> str:
 
 
 def _cards(rows: Sequence[Row]) -> str:
-    alphas = sorted(alpha for row in rows if (alpha := number(row, "alpha")) is not None)
+    alphas = [alpha for row in rows if (alpha := number(row, "alpha")) is not None]
     params = sum(int(number(row, "num_params") or 0) for row in rows)
     cards = f'<div class="card"><b>{len(rows)}</b><span>layers</span><p>{params:,} parameters</p></div>'
     if alphas:
-        ends = f"median of the layers; {alphas[0]:.2f} to {alphas[-1]:.2f}"
-        cards += f'<div class="card"><b>{alphas[len(alphas) // 2]:.2f}</b><span>alpha</span><p>{ends}</p></div>'
+        ends = f"median of the layers; {min(alphas):.2f} to {max(alphas):.2f}"
+        cards += f'<div class="card"><b>{statistics.median(alphas):.2f}</b><span>alpha</span><p>{ends}</p></div>'
     found = counts(rows)
     for status in SEVERITY if found else ():
         count = found.get(status, 0)
         cards += (
             f'<button type="button" class="card{"" if count else " none"}" data-status="{status}">'
-            f"{_symbol(status)}<b>{count}</b><span>{status}</span><p>{escape(MEANINGS[status])}</p></button>"
+            f'<span class="k s{severity(status)}" aria-hidden="true">{_SYMBOLS[status]}</span>'
+            f"<b>{count}</b><span>{status}</span><p>{escape(MEANINGS[status])}</p></button>"
         )
     return f'<section class="cards" aria-label="Summary">{cards}</section>'
-
-
-def _symbol(status: str) -> str:
-    return f'<span class="k s{severity(status)}" aria-hidden="true">{_SYMBOLS[status]}</span>'
 
 
 def _charts(rows: Sequence[Row]) -> str:
@@ -164,7 +145,7 @@ def _tooltip(row: Row) -> str:
 
 
 def _spectra(rows: Sequence[Row], histograms: Mapping[str, Histogram]) -> Iterator[str]:
-    """Drawings, one per row; empty for a layer without a spectrum. One figure serves all: axes are slow to make."""
+    """Yield a drawing per row, empty for a layer without a spectrum. One figure serves all: axes are slow to make."""
     figure, axis = figures.axes(size=_SMALL)
     figure.set_layout_engine("none")
     axis.set_position((0.12, 0.19, 0.86, 0.78))
@@ -200,12 +181,12 @@ matrix as an outline, dotted where the tail starts, and <span class="s0">the fit
 
 
 def _heads(chosen: Sequence[Column], others: Sequence[Column]) -> str:
-    groups, width = "", 0
+    groups = ""
     for part, extra in ((chosen, False), (others, True)):
         for name, members in groupby(part, key=lambda column: column.group):
-            span = len(list(members))
-            groups += f'<th colspan="{span}" scope="colgroup"{" class=x" if extra else ""}>{escape(name)}</th>'
-            width += span
+            groups += (
+                f'<th colspan="{len(list(members))}" scope="colgroup"{" class=x" if extra else ""}>{escape(name)}</th>'
+            )
     heads = "".join(
         f'<th scope="col" title="{escape(column.meaning)}" aria-sort="none">'
         f'<button type="button">{_in_two(column.name)}</button></th>'
@@ -215,7 +196,7 @@ def _heads(chosen: Sequence[Column], others: Sequence[Column]) -> str:
 
 
 def _in_two(name: str) -> str:
-    """A column's name that may be broken after the underscore nearest to its middle."""
+    """Allow a column's name to break after the underscore nearest to its middle."""
     places = [match.end() for match in re.finditer("_", name)]
     middle = min(places, key=lambda place: abs(place - len(name) / 2), default=0)
     return f"{name[:middle]}<wbr>{name[middle:]}"
@@ -241,7 +222,7 @@ def _layer(i: int, row: Row, columns: Sequence[Column], details: str, *, printed
 
 def _details(row: Row, drawing: str) -> str:
     reason = f"<p>{escape(str(row['reason']))}</p>" if row.get("reason") else ""
-    said = (
+    sentences = (
         ("alpha", "{alpha}, between {alpha_low} and {alpha_high}"),
         ("tail", "{num_tail} eigenvalues from {xmin} on; KS {ks_distance}; windows: {num_windows}"),
         ("place", "{rank}, between {rank_low} and {rank_high}"),
@@ -249,24 +230,32 @@ def _details(row: Row, drawing: str) -> str:
         ("noise", "alpha {noise_alpha}; {mp_spikes} eigenvalues beyond the bulk, which ends at {mp_max}"),
     )
     values = {name: text(row, column) for name, column in BY_NAME.items()}
-    facts = "".join(
-        f"<dt>{name}</dt><dd>{escape(sentence.format_map(values))}</dd>"
-        for name, sentence in said
+    facts = [
+        (name, sentence.format_map(values))
+        for name, sentence in sentences
         if MISSING not in {values[field] for field in re.findall(r"{(\w+)}", sentence)}
-    )
-    return f'<div class="w">{drawing}<div>{reason}<dl>{facts}</dl></div></div>'
+    ]
+    return f'<div class="w">{drawing}<div>{reason}{_definitions(facts)}</div></div>'
 
 
 def _left_out(left_out: Sequence[tuple[str, str]]) -> str:
-    if not left_out:
-        return ""
     parts = []
     for reason, names in by_reason(left_out).items():
         more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        parts.append(f"<dt>{escape(reason)} ({len(names)})</dt><dd>{escape(', '.join(names[:_NAMED]))}{more}</dd>")
-    return f'<section class="out"><h2>Left out</h2><dl>{"".join(parts)}</dl></section>'
+        parts.append((f"{reason} ({len(names)})", f"{', '.join(names[:_NAMED])}{more}"))
+    return f'<section class="out"><h2>Left out</h2>{_definitions(parts)}</section>' if parts else ""
+
+
+def _provenance(facts: Mapping[str, Any]) -> str:
+    entries = [(name.replace("_", " "), flat(value)) for name, value in facts.items() if value is not None]
+    return f'<section class="out"><h2>How it was measured</h2>{_definitions(entries)}</section>'
 
 
 def _glossary(columns: Sequence[Column]) -> str:
-    terms = "".join(f"<dt>{escape(column.name)}</dt><dd>{escape(column.meaning)}</dd>" for column in columns)
-    return f'<section class="out"><details><summary>What the columns mean</summary><dl>{terms}</dl></details></section>'
+    terms = _definitions((column.name, column.meaning) for column in columns)
+    return f'<section class="out"><details><summary>What the columns mean</summary>{terms}</details></section>'
+
+
+def _definitions(entries: Iterable[tuple[str, str]]) -> str:
+    """Return (term, text) pairs as a list of definitions."""
+    return f"<dl>{''.join(f'<dt>{escape(term)}</dt><dd>{escape(said)}</dd>' for term, said in entries)}</dl>"

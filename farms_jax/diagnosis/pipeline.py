@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import math
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,8 +16,8 @@ from tqdm import tqdm
 from farms_jax._axes import FLAX_AXES, Axes
 from farms_jax._layers import select_layers
 from farms_jax._names import matching, named_leaves, natural_key
+from farms_jax.diagnosis.columns import Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
-from farms_jax.diagnosis.layer_table import Row
 from farms_jax.diagnosis.measure import Measured, in_groups, measure
 from farms_jax.diagnosis.resampling import rank_flips
 from farms_jax.diagnosis.settings import Settings
@@ -35,8 +34,9 @@ _CACHE_FORMAT = 2  # raised when a measure changes its name or its meaning
 
 class _Layer(NamedTuple):
     name: str
-    shape: tuple[int, ...]
+    digest: str  # SHA-256 of name and weights
     key: str  # in the cache
+    size: int  # bytes in float32, as which it is measured
     cost: float  # of its eigenvalues, relative
 
 
@@ -107,7 +107,7 @@ def _facts(source: WeightSource, layers: list[_Layer], cached: int, start: float
     return {
         "path": str(source.path),
         "format": source.format,
-        "weights_sha256": hashlib.sha256("".join(layer.key for layer in layers).encode()).hexdigest(),
+        "weights_sha256": hashlib.sha256("".join(layer.digest for layer in layers).encode()).hexdigest(),
         "num_arrays": len(source.tensors),
         "from_cache": cached,
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(start)),
@@ -120,19 +120,9 @@ def _facts(source: WeightSource, layers: list[_Layer], cached: int, start: float
 def layers_of(
     source: WeightSource, settings: Settings, include: str | Iterable[str] = (), exclude: str | Iterable[str] = ()
 ) -> tuple[list[str], tuple[tuple[str, str], ...]]:
-    """Choose the layers of a model by its table of arrays; no weights are read.
+    """Return the names of a model's layers, in natural order, and (name, reason) of every other array.
 
-    Args:
-        source: the model.
-        settings: settings of the diagnosis.
-        include: regular expressions of the names to measure; without any, all.
-        exclude: regular expressions of the names to leave out.
-
-    Returns:
-        Names of the layers in natural order, and (name, reason) of every other array.
-
-    Raises:
-        ValueError: a pattern matches nothing.
+    Reads headers only. `include` and `exclude` are regular expressions; one that matches nothing is a ValueError.
     """
     names = sorted(source.tensors, key=natural_key)
     included = matching(names, include, "include") if include else set(names)
@@ -157,17 +147,9 @@ class _Tree(WeightSource):
 
 
 def opened(model: Any, axes: Axes | None = None) -> AbstractContextManager[WeightSource]:
-    """Give any model as a source of weights, closed at the end of a `with` block if it was opened here.
+    """Return any model as a source of weights for a `with` block, which closes it only if it was opened here.
 
-    Args:
-        model: path of a checkpoint, an open source, or a pytree of arrays.
-        axes: rows and columns of the weights; by default those of the format, and `FLAX_AXES` for a pytree.
-
-    Returns:
-        The source.
-
-    Raises:
-        InputError: the checkpoint cannot be read.
+    Without `axes`, a checkpoint has those of its format, a pytree `FLAX_AXES`.
     """
     if isinstance(model, WeightSource):
         return nullcontext(model)
@@ -180,14 +162,15 @@ def _hashed(source: WeightSource, names: list[str], settings: Settings, *, progr
     """Read the layers once: all with NaN or Inf are named before any long work."""
     layers, bad = [], []
     # A bound on memory does not change a result.
-    relevant = repr(dataclasses.replace(settings, max_batch_bytes=1))
+    relevant = dataclasses.replace(settings, max_batch_bytes=1)
     for name in tqdm(names, desc="read", unit="layer", leave=False, disable=None if progress else True):
         weight = source.read(name)
         if not np.isfinite(weight).all():
             bad.append(name)
-        key = weights_key({name: weight}, _CACHE_FORMAT, version("farms-jax"), relevant, source.axes)
+        digest = weights_key({name: weight})
+        key = weights_key({}, digest, _CACHE_FORMAT, version("farms-jax"), relevant, source.axes)
         _, rows, cols = source.axes.stack_shape(weight.shape)
-        layers.append(_Layer(name, weight.shape, key, float(weight.size) * min(rows, cols)))
+        layers.append(_Layer(name, digest, key, 4 * weight.size, float(weight.size) * min(rows, cols)))
     if bad:
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise InputError(
@@ -204,7 +187,7 @@ def _measured(
     form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
     total, title = sum(layer.cost for layer in layers), f"measure {len(layers)} layers"
     with tqdm(total=total, desc=title, bar_format=form, disable=None if progress else True) as bar:
-        for chunk in in_groups(layers, lambda layer: 4 * math.prod(layer.shape), _CHUNK):
+        for chunk in in_groups(layers, lambda layer: layer.size, _CHUNK):
             weights = {layer.name: source.read(layer.name) for layer in chunk}
             measured = measure(weights, source.axes, settings, overwrite=True)
             del weights  # before the next chunk is read
@@ -214,7 +197,7 @@ def _measured(
 
 
 def _rows(layers: list[_Layer], found: Mapping[str, Measured], settings: Settings) -> tuple[Row, ...]:
-    rows: list[Row] = [{"layer": layer.name, **found[layer.name].row} for layer in layers]
+    rows: list[dict[str, Any]] = [{"layer": layer.name, **found[layer.name].row} for layer in layers]
     if settings.resamples:
         alphas = np.array([row["alpha"] for row in rows], float)
         draws = np.stack([found[layer.name].deviations for layer in layers])
@@ -227,15 +210,12 @@ def _rows(layers: list[_Layer], found: Mapping[str, Measured], settings: Setting
 
 
 def _kept(measured: Measured) -> dict[str, Any]:
-    return {
-        "row": measured.row,
-        "deviations": measured.deviations.tolist(),
-        "histogram": measured.histogram._asdict(),
-    }
+    row, scatter, spectra = measured
+    return {"row": row, "deviations": scatter.tolist(), "histogram": spectra._asdict()}
 
 
 def _restored(kept: Mapping[str, Any] | None) -> Measured | None:
-    """What `_kept` made; `None` where there is nothing, or something else."""
+    """Return what `_kept` was given; `None` for nothing or damaged content."""
     try:
         if kept is None:
             return None

@@ -1,4 +1,4 @@
-"""How sure a layer's alpha is: intervals by resampling windows, and what they mean for the order of layers.
+"""How certain a layer's alpha is: intervals by resampling windows, and what they mean for the order of layers.
 
 A layer is one draw; how its alpha would scatter over draws is read off its windows, which are many smaller draws of the
 same kind. Two things keep this honest. Overlapping windows say less than as many separate ones, so resamples are as
@@ -17,22 +17,17 @@ from farms_jax._windows import Grid
 from farms_jax.diagnosis.spectrum import fit_spectra
 
 _ENOUGH = 8  # separate windows; the scatter of fewer is itself too uncertain
-_FIT = 32  # eigenvalues at least, of one alpha of the resamples
+_FIT = 32  # least number of eigenvalues that one resampled alpha is fitted to
 _RATE = 0.75  # alpha of a window scatters as its height to minus this
-_MOST_STEPS = 16
-_PAIRS = 512  # windows whose overlaps are looked at, of more
+_MOST_STEPS = 16  # per axis: more windows add little but time
+_PAIRS = 512  # windows whose overlaps are computed: their pairs grow quadratically
 
 
 def interval_grid(grid: Grid, stack_shape: tuple[int, int, int]) -> Grid:
-    """Windows whose scatter tells that of an estimate.
+    """Return the windows whose scatter tells that of an estimate over `grid`, in a layer of shape (K, R, C).
 
-    Args:
-        grid: windows of the estimate.
-        stack_shape: shape (K, R, C) of the layer.
-
-    Returns:
-        `grid` itself where its windows are worth enough separate ones; else windows of half their rows and columns, at
-        most half of the shorter axis, half a window or more from one to the next, over the whole matrix.
+    `grid` itself where its windows are worth enough separate ones; else windows of half their rows and columns, at
+    most half of the shorter axis, half a window or more from one to the next, over the whole matrix.
     """
     positions, rows, cols = stack_shape
     if grid.transposed:
@@ -45,21 +40,16 @@ def interval_grid(grid: Grid, stack_shape: tuple[int, int, int]) -> Grid:
 
 
 def _half_steps(length: int, size: int) -> list[int]:
-    """Starts from one end of an axis to the other, about half a window apart, or further where those are many."""
+    """Return starts from one end of an axis to the other, half a window apart, or further to keep them few."""
     count = 1 + min(max(1, round(2 * (length - size) / size)), _MOST_STEPS) if length > size else 1
     return np.linspace(0, length - size, count).round().astype(int).tolist()
 
 
 def separate_windows(grid: Grid, power: int = 1) -> float:
-    """How many windows without overlap as many with overlap are worth: W^2 / sum of correlations.
+    """Return how many windows without overlap those of a grid are worth, for one kernel position, at least 1.
 
-    Args:
-        grid: windows, all of one shape.
-        power: the correlation of two windows is the share of their area that they have in common, to this power: 1
-            where few large entries rule, 2 and above for light tails.
-
-    Returns:
-        The number for one kernel position, from 1 to that of the windows.
+    W^2 over the sum of correlations. The correlation of two windows is the share of their area in common to this
+    `power`: 1 where few large entries rule, 2 and above for light tails.
     """
     count = len(grid.starts)
     seen = np.array(grid.starts)[np.linspace(0, count - 1, min(count, _PAIRS)).astype(int)]
@@ -104,7 +94,7 @@ def deviations(
 
 
 def _resampled(alphas: np.ndarray, drawn: float, worth: float, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Deviations (B,) of the mean of `drawn` alphas of which those given are worth so many independent ones."""
+    """Return deviations (B,) of the mean of `drawn` alphas; those given are worth `worth` independent ones."""
     size, freedom = max(2, round(drawn)), max(worth - 1, 1)
     means = rng.choice(alphas, (resamples, size)).mean(1)
     widened = ((freedom + 1) / freedom) ** 0.5 * float(stdtrit(freedom, 0.975) / ndtri(0.975))
@@ -120,7 +110,7 @@ def interval(alpha: float, scatter: np.ndarray, level: float) -> tuple[float, fl
 def rank_flips(
     alphas: np.ndarray, scatter: np.ndarray, level: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Find how sure the order of the layers is.
+    """Measure how certain the order of the layers is.
 
     >>> rank_flips(np.array([3.0, 2.0, 2.1]), np.array([[0.0, 0.0], [0.0, 0.2], [0.0, 0.0]]), 0.95)[0].tolist()
     [3, 1, 2]
@@ -131,20 +121,18 @@ def rank_flips(
         level: level of the intervals, in (0, 1).
 
     Returns:
-        Place of each layer, 1 the smallest alpha; the ends of its interval; and the share of resamples, in [0, 1], in
-        which the place is another. Each (L,).
+        Rank of each layer, 1 for the smallest alpha; the ends of its interval; and the share of resamples, in [0, 1],
+        in which the rank differs. Each (L,).
     """
     known = np.array(alphas, np.float64)
     known = np.where(known > 0, known, np.inf)
-    rank = _places(known[:, None])[:, 0]
-    draws = _places(known[:, None] + scatter)
+    rank = _ranks(known[:, None])[:, 0]
+    draws = _ranks(known[:, None] + scatter)
     tails = [(1 - level) / 2, (1 + level) / 2]
     low, high = np.quantile(draws, tails, axis=1, method="inverted_cdf")
     return rank, low, high, (draws != rank[:, None]).mean(1)
 
 
-def _places(values: np.ndarray) -> np.ndarray:
-    order = np.argsort(values, axis=0, kind="stable")
-    places = np.empty_like(order)
-    np.put_along_axis(places, order, np.arange(1, len(values) + 1)[:, None], axis=0)
-    return places
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Return ranks from 1 on along the first axis; equal values rank in their order."""
+    return values.argsort(axis=0, kind="stable").argsort(axis=0) + 1

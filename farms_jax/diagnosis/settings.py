@@ -6,37 +6,40 @@ from farms_jax._tail import Tail
 from farms_jax._windows import Window
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Settings of a diagnosis.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommonSettings:
+    """What is measured beside alpha, and how certain it is: the same settings in Python and on the command line."""
 
-    Attributes:
-        window: windows of FARMS; `None` takes whole matrices in their place.
-        tail: where the power-law tail starts, for `alpha` and `whole_alpha`; WeightWatcher's `ww_alpha` has its own
-            rule.
-        kernel_scale: factor on the eigenvalues of 4-D kernels; 0.5 as in the reference and in WeightWatcher.
-        whole: measure whole matrices too; without it only the columns of the windows are there.
-        randomize: shuffle each matrix and measure it again: `rand_distance` and its companions. Needs `whole`.
-        resamples: draws from which intervals and rank flips are computed; 0 computes none.
-        level: level of the confidence intervals, in (0, 1).
-        tolerance: adaptive windows: stop adding them when the interval of alpha is within +- this. `None` takes all.
-        seed: seed of shuffles and resamples; a layer's draws depend on it and on the layer's name alone.
-        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
+    whole: bool = True
+    """Measure whole matrices too: WeightWatcher's measures and the aspect-ratio bias."""
+    randomize: bool = True
+    """Shuffle each matrix and measure it again, for the distance from noise; needs `whole`."""
+    resamples: int = 200
+    """Resamples of the windows for intervals and rank flips; 0 for none."""
+    level: float = 0.95
+    """Level of the confidence intervals, in (0, 1)."""
+    tolerance: float | None = None
+    """Adaptive windows: stop adding them when alpha's interval is within +- this; without it, take all."""
+    seed: int = 0
+    """Seed of shuffles and resamples; a layer's draws depend on it and on the layer's name alone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(CommonSettings):
+    """Settings of a diagnosis.
 
     Raises:
         ValueError: a value out of its range.
     """
 
     window: Window | None = Window()
+    """Windows of FARMS; `None` takes whole matrices in their place."""
     tail: Tail = Tail()
+    """Where the power-law tail starts, for `alpha` and `whole_alpha`; WeightWatcher's `ww_alpha` has its own rule."""
     kernel_scale: float = 0.5
-    whole: bool = True
-    randomize: bool = True
-    resamples: int = 200
-    level: float = 0.95
-    tolerance: float | None = None
-    seed: int = 0
+    """Factor on the eigenvalues of 4-D kernels; 0.5 as in the reference and in WeightWatcher."""
     max_batch_bytes: int = 2**28
+    """Bound on the bytes of windows and Gram matrices alive at once."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

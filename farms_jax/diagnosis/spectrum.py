@@ -34,9 +34,9 @@ class Histogram(NamedTuple):
     """Spectra of one layer on a logarithmic axis, ready to draw and for JSON.
 
     Attributes:
-        edges: log10 of the bins' edges, B + 1 of them, evenly spaced.
+        edges: log10 of the edges of B bins, B + 1 of them, evenly spaced.
         windows: density over log10(eigenvalue) of the pooled windows, B numbers that sum to 1 / bin width.
-        whole: the same of the whole matrix; empty where it was not measured.
+        whole: the same for the whole matrix; empty where it was not measured.
     """
 
     edges: tuple[float, ...]
@@ -45,19 +45,15 @@ class Histogram(NamedTuple):
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Histogram":
-        """Return what JSON made of `_asdict()`; any of several errors where it is something else."""
+        """Return what `_asdict()` became in JSON; other content is a TypeError, ValueError or AttributeError."""
         return cls(**{name: tuple(values) for name, values in content.items()})
 
 
 def fit_spectra(spectra: np.ndarray, tail: Tail) -> TailFit:
-    """Fit the tails of spectra of one length, each on its own, in float64.
-
-    Args:
-        spectra: shape (S, E), each row ascending, not negative.
-        tail: the rule.
+    """Fit the tails of spectra (S, E), each row ascending and not negative, one by one in float64.
 
     Returns:
-        The fits, numpy arrays (S,).
+        The fits, NumPy arrays of shape (S,).
     """
     count, length = spectra.shape
     # From 80 on: 4 x 80 and so on hold what widths of 2^n give, over 9 kernel positions too, with little to spare.
@@ -68,7 +64,7 @@ def fit_spectra(spectra: np.ndarray, tail: Tail) -> TailFit:
 
 
 def _padded(size: int, least: int, factor: int) -> int:
-    """The next of few sizes, for each of which the fit is compiled once."""
+    """Return the smallest of few sizes that holds `size`: the fit is compiled once for each."""
     while least < size:
         least *= factor
     return least
@@ -80,29 +76,15 @@ def _fit(padded: Array, length: Array, tail: Tail) -> TailFit:
 
 
 def resolved(eigenvalues: np.ndarray) -> np.ndarray:
-    """Set to 0 what is below the resolution of a Gram matrix in float64: rounding where a matrix lacks rank.
-
-    Args:
-        eigenvalues: shape (E,), ascending.
-
-    Returns:
-        The same, with zeros; as `farms_jax.analyze` has them.
-    """
+    """Return ascending eigenvalues (E,), as `analyze` has them: 0 below the resolution of a Gram matrix in float64."""
     floor = eigenvalues[-1] * eigenvalues.size * np.finfo(np.float64).eps
     return np.where(eigenvalues > floor, eigenvalues, 0)
 
 
 def spectrum_measures(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str, Any]:
-    """Measure a whole matrix, or the pooled matrices of a kernel.
+    """Return the columns of a whole matrix: `ww_alpha` to `sv_min`, `mp_sigma` to `mp_spikes`.
 
-    Args:
-        eigenvalues: shape (E,), float64, ascending, not negative.
-        rows: rows of one matrix.
-        cols: columns of one matrix.
-
-    Returns:
-        The columns `ww_alpha` to `sv_min` and `mp_sigma` to `mp_spikes` of `columns.COLUMNS`, all in the scale of the
-        eigenvalues.
+    `eigenvalues` is float64 of shape (E,), ascending, not negative, pooled over a kernel's matrices of `rows` x `cols`.
     """
     norm, largest = float(eigenvalues.sum()), float(eigenvalues[-1])
     singular = np.sqrt(eigenvalues)
@@ -127,7 +109,7 @@ def spectrum_measures(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str
 
 
 def _power_law(eigenvalues: np.ndarray) -> dict[str, Any]:
-    """WeightWatcher's fit: every eigenvalue above 1e-5 may be the threshold, the smallest KS distance decides."""
+    """Return WeightWatcher's fit: among all eigenvalues above 1e-5, the threshold with the smallest KS distance."""
     fit = fit_spectra(eigenvalues[None], WEIGHTWATCHER)
     alpha, distance, xmin = (float(part[0]) for part in fit[:3])
     if alpha == 0:
@@ -156,15 +138,10 @@ def _bulk(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str, Any]:
 
 
 def shuffled_measures(eigenvalues: np.ndarray, shuffled: np.ndarray) -> dict[str, Any]:
-    """Compare a spectrum with that of the same entries in random places.
+    """Return `rand_distance`, `max_rand_eval` and `ww_softrank`, as in WeightWatcher, from one shuffle.
 
-    Args:
-        eigenvalues: shape (E,), ascending.
-        shuffled: those of the shuffled matrices, shape (E,), ascending.
-
-    Returns:
-        The columns `rand_distance`, `max_rand_eval` and `ww_softrank`, as WeightWatcher has them, from one shuffle. The
-        distance is that of Jensen and Shannon between the two lists of eigenvalues, each divided by its sum.
+    Both spectra are ascending, of shape (E,). The distance is Jensen and Shannon's between the two lists of
+    eigenvalues, each divided by its sum.
     """
     highest = float(shuffled[-1])
     if not (highest > 0 and eigenvalues[-1] > 0):
@@ -179,15 +156,7 @@ def shuffled_measures(eigenvalues: np.ndarray, shuffled: np.ndarray) -> dict[str
 
 
 def histogram(windows: np.ndarray, whole: np.ndarray | None) -> Histogram:
-    """Count the spectra of a layer in common bins.
-
-    Args:
-        windows: pooled eigenvalues of the windows, any order.
-        whole: eigenvalues of the whole matrix, or `None`.
-
-    Returns:
-        The histogram; flat where every eigenvalue is 0.
-    """
+    """Return the spectra of a layer, in any order, as densities in common bins; flat where all eigenvalues are 0."""
     spectra = [windows] if whole is None else [windows, whole]
     largest = max(float(values.max()) for values in spectra)
     logs = [np.log10(values[values > _DRAWN * largest], dtype=np.float64) for values in spectra]
@@ -207,6 +176,6 @@ def _log10(value: float) -> float | None:
 
 
 def _entropy(values: np.ndarray) -> float:
-    """Entropy of values as shares of their sum, in nats."""
+    """Return the entropy of values, as shares of their sum, in nats."""
     shares = values[values > 0] / values.sum()
     return float(-(shares * np.log(shares)).sum())

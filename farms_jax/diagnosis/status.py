@@ -1,8 +1,9 @@
 """What a layer's measures say about it, in one word and one sentence, and which layers need attention first."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+
+from farms_jax.diagnosis.columns import Row
 
 OVER_CORRELATED = 2.0  # alpha below it: Martin and Mahoney 2021 (JMLR 22), and WeightWatcher's "over-trained"
 UNDERTRAINED = 6.0  # alpha above it: the same, for rules under which noise has no alpha of its own
@@ -20,14 +21,10 @@ MEANINGS: dict[str, str] = {
 SEVERITY = tuple(MEANINGS)
 
 
-def status_of(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Judge one layer.
+def status_of(row: Row) -> tuple[str, str]:
+    """Return a layer's status, a key of `MEANINGS`, and the reason in plain words.
 
-    Args:
-        row: its columns (see `columns.COLUMNS`); those of the whole matrix may be missing.
-
-    Returns:
-        The status, a key of `MEANINGS`, and the reason in plain words.
+    The columns of the whole matrix may be missing from `row`.
     """
     if reason := _degenerate(row):
         return "degenerate", reason
@@ -48,30 +45,30 @@ def status_of(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def severity(status: str | None) -> int:
-    """Return the place of a status among all, 0 for the one that needs attention most; unknown ones come last."""
+    """Return the position of a status in `SEVERITY`, 0 the worst; unknown ones come last."""
     return SEVERITY.index(status) if status in SEVERITY else len(SEVERITY)
 
 
-def counts(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Count the layers of each status, those that need attention first; layers without one are not counted."""
+def counts(rows: Iterable[Row]) -> dict[str, int]:
+    """Count the layers of each status, the worst status first; layers without one are not counted."""
     found = Counter(str(row["status"]) for row in rows if row.get("status"))
     return {status: found[status] for status in sorted(found, key=severity)}
 
 
-def attention(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def attention(rows: Iterable[Row]) -> list[Row]:
     """Return the layers that are not well trained, the worst first.
 
     Over-correlated layers start with the smallest alpha, undertrained ones with the largest.
     """
 
-    def worst(row: Mapping[str, Any]) -> tuple[int, float]:
+    def worst(row: Row) -> tuple[int, float]:
         alpha = row.get("alpha") or 0.0
         return severity(row["status"]), -alpha if row["status"] == "undertrained" else alpha
 
     return sorted((row for row in rows if row.get("status") in MEANINGS and row["status"] != GOOD), key=worst)
 
 
-def _degenerate(row: Mapping[str, Any]) -> str | None:
+def _degenerate(row: Row) -> str | None:
     rank, count = row.get("matrix_rank"), row.get("whole_num_eigenvalues")
     if row.get("whole_largest_eigenvalue") == 0:
         return "every weight is zero"
@@ -82,13 +79,13 @@ def _degenerate(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _measured(row: Mapping[str, Any]) -> str:
+def _measured(row: Row) -> str:
     low, high = row.get("alpha_low"), row.get("alpha_high")
     interval = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
     return f"alpha {row['alpha']:.2f}{interval} of the windows"
 
 
-def _spikes(row: Mapping[str, Any]) -> str:
+def _spikes(row: Row) -> str:
     count = row.get("mp_spikes")
     if not count:
         return "" if count is None else "; no eigenvalue beyond the bulk of noise"

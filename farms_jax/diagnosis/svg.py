@@ -44,15 +44,9 @@ _KEPT = ("fill", "stroke", "stroke-dasharray", *_DEFAULTS)
 
 
 def inline_svg(figure: Figure, label: str, tooltips: Mapping[str, str]) -> str:
-    """Write a figure as an `svg` element.
+    """Return a figure drawn under `STYLE` as one `<svg>` element; all texts are escaped.
 
-    Args:
-        figure: drawn under `STYLE`.
-        label: description for screen readers.
-        tooltips: text by the target of a link.
-
-    Returns:
-        HTML, whatever the texts hold.
+    `label` describes it to screen readers, `tooltips` has a text per target of a link.
     """
     file = io.StringIO()
     # `savefig` would draw everything twice.
@@ -69,7 +63,7 @@ def _element(element: ElementTree.Element, tooltips: Mapping[str, str]) -> str:
     if tag in {"metadata", "style", "clipPath"} or style is None:
         return ""
     inside = escape((element.text or "").strip()) + "".join(_element(child, tooltips) for child in element)
-    if tag in {"g", "defs"} and not (inside and tag == "defs"):
+    if tag == "g" or (tag == "defs" and not inside):
         return inside
     attributes = {"style": style} | {name: _shorter(given[name]) for name in ("x", "y", "transform") if name in given}
     if tag == "path":
@@ -86,7 +80,7 @@ def _element(element: ElementTree.Element, tooltips: Mapping[str, str]) -> str:
 
 
 def _style(text: str) -> str | None:
-    """What counts of a style, in the page's colours; `None` of what is not seen."""
+    """Return what is visible of a style, in the page's colours; `None` for an element that is not."""
     parts = {name.strip(): value.strip() for name, _, value in (part.partition(":") for part in text.split(";"))}
     if float(parts.get("opacity", "1")) == 0 or (parts.get("fill") == "none" and parts.get("stroke", "none") == "none"):
         return None
@@ -95,14 +89,14 @@ def _style(text: str) -> str | None:
 
 
 def _shorter(text: str, digits: int = 1) -> str:
-    """Round numbers, to a tenth of a pixel where nothing else is said."""
+    """Round all numbers, by default to a tenth of a pixel."""
     if text.startswith("rotate(-0 "):
         return ""
     return re.sub(r"-?\d+\.\d+", lambda match: f"{round(float(match[0]), digits) + 0.0:g}", text)
 
 
 def _path(text: str, digits: int) -> str:
-    """The `d` of a path in fewer letters: level and upright lines name one coordinate."""
+    """Shorten the `d` of a path: horizontal and vertical lines name one coordinate."""
     written, x, y = "", "", ""
     for command, numbers in re.findall(r"([A-Za-z])([^A-Za-z]*)", _shorter(text, digits)):
         *_, new_x, new_y = ["", "", *numbers.split()]

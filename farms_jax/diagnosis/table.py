@@ -6,23 +6,21 @@ from typing import Any, NamedTuple
 
 from farms_jax._extras import from_extra
 from farms_jax._present import common_prefix, shorten, text_table
-from farms_jax.diagnosis.columns import BY_NAME, Column
-
-Row = Mapping[str, Any]
+from farms_jax.diagnosis.columns import BY_NAME, Column, Row
 
 MISSING = "–"
 _STYLES = {"well trained": "green", "undertrained": "yellow", "over-correlated": "magenta", "degenerate": "bold red"}
 _GAP = 2  # spaces between columns
-_LEAST_NAME = 24  # characters that a shortened name keeps, where the table can give up columns instead
-# Where the table is too wide, these go first; columns that stand nowhere here stay.
-_GIVEN_UP = (
+_LEAST_NAME = 24  # characters that a shortened name keeps while there are columns to drop
+# Columns dropped from a table that is too wide, in this order; others stay.
+_DROPPED = (
     *("whole_stable_rank", "ks_distance", "ww_alpha", "mp_spikes", "shape", "rank_flips", "rank", "whole_alpha"),
     *("aspect_ratio_bias", "noise_alpha"),
 )
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON and CSV have it: Python numbers, lists; `None` for what is NaN or infinite."""
+    """Return a value as JSON and CSV have it: Python numbers and lists; `None` for NaN and infinity."""
     if hasattr(value, "tolist"):  # NumPy's and JAX's
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -33,29 +31,22 @@ def plain(value: Any) -> Any:
 
 
 def number(row: Row, name: str) -> float | None:
-    """Return a row's number to draw or to compare; `None` where there is none."""
+    """Return a row's number to draw or to compare; `None` for a missing one."""
     value = plain(row.get(name))
     return float(value) if isinstance(value, (int, float)) else None
 
 
 def half_width(row: Row) -> float | None:
-    """Return half the confidence interval of `alpha`; `None` where there is none."""
+    """Return half the confidence interval of `alpha`; `None` without one."""
     low, high = number(row, "alpha_low"), number(row, "alpha_high")
     return None if low is None or high is None else (high - low) / 2
 
 
 def text(row: Row, column: Column) -> str:
-    """Format one value.
+    """Return one value as text; `–` for a missing one.
 
     >>> text({"Q": 1.5}, BY_NAME["Q"]), text({}, BY_NAME["Q"])
     ('1.5', '–')
-
-    Args:
-        row: row of the layer.
-        column: column of the value.
-
-    Returns:
-        The text; `–` where there is no value.
     """
     value = plain(row.get(column.name))
     if value is None or value == "":
@@ -66,7 +57,7 @@ def text(row: Row, column: Column) -> str:
 
 
 def with_interval(row: Row, column: Column) -> str:
-    """Format one value, `alpha` with half its confidence interval: `1.87 ±0.03`."""
+    """Return one value as text, `alpha` with half its confidence interval: `1.87 ±0.03`."""
     half = half_width(row) if column.name == "alpha" else None
     if half is None or number(row, column.name) is None:
         return text(row, column)
@@ -74,18 +65,12 @@ def with_interval(row: Row, column: Column) -> str:
 
 
 def measured(rows: Sequence[Row], columns: Sequence[Column]) -> list[Column]:
-    """Return the columns of which at least one row has a value."""
+    """Return the columns that have a value in at least one row."""
     return [column for column in columns if any(plain(row.get(column.name)) is not None for row in rows)]
 
 
 class Sheet(NamedTuple):
-    """A table that fits.
-
-    Attributes:
-        columns: columns that are shown.
-        cells: texts row by row.
-        notes: lines that say what is missing from the table.
-    """
+    """A table laid out: columns, cells row by row, and notes on what the table leaves out."""
 
     columns: list[Column]
     cells: list[list[str]]
@@ -114,18 +99,10 @@ class Sheet(NamedTuple):
 
 
 def sheet(rows: Sequence[Row], columns: Sequence[Column], width: int | None) -> Sheet:
-    """Lay out the columns that have a head.
+    """Return the columns that have a head, laid out in `width` characters; `None` for any width.
 
-    A noise level that all layers share becomes a note. Where the table is too wide, the beginning that all names share
-    is said once, then columns are given up, then names are cut in the middle.
-
-    Args:
-        rows: one per layer.
-        columns: columns in order.
-        width: width of the table in characters; `None` for as many as it takes.
-
-    Returns:
-        The sheet.
+    A noise level that all layers share becomes a note. Where the table is too wide, the prefix that all names share
+    becomes one, then columns are dropped, then names are shortened in the middle.
     """
     shown, notes = [column for column in measured(rows, columns) if column.head], []
     levels = {text(row, BY_NAME["noise_alpha"]) for row in rows} - {MISSING}
@@ -140,7 +117,7 @@ def sheet(rows: Sequence[Row], columns: Sequence[Column], width: int | None) -> 
         names = [name.removeprefix(prefix) for name in cells["layer"]]
         longest = max(map(len, ["layer", *names]))
         others = {name: size for name, size in widths.items() if name != "layer"}
-        for name in _GIVEN_UP:
+        for name in _DROPPED:
             if min(longest, _LEAST_NAME) + sum(others.values()) <= width:
                 break
             others.pop(name, None)

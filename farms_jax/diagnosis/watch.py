@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from farms_jax.diagnosis.columns import Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
-from farms_jax.diagnosis.layer_table import Row
 from farms_jax.diagnosis.pipeline import diagnose
 from farms_jax.diagnosis.status import OVER_CORRELATED
 from farms_jax.errors import InputError
@@ -99,7 +99,7 @@ def watch(run: Path, *, rules: Rules = Rules(), every: float | None = None, **op
 
 
 def _alerts(checkpoint: Path, before: Diagnosis | None, now: Diagnosis, rules: Rules) -> list[Alert]:
-    """An alert per layer and rule that is broken now and was not in the checkpoint before."""
+    """Return an alert per layer and rule that is broken now and was not in the checkpoint before."""
     earlier = {row["layer"]: row for row in before.layers} if before else {}
     return [
         Alert(str(checkpoint), row["layer"], rule, message)
@@ -123,12 +123,12 @@ def _broken(row: Row, then: Row | None, rules: Rules) -> Iterator[tuple[str, str
 
 
 def _series(path: Path) -> str:
-    """What checkpoints of one training have in common: their path without the numbers of steps, but not of seeds."""
+    """Return what the checkpoints of one training share: their path without numbers of steps, with those of seeds."""
     return re.sub(r"(?<!seed)(?<!\d)\d+", "#", str(path))
 
 
 def _version(path: Path) -> int:
-    """Time of the last write in nanoseconds, since files are overwritten in place; 0 where the checkpoint is gone."""
+    """Return the time of the last write in nanoseconds, as files are overwritten in place; 0 for a missing file."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
