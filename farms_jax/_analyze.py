@@ -20,7 +20,7 @@ from farms_jax._windows import Grid, Window
 from farms_jax.solvers import mesh as mesh_solver
 from farms_jax.solvers.dispatch import Options, Solver, choose_solver, pooled_eigenvalues
 
-_BATCH = 2**24  # numbers in each of the few arrays that are alive while spectra are fitted side by side
+_BATCH = 2**24  # numbers in each of the few arrays that are alive while spectra are fitted in parallel
 
 
 class _Plan(NamedTuple):
@@ -76,9 +76,10 @@ def analyze(
     core, and BLAS is held to one thread meanwhile; nothing has to be set from outside.
 
     On several devices the windows of every layer are spread over those of a mesh. One layer after the other is brought
-    to all of them, so that no device ever holds more than one layer whole. The result is that of one device, on all of
-    them. In several processes all must make the same call, and host arrays must be the same in each;
-    `farms_jax.multihost.analyze` spreads layers instead, of arrays that every process has or can read.
+    to all of them, so that no device ever holds more than one layer whole; then each makes all fits of the spectra
+    itself. The result is that of one device, on all of them. In several processes all must make the same call, and host
+    arrays must be the same in each; `farms_jax.multihost.analyze` spreads layers instead, of arrays that every process
+    has or can read.
 
     Args:
         params: any pytree of arrays: Linen dict, NNX state or module, Equinox model filtered to arrays, plain dict.
@@ -89,8 +90,8 @@ def analyze(
         exclude: regular expressions of layer names to leave out, matched whole, such as `r"head/.*"`.
         kernel_scale: factor on the eigenvalues of 4-D kernels; 0.5 as in the reference (its `conv_norm`).
         solver: see above.
-        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once, of each accelerator or of a
-            process's CPU devices together; down to one window for each.
+        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once, on each accelerator, or on a
+            process's CPU devices together; a single window is solved whatever its size.
         eigenvalues: keep the pooled eigenvalues in the report.
         mesh: devices to spread the windows over, each with its share. `None`: those on which the weights lie by a
             `NamedSharding`, if any; traced weights bring none, so give it inside `jit`.
@@ -140,7 +141,7 @@ def analyze(
 
 
 def needs_small_eigenvalues(tail: Tail) -> bool:
-    """Tell whether eigenvalues below the median decide a fit, which then needs a more exact solver."""
+    """Tell whether eigenvalues below the median decide a fit, which then needs a more accurate solver."""
     return tail.xmin != "median" or tail.min_eigenvalue is not None or tail.xmin_pos > 2
 
 
@@ -156,13 +157,13 @@ def _platform(weights: Iterable[Any], mesh: Mesh | None) -> str:
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _measure(weights: tuple[Any, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
-    """Return the measures of L layers, each (L,), and their eigenvalues where the plan keeps them."""
+    """Return the measures of L layers, each (L,), and their spectra (D, E) where the plan keeps them."""
     return _fit(tuple(pooled_eigenvalues(weights, plan.grids, plan.options)), plan)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _fit(spectra: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
-    """Return what `_measure` does, from the spectra (D, E) of the layers."""
+    """Return what `_measure` does, given the spectra (D, E) of the layers."""
     scaled = [e * plan.kernel_scale if kernel else e for e, kernel in zip(spectra, plan.is_kernel, strict=True)]
     if plan.pooled:
         scaled = [jnp.sort(e.reshape(1, -1), axis=-1) for e in scaled]
@@ -170,14 +171,10 @@ def _fit(spectra: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], tup
 
 
 def _measure_spectra(spectra: list[Array], plan: _Plan) -> dict[str, Array]:
-    """Fit all divisions of L layers, from their spectra (D, E), and take means by layer.
-
-    Returns:
-        The measures by name, each (L,).
-    """
+    """Return the measures by name, each (L,): means over the divisions of the L spectra (D, E)."""
     if not spectra:
         return {key: jnp.zeros(0, jnp.int32 if key == "num_eigenvalues" else float) for key in METRICS}
-    # Padded in front to one length, so that one fit is compiled, not one per length.
+    # Padded in front to one length: a fit is compiled once, not for each length.
     longest = max(spectrum.shape[1] for spectrum in spectra)
     padded = jnp.concatenate([jnp.pad(e, ((0, 0), (longest - e.shape[1], 0))) for e in spectra])
     sizes = np.concatenate([[e.shape[1]] * e.shape[0] for e in spectra])
@@ -192,7 +189,7 @@ def _measure_spectra(spectra: list[Array], plan: _Plan) -> dict[str, Array]:
         return jax.ops.segment_sum(values, layer_of, num_segments=len(spectra), indices_are_sorted=True)
 
     divisions = total(jnp.ones_like(norm))
-    fitted = jnp.maximum(total((fits.alpha > 0).astype(norm.dtype)), 1)  # a division without a tail has no say
+    fitted = jnp.maximum(total((fits.alpha > 0).astype(norm.dtype)), 1)  # divisions without a tail have alpha 0
     return {
         "alpha": total(fits.alpha) / fitted,
         "ks_distance": total(fits.ks_distance) / divisions,

@@ -9,6 +9,7 @@ become the same stacks under `TORCH_AXES`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 
@@ -32,17 +33,14 @@ class Axes:
             raise ValueError(f"Axes: rows and cols must be different axes, got {self.rows} for both")
 
     def permutation(self, ndim: int) -> tuple[int, ...]:
-        """Order of axes (positions..., rows, cols) for a weight of `ndim` axes."""
+        """Return the order of axes (positions..., rows, cols) for a weight of `ndim` axes."""
         rows, cols = self.rows % ndim, self.cols % ndim
         return *(axis for axis in range(ndim) if axis not in {rows, cols}), rows, cols
 
     def stack_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """(K, R, C) of a weight's shape."""
+        """Return the shape (K, R, C) of a weight's stack of matrices."""
         *positions, rows, cols = (shape[axis] for axis in self.permutation(len(shape)))
-        count = 1
-        for size in positions:
-            count *= size
-        return count, rows, cols
+        return math.prod(positions), rows, cols
 
 
 FLAX_AXES = Axes(rows=-1, cols=-2)
@@ -53,5 +51,5 @@ TORCH_AXES = Axes(rows=0, cols=1)
 
 
 def as_matrices(weight: Any, axes: Axes) -> Any:
-    """Stack the matrices of a weight, of numpy or of jax: shape (K, R, C), same dtype."""
+    """Stack the matrices of a weight, a numpy or jax array: shape (K, R, C), same dtype."""
     return weight.transpose(axes.permutation(weight.ndim)).reshape(axes.stack_shape(weight.shape))

@@ -1,4 +1,4 @@
-"""Packages that come with an extra of farms-jax: where one is not installed, the error names the extra."""
+"""Imports of packages that come with an extra of farms-jax: the error for a missing one names the extra."""
 
 import contextlib
 from collections.abc import Generator
@@ -8,23 +8,16 @@ from farms_jax.errors import InputError
 
 @contextlib.contextmanager
 def from_extra(extra: str, needed_by: str = "") -> Generator[None]:
-    """Import inside what an extra brings.
+    """Import packages of an extra in the body; where one is missing, the error says what needs it.
 
     >>> with from_extra("train", "model.bin: this format"):
     ...     import no_such_package
     Traceback (most recent call last):
     farms_jax.errors.InputError: model.bin: this format needs no_such_package; pip install "farms-jax[train]"
 
-    Args:
-        extra: Extra whose packages are imported.
-        needed_by: What needs them; by default they are only said to be missing.
-
-    Yields:
-        Nothing.
-
     Raises:
-        InputError: A package is not installed.
-        ModuleNotFoundError: A module of farms_jax is not there.
+        InputError: a package is not installed.
+        ModuleNotFoundError: a module of farms_jax itself is missing.
     """
     try:
         yield

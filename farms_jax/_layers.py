@@ -23,20 +23,9 @@ def select_layers(
     axes: Axes = FLAX_AXES,
     exclude: str | Iterable[str] = (),
 ) -> tuple[list[tuple[str, Any]], list[Grid], list[tuple[str, str]]]:
-    """Sort leaves into layers, which `analyze` measures, and others, which it leaves out.
+    """Return the (name, array) pairs that are layers, their grids, and (name, reason) of the others, in given order.
 
-    Args:
-        leaves: (name, array) pairs; an array may be anything with `shape` and `dtype`, it is not read.
-        window: see `analyze`.
-        tail: see `analyze`.
-        axes: see `analyze`.
-        exclude: see `analyze`.
-
-    Returns:
-        The pairs that are layers, their grids, and (name, reason) of the others; each in the order given.
-
-    Raises:
-        ValueError: a pattern matches nothing.
+    The arrays are not read: anything with `shape` and `dtype` will do.
     """
     excluded = matching([name for name, _ in leaves], exclude)
     layers, grids, left_out = [], [], []
@@ -56,7 +45,7 @@ def select_layers(
 
 
 def _unfit(leaf: Any) -> str | None:
-    """Return why a leaf is no layer, or `None`."""
+    """Return the reason why a leaf is no layer, or `None`."""
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
         return f"not an array but {type(leaf).__name__}"
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -67,7 +56,7 @@ def _unfit(leaf: Any) -> str | None:
 
 
 def not_finite(layers: Sequence[tuple[str, Any]]) -> list[str]:
-    """Return the names of layers with NaN or Inf, given (name, array) pairs; none where arrays are traced."""
+    """Return the names of layers, (name, array) pairs, with NaN or Inf; none where arrays are traced."""
     if any(isinstance(weight, Tracer) for _, weight in layers):
         return []
     finite = jax.device_get([_is_finite(weight) for _, weight in layers])
@@ -75,11 +64,7 @@ def not_finite(layers: Sequence[tuple[str, Any]]) -> list[str]:
 
 
 def raise_if_not_finite(names: Sequence[str]) -> None:
-    """Raise an error that names the layers with NaN or Inf, if there are any.
-
-    Raises:
-        InputError: `names` is not empty.
-    """
+    """Raise an InputError that names the layers with NaN or Inf, if there are any."""
     if names:
         raise InputError(
             f"params: NaN or Inf in {', '.join(names)}; "
@@ -93,7 +78,7 @@ def _is_finite(weight: Any) -> Any:
     if next(iter(weight.devices())).platform != "cpu":
         return _all_finite(weight)
     if not weight.is_fully_addressable:
-        # One program at a time: on CPU many under way at once would wait for each other (see `solvers.mesh`).
+        # Waited for: on CPU many programs under way at once would wait for each other (see `solvers.mesh`).
         return bool(_all_finite(weight))
     # On CPU NumPy sees the shards without a copy, and nothing has to be compiled.
     shards = (shard.data for shard in weight.addressable_shards if shard.replica_id == 0)

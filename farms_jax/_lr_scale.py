@@ -1,4 +1,4 @@
-"""lr_scale(): a report -> one learning-rate factor for every leaf of the parameters."""
+"""lr_scale(): from a report to one learning-rate factor for every leaf of the parameters."""
 
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ def lr_scale(
         high: factor of the largest score; the reference's `lr_max_ratio`, 1.5 there too.
         mapping: `"linear"`, `"sqrt"`, `"log2"`, `"step"` (TempBalance), `"sigmoid"` (TB_Sigmoid), or a function
             of (scores, low, high), to which a layer without a tail shows the mean score: see `farms_jax.mappings`.
-        metric: the field of the report that is the score.
+        metric: field of the report that serves as the score.
         follow: which layer a norm follows: `{pattern: replacement}` on leaf names, such as
             `{r"(.*)bn(\d+)/.*": r"\1conv\2/kernel"}` (by name), a function of the leaf's name such as
             `follow_order` makes (by order), or `None`: norms keep 1. It names a layer or its module.
@@ -78,13 +78,14 @@ def lr_scale(
 
 
 def _scales(report: LayerReport, metric: str, mapping: mappings.Mapping, low: float, high: float) -> list[Array]:
-    """Factor of each layer, float32 scalars."""
+    """Return the factor of each layer, a float32 scalar."""
     if not report.names:
         return []
     scores = jnp.asarray(getattr(report, metric), jnp.result_type(float))
     fitted = report.alpha > 0
     least, most = scores.min(where=fitted, initial=jnp.inf), scores.max(where=fitted, initial=-jnp.inf)
-    # Layers without a tail stand at the mean of the others: there they stretch no range.
+    # Layers without a tail get the mean of the others, which leaves the range as it is. It is clipped because a mean of
+    # equal numbers may differ from them by rounding.
     mean = jnp.where(fitted, scores, 0).sum() / jnp.maximum(fitted.sum(dtype=scores.dtype), 1)
     scores = jnp.where(fitted, scores, jnp.where(fitted.any(), jnp.clip(mean, least, most), 1))
     if mapping in mappings.NAMED.values():

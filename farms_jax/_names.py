@@ -1,4 +1,4 @@
-"""Names of the leaves of a parameter tree, and rules over names.
+"""Names of the leaves of a parameter tree, and rules about names.
 
 A leaf is called by its path: Linen `conv1/kernel`, NNX `blocks/0/kernel` and Equinox
 `layers/0/weight` read alike, and a flat dict of checkpoint names keeps them as they are.
@@ -21,7 +21,7 @@ Follow = Mapping[str, str] | Callable[[str], str | None]
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """Return `(name, leaf)` of every leaf, in the tree's own leaf order.
+    """Return `(name, leaf)` for every leaf, in the tree's own order.
 
     Raises:
         ValueError: two leaves have the same name.
@@ -41,7 +41,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
-    """Sort key that puts `conv_2` before `conv_10`, which is network order in most models."""
+    """Return a sort key that puts `conv_2` before `conv_10`, which is network order in most models."""
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]
 
 
@@ -52,7 +52,7 @@ def module_of(name: str) -> str:
 
 
 def block_of(name: str) -> str:
-    """Return the name of the repeated block that a leaf is part of: all up to its first number, or the whole name.
+    """Return the name of the repeated block that a leaf belongs to: all up to its first number, or the whole name.
 
     >>> block_of("model.layers.12.mlp.up_proj"), block_of("blocks/0/attention/kernel"), block_of("head/kernel")
     ('model.layers.12', 'blocks/0', 'head/kernel')
@@ -62,15 +62,7 @@ def block_of(name: str) -> str:
 
 
 def matching(names: Iterable[str], patterns: str | Iterable[str], argument: str = "exclude") -> set[str]:
-    r"""Names that one of the patterns matches whole (`re.fullmatch`).
-
-    Args:
-        names: the names to choose from.
-        patterns: regular expressions, such as `r"head/.*"`.
-        argument: what to call the patterns in an error.
-
-    Returns:
-        The set of matched names.
+    r"""Return the names that one of the patterns matches as a whole; an error calls the patterns by `argument`.
 
     Raises:
         InputError: a pattern matches no name, or is no regular expression.
@@ -90,7 +82,7 @@ def matching(names: Iterable[str], patterns: str | Iterable[str], argument: str 
 
 
 def follow_order(modules: Iterable[str], norms: str) -> Follow:
-    r"""Make a rule by which each norm follows the layer directly before it in network order.
+    r"""Return a rule by which each norm follows the layer directly before it in network order.
 
     Args:
         modules: names of layers and norms in network order, such as

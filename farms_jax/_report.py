@@ -1,4 +1,4 @@
-"""LayerReport: what the analysis found, layer by layer."""
+"""LayerReport: the result of an analysis, layer by layer."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class LayerReport:
         )
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return `{layer: {measure: number}}`, of Python numbers, ready for JSON."""
+        """Return `{layer: {measure: number}}` with Python numbers, ready for JSON."""
         columns = {metric: np.asarray(getattr(self, metric)).tolist() for metric in METRICS}
         columns["num_params"] = list(self.num_params)
         return {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(self.names)}
@@ -115,7 +115,7 @@ class LayerReport:
         return data_frame(self.to_dict())
 
     def plot(self) -> Figure:
-        """Draw the alphas of the layers, in their order; a layer without a tail is a gap.
+        """Draw the alphas of the layers in order; a layer without a tail is a gap.
 
         Returns:
             A Matplotlib figure.
@@ -133,23 +133,23 @@ class LayerReport:
         return drawing
 
     def __str__(self) -> str:
-        """Return the report as a table, and what was left out below it."""
+        """Return the report as a table, with the weights that were left out below it."""
         table = text_table(["layer", *_HEADS], self._cells())
         return "\n".join([table, *left_out_lines(self.left_out)])
 
     def __repr__(self) -> str:
-        """Return the table; of traced or stacked reports, which have no single numbers, only how many layers."""
-        if not self._shows():
+        """Return the table; only the number of layers of a traced or stacked report, which has no single numbers."""
+        if not self._is_concrete():
             return f"LayerReport({len(self)} layers, alpha {getattr(self.alpha, 'shape', type(self.alpha).__name__)})"
         return str(self)
 
     def _repr_html_(self) -> str:
-        if not self._shows():
+        if not self._is_concrete():
             return escape(repr(self))
         return html_table({"layer": "full path of the weight", **_HEADS}, self._cells(), left_out_lines(self.left_out))
 
-    def _shows(self) -> bool:
-        """Whether every measure is an array of one number per layer."""
+    def _is_concrete(self) -> bool:
+        """Tell whether every measure is a concrete array of one number per layer."""
         measures = [getattr(self, metric) for metric in METRICS]
         known = all(isinstance(m, (Array, np.ndarray)) and not isinstance(m, Tracer) for m in measures)
         return known and all(measure.shape == (len(self),) for measure in measures)

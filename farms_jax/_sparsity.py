@@ -1,4 +1,4 @@
-"""allocate_sparsity(): scores of layers -> the sparsity of each layer, under one global budget."""
+"""allocate_sparsity(): from scores of layers to the sparsity of each, under one global budget."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ import numpy as np
 
 from farms_jax._report import LayerReport
 
-HIGHEST = 0.998  # what the reference puts for a layer that would pass 1
+HIGHEST = 0.998  # the reference gives this to a layer that would pass 1
 
 
 def allocate_sparsity(
@@ -85,12 +85,12 @@ def round_to_groups(
     group: int | Mapping[str, int],
     block_of: Callable[[str], str] | None = None,
 ) -> dict[str, int]:
-    """Turn sparsities into whole numbers: how many of every `group` weights each layer loses.
+    """Turn sparsities into whole numbers of weights to remove from each group of `group` weights.
 
-    With one group size this is mixed N:M; with each layer's number of inputs, the weights to remove of every row.
+    With one group size this is mixed N:M; with each layer's number of inputs, the weights to remove from every row.
 
-    The fractions are rounded so that the weights removed in all come as near to those of `sparsity` as whole numbers
-    allow (largest remainders first): with layers of one size, to within half a step of one layer. Rounding leaves one
+    Fractions are rounded so that the total comes as near to that of `sparsity` as whole numbers allow (largest
+    remainders first): with layers of one size, to within half a step of one layer. Rounding leaves at least one weight
     of each group of two and more; only a sparsity of 1 removes them all.
 
     >>> round_to_groups({"a": 0.4, "b": 0.6, "c": 0.5}, {"a": 64, "b": 64, "c": 64}, group=4)
@@ -103,7 +103,7 @@ def round_to_groups(
         block_of: layers of one block get one N; `None`: every layer has its own.
 
     Returns:
-        Weights to remove of each group, by layer.
+        Number of weights to remove from each group, by layer.
 
     Raises:
         ValueError: `group` is below 1, or differs within a block.
@@ -123,7 +123,7 @@ def round_to_groups(
     removed = {block: math.floor(value + 1e-9) for block, value in exact.items()}
     step = {block: sizes[block] / groups[block] for block in groups}
     rest = sum(wanted.values()) - sum(removed[block] * step[block] for block in groups)
-    # One of each group stays, as `allocate_sparsity` keeps some of each layer: what that leaves, others remove.
+    # One of each group stays, as `allocate_sparsity` keeps some of each layer; other blocks remove more instead.
     most = {block: max(removed[block], groups[block] - 1, 1) for block in groups}
     while able := [block for block in groups if removed[block] < most[block] and rest >= step[block] / 2]:
         block = min(able, key=lambda block: removed[block] - exact[block])
@@ -137,7 +137,7 @@ def _check(sparsity: float, epsilon: float, highest: float, rule: str, budget: s
         raise ValueError(f"allocate_sparsity: sparsity must be in [0, 1), got {sparsity}")
     if not 0 <= epsilon <= 1:
         raise ValueError(f"allocate_sparsity: epsilon must be in [0, 1], got {epsilon}")
-    if epsilon == 1 and rule == "scale":  # the least block would keep everything, however much is asked for
+    if epsilon == 1 and rule == "scale":  # the block of the lowest score would keep everything at any budget
         raise ValueError("allocate_sparsity: epsilon must be below 1 for rule='scale'")
     if not sparsity <= highest <= 1:
         raise ValueError(f"allocate_sparsity: highest must be in [sparsity, 1] = [{sparsity}, 1], got {highest}")
@@ -152,7 +152,7 @@ def _check(sparsity: float, epsilon: float, highest: float, rule: str, budget: s
 def _read(
     scores: LayerReport | Mapping[str, float], num_params: Mapping[str, int] | None
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Layers, their scores and their sizes, float64."""
+    """Return the layers, their scores and their sizes, float64."""
     if isinstance(scores, LayerReport):
         layers, values = list(scores.names), impute_alphas(np.asarray(scores.alpha, np.float64))
         num_params = num_params or dict(zip(scores.names, scores.num_params, strict=True))
@@ -170,17 +170,16 @@ def _read(
 
 
 def impute_alphas(alphas: np.ndarray) -> np.ndarray:
-    """Give layers without a tail (alpha 0) the mean alpha of the others, or 1 where no layer has one."""
+    """Replace the alpha 0 of layers without a tail by the mean of the others, or by 1 where no layer has one."""
     fitted = alphas > 0
     return np.where(fitted, alphas, alphas[fitted].mean() if fitted.any() else 1.0)
 
 
 def _meet(at: Callable[[float], np.ndarray], ends: np.ndarray, weights: np.ndarray, sparsity: float) -> np.ndarray:
-    # The mean of at(c) grows with c and is straight between the `ends`, where a block meets a bound: it is inverted
-    # exactly.
+    # The mean of at(c) grows with c, linearly between the `ends`, where a block meets a bound: it is inverted exactly.
     ends = np.unique(ends)
     totals, target = np.array([weights @ at(end) for end in ends]), sparsity * weights.sum()
-    # The segment that rises to the target: where every block is at a bound, the mean stands still in between.
+    # The first segment that reaches the target; between ends where every block is at a bound the mean is constant.
     last = min(max(1, int(np.searchsorted(totals, target))), len(ends) - 1)
     first = last - 1
     share = (target - totals[first]) / max(totals[last] - totals[first], np.finfo(float).tiny)

@@ -1,13 +1,13 @@
 """Power-law tail of a spectrum: the threshold, alpha and how well they fit.
 
-The tail is every eigenvalue from the threshold `xmin` on, the threshold itself counted. With n of
-them, e_i the threshold and l = ln e,
+The tail is every eigenvalue from the threshold `xmin` on, including the threshold. With n of them, e_i the threshold
+and l = ln e,
 
     alpha = 1 + n / sum_{j >= i} (l_j - l_i)                    Hill's estimate (paper, equation 2)
     D     = max_k |1 - (e_{i+k} / e_i)^(1 - alpha) - k / n|     Kolmogorov-Smirnov distance, one-sided
 
-Everything is computed on logarithms relative to the largest eigenvalue, so that float32 sums stay exact
-where the tail is short.
+Everything is computed from logarithms relative to the largest eigenvalue, so that float32 sums stay exact where the
+tail is short.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-_ROUNDING = 8  # units in the last place by which equal numbers may come out different
+_ROUNDING = 8  # units in the last place by which rounding may set equal numbers apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Tail:
         xmin: `"median"` takes the eigenvalue at position `int(N / xmin_pos)` of N; `"ks"` tries every eigenvalue
             but the last and takes the one with the smallest KS distance (the first on ties); `"peak"` does so
             among those near the peak x of the histogram of log10(eigenvalue): `log10(0.95 x) <= e <= 1.5 x`.
-            The lower bound of `peak` compares a logarithm with an eigenvalue: so the reference code has it, and
-            its published numbers rest on it. It cuts nothing where x < 1.05, and little elsewhere.
+            The lower bound of `peak` compares a logarithm with an eigenvalue, as the reference code does, on which
+            its published numbers rest. It cuts nothing where x < 1.05, and little elsewhere.
         xmin_pos: position of the median rule, above 1; 2 is the middle, the upper one of an even count.
         bins: histogram bins of the peak rule.
         min_eigenvalue: leave out eigenvalues up to this (the reference's filter uses 1e-5); if that leaves none,
@@ -91,8 +91,8 @@ def fit_tail(eigenvalues: Array, tail: Tail, size: Array | int | None = None) ->
     Args:
         eigenvalues: shape (E,), float, ascending, not negative.
         tail: the rule.
-        size: how many of the eigenvalues count, from the last one back: the others are padding, and zero.
-            `None` counts all.
+        size: number of eigenvalues that count, from the last one back; the others are padding, and zero. `None`
+            counts all.
 
     Returns:
         The fit, of scalars. `jax.vmap` maps it over spectra, padded to one length where they differ.
@@ -126,7 +126,7 @@ def _prepare(eigenvalues: Array, min_eigenvalue: float | None, size: Array | int
 
 
 def _hill(count: Array, spread: Array) -> Array:
-    """Hill's alpha of tails of `count` eigenvalues, given sum(l_j - l_i); 0 where all are equal to within rounding."""
+    """Return Hill's alpha of `count` eigenvalues, from the sum of l_j - l_i; 0 where all are equal but for rounding."""
     flat = spread <= _ROUNDING * float(jnp.finfo(spread.dtype).eps) * count
     return jnp.where(flat, 0, 1 + count / jnp.where(flat, 1, spread))
 
@@ -140,7 +140,7 @@ def _alpha_at(spectrum: _Spectrum, index: Array) -> Array:
 
 
 def _all_alphas(logs: Array) -> Array:
-    """Alpha of the tail from each index on, shape (E,)."""
+    """Return alpha of the tail from each index on, shape (E,)."""
     size = logs.size
     count = (size - jnp.arange(size)).astype(logs.dtype)
     sums = lax.cumsum(logs, reverse=True)
@@ -148,7 +148,7 @@ def _all_alphas(logs: Array) -> Array:
 
 
 def _deviation(logs: Array, index: Array, alpha: Array, offset: Array) -> Array:
-    """|1 - (e_{i+k} / e_i)^(1 - alpha) - k / n| of tails from index i on at offsets k, elementwise; 0 where k < 0."""
+    """Return |1 - (e_{i+k} / e_i)^(1 - alpha) - k / n| for tails from i on at offsets k, elementwise; 0 where k < 0."""
     ratio = logs[jnp.clip(index + offset, 0, logs.size - 1)] - logs[index]
     count = (logs.size - index).astype(logs.dtype)
     deviation = jnp.abs(1 - jnp.exp((1 - alpha) * ratio) - offset.astype(logs.dtype) / count)
@@ -156,7 +156,7 @@ def _deviation(logs: Array, index: Array, alpha: Array, offset: Array) -> Array:
 
 
 def _candidates(spectrum: _Spectrum, tail: Tail) -> Array:
-    """Which indices may be the threshold, shape (E,) bool: usable, and not the last."""
+    """Return which indices may be the threshold, shape (E,), bool: usable, and not the last."""
     eigenvalues, logs, kept_from, usable_from = spectrum
     position = jnp.arange(logs.size)
     usable = (position >= usable_from) & (position < logs.size - 1)
@@ -173,22 +173,20 @@ def _candidates(spectrum: _Spectrum, tail: Tail) -> Array:
 
 
 def _search(spectrum: _Spectrum, candidates: Array) -> tuple[Array, Array, Array]:
-    """Index, alpha and distance of the candidate with the smallest distance, the first on ties.
+    """Return index, alpha and distance of the candidate with the smallest distance, the first on ties.
 
-    Every candidate's distance is bounded from below by its deviation at any one place. The candidate with the lowest
-    bound is measured whole, and the place where its deviation is largest raises the bounds of all others: for many of
-    them it is nearly the worst one too. It ends when no bound is below the best distance. The answer is the plain
-    search's, at O(E) memory, after some dozens of candidates instead of all E.
-
-    Returns:
-        Three scalars; alpha 0 and distance 1 where there is no candidate.
+    Alpha is 0 and the distance 1 where there is no candidate. A candidate's deviation at any one place bounds its
+    distance from below. The candidate with the lowest bound is measured in full, and the place of its largest deviation
+    raises the bounds of all others, since for many of them it is nearly the worst place too. The search ends when no
+    bound is below the best distance: with the result of the plain search, at O(E) memory, after some dozens of
+    candidates instead of all E.
     """
     logs = spectrum.logs
     alphas = _all_alphas(logs)
     candidates &= alphas > 1
     position = jnp.arange(logs.size)
     bounds = jnp.where(candidates, jnp.zeros((), logs.dtype), jnp.inf)
-    slack = _ROUNDING * float(jnp.finfo(logs.dtype).eps)
+    slack = _ROUNDING * float(jnp.finfo(logs.dtype).eps)  # a bound is rounded otherwise than the distance it bounds
 
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
         bounds, best, _ = state

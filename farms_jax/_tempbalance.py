@@ -1,7 +1,7 @@
 """tempbalance(): per-layer learning rates as an optax transform, with the rates as visible state.
 
-The factor multiplies the finished update, so the transform stands last in a chain, after momentum and weight
-decay, and commutes with the learning rate: this equals per-group rates in Torch's SGD and AdamW.
+The factor multiplies the finished update, so the transform comes last in a chain, after momentum and weight decay, and
+commutes with the learning rate: this equals per-group rates in Torch's SGD and AdamW.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TempBalanceState(NamedTuple):
 
 
 class Settings(TypedDict, total=False):
-    """What `tempbalance` passes on: see `analyze` and `lr_scale`."""
+    """Settings that `tempbalance` passes on to `analyze` and `lr_scale`."""
 
     window: Window | None
     tail: Tail
@@ -56,7 +56,7 @@ class Settings(TypedDict, total=False):
     follow: Follow | None
 
 
-_OF_SCALE = ("low", "high", "mapping", "metric", "follow")
+_LR_SCALE_SETTINGS = ("low", "high", "mapping", "metric", "follow")
 
 
 def measure_scale(params: Any, **settings: Unpack[Settings]) -> Any:
@@ -69,9 +69,9 @@ def measure_scale(params: Any, **settings: Unpack[Settings]) -> Any:
     Returns:
         A tree like `params` of float32 scalars.
     """
-    of_scale: dict[str, Any] = {key: value for key, value in settings.items() if key in _OF_SCALE}
-    of_analysis: dict[str, Any] = {key: value for key, value in settings.items() if key not in _OF_SCALE}
-    return lr_scale(analyze(params, **of_analysis), params, **of_scale)
+    analysis: dict[str, Any] = dict(settings)
+    scale = {key: analysis.pop(key) for key in _LR_SCALE_SETTINGS if key in analysis}
+    return lr_scale(analyze(params, **analysis), params, **scale)
 
 
 def tempbalance(
@@ -79,12 +79,12 @@ def tempbalance(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Give every layer its own learning rate, by the heavy tail of its spectrum (TempBalance, with FARMS windows).
 
-    Put it last in a chain. The factors are state, found by `optax.tree.get(opt_state, "lr_scale")`. There are two
-    doors to them. With `refresh_every=N` the factors are measured inside `update`, at updates 0, N, 2N, ...; with
-    `refresh_every=None` they stay as they are until `refresh(opt_state, scale)` is called, between epochs, say, with
-    the report at hand. Both train alike. Under `vmap` over seeds take `None`: there `lax.cond` computes both
-    branches, a spectral analysis at every step. In a training step on several devices give their `mesh`: each then
-    measures its share of the windows, and holds no more than one layer whole.
+    Put it last in a chain. The factors are state, found by `optax.tree.get(opt_state, "lr_scale")`. With
+    `refresh_every=N` they are measured inside `update`, at updates 0, N, 2N, ...; with `refresh_every=None` they stay
+    as they are until `refresh(opt_state, scale)` is called, for instance between epochs, where the report is at hand.
+    Both train alike. Under `vmap` over seeds take `None`: there `lax.cond` computes both branches, a spectral analysis
+    at every step. In a training step on several devices give their `mesh`: each then measures its share of the windows,
+    and holds no more than one layer whole.
 
     >>> import farms_jax, jax.numpy as jnp, optax
     >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), farms_jax.tempbalance(refresh_every=390, low=0.6, high=1.4))
@@ -134,6 +134,7 @@ def tempbalance(
                 )
             due = state.count % refresh_every == 0
             scale = lax.cond(due, lambda old: _like(old, measure(params)), lambda old: old, scale)
+        # Factors are float32 and updates may be bfloat16, which they stay.
         updates = jax.tree.map(lambda update, factor: update * jnp.asarray(factor, update.dtype), updates, scale)
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, TempBalanceState(count, {**state.hyperparams, "lr_scale": scale})
@@ -142,13 +143,12 @@ def tempbalance(
 
 
 def _like(old: Any, scale: Any) -> Any:
-    """Write factors leaf by leaf into the structure of the old ones, float32.
+    """Return factors, float32, in the structure of the old ones.
 
-    Returns:
-        A tree of the old structure.
+    They are matched by name: integer keys, as in an NNX state, are ordered otherwise than the same keys as strings.
 
     Raises:
-        ValueError: another number of leaves, or factors that are not scalars.
+        ValueError: they have other names, or are not scalars.
     """
     factors, names = dict(named_leaves(scale)), [name for name, _ in named_leaves(old)]
     if len(factors) != len(names):

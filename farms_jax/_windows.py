@@ -50,43 +50,35 @@ class Window:
 
 
 class Grid(NamedTuple):
-    """Where the windows of one layer lie: static, hashable.
+    """Where the windows of one layer lie: static, hashable."""
 
-    Attributes:
-        rows: rows of a window.
-        cols: columns of a window.
-        starts: (row, column) where each window starts, division after division.
-        divisions: D, groups of equally many windows, each with a spectrum of its own.
-        transposed: the matrices are turned before they are cut.
-    """
-
-    rows: int
+    rows: int  # of a window
     cols: int
-    starts: tuple[tuple[int, int], ...]
-    divisions: int = 1
-    transposed: bool = False
+    starts: tuple[tuple[int, int], ...]  # (row, column) of each window, division after division
+    divisions: int = 1  # D: groups of equally many windows, each with a spectrum of its own
+    transposed: bool = False  # the matrices are transposed before they are cut
+
+    @property
+    def gram_rows(self) -> int:
+        """Rows of a window's Gram matrix over its longer axis, and so its number of eigenvalues, n."""
+        return min(self.rows, self.cols)
 
     def num_eigenvalues(self, positions: int) -> int:
-        """E: eigenvalues of one division, over all its windows and kernel positions."""
-        return positions * len(self.starts) // self.divisions * min(self.rows, self.cols)
+        """Return E, the number of eigenvalues of one division, over all its windows and kernel positions."""
+        return positions * len(self.starts) // self.divisions * self.gram_rows
+
+    def window_cost(self, *, is_complex: bool) -> float:
+        """Return the operations for a window's eigenvalues, up to a factor; complex ones take four times as many."""
+        return float(self.gram_rows) ** 2 * max(self.rows, self.cols) * (4 if is_complex else 1)
 
     def pool(self, values: Any) -> Any:
-        """Pool the eigenvalues (K * W, n) of all windows by division: shape (D, E), of numpy or of jax, unsorted."""
+        """Pool the eigenvalues (K * W, n) of all windows by division: shape (D, E), unsorted, of numpy or of jax."""
         divided = values.reshape(-1, self.divisions, len(self.starts) // self.divisions * values.shape[-1])
         return divided.swapaxes(0, 1).reshape(self.divisions, -1)
 
 
 def make_grid(window: Window | None, stack_shape: tuple[int, int, int], *, is_kernel: bool) -> Grid:
-    """Lay the windows over a stack of shape (K, R, C).
-
-    Args:
-        window: the window, or `None` for the whole matrix.
-        stack_shape: (K, R, C), each at least 1.
-        is_kernel: a convolution kernel, cut by divisions.
-
-    Returns:
-        The grid; every window lies inside its matrix.
-    """
+    """Lay windows over a stack (K, R, C), all of them inside its matrices; `None` takes the whole matrices."""
     _, rows, cols = stack_shape
     if window is None:
         return Grid(rows, cols, ((0, 0),))
@@ -98,7 +90,7 @@ def make_grid(window: Window | None, stack_shape: tuple[int, int, int], *, is_ke
 
 
 def _fit(window: Window, rows: int, cols: int) -> tuple[int, int]:
-    """Rows and columns of the largest window within (rows, cols) that is no larger than asked."""
+    """Return rows and columns of the largest window within (rows, cols) that is no larger than asked."""
     height = min(rows, int(cols / window.aspect_ratio))
     if window.rows is not None:
         height = min(height, window.rows)
@@ -107,7 +99,7 @@ def _fit(window: Window, rows: int, cols: int) -> tuple[int, int]:
 
 
 def _starts(window: Window, length: int, size: int) -> list[int]:
-    """Window starts on one axis, as in the reference's sampling: the step is rounded down, the end may stay bare."""
+    """Return window starts on one axis: the step is rounded down, as in the reference, so the end may stay bare."""
     free = length - size
     if window.stride is not None:
         return list(range(0, free + 1, window.stride))
@@ -119,7 +111,7 @@ def _starts(window: Window, length: int, size: int) -> list[int]:
 
 
 def _divisions(window: Window, rows: int, cols: int) -> Grid:
-    """Grid of a convolution kernel: floor(R / C) windows down its longer axis, the remainder left out."""
+    """Return the grid of a convolution kernel: floor(R / C) windows down its longer axis, the remainder left out."""
     transposed = rows < cols
     longer, shorter = max(rows, cols), min(rows, cols)
     if window.aspect_ratio > 1:

@@ -1,4 +1,4 @@
-"""The one error that users of the library and its programs see."""
+"""The error for input that cannot be used, which the library and its programs share."""
 
 
 class InputError(ValueError):

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class _Failure(NamedTuple):
-    """An error as the other processes hear of it."""
+    """An error, as it is sent to the other processes."""
 
     kind: str
     message: str
@@ -48,9 +48,9 @@ def analyze(
 ) -> LayerReport:
     """Analyse a network with every process taking its share of the layers.
 
-    All processes must call it with the same arguments. Each reads only its own layers, so that leaves may be anything
-    with `shape`, `dtype` and `__array__`, such as data sets of h5py. What is exchanged is small: measures, errors, and
-    eigenvalues where they are asked for. An error in one process is raised in all.
+    All processes must call it with the same arguments. Each reads only its own layers, so leaves may be anything with
+    `shape`, `dtype` and `__array__`, such as data sets of h5py. Little is exchanged: measures, errors, and eigenvalues
+    where they are asked for. An error in one process is raised in all.
 
     >>> import farms_jax, numpy as np
     >>> report = farms_jax.multihost.analyze({"dense": np.random.default_rng(0).normal(size=(64, 32))})
@@ -84,14 +84,14 @@ def analyze(
     (layers, grids, left_out), given = _collective(choose)
     if len(set(given)) > 1:
         raise ValueError("multihost.analyze: the processes were given different models or settings; give all the same")
-    owners = assign([_cost(leaf, grid, axes) for (_, leaf), grid in zip(layers, grids, strict=True)])
+    owners = _assign([_cost(leaf, grid, axes) for (_, leaf), grid in zip(layers, grids, strict=True)])
     own = [layers[layer] for layer in np.flatnonzero(owners == jax.process_index())]
 
     def read() -> tuple[dict[str, Any], list[str]]:
         weights = {name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for name, leaf in own}
         return weights, not_finite(list(weights.items()))
 
-    # Found out before anything is solved: solving takes long, and the others would learn of it only at its end.
+    # Before anything is solved, which takes long: the other processes would learn of an error only at its end.
     weights, bad = _collective(read)
     raise_if_not_finite([name for name, _ in layers if any(name in names for names in bad)])
 
@@ -111,15 +111,8 @@ def _local_leaves(params: Any) -> list[tuple[str, Any]]:
     return leaves
 
 
-def assign(costs: Sequence[float]) -> np.ndarray:
-    """Spread layers over the processes: the costliest first, each to the process with the least to do.
-
-    Args:
-        costs: cost of each layer, in any unit.
-
-    Returns:
-        The process of each layer, int; the same in every process.
-    """
+def _assign(costs: Sequence[float]) -> np.ndarray:
+    """Return the process of each layer: the costliest layer first, each to the process with the least to do."""
     owners = np.zeros(len(costs), int)
     loads = [(0.0, process) for process in range(jax.process_count())]
     for layer in sorted(range(len(costs)), key=lambda layer: -costs[layer]):
@@ -129,14 +122,13 @@ def assign(costs: Sequence[float]) -> np.ndarray:
 
 
 def _cost(leaf: Any, grid: Grid, axes: Axes) -> float:
-    """Cost of the eigenvalues of a layer, as in `solvers.cpu`."""
-    words = 2 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else 1
-    count = axes.stack_shape(leaf.shape)[0] * len(grid.starts)
-    return float(count) * min(grid.rows, grid.cols) ** 2 * max(grid.rows, grid.cols) * words**2
+    positions, _, _ = axes.stack_shape(leaf.shape)
+    is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+    return positions * len(grid.starts) * grid.window_cost(is_complex=is_complex)
 
 
 def _merge(names: list[str], left_out: list[tuple[str, str]], reports: Sequence[LayerReport]) -> LayerReport:
-    """Make one report of those of all processes, with its layers in the order of `names`."""
+    """Merge the reports of all processes into one, with its layers in the order of `names`."""
     found = [name for report in reports for name in report.names]
     order = np.array([found.index(name) for name in names], int)
     spectra = [values for report in reports for values in report.eigenvalues or ()]
@@ -154,10 +146,7 @@ def _merge(names: list[str], left_out: list[tuple[str, str]], reports: Sequence[
 
 
 def _collective(work: Callable[[], tuple[T, Any]]) -> tuple[T, list[Any]]:
-    """Do something in every process and tell all what came out in each; an error in one is an error in all.
-
-    Args:
-        work: returns what this process keeps for itself, and what it shares, which is pickled.
+    """Call `work` in every process: it returns what this process keeps, and what it shares, which is pickled.
 
     Returns:
         What this process keeps, and what all share, by process.
@@ -186,9 +175,9 @@ def _collective(work: Callable[[], tuple[T, Any]]) -> tuple[T, list[Any]]:
 
 
 def _exchange(message: bytes) -> list[bytes]:
-    """Send a message to all processes; returns those of all, by process."""
+    """Send a message to all processes; return those of all, by process."""
     lengths = np.ravel(multihost_utils.process_allgather(np.array(len(message))))
-    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded = np.zeros(int(lengths.max()), np.uint8)  # `process_allgather` takes arrays of one shape
     padded[: len(message)] = np.frombuffer(message, np.uint8)
     rows = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
     return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]

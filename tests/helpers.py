@@ -6,10 +6,12 @@ import json
 import tarfile
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from farms_jax import Tail, Window
+from farms_jax import LayerReport, Tail, Window
+from farms_jax._report import METRICS
 
 DATA = Path(__file__).parent / "data"
 
@@ -61,6 +63,13 @@ def window_of(case):
         stride=None if per_axis or "step_size" not in case else case["step_size"],
         per_axis=per_axis,
     )
+
+
+def report_of(*, names, num_params=None, **columns):
+    """A report of layers with these measures; those not given are ones."""
+    ones = np.ones(len(names))
+    arrays = {metric: jnp.asarray(columns.get(metric, ones), float) for metric in METRICS}
+    return LayerReport(names=tuple(names), num_params=num_params or (1,) * len(names), left_out=(), **arrays)
 
 
 def power_law(alpha, count, seed=0, xmin=1.0):

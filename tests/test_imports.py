@@ -10,18 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOW = ["errors", "_extras", "_present", "_figures", "_names", "_axes", "_windows", "_tail", "mappings", "_report"]
-FLOW += [
-    "programs",
-    "marchenko_pastur",
-    "solvers",
-    "_layers",
-    "_analyze",
-    "multihost",
-    "_lr_scale",
-    "_sparsity",
-    "_tempbalance",
-]
-FLOW += ["weights", "diagnosis", "__main__"]
+FLOW += ["programs", "marchenko_pastur", "solvers", "_layers", "_analyze", "multihost", "_lr_scale", "_sparsity"]
+FLOW += ["_tempbalance", "weights", "diagnosis", "__main__"]
 
 
 def test_core_loads_no_framework():

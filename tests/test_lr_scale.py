@@ -9,11 +9,10 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from helpers import DATA, few, load_cases, pairwise, tail_of, window_of
+from helpers import DATA, few, load_cases, pairwise, report_of, tail_of, window_of
 from torch_weights import from_torch, leaves, load
 
 import farms_jax
-from farms_jax._report import METRICS
 from farms_jax._windows import make_grid
 from train.models import MODELS
 
@@ -45,14 +44,6 @@ def params_of(net):
 
 def weights_in_order(net):
     return [f"{layer['name']}.weight" for layer in NETS[net]["analysed_layers_in_order"]]
-
-
-def report_of(**columns):
-    """A report of layers `names` with the given columns; the others are ones."""
-    names = columns.pop("names")
-    ones = jnp.ones(len(names))
-    arrays = {metric: jnp.asarray(columns.get(metric, ones), float) for metric in METRICS}
-    return farms_jax.LayerReport(names=tuple(names), num_params=(1,) * len(names), left_out=(), **arrays)
 
 
 def reference_report(case):
@@ -151,28 +142,31 @@ BOTH_ENDS = {
 }
 
 
-@pytest.mark.parametrize("case", BOTH_ENDS.values(), ids=lambda case: f"{case['net']}-{case['batchnorm_type']}")
-def test_rates_of_the_flax_networks_by_their_own_rules(case):
-    model_name, width = FLAX_MODELS[case["net"]]
-    state = dict(np.load(DATA / f"tempbalance_lr_weights_{case['net']}.npz"))
+@pytest.mark.parametrize("norms_by", ["name", "order"])
+@pytest.mark.parametrize("net", FLAX_MODELS)
+def test_rates_of_the_flax_networks_by_their_own_rules(net, norms_by):
+    case, (model_name, width) = BOTH_ENDS[net, norms_by], FLAX_MODELS[net]
+    state = dict(np.load(DATA / f"tempbalance_lr_weights_{net}.npz"))
     arrays = from_torch(model_name, state)
     architecture = MODELS[model_name]
     model = nnx.eval_shape(lambda: architecture.build(num_classes=10, width=width, rngs=nnx.Rngs(0)))
     load(model, arrays)
     params = nnx.state(model, nnx.Param)
     report = farms_jax.analyze(params, window=window_of(case), tail=tail_of(case), exclude=architecture.exclude)
-    follow = architecture.follow if case["batchnorm_type"] == "name" else architecture.follow_order
+    follow = architecture.follow if norms_by == "name" else architecture.follow_order
     scale = farms_jax.lr_scale(report, params, follow=follow, **scale_settings(case))
     assert isinstance(scale, nnx.State)
     assert jax.tree.structure(scale) == jax.tree.structure(params)
     factors = {name: float(factor) for name, factor in leaves(scale).items()}
     ours = dict(zip((name for name in state if not name.endswith("num_batches_tracked")), arrays, strict=True))
-    rates = [case["untuned_lr"] * factors[ours[name]] for name in NETS[case["net"]]["named_parameters"]]
+    rates = [case["untuned_lr"] * factors[ours[name]] for name in NETS[net]["named_parameters"]]
     np.testing.assert_allclose(rates, NUMBERS[f"lr/{case['case']}"], rtol=1e-3)
 
 
-def test_the_flax_networks_cover_both_follow_rules():
-    assert sorted(BOTH_ENDS) == sorted((net, kind) for net in FLAX_MODELS for kind in ("name", "order"))
+def factors_of(report, **settings):
+    """Factors of a report's layers, in order."""
+    scale = farms_jax.lr_scale(report, dict.fromkeys(report.names, 0.0), **settings)
+    return np.array([scale[name] for name in report.names])
 
 
 SIGMOIDS = pairwise(SETTINGS["sigmoid"], "alphas", "exp_temp", "sigmoid_min", "sigmoid_max", "base")
@@ -181,16 +175,13 @@ SIGMOIDS = pairwise(SETTINGS["sigmoid"], "alphas", "exp_temp", "sigmoid_min", "s
 @pytest.mark.parametrize("case", SIGMOIDS, ids=lambda case: str(case["out"]))
 def test_sigmoid_rates(case):
     alphas = NUMBERS[f"sigmoid_alphas/{case['alphas']}"]
-    names = [f"{i}.weight" for i in range(len(alphas))]
-    scale = farms_jax.lr_scale(
-        report_of(names=names, alpha=alphas),
-        dict.fromkeys(names, 0.0),
+    factors = factors_of(
+        report_of(names=[f"{i}.weight" for i in range(len(alphas))], alpha=alphas),
         low=10 ** (-case["sigmoid_min"] / 2),
         high=10 ** (case["sigmoid_max"] / 2),
         mapping=functools.partial(farms_jax.mappings.sigmoid, slope=case["exp_temp"]),
     )
-    rates = case["base"] * np.array([scale[name] for name in names])
-    np.testing.assert_allclose(rates, NUMBERS[f"sigmoid_out/{case['out']}"], rtol=1e-5)
+    np.testing.assert_allclose(case["base"] * factors, NUMBERS[f"sigmoid_out/{case['out']}"], rtol=1e-5)
 
 
 # --- Degenerate reports, names and errors, on made-up reports.
@@ -201,8 +192,7 @@ ALL_MAPPINGS = list(farms_jax.mappings.NAMED)
 def scales_of(alphas, **settings):
     """Factors of layers a, b, c, ... with these alphas."""
     names = [f"{letter}/kernel" for letter in "abcdefgh"[: len(alphas)]]
-    scale = farms_jax.lr_scale(report_of(names=names, alpha=alphas), dict.fromkeys(names, 0.0), **settings)
-    return np.array([scale[name] for name in names])
+    return factors_of(report_of(names=names, alpha=alphas), **settings)
 
 
 @pytest.mark.parametrize("mapping", ALL_MAPPINGS)
@@ -246,8 +236,7 @@ def test_custom_mapping():
 
 def test_metric_is_the_score():
     report = report_of(names=["a/kernel", "b/kernel"], alpha=[2.0, 3.0], stable_rank=[9.0, 4.0])
-    scale = farms_jax.lr_scale(report, {"a/kernel": 0.0, "b/kernel": 0.0}, metric="stable_rank")
-    assert scale == {"a/kernel": 1.5, "b/kernel": 0.5}
+    assert factors_of(report, metric="stable_rank").tolist() == [1.5, 0.5]
 
 
 @pytest.mark.parametrize("metric", ["alpha_hat", "xmin"])
@@ -255,8 +244,7 @@ def test_metric_is_the_score():
 def test_factors_are_finite_and_not_negative_for_scores_below_0_and_1(mapping, metric):
     """`alpha_hat` is negative where the largest eigenvalue is below 1, and the logarithm of a small score is too."""
     report = report_of(names=["a/kernel", "b/kernel"], alpha_hat=[-0.5, 1.5], xmin=[0.25, 2.0])
-    scale = farms_jax.lr_scale(report, {"a/kernel": 0.0, "b/kernel": 0.0}, mapping=mapping, metric=metric)
-    factors = np.array(jax.tree.leaves(scale))
+    factors = factors_of(report, mapping=mapping, metric=metric)
     assert np.isfinite(factors).all() and (factors >= 0).all()
 
 
@@ -275,13 +263,9 @@ def test_bias_follows_its_kernel_and_strangers_keep_1():
 
 
 def test_an_excluded_weight_keeps_1_beside_a_balanced_one_in_its_module():
-    keys = jax.random.split(jax.random.key(0), 3)
-    draw = [jax.random.normal(key, (12, 12)) * jnp.arange(1, 13) for key in keys]
-    params = {"attn": {"q": draw[0], "k": draw[1]}, "out": {"kernel": draw[2]}}
-    report = farms_jax.analyze(params, window=None, exclude="attn/k")
-    scale = farms_jax.lr_scale(report, params)
-    assert scale["attn"]["q"] != 1
-    assert scale["attn"]["k"] == 1
+    report = report_of(names=["attn/q", "out/kernel"], alpha=[2.0, 3.0])
+    scale = farms_jax.lr_scale(report, dict.fromkeys(["attn/q", "attn/k", "out/kernel"], np.ones((2, 2))))
+    assert scale == {"attn/q": 0.5, "attn/k": 1.0, "out/kernel": 1.5}
 
 
 def test_a_bias_between_two_weights_of_one_module_follows_neither():
@@ -304,22 +288,10 @@ def test_follow_order_of_layer_norms():
     norms = ["ln_in", "blocks/0/ln1", "blocks/0/ln2", "blocks/0/ln3", "ln_f"]
     modules = ["ln_in", "wte", "blocks/0/ln1", "blocks/0/attn", "blocks/0/ln2", "blocks/0/ln3", "blocks/0/mlp", "ln_f"]
     params = dict.fromkeys([*names, *(f"{norm}/scale" for norm in norms)], 0.0)
-    scale = farms_jax.lr_scale(
-        report_of(names=names, alpha=[2.0, 3.0, 4.0]), params, follow=farms_jax.follow_order(modules, norms=r".*ln\w+")
-    )
-    assert {norm: float(scale[f"{norm}/scale"]) for norm in norms} == {
-        "ln_in": 1.0,
-        "blocks/0/ln1": 0.5,
-        "blocks/0/ln2": 1.0,  # follows blocks/0/attn
-        "blocks/0/ln3": 1.0,
-        "ln_f": 1.5,
-    }
-    assert float(scale["blocks/0/attn/kernel"]) == 1.0
-    first_moved = farms_jax.lr_scale(
-        report_of(names=names, alpha=[3.0, 2.0, 4.0]), params, follow=farms_jax.follow_order(modules, norms=r".*ln\w+")
-    )
-    assert float(first_moved["blocks/0/ln2/scale"]) == 0.5
-    assert float(first_moved["blocks/0/ln3/scale"]) == 1.0
+    follow = farms_jax.follow_order(modules, norms=r".*ln\w+")
+    for alphas, expected in (([2.0, 3.0, 4.0], [1, 0.5, 1, 1, 1.5]), ([3.0, 2.0, 4.0], [1, 1, 0.5, 1, 1.5])):
+        scale = farms_jax.lr_scale(report_of(names=names, alpha=alphas), params, follow=follow)
+        assert [float(scale[f"{norm}/scale"]) for norm in norms] == expected
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=["use_bias"])
@@ -374,29 +346,19 @@ def test_every_model_style_gets_a_tree_like_itself():
         assert of_weights == pytest.approx(factors), style
 
 
-def test_under_jit():
-    params = {name: {"kernel": jax.random.normal(jax.random.key(i), (16, 16))} for i, name in enumerate("abc")}
-    params["a"]["kernel"] *= jnp.arange(1.0, 17.0) ** 2
-    eager = farms_jax.lr_scale(farms_jax.analyze(params), params)
-    jitted = jax.jit(lambda params: farms_jax.lr_scale(farms_jax.analyze(params), params))(params)
-    np.testing.assert_allclose(jax.tree.leaves(jitted), jax.tree.leaves(eager), rtol=1e-4)
-    assert np.ptp(jax.tree.leaves(eager)) == pytest.approx(1.0)
-
-
 def test_bounds_may_be_traced():
-    names = dict.fromkeys(["a/kernel", "b/kernel"], 0.0)
-    scale = jax.jit(lambda low, high: farms_jax.lr_scale(LAYERS, names, low=low, high=high))(0.3, 1.7)
+    params = dict.fromkeys(LAYERS.names, 0.0)
+    scale = jax.jit(lambda low, high: farms_jax.lr_scale(LAYERS, params, low=low, high=high))(0.3, 1.7)
     np.testing.assert_allclose([scale["a/kernel"], scale["b/kernel"]], [0.3, 1.7], rtol=1e-6)
 
 
 def test_errors():
-    params = {"a/kernel": 0.0, "b/kernel": 0.0}
     with pytest.raises(ValueError, match=r"mapping must be a function or one of linear, sqrt, .*; got 'cubic'"):
-        farms_jax.lr_scale(LAYERS, params, mapping="cubic")
+        factors_of(LAYERS, mapping="cubic")
     with pytest.raises(ValueError, match=r"metric must be one of alpha, ks_distance, .*; got 'names'"):
-        farms_jax.lr_scale(LAYERS, params, metric="names")
-    for low, high in ((1.5, 0.5), (0.0, 1.0), (-0.5, 1.5)):
+        factors_of(LAYERS, metric="names")
+    for low, high in ((1.5, 0.5), (0.0, 1.0)):
         with pytest.raises(ValueError, match=f"0 < low <= high, got {low} and {high}"):
-            farms_jax.lr_scale(LAYERS, params, low=low, high=high)
+            factors_of(LAYERS, low=low, high=high)
     with pytest.raises(ValueError, match=r"params has no 'b/kernel', which the report has; pass the analysed params"):
         farms_jax.lr_scale(LAYERS, {"a/kernel": 0.0})

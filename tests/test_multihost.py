@@ -96,7 +96,7 @@ def test_an_error_in_one_process_is_raised_in_all(results):
 def test_layers_go_to_the_process_with_the_least_to_do_the_costliest_first(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     costs = [1.0, 5.0, 3.0, 3.0, 2.0]
-    owners = multihost.assign(costs)
+    owners = multihost._assign(costs)
     assert owners.tolist() == [1, 0, 1, 1, 0]
     assert np.bincount(owners, costs).tolist() == [7.0, 7.0]
 

@@ -1,12 +1,11 @@
 """allocate_sparsity: the reference's figures, arguments, groups; `faults/test_properties.py` draws budgets."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import farms_jax
-from farms_jax import LayerReport, allocate_sparsity, round_to_groups
-from tests.helpers import load_cases, pairwise
+from farms_jax import allocate_sparsity, round_to_groups
+from tests.helpers import load_cases, pairwise, report_of
 
 FIXTURE, ARRAYS = load_cases("sparsity_alloc")
 RNG = np.random.default_rng(5)
@@ -24,13 +23,6 @@ def fixture_case(case):
 
 def removed(sparsity, sizes):
     return sum(sparsity[layer] * sizes[layer] for layer in sizes) / sum(sizes.values())
-
-
-def report_of(alphas):
-    names, values = tuple(alphas), jnp.array(list(alphas.values()))
-    zeros = {key: values for key in ("ks_distance", "xmin", "largest_eigenvalue", "norm", "stable_rank", "alpha_hat")}
-    sizes = tuple(SIZES[name] for name in names)
-    return LayerReport(names, values, num_eigenvalues=values, num_params=sizes, left_out=(), **zeros)
 
 
 CASES = pairwise(FIXTURE["cases"], "model", "alphas", "sparsity", "epsilon")
@@ -67,7 +59,8 @@ def test_layers_of_a_block_share_the_mean_score():
 
 def test_report_brings_its_sizes_and_a_layer_without_tail_stands_at_the_mean():
     alphas = {**SCORES, "blocks.0.q": 0.0}
-    found = allocate_sparsity(report_of(alphas), sparsity=0.5, epsilon=0.3)
+    report = report_of(names=alphas, alpha=list(alphas.values()), num_params=[SIZES[layer] for layer in alphas])
+    found = allocate_sparsity(report, sparsity=0.5, epsilon=0.3)
     others = [value for layer, value in alphas.items() if layer != "blocks.0.q"]
     expected = allocate_sparsity(
         {**alphas, "blocks.0.q": float(np.mean(others))}, sparsity=0.5, epsilon=0.3, num_params=SIZES

@@ -12,7 +12,7 @@ import threadpoolctl
 
 import farms_jax
 
-PROGRAM = textwrap.dedent("""
+RESNET = textwrap.dedent("""
     import jax, jax.numpy as jnp
     from flax import nnx
     import farms_jax
@@ -26,6 +26,21 @@ PROGRAM = textwrap.dedent("""
 """)
 
 
+HOST_ARRAYS = textwrap.dedent("""
+    import farms_jax, numpy
+    weights = {f"w{i}": numpy.random.default_rng(i).random((256, 256), "f") for i in range(6)}
+    for _ in range(10):
+        farms_jax.analyze(weights).alpha.block_until_ready()
+    print("finished")
+""")
+ONE_CORE = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+
+
+def run(program, **settings):
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False, **settings)
+
+
 def _spin():
     while True:
         pass
@@ -36,21 +51,18 @@ def test_twenty_analyses_of_a_full_resnet18_beside_a_busy_core():
     busy = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
     busy.start()
     try:
-        plain = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM], env=plain, capture_output=True, text=True, timeout=1800, check=False
-        )
+        done = run(RESNET, env={key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")})
     finally:
         busy.kill()
     assert done.stdout.strip() == "finished", done.stderr
 
 
-@pytest.mark.slow
-def test_one_core_is_enough():
-    program = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n" + PROGRAM.replace(
-        "range(20)", "range(2)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=1800, check=False)
+@pytest.mark.parametrize(
+    "program", [HOST_ARRAYS, pytest.param(RESNET.replace("range(20)", "range(2)"), marks=pytest.mark.slow)]
+)
+def test_one_core_is_enough(program):
+    """XLA then has one thread, which copies arrays and runs programs."""
+    done = run(ONE_CORE + program)
     assert done.stdout.strip() == "finished", done.stderr
 
 
@@ -68,5 +80,5 @@ def test_blas_threads_are_put_back():
 def test_a_program_may_end_before_its_analysis():
     """Results that nobody reads are computed all the same, while the interpreter shuts down and starts no threads."""
     program = "import farms_jax, numpy; farms_jax.analyze({'m': numpy.random.default_rng(0).random((1024, 1024), 'f')})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=1800, check=False)
+    done = run(program)
     assert (done.returncode, done.stderr) == (0, "")

@@ -61,24 +61,9 @@ def test_starts_with_ones_and_a_zero_count():
     assert (state.count, state.count.dtype) == (0, jnp.int32)
     assert_close(state.hyperparams["lr_scale"], jax.tree.map(lambda _: 1.0, params))
     assert all(leaf.dtype == jnp.float32 and leaf.shape == () for leaf in jax.tree.leaves(state.hyperparams))
-
-
-def test_init_of_shapes_only():
     tx = optax.chain(optax.sgd(0.1, momentum=0.9), farms_jax.tempbalance(refresh_every=3, low=0.6))
     shapes = jax.eval_shape(tx.init, jax.eval_shape(toy_params))
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == types_of(tx.init(toy_params()))
-
-
-def test_multiplies_updates_and_counts():
-    params = toy_params()
-    tx = farms_jax.tempbalance(refresh_every=None)
-    state = farms_jax.refresh(tx.init(params), FACTORS)
-    grads = toy_grads(params)
-    updates, state = tx.update(grads, state)
-    assert_close(updates, jax.tree.map(lambda grad, factor: grad * factor, grads, FACTORS))
-    _, state = tx.update(grads, state)
-    assert state.count == 2
-    assert_close(lr_scale_of(state), FACTORS)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == types_of(tx.init(params))
 
 
 def test_unknown_extra_args_are_accepted():
@@ -168,16 +153,17 @@ def test_factors_are_read_and_set_as_hyperparameters():
     by_replace = (opt_state[0], opt_state[1]._replace(hyperparams={"lr_scale": jax.tree.map(jnp.float32, FACTORS)}))
     by_refresh = farms_jax.refresh(opt_state, FACTORS)
     for new_state in (by_tree_set, by_replace, by_refresh):
-        assert_close(lr_scale_of(new_state), FACTORS)
-        assert_close(jax.jit(tx.update)(grads, new_state, params)[0], expected)
-        assert_close(tx.update(grads, new_state, params)[0], expected)
+        for update in (tx.update, jax.jit(tx.update)):
+            updates, after = update(grads, new_state)  # no parameters needed
+            assert_close(updates, expected)
+            assert_close(lr_scale_of(after), FACTORS)
+            assert after[1].count == 1
     assert_close(lr_scale_of(opt_state), jax.tree.map(lambda _: 1.0, FACTORS))  # nothing is changed in place
 
 
-@pytest.mark.parametrize("every", [None, 2])
-def test_state_keeps_shapes_and_types_through_cond_and_scan(every):
+def test_state_keeps_shapes_and_types_through_cond_and_scan():
     params = toy_params()
-    tx = optax.chain(optax.adamw(0.1), farms_jax.tempbalance(toy_scale, refresh_every=every))
+    tx = optax.chain(optax.adamw(0.1), farms_jax.tempbalance(toy_scale, refresh_every=2))
     opt_state = tx.init(params)
 
     def step(carry, grad_scale):
@@ -199,7 +185,6 @@ def test_state_keeps_shapes_and_types_through_cond_and_scan(every):
 
 OPTIMIZERS = {
     "sgd": optax.sgd,
-    "momentum": functools.partial(optax.sgd, momentum=0.9),
     "nesterov": functools.partial(optax.sgd, momentum=0.9, nesterov=True),
     "adamw": functools.partial(optax.adamw, weight_decay=0.1),
     "decay and momentum": lambda rate: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(rate, momentum=0.9)),
@@ -312,13 +297,11 @@ def test_vmap_over_seeds():
     )
 
 
-@pytest.mark.parametrize("every", [None, 1])
-def test_bfloat16_updates_stay_bfloat16(every):
+def test_bfloat16_updates_stay_bfloat16():
     params = toy_params(jnp.bfloat16)
-    tx = farms_jax.tempbalance(lambda _: FACTORS, refresh_every=every)
-    state = farms_jax.refresh(tx.init(params), FACTORS)
+    tx = farms_jax.tempbalance(lambda _: FACTORS, refresh_every=1)
     grads = toy_grads(params)
-    updates, state = jax.jit(tx.update)(grads, state, params)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in jax.tree.leaves(lr_scale_of(state))} == {jnp.dtype(jnp.float32)}
     assert_close(updates, jax.tree.map(lambda grad, factor: grad * jnp.bfloat16(factor), grads, FACTORS))
@@ -346,15 +329,19 @@ class TwoLayers(nnx.Module):
         return self.second(jax.nn.relu(self.norm(self.first(x))))
 
 
-FOLLOW = {r"norm/.*": "first/kernel"}
+NNX_SCALE = {"low": 0.25, "high": 4.0, "follow": {r"norm/.*": "first/kernel"}}
+
+
+def nnx_training(tempbalance):
+    """A model, its parameters and their factors, and its optimizer."""
+    model = TwoLayers(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.chain(optax.sgd(0.1, momentum=0.9), tempbalance), wrt=nnx.Param)
+    params = nnx.state(model, nnx.Param)
+    return model, params, farms_jax.measure_scale(params, **NNX_SCALE), optimizer
 
 
 def test_nnx_optimizer_keeps_its_variables_and_uses_the_factors():
-    model = TwoLayers(nnx.Rngs(0))
-    tx = optax.chain(optax.sgd(0.1, momentum=0.9), farms_jax.tempbalance(refresh_every=None))
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    params = nnx.state(model, nnx.Param)
-    scale = farms_jax.lr_scale(farms_jax.analyze(params), params, low=0.25, high=4.0, follow=FOLLOW)
+    model, params, scale, optimizer = nnx_training(farms_jax.tempbalance(refresh_every=None))
     before, old = optimizer.opt_state, jax.tree.map(jnp.copy, params)
     optimizer.opt_state = farms_jax.refresh(optimizer.opt_state, scale)
     assert jax.tree.structure(optimizer.opt_state) == jax.tree.structure(before)
@@ -377,11 +364,7 @@ def test_nnx_optimizer_keeps_its_variables_and_uses_the_factors():
 
 
 def test_nnx_optimizer_measures_by_itself():
-    model = TwoLayers(nnx.Rngs(0))
-    tx = optax.chain(optax.sgd(0.1), farms_jax.tempbalance(refresh_every=2, low=0.25, high=4.0, follow=FOLLOW))
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    params = nnx.state(model, nnx.Param)
-    scale = farms_jax.lr_scale(farms_jax.analyze(params), params, low=0.25, high=4.0, follow=FOLLOW)
+    model, _, scale, optimizer = nnx_training(farms_jax.tempbalance(refresh_every=2, **NNX_SCALE))
 
     @nnx.jit
     def step(model, optimizer):
@@ -407,43 +390,30 @@ def conv_params():
     }
 
 
-def conv_loss(params, images, labels):
-    x = jax.lax.conv_general_dilated(
-        images, params["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    x = (x + params["conv"]["bias"]) * params["norm"]["scale"] + params["norm"]["bias"]
-    x = jax.nn.relu(x).mean((1, 2))
-    for name in ("hidden", "middle"):
-        x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"])
-    logits = x @ params["head"]["kernel"] + params["head"]["bias"]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
 OF_ANALYSIS = {"window": Window(rows=12, per_axis=3), "exclude": r"head/.*", "kernel_scale": 0.4}
 OF_SCALE = {"low": 0.3, "high": 2.0, "follow": {r"norm/.*": "conv/kernel"}}
 
 
-def train(tx, steps, before_step=None, scan=False):
-    """Parameters and factors after training; `before_step(count, params, opt_state)` gives the optimizer state."""
+def train(tx, before_step=None, scan=False):
+    """Parameters and factors of five steps; `before_step(count, params, opt_state)` gives the optimizer state."""
     params = conv_params()
-    images = jax.random.normal(jax.random.key(2), (steps, 4, 6, 6, 8))
-    labels = jax.random.randint(jax.random.key(3), (steps, 4), 0, 8)
+    carry, counts = (params, tx.init(params)), range(5)
 
-    def step(carry, batch):
+    def step(carry, _):
         params, opt_state = carry
-        updates, opt_state = tx.update(jax.grad(conv_loss)(params, *batch), opt_state, params)
+        grads = jax.tree.map(lambda weight: jnp.tanh(3 * weight), params)  # not linear, so that spectra change
+        updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), lr_scale_of(opt_state)
 
-    carry = params, tx.init(params)
     if scan:
-        (params, _), scales = jax.jit(lambda carry, xs: jax.lax.scan(step, carry, xs))(carry, (images, labels))
+        (params, _), scales = jax.jit(lambda carry: jax.lax.scan(step, carry, length=len(counts)))(carry)
         return params, scales
     jitted, scales = jax.jit(step), []
-    for count in range(steps):
+    for count in counts:
         params, opt_state = carry
         if before_step is not None:
             opt_state = before_step(count, params, opt_state)
-        carry, scale = jitted((params, opt_state), (images[count], labels[count]))
+        carry, scale = jitted((params, opt_state), None)
         scales.append(scale)
     return carry[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *scales)
 
@@ -464,14 +434,12 @@ def by_refresh(every):
 
 @pytest.fixture(scope="module")
 def trained_by_refresh():
-    return train(sgd_then(farms_jax.tempbalance(refresh_every=None)), 5, by_refresh(2))
+    return train(sgd_then(farms_jax.tempbalance(refresh_every=None)), by_refresh(2))
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["jit", "scan"])
 def test_both_doors_train_alike(trained_by_refresh, scan):
-    params, scales = train(
-        sgd_then(farms_jax.tempbalance(refresh_every=2, **OF_ANALYSIS, **OF_SCALE)), steps=5, scan=scan
-    )
+    params, scales = train(sgd_then(farms_jax.tempbalance(refresh_every=2, **OF_ANALYSIS, **OF_SCALE)), scan=scan)
     assert_close(scales, trained_by_refresh[1], rtol=1e-3)
     assert_close(params, trained_by_refresh[0], rtol=1e-4, atol=1e-5)
     of_leaf = dict(farms_jax.named_leaves(scales))
@@ -485,15 +453,9 @@ def test_both_doors_train_alike(trained_by_refresh, scan):
 
 
 def test_balanced_training_is_another_training(trained_by_refresh):
-    plain, _ = train(sgd_then(farms_jax.tempbalance(refresh_every=None)), 5)
+    plain, _ = train(sgd_then(farms_jax.tempbalance(refresh_every=None)))
     difference = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), plain, trained_by_refresh[0])
     assert difference["middle"]["kernel"] > 1e-2
-
-
-def test_measure_scale_is_analyze_and_lr_scale():
-    params = conv_params()
-    expected = farms_jax.lr_scale(farms_jax.analyze(params, **OF_ANALYSIS), params, **OF_SCALE)
-    assert_close(farms_jax.measure_scale(params, **OF_ANALYSIS, **OF_SCALE), expected)
 
 
 # --- Errors and checkpoints.
@@ -509,23 +471,18 @@ def test_refresh_needs_exactly_one_state():
 
 
 def test_a_scale_that_does_not_fit_is_refused():
-    opt_state = farms_jax.tempbalance(refresh_every=None).init(toy_params())
-    with pytest.raises(ValueError, match="scale: 2 factors for 5 parameters"):
-        farms_jax.refresh(opt_state, FACTORS["dense1"])
-    with pytest.raises(ValueError, match="scale: factors must be scalars, one per parameter"):
-        farms_jax.refresh(opt_state, FACTORS | {"norm": {"scale": jnp.ones(3)}})
     params = toy_params()
     tx = farms_jax.tempbalance(lambda params: params["dense1"], refresh_every=1)
     with pytest.raises(ValueError, match="scale: 2 factors for 5 parameters"):
         tx.update(params, tx.init(params), params)
-
-
-def test_factors_of_other_names_are_refused():
-    """As many leaves, but under other names: they would go to the wrong weights in silence."""
-    opt_state = farms_jax.tempbalance(refresh_every=None).init(toy_params())
-    stranger = {"a": {"x": 2.0, "y": 3.0}, "b": {"x": 4.0, "y": 5.0}, "c": {"x": 6.0}}
-    with pytest.raises(ValueError, match="scale"):
-        farms_jax.refresh(opt_state, stranger)
+    other_names = {"a": {"x": 2.0, "y": 3.0}, "b": {"x": 4.0, "y": 5.0}, "c": {"x": 6.0}}  # as many leaves
+    for scale, message in (
+        (FACTORS["dense1"], "scale: 2 factors for 5 parameters"),
+        (FACTORS | {"norm": {"scale": jnp.ones(3)}}, "scale: factors must be scalars, one per parameter"),
+        (other_names, "scale: no factor for 'dense1/bias'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            farms_jax.refresh(tx.init(params), scale)
 
 
 def test_factors_go_by_name_not_by_position():
@@ -543,10 +500,9 @@ def test_refresh_every_needs_params():
 
 
 def test_settings_are_checked_at_once():
-    with pytest.raises(ValueError, match="refresh_every must be .*got 0"):
-        farms_jax.tempbalance(refresh_every=0)
-    with pytest.raises((TypeError, ValueError), match="refresh_every must be .*got 2.5"):
-        farms_jax.tempbalance(refresh_every=2.5)
+    for every in (0, 2.5):
+        with pytest.raises(ValueError, match=f"refresh_every must be .*got {every}"):
+            farms_jax.tempbalance(refresh_every=every)
     with pytest.raises(ValueError, match="high, low would have no effect here: scale_fn replaces them"):
         farms_jax.tempbalance(toy_scale, refresh_every=2, low=0.6, high=1.4)
     with pytest.raises(ValueError, match="low would have no effect here: pass them to lr_scale and analyze before"):
@@ -572,5 +528,3 @@ def test_orbax_round_trip(tmp_path):
     assert_close(restored, opt_state, rtol=0)
     assert types_of(restored) == types_of(opt_state)
     assert restored[-1].count == 3
-    resumed, _ = tx.update(toy_grads(params), restored, params)
-    assert_close(resumed, tx.update(toy_grads(params), opt_state, params)[0], rtol=0)

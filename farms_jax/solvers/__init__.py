@@ -1,1 +1,1 @@
-"""Eigenvalues of windows: on CPU (LAPACK, in threads), on an accelerator (batched), over the devices of a mesh."""
+"""Eigenvalues of windows: on CPU (LAPACK, in threads), on accelerators (batched), over the devices of a mesh."""

@@ -16,23 +16,16 @@ from farms_jax._windows import Grid
 
 
 def batched_spectra(stacks: Sequence[Array], grids: Sequence[Grid], *, svd: bool, max_batch_bytes: int) -> list[Array]:
-    """Return pooled eigenvalues by batched solvers.
+    """Return pooled eigenvalues (D, E), ascending, of stacks (K, R, C) of one precision, real or complex.
 
-    Args:
-        stacks: L stacks (K, R, C), all of one precision, real or complex.
-        grids: L grids.
-        svd: square singular values, instead of the eigenvalues of Gram matrices.
-        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
-
-    Returns:
-        L arrays (D, E), ascending, real; of zeros for a stack with NaN or Inf.
+    They are eigenvalues of Gram matrices, or squared singular values by `svd`; zeros for a stack with NaN or Inf.
     """
     values = _batched_windows(stacks, grids, svd=svd, max_batch_bytes=max_batch_bytes)
     return [jnp.sort(grid.pool(flat), axis=-1) for flat, grid in zip(values, grids, strict=True)]
 
 
 def _batched_windows(stacks: Sequence[Array], grids: Sequence[Grid], *, svd: bool, max_batch_bytes: int) -> list[Array]:
-    """Eigenvalues (K * W, n) of each layer, window by window; as `batched_spectra`."""
+    """Return eigenvalues (K * W, n) window by window, each row ascending."""
     by_layer: dict[int, Array] = {}
     for layers in _groups(stacks, grids):
         located = _locate([stacks[i].shape for i in layers], [grids[i] for i in layers])
@@ -49,12 +42,12 @@ def _finite_or_zero(stack: Array) -> Array:
 
 
 def _oriented(grid: Grid) -> tuple[int, int]:
-    """(r, c) with r <= c: a window and its transpose have the same singular values."""
+    """Return (r, c) with r <= c: a window and its transpose have the same singular values."""
     return min(grid.rows, grid.cols), max(grid.rows, grid.cols)
 
 
 def _groups(stacks: Sequence[Array], grids: Sequence[Grid]) -> list[list[int]]:
-    """Layers of one window shape, all real or all complex, together few enough entries for 32-bit indices."""
+    """Group layers of one window shape, all real or all complex, with few enough entries for 32-bit indices."""
     groups: dict[tuple[tuple[int, int], np.dtype], list[list[int]]] = {}
     for layer, grid in enumerate(grids):
         same_shape = groups.setdefault((_oriented(grid), stacks[layer].dtype), [[]])
@@ -65,7 +58,7 @@ def _groups(stacks: Sequence[Array], grids: Sequence[Grid]) -> list[list[int]]:
 
 
 def _locate(shapes: Sequence[tuple[int, ...]], grids: Sequence[Grid]) -> tuple[Array, Array, Array]:
-    """Origin, row step and column step of each window in one array that holds the stacks end to end, each (W,)."""
+    """Return origin, row step and column step, each (W,), of the windows in a flat array of all stacks, end to end."""
     located, base = [], 0
     for (positions, height, width), grid in zip(shapes, grids, strict=True):
         down, across = (1, width) if grid.transposed else (width, 1)
@@ -80,10 +73,11 @@ def _locate(shapes: Sequence[tuple[int, ...]], grids: Sequence[Grid]) -> tuple[A
 def _solve_windows(
     flat: Array, located: Sequence[Array], shape: tuple[int, int], *, svd: bool, max_batch_bytes: int
 ) -> Array:
-    """Eigenvalues (W, r) of windows of shape (r, c) with r <= c, each row ascending, as many at a time as fit."""
+    """Return eigenvalues (W, r) of windows of shape (r, c) with r <= c, in batches that fit the memory bound."""
     rows, cols = shape
     count = located[0].size
     solve = _singular_values_squared if svd else _gram_eigenvalues
+    # A window, its Gram matrix, and the solver's copy of that.
     batch = max(1, min(count, max_batch_bytes // (flat.itemsize * (rows * cols + 2 * rows * rows))))
 
     def one_batch(windows: tuple[Array, Array, Array]) -> Array:
@@ -118,23 +112,14 @@ def _singular_values_squared(windows: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("grid", "svd", "max_batch_bytes"))
 def device_windows(stack: Array, grid: Grid, *, svd: bool, max_batch_bytes: int) -> Array:
-    """Eigenvalues (K * W, n) of one layer's stack, window by window; compiled for each shape of a layer."""
+    """Return eigenvalues (K * W, n) of one layer's stack, window by window; compiled for each shape of a layer."""
     return _batched_windows([stack], [grid], svd=svd, max_batch_bytes=max_batch_bytes)[0]
 
 
 def part_of_windows(stack: Array, grid: Grid, number: Array, count: int, *, svd: bool, max_batch_bytes: int) -> Array:
-    """Eigenvalues of one of `count` equal parts of a layer's windows.
+    """Return eigenvalues (ceil(K * W / count), n) of part `number`, int32, of `count` equal parts of a layer's windows.
 
-    Args:
-        stack: shape (K, R, C), real or complex.
-        grid: grid of the layer.
-        number: number of the part, int32.
-        count: how many parts there are.
-        svd: see `batched_spectra`.
-        max_batch_bytes: see `batched_spectra`.
-
-    Returns:
-        Shape (ceil(K * W / count), n), each row ascending; past the end, those of the last window again.
+    Past the end they are those of the last window again, so that all parts have one shape.
     """
     total = len(stack) * len(grid.starts)
     size = -(-total // count)

@@ -1,12 +1,13 @@
 """Eigenvalues on CPU: LAPACK over single matrices, in threads, outside XLA.
 
-Batched LAPACK inside an XLA program on CPU can wait forever (jaxlib 0.10: all threads idle), and OpenBLAS's own
-threads fight XLA's for the cores. So the windows are solved here, behind one callback: LAPACK on one matrix at a time,
+Batched LAPACK inside an XLA program on CPU can wait forever (jaxlib 0.10: all threads idle), and OpenBLAS's own threads
+compete with XLA's for the cores. So the windows are solved here, behind one callback: LAPACK on one matrix at a time,
 one thread per core, and BLAS held to one thread meanwhile.
 """
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -20,19 +21,17 @@ from farms_jax.solvers import gram_matrices
 COARSE = 1e-3  # of the largest eigenvalue: a median below it is not exact enough in float32
 _LARGE = 1000  # rows from which a window is worth a thread of its own
 _TASKS_PER_CORE = 4
-_MIN_TASK = 4  # windows; with fewer small ones, threads take turns at the interpreter's lock more than they compute
+_MIN_TASK = 4  # windows; with fewer small ones, threads wait for the interpreter's lock more than they compute
+_SOLVING = threading.Lock()  # two solvers at once would put BLAS's threads back in the wrong order
 
 
 class _Layer(NamedTuple):
-    """The windows of a layer and where their eigenvalues go.
-
-    The windows are numbered 0, ..., K * W - 1, kernel position after position.
-    """
+    """The windows of a layer, numbered 0, ..., K * W - 1 kernel position after position, and where their values go."""
 
     stack: np.ndarray
     grid: Grid
     values: np.ndarray  # (K * W, n)
-    runs: list[gram_matrices.Run]  # of windows that share a Gram matrix; none where each has its own
+    runs: list[gram_matrices.Run]  # windows that share a Gram matrix; empty where each has its own
 
     @property
     def itemsize(self) -> int:
@@ -40,14 +39,24 @@ class _Layer(NamedTuple):
         return 16 if np.iscomplexobj(self.stack) else 8
 
     @property
-    def cost(self) -> float:
-        """Cost of one window: operations, those of a complex number counted fourfold, up to a factor."""
-        rows, cols = self.grid.rows, self.grid.cols
-        return float(min(rows, cols)) ** 2 * max(rows, cols) * (self.itemsize // 8) ** 2
+    def window_cost(self) -> float:
+        return self.grid.window_cost(is_complex=np.iscomplexobj(self.stack))
+
+    @property
+    def largest_run(self) -> int:
+        """Bytes of the largest product that windows share."""
+        sizes = (gram_matrices.bytes_of_run(run, self.grid, self.itemsize) for run in self.runs)
+        return max(sizes, default=0)
+
+    def window_bytes(self, most_copied: int | None = None) -> int:
+        """Bytes of a window's Gram matrix and of a copy of the window, or of `most_copied` of its entries."""
+        entries = self.grid.rows * self.grid.cols
+        copied = entries if most_copied is None else min(entries, most_copied)
+        return self.itemsize * (copied + self.grid.gram_rows**2)
 
 
 class _Task(NamedTuple):
-    """Windows `[first, last)` of a layer, or those of a run at the kernel position that they make up."""
+    """Windows `[first, last)` of a layer; with a run, that run of the kernel position which they make up."""
 
     layer: _Layer
     first: int
@@ -57,17 +66,7 @@ class _Task(NamedTuple):
 
 
 def spectra(stacks: Sequence[np.ndarray], grids: Sequence[Grid], *, solver: str, max_bytes: int) -> list[np.ndarray]:
-    """Pooled eigenvalues of every layer's windows.
-
-    Args:
-        stacks: L stacks of matrices (K, R, C), real or complex; views are fine. A stack with NaN or Inf gives zeros.
-        grids: L grids.
-        solver: see `window_spectra`.
-        max_bytes: see `window_spectra`.
-
-    Returns:
-        L arrays (D, E), ascending, real, in the stacks' precision, never negative.
-    """
+    """Return pooled eigenvalues (D, E), ascending, of every layer, in its precision; see `window_spectra`."""
 
     def pool(values: np.ndarray, stack: np.ndarray, grid: Grid) -> np.ndarray:
         return np.sort(grid.pool(values.astype(_real(stack.dtype), copy=False)), axis=-1)
@@ -79,19 +78,12 @@ def spectra(stacks: Sequence[np.ndarray], grids: Sequence[Grid], *, solver: str,
 def window_spectra(
     stacks: Sequence[np.ndarray], grids: Sequence[Grid], *, solver: str, max_bytes: int
 ) -> list[np.ndarray]:
-    """Eigenvalues of every layer, window by window.
+    """Return eigenvalues (K * W, n) of stacks (K, R, C), window by window: each row ascending, real, never negative.
 
-    Args:
-        stacks: L stacks of matrices (K, R, C), real or complex; views are fine. A stack with NaN or Inf gives zeros.
-        grids: L grids.
-        solver: `"gram"`: eigenvalues of the Gram matrices in the stacks' precision, and again in float64 for a layer
-            whose median is too far below its largest eigenvalue to be exact; `"gram64"`: all in float64; `"svd"`:
-            squared singular values in the stacks' precision.
-        max_bytes: bound on the windows and Gram matrices alive at once, over all threads, down to one window at a time.
-
-    Returns:
-        L arrays (K * W, n), each row ascending; real, never negative, in float64 by `"gram64"`, else in the stacks'
-        precision.
+    Stacks may be complex, and views; one with NaN or Inf gives zeros. `"gram"` solves Gram matrices in the stack's
+    precision, and again in float64 those of a layer whose median is too far below its largest eigenvalue to be exact;
+    `"gram64"` solves and returns all in float64; `"svd"` squares singular values in the stack's precision. `max_bytes`
+    bounds the windows and Gram matrices alive at once, over all threads, down to one window at a time.
     """
     if solver == "svd":
         return solve(stacks, grids, max_bytes, gram=False)
@@ -107,7 +99,7 @@ def window_spectra(
 
 
 def _is_coarse(values: np.ndarray) -> bool:
-    """Whether the upper half of a spectrum (D, E) holds eigenvalues that float32's rounding may move by over 1e-4."""
+    """Tell whether float32's rounding may move eigenvalues in the upper half of a spectrum (D, E) by over 1e-4."""
     middle = values.shape[1] // 2
     return bool((np.partition(values, middle)[:, middle] < COARSE * values.max(-1)).any())
 
@@ -124,50 +116,30 @@ def solve(
     gram: bool,
     precision: type[np.floating] | None = None,
 ) -> list[np.ndarray]:
-    """Eigenvalues of every layer, window by window, in one pass and one precision.
-
-    Args:
-        stacks: see `window_spectra`.
-        grids: see `window_spectra`.
-        max_bytes: see `window_spectra`.
-        gram: solve by Gram matrices; else by singular values, in the stacks' precision.
-        precision: precision of the Gram matrices; `None`: the stacks'.
-
-    Returns:
-        L arrays (K * W, n), each row ascending; real, never negative, in that precision.
-    """
+    """Return what `window_spectra` does, in one pass: by Gram matrices, in `precision` or the stack's, or by SVD."""
     layers = [_layer(stack, grid, max_bytes, gram, precision) for stack, grid in zip(stacks, grids, strict=True)]
-    workers = max(1, min(cores(), max_bytes // max((_most_bytes(layer, gram) for layer in layers), default=1)))
+    # A Gram matrix of one large window needs no copy of all of it, only of a few columns in another precision.
+    copied = gram_matrices.BLOCK_ENTRIES if gram else None
+    needed = max((max(layer.window_bytes(copied), layer.largest_run) for layer in layers), default=1)
+    workers = max(1, min(cores(), max_bytes // needed))
     finite = [layer for layer in layers if np.isfinite(layer.stack).all()]
     # The costliest first, so that no core is left with a large one at the end.
     tasks = sorted(_tasks(finite, workers, max_bytes // workers), key=lambda task: -task.cost)
     if all(map(_is_large, grids)):
         workers = max(1, min(workers, len(tasks)))
-    # Cores that memory, or too few large windows, leave without a worker go to BLAS.
+    # BLAS gets the cores that are left without a worker, for lack of memory or of large windows.
     threads = cores() // workers
     solve_task = functools.partial(_solve_task, gram=gram, precision=precision, one_thread=threads == 1)
-    with _blas().limit(limits=threads, user_api="blas"):
+    with _SOLVING, _blas().limit(limits=threads, user_api="blas"):
         _in_threads(workers, solve_task, tasks)
     return [layer.values for layer in layers]
 
 
 def _layer(stack: np.ndarray, grid: Grid, max_bytes: int, gram: bool, precision: type[np.floating] | None) -> _Layer:
-    values = np.zeros((len(stack) * len(grid.starts), min(grid.rows, grid.cols)), precision or _real(stack.dtype))
+    values = np.zeros((len(stack) * len(grid.starts), grid.gram_rows), precision or _real(stack.dtype))
     layer = _Layer(stack, grid, values, gram_matrices.shared_runs(grid) if gram else [])
-    # A Gram matrix that would be larger than the bound is not shared.
-    return layer if _largest_run(layer) <= max_bytes else layer._replace(runs=[])
-
-
-def _largest_run(layer: _Layer) -> int:
-    sizes = (gram_matrices.bytes_of_run(run, layer.grid, layer.itemsize) for run in layer.runs)
-    return max(sizes, default=0)
-
-
-def _most_bytes(layer: _Layer, gram: bool) -> int:
-    """Bytes of the largest thing that a worker needs at the least."""
-    # A Gram matrix of one large window needs no copy of it, only of a few columns in another precision.
-    copied = gram_matrices.BLOCK_ENTRIES if gram else layer.grid.rows * layer.grid.cols
-    return max(_bytes(layer, copied), _largest_run(layer))
+    # A product that would be larger than the bound is not shared.
+    return layer if layer.largest_run <= max_bytes else layer._replace(runs=[])
 
 
 def _solve_task(task: _Task, *, gram: bool, precision: type[np.floating] | None, one_thread: bool) -> None:
@@ -175,7 +147,7 @@ def _solve_task(task: _Task, *, gram: bool, precision: type[np.floating] | None,
     if task.run is not None:
         matrix = stack[task.first // len(grid.starts)]
         found = gram_matrices.run_eigenvalues(matrix, task.run, grid, precision, one_thread=one_thread)
-        values[task.first + np.array(task.run.windows)] = found
+        values[task.first + task.run.windows] = found
         return
     windows = cut_windows(stack, grid, task.first, task.last)
     if gram:
@@ -190,57 +162,44 @@ def _in_threads(workers: int, function: Callable[..., Any], *arguments: Sequence
         with ThreadPoolExecutor(workers) as threads:
             return list(threads.map(function, *arguments))
     except RuntimeError:
-        # The interpreter is on its way out and starts no thread: a result that nobody waited for, which JAX waits for.
+        # While the interpreter shuts down it starts no threads; JAX then still computes results that nobody has read.
         return list(map(function, *arguments))
 
 
 @functools.cache
 def _blas() -> ThreadpoolController:
-    return ThreadpoolController()  # found once: the BLAS of numpy and of SciPy are loaded with them
+    return ThreadpoolController()  # once: the BLAS libraries of numpy and SciPy are loaded with them, and stay
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_large(grid: Grid) -> bool:
-    return min(grid.rows, grid.cols) >= _LARGE
-
-
-def _bytes(layer: _Layer, entries: int) -> int:
-    """Bytes of a window's Gram matrix and of a copy of the window, or of as many of its `entries`."""
-    grid = layer.grid
-    return layer.itemsize * (min(grid.rows * grid.cols, entries) + min(grid.rows, grid.cols) ** 2)
+    return grid.gram_rows >= _LARGE
 
 
 def _tasks(layers: Sequence[_Layer], workers: int, max_bytes: int) -> Iterator[_Task]:
-    share = sum(layer.cost * len(layer.values) for layer in layers) / (workers * _TASKS_PER_CORE)
+    share = sum(layer.window_cost * len(layer.values) for layer in layers) / (workers * _TASKS_PER_CORE)
     for layer in layers:
         count, starts = len(layer.values), len(layer.grid.starts)
         if layer.runs:
             for first in range(0, count, starts):
                 for run in layer.runs:
-                    yield _Task(layer, first, first + starts, layer.cost * len(run.windows), run)
+                    yield _Task(layer, first, first + starts, layer.window_cost * len(run.windows), run)
             continue
-        size = max(1 if _is_large(layer.grid) else _MIN_TASK, int(share / layer.cost))
-        size = max(1, min(size, max_bytes // _bytes(layer, layer.grid.rows * layer.grid.cols)))
+        size = max(1 if _is_large(layer.grid) else _MIN_TASK, int(share / layer.window_cost))
+        size = max(1, min(size, max_bytes // layer.window_bytes()))
         for first in range(0, count, size):
             last = min(first + size, count)
-            yield _Task(layer, first, last, layer.cost * (last - first))
+            yield _Task(layer, first, last, layer.window_cost * (last - first))
 
 
 def cut_windows(stack: np.ndarray, grid: Grid, first: int, last: int) -> np.ndarray:
-    """Cut windows `[first, last)` of the K * W of a stack.
+    """Return windows `[first, last)` of the K * W of a stack (K, R, C), each turned to (r, c) with r <= c.
 
-    Args:
-        stack: shape (K, R, C).
-        grid: grid of the layer.
-        first: number of the first window.
-        last: number after that of the last one.
-
-    Returns:
-        Shape (last - first, r, c) with r <= c; a window alone is a view, several are copied.
+    A single window is a view; several are copied.
     """
     if grid.transposed:
         stack = stack.swapaxes(1, 2)

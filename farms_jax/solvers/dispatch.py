@@ -1,7 +1,6 @@
 """Windows -> pooled eigenvalues: the empirical spectral density (ESD) of every layer, in one traced call."""
 
 import contextlib
-import threading
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,24 +16,14 @@ from farms_jax.solvers import accelerator, cpu
 
 Solver = Literal["auto", "gram", "gram64", "svd"]
 
-SOLVING = threading.Lock()
-"""Held while the host solves: each solver takes all cores, and two would put BLAS's threads back in the wrong order."""
-
 
 class Options(NamedTuple):
-    """How windows are solved: static, hashable.
-
-    Attributes:
-        axes: rows and columns of the weights.
-        platform: `"cpu"` solves on the host; any other in batches, on the device.
-        solver: `"gram"`, `"gram64"` or `"svd"`, see `choose_solver`.
-        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
-    """
+    """How windows are solved: static, hashable."""
 
     axes: Axes
-    platform: str
-    solver: Solver
-    max_batch_bytes: int
+    platform: str  # "cpu" solves on the host; any other in batches, on the device
+    solver: Solver  # chosen, not "auto"
+    max_batch_bytes: int  # bound on the bytes of windows and Gram matrices alive at once
 
 
 def in_working_precision(weight: Any) -> Array:
@@ -43,15 +32,9 @@ def in_working_precision(weight: Any) -> Array:
 
 
 def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], options: Options) -> list[Array]:
-    """Eigenvalues (squared singular values, no division by a dimension) of all windows of each layer.
+    """Return the squared singular values of all windows, pooled: an array (D, E) per layer, ascending, not negative.
 
-    Args:
-        weights: L weights.
-        grids: L grids.
-        options: how to solve.
-
-    Returns:
-        L arrays (D, E), ascending, real, not negative, in the working precision.
+    They are real, in the working precision, and not divided by a dimension.
     """
     if not weights:
         return []
@@ -64,40 +47,28 @@ def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], options: O
     def on_host(context: Any, spectra: Sequence[Any], arrays: Sequence[Any]) -> None:
         del context
         stacks = [as_matrices(read_only(array), axes) for array in arrays]
-        with SOLVING:
-            found = cpu.spectra(stacks, grids, solver=solver, max_bytes=max_bytes)
+        found = cpu.spectra(stacks, grids, solver=solver, max_bytes=max_bytes)
         for out, values in zip(spectra, found, strict=True):
             np.asarray(out)[...] = values
 
-    counts = [
-        grid.num_eigenvalues(axes.stack_shape(weight.shape)[0]) for weight, grid in zip(weights, grids, strict=True)
-    ]
-    shapes = [
-        jax.ShapeDtypeStruct((grid.divisions, count), weight.real.dtype)
-        for weight, grid, count in zip(weights, grids, counts, strict=True)
-    ]
+    def spectrum(weight: Array, grid: Grid) -> jax.ShapeDtypeStruct:
+        positions, _, _ = axes.stack_shape(weight.shape)
+        return jax.ShapeDtypeStruct((grid.divisions, grid.num_eigenvalues(positions)), weight.real.dtype)
+
     # Not a `pure_callback`: that copies its arguments in a thread of XLA's pool, which has one for each core or device,
     # and all of them may be in callbacks that wait for such a copy; on a single core one is enough for a standstill.
-    return buffer_callback(on_host, shapes, vmap_method="sequential")(weights)
+    return buffer_callback(on_host, list(map(spectrum, weights, grids)), vmap_method="sequential")(weights)
 
 
 def read_only(buffer: Any) -> np.ndarray:
-    """View the memory of XLA that a callback is given as an array that cannot be written to by mistake."""
+    """View an argument of a callback, which is XLA's own memory, as an array that cannot be written to."""
     array = np.asarray(buffer)
     array.setflags(write=False)
     return array
 
 
 def choose_solver(solver: Solver, *, platform: str, exact: bool) -> Literal["gram", "gram64", "svd"]:
-    """Choose the solver that `"auto"` stands for, and check that the platform has it.
-
-    Args:
-        solver: see `analyze`.
-        platform: see `Options`.
-        exact: small eigenvalues count too.
-
-    Returns:
-        The solver.
+    """Return the solver that `"auto"` stands for; `exact` where small eigenvalues count too.
 
     Raises:
         ValueError: `"gram64"` on an accelerator without `jax_enable_x64`.
@@ -112,18 +83,10 @@ def choose_solver(solver: Solver, *, platform: str, exact: bool) -> Literal["gra
 def window_eigenvalues(
     stacks: Sequence[Any], grids: Sequence[Grid], *, platform: str, solver: Solver, max_batch_bytes: int
 ) -> list[np.ndarray]:
-    """Eigenvalues of all windows of each layer, window by window; eager only.
+    """Return the eigenvalues of stacks (K, R, C), window by window: real arrays (K * W, n), each row ascending.
 
-    Args:
-        stacks: L stacks (K, R, C), of numpy or of jax, real or complex.
-        grids: L grids.
-        platform: `"cpu"` solves on the host; any other in batches, on the default device.
-        solver: `"gram"`, `"gram64"` or `"svd"`, see `analyze`; `"gram64"` needs no `jax_enable_x64` here.
-        max_batch_bytes: bound on the bytes of windows and Gram matrices alive at once.
-
-    Returns:
-        L arrays (K * W, n), kernel position after position, each row ascending; real, not negative, in float64 by
-        `"gram64"`, else in the stack's precision.
+    For concrete arrays only. Kernel positions follow one another. `"gram64"` needs no `jax_enable_x64` here and gives
+    float64; the other solvers keep the stack's precision. The arguments are those of `Options`.
     """
     if platform == "cpu":
         on_host = [np.asarray(stack) for stack in stacks]

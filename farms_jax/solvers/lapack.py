@@ -25,25 +25,22 @@ _PRODUCTS = {"f": ("ssyrk", b"T"), "d": ("dsyrk", b"T"), "F": ("cherk", b"C"), "
 
 
 def symmetric_eigenvalues(matrices: np.ndarray) -> np.ndarray:
-    """Eigenvalues of symmetric or Hermitian matrices, one matrix after the other.
+    """Return eigenvalues (W, n), ascending, of symmetric or Hermitian matrices (W, n, n) of any LAPACK dtype.
 
-    Args:
-        matrices: shape (W, n, n), float32, float64, complex64 or complex128, contiguous; only the upper triangle is
-            read; overwritten.
-
-    Returns:
-        Shape (W, n), ascending, real, of the same precision.
+    The matrices are contiguous and are overwritten; only their upper triangles are read.
 
     Raises:
-        numpy.linalg.LinAlgError: LAPACK did not converge.
+        LinAlgError: LAPACK did not converge.
     """
-    reduce, solve, integer = _routines(matrices.dtype.char)
+    reduction, solver = _NAMES[matrices.dtype.char]
+    reduce, integer = _routine(cython_lapack, reduction, 10)
+    solve, _ = _routine(cython_lapack, solver, 4)
     count, n, _ = matrices.shape
     values, work = np.empty((count, n), np.finfo(matrices.dtype).dtype), np.empty((3 * n + _BLOCK * n,), matrices.dtype)
     size, work_size, info = (np.array([number], integer) for number in (n, _BLOCK * n, 0))
     pointer, length, status = size.ctypes.data, work_size.ctypes.data, info.ctypes.data
-    # Addresses are counted on by hand: to wrap all arguments for each matrix, as `call` does, took 20 microseconds,
-    # four times what a matrix of 8 rows takes, and a seventh of what one of 64 rows takes.
+    # Addresses are advanced by hand: to wrap all arguments for each matrix, as `call` does, took 20 microseconds, four
+    # times what a matrix of 8 rows takes, and a seventh of what one of 64 rows takes.
     off_diagonal = work.ctypes.data
     reflectors, scratch = off_diagonal + n * work.itemsize, off_diagonal + 2 * n * work.itemsize
     matrix, diagonal = matrices.ctypes.data, values.ctypes.data
@@ -52,19 +49,17 @@ def symmetric_eigenvalues(matrices: np.ndarray) -> np.ndarray:
         if info[0] == 0:
             solve(pointer, diagonal, off_diagonal, status)
         if info[0] != 0:
-            raise np.linalg.LinAlgError(f"LAPACK {' or '.join(_NAMES[matrices.dtype.char])} returned {info[0]}")
+            raise np.linalg.LinAlgError(f"LAPACK {reduction} or {solver} returned {info[0]}")
         matrix += matrices.strides[0]
         diagonal += values.strides[0]
     return values
 
 
 def add_products(grams: np.ndarray, matrices: np.ndarray) -> None:
-    """Add to each Gram matrix the product of a matrix and its conjugate transpose.
+    """Add to Gram matrices (W, r, r) the products of matrices (W, r, c) with their conjugate transposes.
 
-    Args:
-        grams: shape (W, r, r), contiguous; only the upper triangles are written.
-        matrices: shape (W, r, c), of the same dtype, float32, float64, complex64 or complex128; views with one
-            contiguous axis, of complex ones the last, are not copied.
+    Only the upper triangles are written. The Gram matrices are contiguous and of the matrices' dtype. Views with one
+    contiguous axis, the last if they are complex, are not copied.
     """
     name, conjugated = _PRODUCTS[matrices.dtype.char]
     product, integer = _routine(cython_blas, name, 10)
@@ -86,13 +81,7 @@ def add_products(grams: np.ndarray, matrices: np.ndarray) -> None:
 
 
 def call(library: Any, name: str, *arguments: bytes | int | np.ndarray) -> None:
-    """Call one routine once.
-
-    Args:
-        library: `scipy.linalg.cython_blas` or `cython_lapack`.
-        name: name of the routine, with the letter of its precision.
-        *arguments: what Fortran takes, in its order; of an array its address, whatever its strides.
-    """
+    """Call a routine of `cython_blas` or `cython_lapack` with Fortran's arguments; of an array it gets the address."""
     function, integer = _routine(library, name, len(arguments))
     number = ctypes.c_int32 if integer is np.int32 else ctypes.c_int64
 
@@ -104,16 +93,9 @@ def call(library: Any, name: str, *arguments: bytes | int | np.ndarray) -> None:
     function(*map(passed, arguments))
 
 
-def _routines(precision: str) -> tuple[Callable[..., None], Callable[..., None], type[np.integer]]:
-    """Reduction, solver, and the integers they take, for "f", "d", "F" or "D"."""
-    reduction, solver = _NAMES[precision]
-    reduce, integer = _routine(cython_lapack, reduction, 10)
-    solve, _ = _routine(cython_lapack, solver, 4)
-    return reduce, solve, integer
-
-
 @functools.cache
 def _routine(library: Any, name: str, arguments: int) -> tuple[Callable[..., None], type[np.integer]]:
+    """Return a routine, whose arguments are all addresses, and the type of its integers."""
     capsule = library.__pyx_capi__[name]
     get_name, get_pointer = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
     get_name.restype, get_name.argtypes = ctypes.c_char_p, [ctypes.py_object]

@@ -1,7 +1,7 @@
 """Eigenvalues on the devices of a mesh: one layer at a time is brought whole to all of them, each solves its share.
 
-No device ever holds more than one layer whole. What the devices tell each other of a layer are its eigenvalues, so
-that all of them have the result of one device.
+No device ever holds more than one layer whole. The devices exchange the eigenvalues of a layer, so that all of them
+have the result of one device.
 
 On CPU the devices of a process share its cores, and the solver takes all of them at once (`solvers.cpu`). There the
 first device that comes solves for all of its process, and the others wait for its result in Python: not in a
@@ -28,21 +28,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from farms_jax._axes import as_matrices
 from farms_jax._windows import Grid
 from farms_jax.solvers import accelerator, cpu
-from farms_jax.solvers.dispatch import SOLVING, Options, in_working_precision, read_only
+from farms_jax.solvers.dispatch import Options, in_working_precision, read_only
 
-_PENDING: dict[Any, tuple[Future[np.ndarray], int]] = {}  # results, and how many devices have yet to come for them
+_PENDING: dict[Any, tuple[Future[np.ndarray], int]] = {}  # results, and the number of devices that still need them
 _PENDING_LOCK = threading.Lock()
 
 
 def common_mesh(weights: Sequence[Any], mesh: Mesh | None) -> Mesh | None:
-    """Find the mesh of an analysis: the given one, or that on which sharded weights lie.
-
-    Args:
-        weights: arrays, traced or not, of numpy or of jax.
-        mesh: mesh given by the user.
-
-    Returns:
-        The mesh; `None` where none is given and no weight lies on several devices.
+    """Return the given mesh, or that of sharded weights; `None` where no weight lies on several devices either.
 
     Raises:
         ValueError: two weights lie on different devices, or one on others than the mesh's.
@@ -63,7 +56,7 @@ def _devices(mesh: Mesh) -> str:
 
 
 def _mesh_of(weight: Any) -> Mesh | None:
-    """The mesh of several devices on which a concrete array lies, or `None`."""
+    """Return the mesh of several devices on which a concrete array lies, or `None`."""
     if isinstance(weight, Tracer) or not isinstance(weight, jax.Array):
         return None
     sharding = weight.sharding
@@ -73,16 +66,9 @@ def _mesh_of(weight: Any) -> Mesh | None:
 
 
 def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh, options: Options) -> list[Array]:
-    """Eigenvalues of all windows of each layer, as `dispatch.pooled_eigenvalues`, on every device of a mesh.
+    """Return what `dispatch.pooled_eigenvalues` does, replicated on the mesh.
 
-    Args:
-        weights: L weights, traced or not, of numpy or of jax, sharded or not.
-        grids: L grids.
-        mesh: devices to solve on; all weights on several devices lie on these.
-        options: how to solve; the bound on bytes is for each accelerator, or for each process on CPU.
-
-    Returns:
-        L arrays (D, E), ascending, real, not negative, replicated.
+    Weights may be traced or not, sharded or not. The bound on bytes holds for each accelerator, or on CPU each process.
     """
     traced = any(isinstance(weight, Tracer) for weight in weights)
     if options.platform == "cpu" and not traced and jax.process_count() == 1:
@@ -100,17 +86,16 @@ def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh
 
 
 def _on_one_host(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh, options: Options) -> list[Array]:
-    """Return what `pooled_eigenvalues` does, where the host solves for all devices: each holds another layer meanwhile.
+    """Return what `pooled_eigenvalues` does, where the host solves for all devices: each holds another layer.
 
-    Several layers keep all cores busy, also where a layer has a single window.
+    Several layers keep all cores busy, even where a layer has a single window.
     """
     spectra: list[Array] = []
     for first in range(0, len(weights), mesh.size):
         group = slice(first, first + mesh.size)
         placed = [jax.device_put(*pair) for pair in zip(weights[group], mesh.devices.flat, strict=False)]
         stacks = [as_matrices(np.asarray(in_working_precision(weight)), options.axes) for weight in placed]
-        with SOLVING:
-            found = cpu.spectra(stacks, grids[group], solver=options.solver, max_bytes=options.max_batch_bytes)
+        found = cpu.spectra(stacks, grids[group], solver=options.solver, max_bytes=options.max_batch_bytes)
         spectra += jax.device_put(found, _replicated(mesh))
     return spectra
 
@@ -121,36 +106,29 @@ def _replicated(mesh: Mesh) -> NamedSharding:
 
 def _on_all_devices(weight: Any, mesh: Mesh) -> Array:
     if jax.process_count() > 1 and not (isinstance(weight, jax.Array) and not weight.is_fully_addressable):
-        host = np.asarray(weight)  # the same in each process, which `device_put` would compare
+        host = np.asarray(weight)  # the same in each process: `device_put` would send it around to compare it
         return jax.make_array_from_callback(host.shape, _replicated(mesh), lambda index: host[index])
     return jax.device_put(weight, _replicated(mesh))
 
 
 def _hold(weight: Any, previous: Array, mesh: Mesh) -> Array:
-    """Return a traced weight that is known only when the spectrum of the previous layer is.
+    """Return a traced weight that depends on the previous layer's spectrum: XLA would gather all layers at once.
 
-    XLA would otherwise gather all layers at the start. It does not know that no eigenvalue is negative.
-    `lax.optimization_barrier` does not do: on CPU it is gone before XLA decides on the order.
+    XLA does not know that no eigenvalue is negative. `lax.optimization_barrier` would not help: on CPU it is removed
+    before XLA decides on the order.
     """
     held = jnp.where(previous[0, 0] < 0, jnp.nan, weight)
     automatic = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
-    # Sharded by force: where XLA is free to choose, it gathers the weight first, and holds it whole.
+    # Sharded explicitly: where XLA is free to choose, it gathers the weight first, and holds it whole.
     spec = shard_evenly(weight.shape, {name: mesh.shape[name] for name in automatic})
     return lax.with_sharding_constraint(held, NamedSharding(mesh, spec)) if automatic else held
 
 
 def shard_evenly(shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
-    """Choose a layout for a weight whose own is not known while tracing: every mesh axis shards the longest axis left.
+    """Return a layout for a traced weight, whose own is unknown: each mesh axis shards the longest axis it divides.
 
     >>> tuple(shard_evenly((64, 96), {"x": 4, "y": 2}))
     ('y', 'x')
-
-    Args:
-        shape: shape of the weight.
-        sizes: devices along each mesh axis; one that divides no axis of the weight is left out.
-
-    Returns:
-        The layout.
     """
     names: list[tuple[str, ...]] = [()] * len(shape)
     lengths = list(shape)
@@ -160,12 +138,12 @@ def shard_evenly(shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec
             axis = max(divisible, key=lengths.__getitem__)
             names[axis] = (*names[axis], name)
             lengths[axis] //= size
-    return PartitionSpec(*(of_axis or None for of_axis in names))
+    return PartitionSpec(*(sharded_by or None for sharded_by in names))
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "mesh", "options"))
 def _solve(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
-    """Spectrum (D, E) of a weight that every device has."""
+    """Return the spectrum (D, E) of a weight that every device has."""
     solve = _on_host if options.platform == "cpu" else _on_accelerators
     solve = functools.partial(solve, grid=grid, mesh=mesh, options=options)
     everywhere = PartitionSpec()
@@ -174,7 +152,7 @@ def _solve(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
 
 
 def _on_accelerators(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
-    """Spectrum of a layer, from inside `shard_map`: a device solves an equal part of the windows."""
+    """Return the spectrum of a layer inside `shard_map`: every device solves an equal part of the windows."""
     stack = as_matrices(in_working_precision(weight), options.axes)
     values = accelerator.part_of_windows(
         stack,
@@ -189,29 +167,29 @@ def _on_accelerators(weight: Array, grid: Grid, mesh: Mesh, options: Options) ->
 
 
 def _on_host(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
-    """Spectrum of a layer, from inside `shard_map`: a process solves a part of the windows."""
+    """Return the spectrum of a layer inside `shard_map`: every process solves a part of the windows."""
     weight = in_working_precision(weight)
     positions, _, _ = options.axes.stack_shape(weight.shape)
-    shape = jax.ShapeDtypeStruct((positions * len(grid.starts), min(grid.rows, grid.cols)), weight.real.dtype)
+    shape = jax.ShapeDtypeStruct((positions * len(grid.starts), grid.gram_rows), weight.real.dtype)
     owners = [device.process_index for device in mesh.devices.flat]
     first_devices = [owners.index(process) for process in _processes(mesh)]
     connected = jnp.zeros((), np.int32)
     if len(first_devices) > 1:
-        # Processes connect at the first collective of a group of devices, and give up after 30 seconds (Gloo): not only
-        # after the solver, where one may come much later than another.
+        # Processes connect at the first collective of a group of devices, and give up after 30 seconds (Gloo): so they
+        # meet here, not after the solver, where one may come much later than another.
         connected = lax.all_gather(connected, mesh.axis_names).sum()
 
     def spectrum(solver: str) -> Array:
         write = functools.partial(_write_eigenvalues, grid=grid, mesh=mesh, options=options._replace(solver=solver))
         (values,) = buffer_callback(write, [shape], vmap_method="sequential")(weight, connected)
         if len(first_devices) > 1:
-            # Of the windows that other processes solve each has zeros, so that the sum is exact.
+            # Each process has zeros in place of what the others solve, so that the sum is exact.
             values = lax.all_gather(values, mesh.axis_names)[np.array(first_devices)].sum(0)
         return jnp.sort(grid.pool(values), axis=-1)
 
     found = spectrum(options.solver)
     if options.solver == "gram" and found.dtype != np.float64:
-        # All processes decide alike, by the whole spectrum, as `cpu.window_spectra` does for one.
+        # As in `cpu.window_spectra`; by the whole spectrum, so that all processes decide alike.
         is_coarse = (found[:, found.shape[1] // 2] < cpu.COARSE * found[:, -1]).any()
         found = lax.cond(is_coarse, lambda: spectrum("gram64"), lambda: found)
     return found
@@ -224,7 +202,7 @@ def _processes(mesh: Mesh) -> list[int]:
 def _write_eigenvalues(
     context: Any, out: Sequence[Any], weight: Any, connected: Any, *, grid: Grid, mesh: Mesh, options: Options
 ) -> None:
-    """Write the eigenvalues of this process's windows, and zeros for the others, to XLA's memory (K * W, n)."""
+    """Write the eigenvalues (K * W, n) of this process's windows, and zeros for the others, to XLA's memory."""
     del context, connected
     weight = read_only(weight)
     stack = as_matrices(weight, options.axes)
@@ -235,8 +213,7 @@ def _write_eigenvalues(
         own = grid._replace(starts=tuple(grid.starts[window] for window in windows))
         precision = np.float64 if options.solver == "gram64" else None
         bound, gram = options.max_batch_bytes, options.solver != "svd"
-        with SOLVING:
-            return cpu.solve([stack[positions]], [own], bound, gram=gram, precision=precision)[0]
+        return cpu.solve([stack[positions]], [own], bound, gram=gram, precision=precision)[0]
 
     digest = hashlib.sha256(weight.view(np.uint8)).digest()
     found = _solved_once((digest, grid, options), len(mesh.local_devices), solve)
@@ -247,13 +224,10 @@ def _write_eigenvalues(
 
 
 def _part(grid: Grid, positions: int, number: int, count: int) -> tuple[slice, np.ndarray]:
-    """Kernel positions and windows that one of `count` processes solves.
+    """Return the kernel positions, and the numbers of the grid's starts, that process `number` of `count` solves.
 
     The windows of a dense matrix are split by the rows or by the columns that they start in, so that each part is a
-    grid of its own, whose windows share their Gram matrices as far as they are neighbours.
-
-    Returns:
-        A slice of the K positions, and numbers of the grid's starts.
+    grid of its own, whose neighbouring windows still share their Gram matrices.
     """
     every = np.arange(len(grid.starts))
     if positions > 1:
@@ -265,13 +239,12 @@ def _part(grid: Grid, positions: int, number: int, count: int) -> tuple[slice, n
 
 
 def _solved_once(key: Any, devices: int, solve: Callable[[], np.ndarray]) -> np.ndarray:
-    """Return what `solve` finds, which is called by the first device only; an error in it is raised for all.
+    """Return the result of `solve`, which only the first of `devices` threads with this key calls.
 
-    Devices know each other by their weight's digest: nothing else tells apart the runs of a program that are under way
-    at the same time.
+    The key holds a digest of the weight: nothing else tells apart the runs of a program that are under way at once.
 
     Raises:
-        RuntimeError: `solve` failed.
+        RuntimeError: `solve` failed, in whichever thread.
     """
     with _PENDING_LOCK:
         is_first = key not in _PENDING
@@ -286,5 +259,5 @@ def _solved_once(key: Any, devices: int, solve: Callable[[], np.ndarray]) -> np.
     try:
         return result.result()
     except BaseException as error:
-        # XLA passes on the words alone, not the exception.
+        # XLA passes on the message alone, not the exception.
         raise RuntimeError(f"analyze: windows could not be solved: {error!r}") from error

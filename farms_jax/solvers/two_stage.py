@@ -25,17 +25,7 @@ def is_faster(dtype: np.dtype, rows: int) -> bool:
 
 
 def symmetric_eigenvalues(matrices: np.ndarray) -> np.ndarray:
-    """Eigenvalues of symmetric matrices, one matrix after the other.
-
-    Args:
-        matrices: shape (W, n, n), float64, contiguous; only the upper triangle is read; overwritten.
-
-    Returns:
-        Shape (W, n), float64, ascending.
-
-    Raises:
-        numpy.linalg.LinAlgError: LAPACK did not converge.
-    """
+    """Return eigenvalues as `lapack.symmetric_eigenvalues` does, of float64 matrices."""
     width = max(1, min(_WIDTH, matrices.shape[1] - 1))
     values = []
     for matrix in matrices:
@@ -46,7 +36,7 @@ def symmetric_eigenvalues(matrices: np.ndarray) -> np.ndarray:
 
 
 def _reduce_to_band(matrix: np.ndarray, width: int) -> None:
-    """Reduce to a band of `width` diagonals below the main one; what is further below is not set to zero."""
+    """Reduce to a band of `width` diagonals below the main one, in place; entries further below are left over."""
     rows = len(matrix)
     for first in range(0, rows - width - 1, width):
         below = first + width
@@ -59,7 +49,7 @@ def _reduce_to_band(matrix: np.ndarray, width: int) -> None:
 
 
 def _qr(panel: np.ndarray, leading: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bring a panel (m, b) to its R, in place; Q is I - v t v^T of v (m, r), t (r, r)."""
+    """Factor a panel (m, b) in place into its R; return v (m, r) and t (r, r) of Q = I - v t v^T."""
     (rows, width), count = panel.shape, min(panel.shape)
     scales, work, status = np.empty(count), np.empty(width * width), np.zeros(1, np.int64)
     call(cython_lapack, "dgeqrf", rows, width, panel, leading, scales, work, len(work), status)
@@ -70,7 +60,7 @@ def _qr(panel: np.ndarray, leading: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _symmetric_product(lower: np.ndarray, right: np.ndarray, leading: int) -> np.ndarray:
-    """Return a symmetric matrix, given by its lower triangle, times another."""
+    """Return the product of a symmetric matrix, given by its lower triangle, and another."""
     rows, cols = right.shape
     product = np.zeros_like(right)
     call(cython_blas, "dsymm", b"L", b"L", rows, cols, _ONE, lower, leading, right, rows, _ONE, product, rows)
@@ -78,13 +68,13 @@ def _symmetric_product(lower: np.ndarray, right: np.ndarray, leading: int) -> np
 
 
 def _subtract_products(lower: np.ndarray, v: np.ndarray, w: np.ndarray, leading: int) -> None:
-    """Take v w^T + w v^T from a lower triangle."""
+    """Subtract v w^T + w v^T from a lower triangle, in place."""
     rows, cols = v.shape
     call(cython_blas, "dsyr2k", b"L", b"N", rows, cols, -_ONE, v, rows, w, rows, _ONE, lower, leading)
 
 
 def _band_eigenvalues(matrix: np.ndarray, width: int) -> np.ndarray:
-    """Eigenvalues of the band of a matrix, from its lower triangle."""
+    """Return the eigenvalues of a symmetric band matrix, given by its lower triangle."""
     rows = len(matrix)
     band = np.zeros((rows, width + 1))  # a column of the matrix's band in each row
     for offset in range(width + 1):

@@ -8,34 +8,22 @@ which run in numpy, and the fit of a tail, compiled once for each rule on spectr
 """
 
 import contextlib
-import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 from hypothesis import given, strategies as st
 
-from farms_jax import (
-    LayerReport,
-    Tail,
-    Window,
-    allocate_sparsity,
-    analyze,
-    fit_tail,
-    lr_scale,
-    mappings,
-    marchenko_pastur,
-)
+from farms_jax import Tail, Window, allocate_sparsity, analyze, fit_tail, lr_scale, mappings, marchenko_pastur
 from farms_jax._axes import FLAX_AXES, as_matrices
-from farms_jax._report import METRICS
 from farms_jax._sparsity import round_to_groups
 from farms_jax._windows import make_grid
 from farms_jax.solvers.cpu import spectra
 from tests.faults.drawing import dense, examples, kernels, numbers, tails, weights, windows
 from tests.faults.plain_search import check_fit
+from tests.helpers import report_of
 
 LONGEST = 256  # eigenvalues of the spectra that fits are compiled for
 
@@ -155,23 +143,6 @@ def test_scaling_by_a_power_of_two_scales_every_eigenvalue(weight, power, number
     np.testing.assert_array_equal(np.ldexp(plain, 2 * exponent), scaled)
 
 
-@examples(150)
-@given(weights(dense, dtypes=("float32", "float64")), st.integers(1, 70), st.integers(1, 12))
-def test_a_matrix_and_its_transpose_have_the_same_eigenvalues(weight, rows, per_axis):
-    window = Window(rows=rows, per_axis=per_axis)
-    plain, turned = pooled(weight, window)[0], pooled(weight.T, window)[0]
-    assert (np.abs(plain - turned) <= tolerance(plain, weight.dtype, "gram64", min(weight.shape))).all()
-
-
-@examples(150)
-@given(weights(st.one_of(dense, kernels)), numbers)
-def test_order_of_rows_and_columns_is_nothing_to_whole_matrices(weight, number):
-    rng = np.random.default_rng(number)
-    moved = weight[..., rng.permutation(weight.shape[-2]), :][..., rng.permutation(weight.shape[-1])]
-    plain, other = pooled(weight, None)[0], pooled(moved, None)[0]
-    assert (np.abs(plain - other) <= tolerance(plain, weight.dtype, "gram64", min(weight.shape[-2:]))).all()
-
-
 # Tails
 
 RULES = {
@@ -187,39 +158,37 @@ RULES = {
 }
 
 
-@functools.cache
-def fitted(rule, double):
-    del double  # compiled once for each precision
-    return jax.jit(functools.partial(fit_tail, tail=RULES[rule]))
+compiled_fit = jax.jit(fit_tail, static_argnames="tail")
 
 
-def fit(values, rule, *, double=False):
-    """The product's fit of a spectrum, padded to LONGEST, as numbers of float64."""
-    padded = np.r_[np.zeros(LONGEST - len(values)), values].astype(np.float64 if double else np.float32)
+def fit(values, tail, *, double=False, longest=LONGEST):
+    """The product's fit of a spectrum, padded to one length, as numbers of float64."""
+    padded = np.r_[np.zeros(longest - len(values)), values].astype(np.float64 if double else np.float32)
     with jax.enable_x64(True) if double else contextlib.nullcontext():
-        return [np.asarray(part).astype(float)[()] for part in fitted(rule, double)(padded, size=np.int32(len(values)))]
+        found = compiled_fit(padded, tail, np.int32(len(values)))
+        return [np.asarray(part).astype(float)[()] for part in found]
 
 
 @pytest.mark.parametrize("rule", RULES)
 @examples(200)
 @given(values=tails())
 def test_a_tail_is_that_of_the_oracle(rule, values):
-    check_fit(fit(values, rule), values, RULES[rule], np.finfo(np.float32).eps)
+    check_fit(fit(values, RULES[rule]), values, RULES[rule], np.finfo(np.float32).eps)
 
 
 @pytest.mark.parametrize("rule", ["median", "ks", "peak"])
 @examples(60)
 @given(values=tails())
 def test_a_tail_in_float64_is_that_of_the_oracle(rule, values):
-    check_fit(fit(values, rule, double=True), values, RULES[rule], np.finfo(np.float64).eps)
+    check_fit(fit(values, RULES[rule], double=True), values, RULES[rule], np.finfo(np.float64).eps)
 
 
 @pytest.mark.parametrize("rule", ["median", "ks"])
 @examples(75)
 @given(values=tails(), power=st.integers(-20, 20))
 def test_alpha_does_not_depend_on_the_scale(rule, values, power):
-    alpha, distance, xmin, count = fit(values, rule)
-    scaled = fit(np.ldexp(values, power), rule)
+    alpha, distance, xmin, count = fit(values, RULES[rule])
+    scaled = fit(np.ldexp(values, power), RULES[rule])
     assert scaled == [alpha, distance, math.ldexp(xmin, power), count]
 
 
@@ -257,23 +226,12 @@ def test_an_analysis_is_that_of_the_oracle(tree, dtype, window, tail, data):
             expected = [np.sort(np.concatenate(expected))]
         for values, exact in zip(np.asarray(spectrum), expected, strict=True):
             assert (np.abs(values - exact) <= tolerance(exact, weight.dtype, "gram64", min(grid.rows, grid.cols))).all()
-        fits = [fit_of(values, tail) for values in np.asarray(spectrum)]
+        fits = [fit(values, tail, longest=1024) for values in np.asarray(spectrum)]
         tailed = [found[0] for found in fits if found[0] > 0]
         np.testing.assert_allclose(alpha, np.mean(tailed) if tailed else 0, rtol=1e-5)
         np.testing.assert_allclose(distance, np.mean([found[1] for found in fits]), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(largest, np.mean([values[-1] for values in spectrum]), rtol=1e-6)
         assert 0 <= rank <= np.asarray(spectrum).shape[1] * (1 + 1e-5)
-
-
-def fit_of(values, tail):
-    """The fit that the properties above hold to the oracle."""
-    padded = np.r_[np.zeros(1024 - len(values)), values].astype(np.float32)
-    return [float(part) for part in _fit_of(padded, np.int32(len(values)), tail)]
-
-
-@functools.partial(jax.jit, static_argnames="tail")
-def _fit_of(padded, size, tail):
-    return fit_tail(padded, tail, size)
 
 
 # Allocation, scales, the law of noise
@@ -307,13 +265,6 @@ def test_an_allocation_removes_what_was_asked_for(values, sparsity, epsilon, rul
     assert all(0 <= part <= group for part in removed.values())
 
 
-def report_of(alphas):
-    """A report of these alphas."""
-    fields = dict.fromkeys(METRICS, jnp.zeros(len(alphas))) | {"alpha": jnp.asarray(alphas, jnp.float32)}
-    names = tuple(f"layer{i}/kernel" for i in range(len(alphas)))
-    return LayerReport(names=names, num_params=(6,) * len(alphas), left_out=(), **fields)
-
-
 @examples(150)
 @given(
     # Of one length, so that little compiles; a layer without a tail is as good as none.
@@ -324,7 +275,8 @@ def report_of(alphas):
 )
 def test_rates_stay_within_their_bounds(alphas, low, high, mapping):
     params = {f"layer{i}": {"kernel": np.ones((2, 3)), "bias": np.ones(3)} for i in range(len(alphas))}
-    scale = lr_scale(report_of(alphas), params, low=low, high=high, mapping=mapping)
+    report = report_of(names=[f"layer{i}/kernel" for i in range(len(alphas))], alpha=alphas)
+    scale = lr_scale(report, params, low=low, high=high, mapping=mapping)
     fitted_alphas = sorted({np.float32(alpha) for alpha in alphas if alpha > 0})
     for i, alpha in enumerate(alphas):
         factor = float(scale[f"layer{i}"]["kernel"])
