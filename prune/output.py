@@ -1,8 +1,8 @@
 """The pruned model as a Hugging Face folder, written in place block by block.
 
-Files have the layout of the source's: its header bytes, and every tensor where it was. So a tensor is written at its
-offset when its block is done, in any order and again after a stop, and a model with nothing removed comes out byte for
-byte as it went in. Until all is written the folder is called `NAME.part`; then it has a `SHA256SUMS` of its files.
+Files have the source's layout: its header bytes, and every tensor where it was. So a tensor is written at its offset
+when its block is done, in any order and again after a stop, and a model with nothing removed comes out byte for byte
+as it went in. Until all is written the folder is called `NAME.part`; then it gets a `SHA256SUMS` of its files.
 """
 
 import hashlib
@@ -28,24 +28,17 @@ _REMEDY = "free space, or name another --out; what was written so far is kept, a
 
 
 class Output:
-    """A folder in the making.
+    """The folder of a pruned model, finished or being written.
 
     Attributes:
-        finished: The folder has its name, and all its weight files.
-        begun: There is a folder in the making, of a run that was stopped.
+        finished: Whether the folder has its final name, and all its weight files.
+        begun: Whether a stopped run left an unfinished folder.
     """
 
     def __init__(
         self, folder: Path, checkpoint: Checkpoint, layers: Mapping[str, tuple[int, int]], tokenizer: Any = None
     ) -> None:
-        """Plan the files; nothing is written yet.
-
-        Args:
-            folder: Path of the model.
-            checkpoint: The model that is pruned.
-            layers: (out, in) of each layer that gets a mask, by name.
-            tokenizer: Tokenizer that goes with the model instead of its own, where one is given.
-        """
+        """Plan the files for (out, in) layers that get masks; nothing is written yet."""
         self._checkpoint, self._tokenizer = checkpoint, tokenizer
         self._folder, self._part = folder, folder.with_name(f"{folder.name}.part")
         self._layouts = {**checkpoint.shards(), MASKS: _mask_layout(layers)}
@@ -54,14 +47,14 @@ class Output:
             for filename, layout in self._layouts.items()
             for name, entry in layout.tensors.items()
         }
-        self.finished = not self._damaged_files(folder)
+        self.finished = not self._incomplete_files(folder)
         self.begun = self._part.is_dir()
 
     def check(self) -> None:
-        """Make sure that the finished folder is as it was written.
+        """Check the finished folder's files against their checksums.
 
         Raises:
-            InputError: It is not; the message names the files.
+            InputError: Files were damaged or changed; the message names them.
         """
         if damaged := damaged_files(self._folder):
             named = ", ".join(map(str, damaged[:3])) + (f" and {len(damaged) - 3} more" if len(damaged) > 3 else "")
@@ -71,10 +64,10 @@ class Output:
             )
 
     def lay_out(self, *, keep: bool) -> list[Path]:
-        """Reserve the space of all files, and write all but weights; what a stopped run wrote is kept.
+        """Reserve the space of all files, and write all but the weights; what a stopped run wrote is kept.
 
         Args:
-            keep: Whether the folder holds something that is worth its space.
+            keep: Whether the unfinished folder holds something that is worth its space.
 
         Returns:
             Weight files that a stopped run left missing or cut off; they exist again, without what was lost.
@@ -82,7 +75,7 @@ class Output:
         Raises:
             InputError: There is no space or no right to write; a folder with nothing worth keeping is removed.
         """
-        damaged = self._damaged_files(self._part) if self.begun else []
+        incomplete = self._incomplete_files(self._part) if self.begun else []
         try:
             self._part.mkdir(parents=True, exist_ok=True)
             self._remove_sidecars()
@@ -94,9 +87,9 @@ class Output:
                 shutil.rmtree(self._part, ignore_errors=True)
             size = sum(layout.size for layout in self._layouts.values())
             raise InputError(_no_room(self._part, size, error)) from error
-        return damaged
+        return incomplete
 
-    def _damaged_files(self, folder: Path) -> list[Path]:
+    def _incomplete_files(self, folder: Path) -> list[Path]:
         return [
             folder / filename
             for filename, layout in self._layouts.items()
@@ -104,7 +97,7 @@ class Output:
         ]
 
     def _remove_sidecars(self) -> None:
-        """Remove what a killed process may have left half written: all but the weights is written anew."""
+        """Remove all but the weights, of which a killed process may have left a part: it is written anew."""
         for path in self._part.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -122,11 +115,11 @@ class Output:
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
     def write(self, tensors: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray] | None = None) -> str:
-        """Write tensors at their offsets, in their stored dtype, through to the disk.
+        """Write tensors and masks at their offsets, through to the disk.
 
         Args:
-            tensors: Arrays by name in the checkpoint.
-            masks: (out, in) of layers, True where a weight is kept; they go into the sidecar, see `read_masks`.
+            tensors: Name in the checkpoint -> array; written in its stored dtype.
+            masks: Layer -> (out, in), True where a weight is kept; they go into a file of their own.
 
         Returns:
             SHA-256 of what was written, for `holds`.
@@ -152,23 +145,15 @@ class Output:
         return _sha256(stored.items())
 
     def holds(self, names: Iterable[str], sha256: str | None) -> bool:
-        """Read what was written, and compare.
-
-        Args:
-            names: Names of the tensors that `write` was given, then of the layers whose masks it was given, in order.
-            sha256: What `write` returned.
-
-        Returns:
-            Whether the files hold it unchanged.
-        """
+        """Return whether the files still hold what one `write` wrote, its tensors and then its masks, in order."""
         try:
             return _sha256((name, self._read(name)) for name in names) == sha256
-        except OSError:  # a part of the disk that cannot be read
+        except OSError:  # the disk has lost this part
             return False
 
-    def copy(self, names: Iterable[str], checkpoint: Checkpoint) -> list[str]:
+    def copy(self, names: Iterable[str]) -> list[str]:
         """Write tensors as they are in the source, one at a time; return the SHA-256 of each."""
-        return [self.write({name: checkpoint.read(name)}) for name in names]
+        return [self.write({name: self._checkpoint.read(name)}) for name in names]
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor that was written."""
@@ -182,14 +167,7 @@ class Output:
             return file.read(entry.stop - entry.start)
 
     def finish(self) -> Path:
-        """Write the checksums, and give the folder its name; a folder that has the name is replaced.
-
-        Returns:
-            Path of the folder.
-
-        Raises:
-            InputError: The disk is full or failing.
-        """
+        """Write the checksums, give the folder its final name in place of any older one, and return its path."""
         try:
             write_checksums(self._part)
             if self._folder.exists():
@@ -202,23 +180,8 @@ class Output:
         return self._folder
 
 
-def packed_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the shape of a packed mask: eight inputs to a byte, the first in its highest bit."""
-    return shape[0], -(-shape[1] // 8)
-
-
 def read_masks(folder: Path) -> dict[str, np.ndarray]:
-    """Read the masks of a pruned model.
-
-    Args:
-        folder: Folder of the model.
-
-    Returns:
-        Layer -> (out, in) bool, True where a weight is kept.
-
-    Raises:
-        InputError: There is no such file, or it is damaged.
-    """
+    """Read the masks of a pruned model's folder: layer -> (out, in) bool, True where a weight is kept."""
     path = folder / MASKS
     layout = read_layout(path)
     inputs = json.loads(layout.metadata["inputs"])
@@ -229,7 +192,8 @@ def read_masks(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _mask_layout(layers: Mapping[str, tuple[int, int]]) -> FileLayout:
-    infos = {name: TensorInfo(np.dtype(np.uint8), packed_shape(shape)) for name, shape in layers.items()}
+    # As numpy.packbits writes them: eight inputs to a byte, the first in its highest bit.
+    infos = {name: TensorInfo(np.dtype(np.uint8), (out, -(-inputs // 8))) for name, (out, inputs) in layers.items()}
     inputs = {name: shape[1] for name, shape in layers.items()}
     return make_layout(infos, {"format": "packbits", "inputs": json.dumps(inputs)})
 

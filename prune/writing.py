@@ -79,7 +79,7 @@ def _copy_outside(job: Job, record: Record, output: Output) -> None:
     outside = [name for name in job.checkpoint.tensors if name not in inside]
     sums = record.get("outside")
     if sums is None or not all(output.holds([name], sum_) for name, sum_ in zip(outside, sums, strict=True)):
-        record.put("outside", output.copy(outside, job.checkpoint))
+        record.put("outside", output.copy(outside))
 
 
 def _count_good(job: Job, written: list[WrittenBlock], output: Output) -> int:

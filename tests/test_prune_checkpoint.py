@@ -115,12 +115,6 @@ def list_tensor(name, filename):
     return damage
 
 
-def have_a_tensor_twice(folder):
-    path = folder / "model-00002-of-00003.safetensors"
-    tensors = safetensors.numpy.load_file(path) | {"lm_head.weight": weights_of("llama_tiny")["lm_head.weight"]}
-    safetensors.numpy.save_file(tensors, path)
-
-
 def write_file(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
@@ -146,7 +140,6 @@ def pickle_weights(folder):
         (list_tensor("lm_head.weight", "../other"), r"lm_head.weight is in '\.\./other', no plain file name"),
         (list_tensor("lm_head.weight", "a" * 300), "lm_head.weight is in 'aaa.*aaa', no plain file name"),
         (list_tensor("lm_head.weight", "a\nb"), r"lm_head.weight is in 'a\\nb', no plain file name"),
-        (have_a_tensor_twice, r"lm_head.weight is in two shards, model-00001\S* and model-00002"),
         (write_file(INDEX, b"{}"), "index.json: it has no weight_map"),
         (write_file(INDEX, b'{"weight_map": {'), "index.json: not valid JSON"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),

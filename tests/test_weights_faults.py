@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import serialization
-from weights_helpers import FORMATS, arrays, write
+from weights_helpers import FORMATS, arrays, close_gguf, write
 
 from farms_jax.errors import InputError
 from farms_jax.weights import open_weights
@@ -89,12 +89,6 @@ def no_shard(folder):
     safetensors.numpy.save_file({"w": WEIGHT}, folder / "net-00001-of-00003.safetensors")
 
 
-def no_indexed_shard(folder):
-    no_shard(folder)
-    index = {"weight_map": {"w": "net-00001-of-00003.safetensors", "v": "net-00002-of-00003.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
 def twice(folder):
     for name in ("a", "b"):
         safetensors.numpy.save_file({"w": WEIGHT}, folder / f"{name}.safetensors")
@@ -117,7 +111,6 @@ def twice(folder):
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "a LoRA adapter"),
         (two_models, "several models .a.safetensors.index.json"),
         (no_shard, "net-00002-of-00003.safetensors: this shard is missing, as are 1 more"),
-        (no_indexed_shard, "net-00002-of-00003.safetensors: this shard is missing, model.safetensors.index.json names"),
         (twice, "w is in two shards, a.safetensors and b.safetensors"),
     ],
 )
@@ -150,7 +143,7 @@ def test_gone_after_it_was_opened(tmp_path, form):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl", ""])
+@pytest.mark.parametrize("suffix", [".pt", ""])  # known by its suffix, or by its first bytes
 def test_pickles_are_never_loaded(tmp_path, suffix):
     (path := tmp_path / f"weights{suffix}").write_bytes(pickle.dumps(Bomb()))
     refused(path, "never loaded.*save_file")
@@ -159,15 +152,6 @@ def test_pickles_are_never_loaded(tmp_path, suffix):
 def test_another_kind_of_file(tmp_path):
     (path := tmp_path / "weights.h5").write_bytes(b"\x89HDF")
     refused(path, "not a kind of weights that can be read; give .safetensors, .gguf, .npz, .msgpack")
-
-
-def test_one_part_of_a_split_gguf(tmp_path):
-    writer = gguf.GGUFWriter(path := tmp_path / "model-00001-of-00002.gguf", "llama")
-    writer.add_uint16("split.count", 2)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    refused(path, "one part of a split model.*merge")
 
 
 # All formats
@@ -200,10 +184,7 @@ def test_heads_that_do_not_divide_the_rows(tmp_path):
     writer = gguf.GGUFWriter(path := tmp_path / "model.gguf", "llama")
     writer.add_uint32("llama.attention.head_count", 5)
     writer.add_tensor("blk.0.attn_q.weight", np.ones((8, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    close_gguf(writer)
     refused(path, "model.layers.0.self_attn.q_proj.weight has 8 rows, which 5 heads of two halves do not divide")
 
 
@@ -254,11 +235,10 @@ def test_a_faulty_npz(tmp_path, members, message):
     refused(path, message)
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_an_npz_packed_in_a_way_that_has_no_bound(tmp_path, method):
-    with zipfile.ZipFile(path := tmp_path / "model.npz", "w", method) as archive:
+def test_an_npz_packed_in_a_way_that_has_no_bound(tmp_path):
+    with zipfile.ZipFile(path := tmp_path / "model.npz", "w", zipfile.ZIP_LZMA) as archive:
         archive.writestr("w.npy", npy(WEIGHT))
-    refused(path, f"w.npy is compressed by method {method}, none of NumPy's")
+    refused(path, "w.npy is compressed by method 14, none of NumPy's")
 
 
 def test_an_npz_that_claims_more_than_it_can_hold(tmp_path):
@@ -423,23 +403,3 @@ def test_a_missing_package_says_what_to_install(tmp_path, form, package, monkeyp
     path = write(form, tmp_path, arrays())
     monkeypatch.setitem(sys.modules, package, None)
     refused(path, r'pip install "farms-jax\[diagnose\]"')
-
-
-@pytest.mark.parametrize("form", ["npz", "msgpack", "orbax"])
-def test_mutated_files_raise_nothing_else(tmp_path, form):
-    path = write(form, tmp_path, arrays())
-    target = path / "_METADATA" if form == "orbax" else path
-    whole, rng, count = target.read_bytes(), np.random.default_rng(0), 0
-    for _ in range(200):
-        mutant = bytearray(whole)
-        for place in rng.integers(0, len(whole), rng.integers(1, 12)):
-            mutant[place] = rng.integers(256)
-        target.write_bytes(mutant)
-        try:
-            with open_weights(path) as source:
-                for name in source.tensors:
-                    source.read(name)
-        except InputError as error:
-            assert str(path) in str(error)
-            count += 1
-    assert count > 20

@@ -4,14 +4,13 @@ import json
 import tracemalloc
 
 import jax
-import ml_dtypes
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 from flax import nnx, serialization
-from weights_helpers import FORMATS, ORBAX, arrays, mixed, write, write_orbax
+from weights_helpers import FORMATS, arrays, mixed, write, write_orbax
 
 from farms_jax import FLAX_AXES, TORCH_AXES, Axes
 from farms_jax.errors import InputError
@@ -176,14 +175,9 @@ def test_modules_with_names_of_optimiser_states_are_weights(names):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "npz", "msgpack", "msgpack-chunked"])
-def test_reading_takes_the_memory_of_one_tensor(tmp_path, form, monkeypatch):
+def test_reading_takes_the_memory_of_one_tensor(tmp_path, form):
     big = np.ones((1024, 1024), np.float32)  # 4 MiB
-    named = {str(i): big for i in range(8)}
-    if form == "msgpack-chunked":
-        monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 1 << 20)
-        (path := tmp_path / "model.msgpack").write_bytes(serialization.msgpack_serialize(dict(named)))
-    else:
-        path = write(form, tmp_path, named)
+    path = write(form, tmp_path, {str(i): big for i in range(8)}, chunk=1 << 20)
     tracemalloc.start()
     with open_weights(path) as source:
         _, opened = tracemalloc.get_traced_memory()
@@ -195,20 +189,6 @@ def test_reading_takes_the_memory_of_one_tensor(tmp_path, form, monkeypatch):
     assert peak < 1.5 * big.nbytes
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_an_unknown_name_is_one_clear_error(tmp_path, form):
-    with (
-        open_weights(write(form, tmp_path, arrays())) as source,
-        pytest.raises(InputError, match="no tensor head among"),
-    ):
+def test_an_unknown_name_is_one_clear_error(tmp_path):
+    with open_weights(write("npz", tmp_path, arrays())) as source, pytest.raises(InputError, match="no tensor head"):
         source.read("head")
-
-
-def test_every_layout_of_orbax_is_the_same_to_us(tmp_path):
-    found = {}
-    for form in ORBAX:
-        (folder := tmp_path / form).mkdir()
-        with open_weights(write(form, folder, mixed())) as source:
-            found[form] = source.tensors
-    assert all(tensors == found["orbax"] for tensors in found.values())
-    assert found["orbax"]["a/half"].dtype == ml_dtypes.bfloat16

@@ -33,8 +33,8 @@ def mixed():
     }
 
 
-def write(form: str, folder: Path, named) -> Path:
-    """Write arrays in one of FORMATS; returns what to open."""
+def write(form: str, folder: Path, named, *, chunk=16) -> Path:
+    """Write arrays in one of FORMATS, chunked ones in pieces of this size in bytes; return what to open."""
     tree = traverse_util.unflatten_dict(named, sep="/")
     if form == "safetensors":
         safetensors.numpy.save_file(named, path := folder / "model.safetensors")
@@ -45,7 +45,7 @@ def write(form: str, folder: Path, named) -> Path:
         np.savez(path := folder / "model.npz", **named)
         return path
     if form.startswith("msgpack"):
-        limit = 16 if form == "msgpack-chunked" else 2**30
+        limit = chunk if form == "msgpack-chunked" else 2**30
         with mock.patch.object(serialization, "MAX_CHUNK_SIZE", limit):
             (path := folder / "model.msgpack").write_bytes(serialization.msgpack_serialize(tree))
         return path

@@ -187,7 +187,7 @@ def _read_cache(cache: Path, key: str) -> Splits | None:
 def _write_cache(cache: Path, key: str, splits: Splits) -> None:
     """Write the arrays; a cache that cannot be written costs time, not the run."""
     try:
-        with atomic(cache) as part, part.open("wb") as file:
+        with atomic(cache, shared=True) as part, part.open("wb") as file:
             np.savez(file, key=np.asarray(key), **splits._asdict())
     except OSError as error:
         _log.warning("%s: cannot be written (%s); the next run decodes the images again.", cache, error)

@@ -1,7 +1,7 @@
 """Tables that say where each tensor of a checkpoint goes in a model's parameters, read in both directions.
 
-A row has the tensor's name in the checkpoint, its path in the parameters, and how one layout becomes the other; `{}`
-stands for the number of a block. Each model has its table beside it.
+A row has the tensor's name in the checkpoint, its path in the parameters, and the conversion between their layouts;
+`{}` stands for a block number. Each model has its table beside it.
 
 >>> import numpy as np
 >>> table = Table([Row("layers.{}.up.weight", "blocks/{}/up/kernel", LINEAR)])
@@ -24,19 +24,19 @@ Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """How an array of the checkpoint becomes ours, and back; of NumPy or JAX."""
+    """How an array of the checkpoint becomes ours, and back; for NumPy and JAX arrays."""
 
     rank: int | None  # axes of the checkpoint's array; None: any number
     to_ours: Callable[[Any], Any]
     to_theirs: Callable[[Any], Any]
 
     def their_shape(self, shape: Shape) -> Shape:
-        """Return the shape in the checkpoint of an array that has a shape in our parameters."""
+        """Return the checkpoint's shape of an array with this shape in our parameters."""
         return self.to_theirs(np.broadcast_to(np.float32(0), shape)).shape
 
 
 def transposed(*order: int) -> Layout:
-    """Return the layout whose axes, in our order, are those numbers of the checkpoint's."""
+    """Return the layout that takes the checkpoint's axes in this order."""
     inverse = tuple(order.index(axis) for axis in range(len(order)))
     return Layout(len(order), lambda a: a.transpose(order), lambda a: a.transpose(inverse))
 
@@ -46,36 +46,32 @@ LINEAR = transposed(1, 0)  # (out, in) <-> (in, out)
 
 
 class Row(NamedTuple):
-    """A row of a table; or, from a look-up, of one tensor, with the numbers filled in."""
+    """A tensor's name, path and layout; in a look-up's result with the block number filled in."""
 
     name: str  # in the checkpoint
     path: str | None  # in the parameters; None: known, but not needed
     layout: Layout = SAME
 
     def to_ours(self, array: Any) -> Any:
-        """Return the checkpoint's array in our layout; one with another number of axes as it is."""
+        """Return the checkpoint's array in our layout; one of another rank as it is, for the check of shapes."""
         return array if self.layout.rank not in {None, array.ndim} else self.layout.to_ours(array)
 
 
 class Table:
-    """Rows, of which at most one fits a name or a path."""
+    """Rows, of which at most one matches a name or a path."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        """Compile the rows.
-
-        Args:
-            rows: The rows, in any order.
-        """
+        """Compile the rows' names and paths."""
         rows = list(rows)
         self._by_name = [(_pattern(row.name), row) for row in rows]
         self._by_path = [(_pattern(row.path), row) for row in rows if row.path is not None]
 
     def by_name(self, name: str) -> Row | None:
-        """Return the row of a tensor by its name in the checkpoint; `None` for an unknown one."""
+        """Return the row with a tensor's name in the checkpoint; `None` for an unknown one."""
         return _look_up(name, self._by_name)
 
     def by_path(self, path: str) -> Row | None:
-        """Return the row of a parameter by its path; `None` for an unknown one."""
+        """Return the row with a parameter's path; `None` for an unknown one."""
         return _look_up(path, self._by_path)
 
 
@@ -95,17 +91,10 @@ def _look_up(text: str, patterns: Iterable[tuple[re.Pattern[str], Row]]) -> Row 
 
 
 def mismatches(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> dict[str, str]:
-    """Compare tensors with those that a model needs.
+    """Return name -> what is wrong with a tensor's shape, for those that are missing, unexpected or of another shape.
 
     >>> mismatches({"a": (2,), "b": (3,)}, {"a": (1,), "c": (4,)})
     {'c': 'missing: c [4]', 'a': 'of another shape: a is [2], must be [1]', 'b': 'unexpected: b [3]'}
-
-    Args:
-        found: Name -> shape of what was found.
-        expected: Name -> shape of what is needed.
-
-    Returns:
-        Name -> what is wrong, for every tensor that is missing, not needed or of another shape.
     """
     faults = {name: f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found}
     for name, shape in found.items():
@@ -117,7 +106,7 @@ def mismatches(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> dic
 
 
 def listed(faults: Iterable[str], limit: int = 10) -> str:
-    """Join faults to one line that names the first of them."""
+    """Join faults into one line that names the first `limit` of them."""
     faults = list(faults)
     more = f"; and {len(faults) - limit} more" if len(faults) > limit else ""
     return "; ".join(faults[:limit]) + more

@@ -28,29 +28,16 @@ _PIECE = 1 << 22  # weights dequantised at a time
 
 
 class GGUFTensor(NamedTuple):
-    """A tensor in a file.
+    """A tensor in a file."""
 
-    Attributes:
-        kind: Quantisation, a `gguf.GGMLQuantizationType`.
-        shape: Shape as a NumPy array has it: (out, in).
-        start: Offset of the first byte in the file.
-        row_bytes: Bytes of one row, that is of the last axis.
-    """
-
-    kind: Any
-    shape: tuple[int, ...]
-    start: int
-    row_bytes: int
+    kind: Any  # quantisation, a gguf.GGMLQuantizationType
+    shape: tuple[int, ...]  # in NumPy's order: (out, in)
+    start: int  # offset of the first byte in the file
+    row_bytes: int  # bytes of a row, that is along the last axis
 
 
 class GGUFFile(NamedTuple):
-    """A file's metadata and table of tensors.
-
-    Attributes:
-        path: Path of the file.
-        metadata: Key -> value; long arrays only where asked for.
-        tensors: Name in the file -> where it is.
-    """
+    """A file's metadata and its table of tensors, by their names in the file."""
 
     path: Path
     metadata: dict[str, Any]
@@ -58,7 +45,7 @@ class GGUFFile(NamedTuple):
 
 
 class _Cursor:
-    """Reads the values of the metadata one after the other, never past the end of the file."""
+    """Reads the metadata's values one after the other, never past the end of the file."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
         self.file, self.path, self.size = file, path, path.stat().st_size
@@ -103,18 +90,12 @@ def _code(kind: int) -> str:
 
 
 def read_gguf(path: Path, *, long_arrays: bool = False) -> GGUFFile:
-    """Read metadata and the table of tensors.
+    """Return metadata and tensors of a little-endian GGUF file, version 2 or 3; every tensor lies inside it.
 
-    Args:
-        path: Path of a GGUF file, version 2 or 3, little-endian.
-        long_arrays: Whether to keep arrays of more than 1024 items, that is the vocabulary; else their lengths.
-
-    Returns:
-        The content; every tensor lies inside the file.
+    Arrays of more than 1024 items, that is the vocabulary, are kept only with `long_arrays`; else as their lengths.
 
     Raises:
-        InputError: The file is damaged, truncated, a part of a split one, no GGUF file, or quantised in a way that
-            cannot be undone; or the package `gguf` is not installed.
+        InputError: The file is damaged, truncated, split, no GGUF file, or quantised in a way that cannot be undone.
     """
     try:
         with os_errors_named(path), path.open("rb") as file:
@@ -146,13 +127,8 @@ def _read(cursor: _Cursor, *, long_arrays: bool) -> GGUFFile:
         dims = cursor.numbers("Q", cursor.number("I"))
         entries[name] = (dims[::-1], cursor.number("I"), cursor.number("Q"))
     if len(entries) != tensor_count:
-        raise InputError(f"{path}: a tensor's name is there twice; {DOWNLOAD_AGAIN}")
-    alignment = metadata.get("general.alignment", _ALIGNMENT)
-    if not isinstance(alignment, int) or alignment <= 0:
-        raise InputError(
-            f"{path}: general.alignment {short_repr(alignment)} is not a positive number; {DOWNLOAD_AGAIN}"
-        )
-    start = -(-cursor.file.tell() // alignment) * alignment
+        raise InputError(f"{path}: two tensors have the same name; {DOWNLOAD_AGAIN}")
+    start = _aligned(cursor.file.tell(), metadata, path)
     tensors = {
         name: _tensor(path, name, shape, kind, start + offset, cursor.size)
         for name, (shape, kind, offset) in entries.items()
@@ -160,12 +136,20 @@ def _read(cursor: _Cursor, *, long_arrays: bool) -> GGUFFile:
     return GGUFFile(path, metadata, tensors)
 
 
+def _aligned(position: int, metadata: dict[str, Any], path: Path) -> int:
+    alignment = metadata.get("general.alignment", _ALIGNMENT)
+    if not isinstance(alignment, int) or alignment <= 0:
+        raise InputError(
+            f"{path}: general.alignment {short_repr(alignment)} is not a positive number; {DOWNLOAD_AGAIN}"
+        )
+    return -(-position // alignment) * alignment
+
+
 def _package(path: Path) -> Any:
     with from_extra("diagnose", f"{path}: a GGUF file"):
         import gguf
         import gguf.quants  # noqa: F401 (gguf alone does not bring it)
-
-        return gguf
+    return gguf
 
 
 def _tensor(path: Path, name: str, shape: tuple[int, ...], number: int, start: int, size: int) -> GGUFTensor:
@@ -191,18 +175,7 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], number: int, start: i
 
 
 def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
-    """Read and dequantise one tensor.
-
-    Args:
-        file: The file that holds it.
-        name: Name in the file.
-
-    Returns:
-        float32, of the tensor's shape. Besides it, memory holds a few million weights at a time.
-
-    Raises:
-        InputError: The file cannot be read, or has become shorter.
-    """
+    """Read and dequantise one tensor: float32; beside the result, memory holds a few million weights at a time."""
     tensor, dequantize = file.tensors[name], _package(file.path).quants.dequantize
     rows = math.prod(tensor.shape[:-1])
     out = np.empty((rows, tensor.shape[-1]), _FLOAT32)

@@ -1,4 +1,4 @@
-"""GGUF's names of tensors and order of rows, as those of Hugging Face.
+"""GGUF's tensor names and row order, converted to those of Hugging Face.
 
 >>> hugging_face_names("llama", ["blk.3.attn_q.weight", "output.weight"], "model.gguf")
 {'model.layers.3.self_attn.q_proj.weight': 'blk.3.attn_q.weight', 'lm_head.weight': 'output.weight'}
@@ -39,18 +39,7 @@ _TABLES = {"llama": _table(_BLOCK), "qwen2": _table(_BLOCK), "qwen3": _table(_BL
 
 
 def architecture_of(metadata: Mapping[str, Any], where: str) -> str:
-    """Return a file's architecture.
-
-    Args:
-        metadata: Metadata of the file.
-        where: Name of the file, for messages.
-
-    Returns:
-        llama (which is also Mistral and SmolLM), qwen2 or qwen3.
-
-    Raises:
-        InputError: The file has another one.
-    """
+    """Return a file's architecture: llama (also for Mistral and SmolLM), qwen2 or qwen3; another is an InputError."""
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in _TABLES:
         raise InputError(f"{where}: unknown architecture {short_repr(architecture)}; known are {', '.join(_TABLES)}")
@@ -58,18 +47,10 @@ def architecture_of(metadata: Mapping[str, Any], where: str) -> str:
 
 
 def hugging_face_names(architecture: str, names: Iterable[str], where: str) -> dict[str, str]:
-    """Translate names of tensors.
-
-    Args:
-        architecture: Architecture of the file.
-        names: Names of its tensors.
-        where: Name of the file, for messages.
-
-    Returns:
-        Hugging Face name -> name in the file, without the rotary factors.
+    """Return Hugging Face name -> name in the file, without the rotary factors.
 
     Raises:
-        InputError: There are names that are in no table; all in one error.
+        InputError: Names are unknown; one message lists them all.
     """
     rows = {name: _TABLES[architecture].by_name(name) for name in names if name != ROPE_FACTORS}
     if unknown := [printable(name) for name, row in rows.items() if row is None]:
@@ -82,24 +63,18 @@ def hugging_face_names(architecture: str, names: Iterable[str], where: str) -> d
 def heads_of(
     architecture: str, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> dict[str, int]:
-    """Find the tensors whose rows the file has interleaved, with their number of heads.
+    """Return the projections whose rows the file has interleaved, Hugging Face name -> number of heads.
 
-    Args:
-        architecture: Architecture of the file; llama.cpp's converter interleaves rows for llama alone.
-        metadata: Metadata of the file.
-        shapes: Hugging Face name -> shape.
-        where: Name of the file, for messages.
-
-    Returns:
-        Hugging Face names of query and key projections -> heads; for `restore_rows`.
+    llama.cpp's converter interleaves queries and keys of the llama architecture alone.
 
     Raises:
-        InputError: Rows are no whole number of heads.
+        InputError: The rows are not a whole number of heads.
     """
     heads = metadata.get("llama.attention.head_count")
     keys = metadata.get("llama.attention.head_count_kv", heads)
     counts = {"q_proj": heads, "k_proj": keys} if architecture == "llama" else {}
-    known = {module: count for module, count in counts.items() if type(count) is int and count > 0}
+    # Without a usable count rows stay as they are: fine for a diagnosis, and pruning refuses the file for its config.
+    known = {m: n for m, count in counts.items() if type(n := same_in_all_blocks(count)) is int and n > 0}
     found = {name: known[module] for name in shapes if (module := name.split(".")[-2:][0]) in known}
     for name, count in found.items():
         if shapes[name][0] % (2 * count):
@@ -110,17 +85,12 @@ def heads_of(
     return found
 
 
+def same_in_all_blocks(value: Any) -> Any:
+    """Return the one value of a list that has it for every block; any other value as it is."""
+    return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
+
+
 def restore_rows(array: np.ndarray, heads: int) -> np.ndarray:
-    """Give the rows of a query or key projection their order in Hugging Face's files.
-
-    GGUF files of the llama architecture have the two halves of a head interleaved: rows (half, i) -> (i, half).
-
-    Args:
-        array: Weight (heads * head_dim, in) or bias (heads * head_dim,).
-        heads: Number of query or key heads.
-
-    Returns:
-        The same rows, in each head first those of the first half.
-    """
+    """Return a projection's weight or bias, rows (i, half) of each interleaved head in the order (half, i)."""
     split = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
     return split.swapaxes(1, 2).reshape(array.shape)

@@ -15,26 +15,13 @@ _FLOAT32 = np.dtype(np.float32)
 
 
 class GGUFSource(WeightSource):
-    """Weights in one GGUF file, of any architecture.
-
-    Attributes:
-        metadata: Metadata of the file, without long arrays.
-    """
+    """Weights in one GGUF file, of any architecture; `metadata` lacks long arrays."""
 
     def __init__(self, path: Path, *, strict: bool = False) -> None:
-        """Read a file's metadata.
-
-        Args:
-            path: Path of the file.
-            strict: Whether an architecture or a tensor without a Hugging Face name is an error; else the file's own
-                names serve.
-
-        Raises:
-            InputError: See `read_gguf` and `strict`.
-        """
+        """Read the metadata; where a tensor has no Hugging Face name, all keep theirs, or an error if `strict`."""
         self._file = read_gguf(path)
         self.metadata, found, where = self._file.metadata, self._file.tensors, str(path)
-        self._names, architecture = {name: name for name in found}, ""
+        architecture = ""
         try:
             architecture = architecture_of(self.metadata, where)
             rotary = {ROPE_FACTORS: ROPE_FACTORS} if ROPE_FACTORS in found else {}
@@ -42,6 +29,7 @@ class GGUFSource(WeightSource):
         except InputError:
             if strict:
                 raise
+            self._names = {name: name for name in found}
         shapes = {name: found[own_name].shape for name, own_name in self._names.items()}
         self._heads = heads_of(architecture, self.metadata, shapes, where)
         tensors = {name: TensorInfo(_FLOAT32, shape) for name, shape in shapes.items()}

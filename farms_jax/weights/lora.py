@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from farms_jax.errors import InputError
+from farms_jax.weights.conversion import Shape
 from farms_jax.weights.reading import TensorInfo, read_json
 from farms_jax.weights.safetensors_source import open_safetensors
 from farms_jax.weights.sanitise import printable, short_repr
@@ -20,7 +21,7 @@ from farms_jax.weights.source import WeightSource
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# Factors: of linear layers and kernels (r, in, ...) and (out, r, ...); of embeddings (r, tokens) and (width, r).
+# A is (r, in, ...) and B (out, r, ...) for linear layers and kernels; (r, tokens) and (width, r) for embeddings.
 _FACTORS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
 _MERGE = "merge it with PEFT first: model.merge_and_unload().save_pretrained(FOLDER), and give that folder"
 _FLOAT32 = np.dtype(np.float32)
@@ -28,19 +29,15 @@ _LARGEST = float(np.finfo(_FLOAT32).max)
 
 
 def is_lora(path: str | Path) -> bool:
-    """Return whether a path is a folder with a LoRA adapter of PEFT."""
+    """Return whether a path is the folder of a PEFT LoRA adapter."""
     return (Path(path).expanduser() / ADAPTER_CONFIG).is_file()
 
 
 class LoraSource(WeightSource):
-    """A model with an adapter's changes; tensors that it changes are float32, all others as the model has them."""
+    """A model with an adapter's changes: tensors that it changes are float32, all others as in the model."""
 
     def __init__(self, base: WeightSource, path: Path) -> None:
-        """Match an adapter to a model.
-
-        Args:
-            base: The model that the adapter was trained on, open.
-            path: Folder of the adapter.
+        """Match an adapter to the open model that it was trained on; the model is closed with this source.
 
         Raises:
             InputError: The adapter is of another kind, damaged, or does not fit the model.
@@ -53,13 +50,13 @@ class LoraSource(WeightSource):
                 "save it again with save_pretrained(..., safe_serialization=True)"
             )
         self._adapter = open_safetensors(path / _ADAPTER)
-        self._factors: dict[str, dict[str, str]] = {}
-        self._replaced: dict[str, str] = {}
+        self._factors: dict[str, dict[str, str]] = {}  # name in the model -> "A", "B" -> name in the adapter
+        self._replaced: dict[str, str] = {}  # name in the model -> name in the adapter
         for name in self._adapter.tensors:
             self._place(name)
         for target, factors in self._factors.items():
             self._check(target, factors)
-        changed = dict.fromkeys([*self._factors, *self._replaced])
+        changed = {*self._factors, *self._replaced}
         tensors = {
             name: TensorInfo(_FLOAT32, info.shape) if name in changed else info for name, info in base.tensors.items()
         }
@@ -80,26 +77,25 @@ class LoraSource(WeightSource):
             return weight
         a, b = (self._adapter.read(self._factors[name][part]).astype(_FLOAT32) for part in "AB")
         delta = b.reshape(len(b), -1) @ a.reshape(len(a), -1)
-        # Embeddings are (tokens, width), and some models keep linear layers as (in, out).
-        delta = delta.reshape(weight.shape) if self._is_upright(name) else delta.T
+        delta = delta.T if self._is_transposed(name) else delta.reshape(weight.shape)
         return weight.astype(_FLOAT32) + np.float32(self._scale(name, len(a))) * delta
 
     def _place(self, name: str) -> None:
-        """Find what a tensor of the adapter changes."""
-        # PEFT keeps a layer that it wraps as that one's base layer.
+        """Find the tensor of the model that a tensor of the adapter replaces or adds to."""
+        # PEFT wraps a layer, and keeps the original as the wrapper's "base_layer".
         module, factor = name.removeprefix(_PREFIX).replace(".base_layer.", "."), None
         for ending, part in _FACTORS.items():
             if module.endswith(f".{ending}"):
                 module, factor = module.removesuffix(f".{ending}"), part
-        if factor is None and "lora_" in module:
+        if factor is not None:
+            self._factors.setdefault(self._target(name, f"{module}.weight"), {})[factor] = name
+            return
+        if "lora_" in module:
             raise InputError(f"{self._adapter.path}: {name} is of a variant of LoRA that is not known; {_MERGE}")
-        target = self._target(name, f"{module}.weight" if factor else module)
-        if factor is None:
-            if self._adapter.tensors[name].shape != self._base.tensors[target].shape:
-                raise self._misfit(name, target)
-            self._replaced[target] = name
-        else:
-            self._factors.setdefault(target, {})[factor] = name
+        target = self._target(name, module)
+        if self._adapter.tensors[name].shape != self._base.tensors[target].shape:
+            raise self._misfit(name, target)
+        self._replaced[target] = name
 
     def _target(self, name: str, wanted: str) -> str:
         """Find a tensor by name, or the only one whose name ends alike: models differ in what they call their root."""
@@ -117,16 +113,12 @@ class LoraSource(WeightSource):
         if set(factors) != {"A", "B"}:
             raise InputError(f"{self._adapter.path}: {target} has only one of A and B; save the adapter again")
         a, b = (self._adapter.tensors[factors[part]].shape for part in "AB")
-        shape = self._base.tensors[target].shape
-        wanted = (shape[:1], math.prod(shape[1:])) if self._is_upright(target) else (shape[1:], math.prod(shape[:1]))
-        rank = math.prod(a[:1])
-        if min(len(shape), len(a), len(b)) < 2 or rank < 1:
-            raise self._misfit(factors["A"], target)
-        if math.prod(b[1:]) != rank or (b[:1], math.prod(a[1:])) != wanted:
+        if not _fit(self._base.tensors[target].shape, a, b, transposed=self._is_transposed(target)):
             raise self._misfit(factors["A"], target)
 
-    def _is_upright(self, target: str) -> bool:
-        return not (self._config.get("fan_in_fan_out") or "embedding" in self._factors[target].get("A", ""))
+    def _is_transposed(self, target: str) -> bool:
+        """Return whether a weight is (in, out): embeddings are (tokens, width), and some models keep all layers so."""
+        return bool(self._config.get("fan_in_fan_out")) or "embedding" in self._factors[target].get("A", "")
 
     @property
     def _trained_on(self) -> str:
@@ -140,29 +132,23 @@ class LoraSource(WeightSource):
         )
 
     def _scale(self, target: str, rank: int) -> float:
-        module = target.removesuffix(".weight")
-        alpha = self._config["lora_alpha"]
-        for pattern, value in (self._config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(_at_the_end(pattern), module):
-                alpha = value
-                break
+        module, patterns = target.removesuffix(".weight"), self._config.get("alpha_pattern") or {}
+        matching = (alpha for pattern, alpha in patterns.items() if re.fullmatch(_at_the_end(pattern), module))
+        alpha = next(matching, self._config["lora_alpha"])
         return alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank
 
 
 def open_lora(base: WeightSource, adapter: str | Path) -> LoraSource:
-    """Open a model with a LoRA adapter added.
-
-    Args:
-        base: The model that the adapter was trained on, open; closed with the result.
-        adapter: PEFT's folder, with `adapter_config.json` and `adapter_model.safetensors`.
-
-    Returns:
-        The weights of the model, changed where the adapter changes them.
-
-    Raises:
-        InputError: The adapter is of another kind, damaged, or does not fit the model.
-    """
+    """Open a PEFT adapter's folder on the open model that it was trained on; see `LoraSource`."""
     return LoraSource(base, Path(adapter).expanduser())
+
+
+def _fit(shape: Shape, a: Shape, b: Shape, *, transposed: bool) -> bool:
+    """Return whether factors A (rank, in, ...) and B (out, rank, ...) have the product of a weight's shape."""
+    if min(len(shape), len(a), len(b)) < 2 or a[0] < 1 or math.prod(b[1:]) != a[0]:
+        return False
+    inputs, outputs = math.prod(a[1:]), b[0]
+    return shape == (inputs, outputs) if transposed else (shape[0], math.prod(shape[1:])) == (outputs, inputs)
 
 
 def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
@@ -197,4 +183,5 @@ def _is_pattern(text: str) -> bool:
 
 
 def _at_the_end(pattern: str) -> str:
+    """Return PEFT's rule as one pattern: a key matches the end of a module's name, after a dot."""
     return rf"(.*\.)?({pattern})"

@@ -1,11 +1,10 @@
-"""The tree of a Flax msgpack file, with the places of its arrays.
+"""The tree of a Flax msgpack file, with the position of each array.
 
-The `msgpack` package reads all but the arrays, which are skipped by their length: the package would hold each array
-whole to pass over it (80 MiB and 0.4 s instead of nothing and 0.01 s for a file of 192 MiB whose largest array has 32).
+The `msgpack` package reads all but the arrays, which are skipped by their length: the package would load each array
+to pass over it (80 MiB and 0.4 s instead of nothing and 0.01 s for a file of 192 MiB whose largest array has 32).
 """
 
 import contextlib
-import math
 import re
 import struct
 from pathlib import Path
@@ -24,21 +23,15 @@ REMEDY = "write it again with flax.serialization.to_bytes"
 _MAPS = {*range(0x80, 0x90), 0xDE, 0xDF}
 _EXTENSIONS = {0xC7: ">BBb", 0xC8: ">BHb", 0xC9: ">BIb", **dict.fromkeys(range(0xD4, 0xD9), ">Bb")}
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # codes of Flax's extensions
-_BYTES_HEADERS = (2, 3, 5)  # bytes before those of a value of bytes: their type and their number
+_BYTES_HEADERS = (2, 3, 5)  # possible sizes of the type and the length before a value of bytes
 _MAX_DEPTH = 100  # maps in maps
-_HEAD = 2048  # bytes; shape and dtype of an array take fewer
+_HEAD = 2048  # bytes; more than an array's shape and dtype take
 
 Tree = dict[str, Any]
 
 
 class ArrayAt(NamedTuple):
-    """An array in the file: what it is, and where its bytes are.
-
-    Attributes:
-        info: Dtype and shape.
-        start: Offset of the first byte in the file.
-        size: Size in bytes.
-    """
+    """An array in the file; its bytes are [start, start + size)."""
 
     info: TensorInfo
     start: int
@@ -46,13 +39,7 @@ class ArrayAt(NamedTuple):
 
 
 def read_tree(path: Path) -> Tree:
-    """Read the tree of a file, without the entries of its arrays.
-
-    Args:
-        path: Path of the file.
-
-    Returns:
-        Nested dict; its leaves are `ArrayAt`, or whatever else was written.
+    """Return a file's tree as nested dicts; its leaves are `ArrayAt`, or whatever else was written.
 
     Raises:
         InputError: The file is damaged or truncated, or holds what Flax does not write.
@@ -75,7 +62,7 @@ def read_tree(path: Path) -> Tree:
 
 
 class _Reader:
-    """Reads values one after the other, and skips arrays."""
+    """Reads values one after the other, and skips the bytes of arrays."""
 
     def __init__(self, msgpack: Any, file: IO[bytes], path: Path) -> None:
         self._msgpack, self._file, self._path = msgpack, file, path
@@ -131,11 +118,11 @@ class _Reader:
         if end > self.size:
             raise self._msgpack.exceptions.OutOfData
         array = None if code == _COMPLEX else self._array(start, end)
-        self._move(end)
+        self._move(end)  # past the bytes, without reading them
         return array
 
     def _array(self, start: int, end: int) -> ArrayAt:
-        """Read (shape, dtype, bytes) between two places of the file, up to the bytes."""
+        """Read the shape and dtype of (shape, dtype, bytes), which lies between two offsets of the file."""
         unpacker = self._msgpack.Unpacker(max_buffer_size=_HEAD)
         unpacker.feed(self._peek(start, min(_HEAD, end - start)))
         if unpacker.read_array_header() != 3:
@@ -144,13 +131,12 @@ class _Reader:
         if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError(f"an array has the shape {short_repr(shape)}")
         info = TensorInfo(_dtype(name), tuple(shape))
-        size = math.prod(shape) * info.dtype.itemsize
-        header = end - start - unpacker.tell() - size
+        header = end - start - unpacker.tell() - info.nbytes
         if not is_valid_shape(shape, info.dtype.itemsize) or header not in _BYTES_HEADERS:
             raise ValueError(
                 f"an array of shape {short_repr(info.shape)} and {info.dtype} has {end - start} bytes with its shape"
             )
-        return ArrayAt(info, end - size, size)
+        return ArrayAt(info, end - info.nbytes, info.nbytes)
 
 
 def _dtype(name: Any) -> np.dtype[Any]:

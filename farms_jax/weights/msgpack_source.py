@@ -1,7 +1,7 @@
 """Flax's msgpack files (`flax.serialization.to_bytes`): the tree is walked, arrays are read when asked for.
 
 A file is one map of maps; its leaves are arrays (an extension of the format), numbers, text or lists. Arrays above
-1 GiB are in pieces: a map with their shape and the pieces. Only arrays are weights; all else is passed over.
+1 GiB are split into pieces: a map with their shape and the pieces. Only arrays are weights; all else is passed over.
 """
 
 import math
@@ -32,21 +32,14 @@ class MsgpackSource(WeightSource):
     """Weights in a msgpack file of Flax."""
 
     def __init__(self, path: Path) -> None:
-        """Walk a file's tree.
-
-        Args:
-            path: Path of the file.
-
-        Raises:
-            InputError: It is damaged or truncated, or holds what Flax does not write.
-        """
+        """Walk the file's tree."""
         self._places = dict(_named_arrays(read_tree(path), (), str(path)))
         tensors = {name: place.info for name, place in self._places.items()}
         super().__init__(path, path.stem, "msgpack", FLAX_AXES, tensors)
 
     def _read(self, name: str) -> np.ndarray:
         info, pieces = self._places[name]
-        array, done = np.empty(math.prod(info.shape) * info.dtype.itemsize, np.uint8), 0
+        array, done = np.empty(info.nbytes, np.uint8), 0
         for piece in pieces:
             read_bytes(self.path, piece.start, array[done : done + piece.size], name)
             done += piece.size
@@ -65,7 +58,7 @@ def _named_arrays(tree: Tree, path: tuple[str, ...], where: str) -> Iterator[tup
 
 
 def _joined(node: Mapping[str, Any], where: str) -> _Place:
-    """Put the pieces of an array together; raises InputError where they do not fit."""
+    """Join the pieces of an array; an InputError where they do not fit together."""
     shape, pieces = _values_in_order(node.get("shape")), _values_in_order(node.get("chunks"))
     are_sizes = all(type(size) is int and size >= 0 for size in shape)
     if not pieces or not are_sizes or not all(isinstance(piece, ArrayAt) for piece in pieces):
@@ -81,7 +74,7 @@ def _joined(node: Mapping[str, Any], where: str) -> _Place:
 
 
 def _values_in_order(node: Any) -> tuple[Any, ...]:
-    """Return the values of a map with the keys "0", "1", ..., which stands for a tuple; nothing for any other value."""
+    """Return the values of a map with the keys "0", "1", ..., Flax's form of a tuple; nothing for any other value."""
     if not isinstance(node, dict) or set(node) != {str(i) for i in range(len(node))}:
         return ()
     return tuple(node[str(i)] for i in range(len(node)))

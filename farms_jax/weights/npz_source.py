@@ -1,7 +1,6 @@
 """Archives of NumPy arrays (`numpy.savez`), read member by member; nothing is ever unpickled."""
 
 import contextlib
-import math
 import zipfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -25,18 +24,10 @@ _SLACK = 1 << 16  # bytes; streams shorter than this may be denser
 
 
 class NpzSource(WeightSource):
-    """Weights in an `.npz` archive; names of members are names of tensors."""
+    """Weights in an `.npz` archive, named as its members."""
 
     def __init__(self, path: Path) -> None:
-        """Read the headers of all members.
-
-        Args:
-            path: Path of the archive.
-
-        Raises:
-            InputError: It is damaged or no archive, a member is no array or one of Python objects, or a member does not
-                have the bytes that its shape needs.
-        """
+        """Read and check the headers of all members."""
         tensors: dict[str, TensorInfo] = {}
         with _damage_named(path), zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
@@ -61,6 +52,7 @@ class NpzSource(WeightSource):
 
 @contextlib.contextmanager
 def _damage_named(path: Path) -> Generator[None]:
+    """Turn whatever a damaged archive raises into an InputError."""
     try:
         yield
     except (InputError, OSError):
@@ -70,24 +62,23 @@ def _damage_named(path: Path) -> Generator[None]:
 
 
 def _read_info(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> TensorInfo:
-    """Read a member's header: `numpy.load` would read the entries too, and take memory for whatever shape it says."""
+    """Read a member's header: `numpy.load` would read the entries too, and allocate whatever shape it claims."""
     if not member.filename.endswith(".npy"):
         raise InputError(f"{where} is no array; {_REMEDY}")
     if member.compress_type not in _METHODS:
         raise InputError(f"{where} is compressed by method {member.compress_type}, none of NumPy's; {_REMEDY}")
     with archive.open(member) as stream:
-        dtype, shape = _read_header(stream, where)
-        size = math.prod(shape) * dtype.itemsize
-        is_whole = stream.tell() + size == member.file_size
+        info = _read_header(stream, where)
+        is_whole = stream.tell() + info.nbytes == member.file_size
     if not is_whole or member.file_size > _MAX_DEFLATED * member.compress_size + _SLACK:
         raise InputError(
-            f"{where}: shape {short_repr(shape)} of {printable(str(dtype))} needs {size} bytes, which its "
-            f"{member.compress_size} bytes in the archive cannot hold; {_REMEDY}"
+            f"{where}: shape {short_repr(info.shape)} of {printable(str(info.dtype))} needs {info.nbytes} bytes, which "
+            f"its {member.compress_size} bytes in the archive cannot hold; {_REMEDY}"
         )
-    return TensorInfo(_stored_dtype(dtype), shape)
+    return TensorInfo(_stored_dtype(info.dtype), info.shape)
 
 
-def _read_header(stream: IO[bytes], where: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+def _read_header(stream: IO[bytes], where: str) -> TensorInfo:
     version = npy.read_magic(stream)
     if version not in _HEADERS:
         raise InputError(f"{where}: version {version} of the npy format holds no plain numbers; {_REMEDY}")
@@ -102,7 +93,7 @@ def _read_header(stream: IO[bytes], where: str) -> tuple[np.dtype[Any], tuple[in
         raise InputError(
             f"{where}: there can be no array of shape {short_repr(shape)} and {printable(str(dtype))}; {_REMEDY}"
         )
-    return dtype, shape
+    return TensorInfo(dtype, shape)
 
 
 def _stored_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:

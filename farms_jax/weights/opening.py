@@ -26,17 +26,17 @@ _KNOWN = f"{', '.join(_READERS)}, a Hugging Face folder, an Orbax checkpoint, or
 
 
 def open_weights(path: str | Path, *, axes: Axes | None = None) -> WeightSource:
-    """Open the weights of a model; headers are read and checked, arrays are not.
+    """Open a model's weights; headers are read and checked, arrays are not.
 
     Args:
-        path: A Hugging Face folder or any other with safetensors; a `.safetensors`, `.gguf`, `.npz` or Flax `.msgpack`
-            file; an Orbax checkpoint, or a folder of numbered ones; a run directory of the programs here, of which the
-            first seed's best checkpoint counts, or the pruned model.
-        axes: Which axes of an array are rows and columns, where they are not those usual in the format: outputs first
+        path: Hugging Face folder, or any other with safetensors; `.safetensors`, `.gguf`, `.npz` or Flax `.msgpack`
+            file; Orbax checkpoint, or a folder of numbered ones; run directory of one of the programs, which stands
+            for its first seed's best checkpoint or its pruned model.
+        axes: Which axes of an array are rows and columns; default: those usual in the format, that is outputs first
             in safetensors and GGUF, last in all others.
 
     Returns:
-        The weights, for a `with` block.
+        The open weights, for a `with` block.
 
     Raises:
         InputError: There is no such path, or it is damaged, not finished, or of a kind that is not read.
@@ -78,9 +78,10 @@ def _open_file(path: Path, mode: int) -> WeightSource:
 
 def _open_folder(path: Path) -> WeightSource:
     filenames = sorted(child.name for child in path.iterdir())
-    if run := model_of(path):
-        source = _open_folder(run.folder)
-        source.name = run.name
+    if model := model_of(path):
+        folder, name = model
+        source = _open_folder(folder)
+        source.name = name
         return source
     if source := open_orbax(path):
         return source

@@ -11,7 +11,7 @@ from farms_jax.errors import InputError
 from farms_jax.weights.orbax_tree import DATABASE, TABLE, Array, read_array, read_tree
 from farms_jax.weights.source import WeightSource
 
-_CHECKPOINT = "_CHECKPOINT_METADATA"  # in the folder of a checkpoint
+_CHECKPOINT = "_CHECKPOINT_METADATA"  # marks the folder of a checkpoint
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _STEP = re.compile(r"(?:.*[_.-])?(\d+)")
 
@@ -20,16 +20,7 @@ class OrbaxSource(WeightSource):
     """Weights in an Orbax checkpoint."""
 
     def __init__(self, path: Path, name: str, trees: Mapping[str, Path]) -> None:
-        """Find the arrays.
-
-        Args:
-            path: Path of the checkpoint.
-            name: Name for people.
-            trees: Name -> folder of a tree; where there are several, the names of arrays begin with that of their tree.
-
-        Raises:
-            InputError: Metadata are damaged, an array is missing, or the package `orbax-checkpoint` is.
-        """
+        """Find the arrays of trees, given as name -> folder; where there are several, names of arrays begin with it."""
         self._arrays: dict[str, tuple[Path, Array]] = {}
         for tree, folder in trees.items():
             start = f"{tree}/" if len(trees) > 1 else ""
@@ -44,17 +35,7 @@ class OrbaxSource(WeightSource):
 
 
 def open_orbax(path: Path) -> OrbaxSource | None:
-    """Open a checkpoint.
-
-    Args:
-        path: Path of a tree, of a checkpoint with one or more trees, or of a folder with numbered ones.
-
-    Returns:
-        The weights, of the newest step where there are several; `None` where the folder is none of these.
-
-    Raises:
-        InputError: The checkpoint is not finished, or damaged.
-    """
+    """Open a tree, a checkpoint of trees, or the newest in a folder of numbered ones; `None` for any other path."""
     if found := trees(path):
         return OrbaxSource(path, path.resolve().name, found)
     if found := steps(path):
@@ -77,7 +58,7 @@ def trees(folder: Path) -> dict[str, Path]:
 
 
 def steps(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder whose names are numbers, such as `300` or `step_300`, in numerical order."""
+    """Return a folder's checkpoints whose names end in a number, such as `300` or `step_300`, in numerical order."""
     numbered = [(int(match[1]), child) for child in _folders(folder) if (match := _STEP.fullmatch(child.name))]
     return [child for _, child in sorted(numbered) if trees(child)]
 

@@ -22,31 +22,20 @@ from farms_jax.weights.sanitise import check_name, is_valid_shape, one_line, sho
 TABLE = "_METADATA"
 DATABASE = "manifest.ocdbt"
 _ARRAYS = {"jax.Array", "np.ndarray", "scalar"}  # other leaves are text, or empty
-_MOST_PACKED = 1 << 15  # bytes that one byte can stand for after Zstandard, which Orbax uses
-_SLACK = 1 << 24  # bytes; for arrays of zeros, of which nothing is written
+_MOST_PACKED = 1 << 15  # bytes that one byte compressed with Zstandard, which Orbax uses, can stand for
+_SLACK = 1 << 24  # bytes; arrays of zeros take no place in the files
 _REMEDY = "save it again, or give another step"
 
 
 class Array(NamedTuple):
-    """An array of a tree.
-
-    Attributes:
-        info: Dtype and shape.
-        store: The open `tensorstore.TensorStore`.
-    """
+    """An array of a tree; `store` is its open `tensorstore.TensorStore`."""
 
     info: TensorInfo
     store: Any
 
 
 def read_tree(folder: Path) -> dict[str, Array]:
-    """Find the arrays of a tree.
-
-    Args:
-        folder: Folder of the tree.
-
-    Returns:
-        Path of a leaf, its parts separated by `/` -> array; no entries are read.
+    """Return the arrays of a tree, opened but not read; name (the parts of a leaf's path, joined by `/`) -> array.
 
     Raises:
         InputError: The table is damaged, an array is missing, or the package `orbax-checkpoint` is.
@@ -118,19 +107,7 @@ def _place(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_array(folder: Path, name: str, array: Array) -> np.ndarray:
-    """Read an array's entries.
-
-    Args:
-        folder: Folder of its tree, for messages.
-        name: Name of the array, for messages.
-        array: The array, as found by `read_tree`.
-
-    Returns:
-        Array of its shape and dtype.
-
-    Raises:
-        InputError: Its entries are missing or damaged.
-    """
+    """Read an array's entries; `folder` and `name` are for the error message."""
     try:
         return np.asarray(array.store.read().result())
     except Exception as error:  # of any kind: it depends on what is damaged

@@ -1,7 +1,8 @@
-"""What the readers of all formats share: descriptions of tensors, raw bytes, JSON."""
+"""Shared by the readers of all formats: descriptions of tensors, raw bytes, JSON."""
 
 import contextlib
 import json
+import math
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,27 +16,20 @@ DOWNLOAD_AGAIN = "download it again"
 
 
 class TensorInfo(NamedTuple):
-    """What a tensor is, without its values."""
+    """A tensor without its values."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @contextlib.contextmanager
 def os_errors_named(path: Path, what: str = "", remedy: str = "check the path and its rights") -> Generator[None]:
-    """Turn an `OSError` inside the `with` block into an `InputError` that names the file.
-
-    Args:
-        path: Path of the file that is read.
-        what: What is read from it, where that is not the whole file.
-        remedy: What the user can do.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        InputError: The file cannot be read.
-    """
+    """Turn an `OSError` in the `with` block into an `InputError` that names the file, and `what` is read from it."""
     try:
         yield
     except OSError as error:
@@ -44,17 +38,11 @@ def os_errors_named(path: Path, what: str = "", remedy: str = "check the path an
 
 
 def read_bytes(path: Path, start: int, out: np.ndarray, name: str) -> None:
-    """Fill an array with bytes of a file.
+    """Fill `out`, uint8 (bytes,), from byte `start` of a file on; `name` is the tensor's, for the error message.
 
     The file is read, not mapped into memory: mapped pages count as memory of the process (peak over a model of 640 MiB
     whose largest tensor has 32: 45 MiB against 656 by `safetensors.safe_open`, or 64 where it is opened for every
     tensor), and a disk that fails under a mapped page ends the process instead of raising an error.
-
-    Args:
-        path: Path of the file.
-        start: Offset of the first byte.
-        out: Array to fill, uint8, shape (bytes,).
-        name: Name of the tensor, for messages.
 
     Raises:
         InputError: The file cannot be read, or ends too early.
@@ -70,18 +58,7 @@ def read_bytes(path: Path, start: int, out: np.ndarray, name: str) -> None:
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: Path of the file.
-        remedy: What the user can do where there is no such file.
-
-    Returns:
-        The object.
-
-    Raises:
-        InputError: There is no such file, or it holds something else.
-    """
+    """Read a JSON object; `remedy` is what the user can do if the file does not exist."""
     with os_errors_named(path):
         if not path.exists():
             raise InputError(f"{path}: no such file; {remedy}")

@@ -1,8 +1,8 @@
-"""Run directories of the programs here, and where their checkpoints are."""
+"""Run directories of the programs here, and the checkpoints in them."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from farms_jax._names import natural_key
 from farms_jax.errors import InputError
@@ -11,36 +11,26 @@ from farms_jax.weights import orbax_source
 from farms_jax.weights.safetensors_source import WEIGHTS
 
 SUFFIXES = (".safetensors", ".gguf", ".npz", ".msgpack")
+# One setting and several seeds; several settings; `sciml`, whose phases have no seed.
 _PLACES = ("seed*/checkpoints", "*/seed*/checkpoints", "*/checkpoints")
 
 
-class Found(NamedTuple):
-    """A run's model: its folder, and what to call it."""
+def model_of(run: Path) -> tuple[Path, str] | None:
+    """Return the folder and the name of a run's model; `None` where the folder is no run directory.
 
-    folder: Path
-    name: str
-
-
-def model_of(run: Path) -> Found | None:
-    """Find the model of a run directory; a checkpoint of `train` and `sciml` is compared with its checksums.
-
-    Args:
-        run: Path of a folder.
-
-    Returns:
-        The pruned model of `prune`; of `train` and `sciml` the best checkpoint of the first seed (of the first
-        setting), the last one where there is no best; `None` where the folder is no run directory.
+    That is the pruned model of `prune`; of `train` and `sciml` the best checkpoint of the first seed (of the first
+    setting), or the last one without a best. A checkpoint of `train` and `sciml` is compared with its checksums.
 
     Raises:
-        InputError: The run has no checkpoint yet, or files are not as their checksums say.
+        InputError: The run has no checkpoint yet, or a file does not match its checksum.
     """
     _check_files(run)
     if (run / "run.json").is_file() and (run / "model").is_dir():
-        return Found(run / "model", f"{run.resolve().name}, pruned model")
+        return run / "model", f"{run.resolve().name}, pruned model"
     if (run / "model.part").is_dir():
         raise InputError(f"{run}: a run of prune whose model is not finished; give its command again, it goes on")
     places = [run / "checkpoints"]
-    # Without its settings it may be a folder of runs, of which none is meant.
+    # Without settings of its own it may be a folder of several runs, and none of them is meant.
     for pattern in _PLACES if (run / "config.json").is_file() else ():
         places += sorted(run.glob(pattern), key=lambda path: natural_key(str(path)))
     for place in places:
@@ -48,14 +38,14 @@ def model_of(run: Path) -> Found | None:
             _check_files(folder)
             if folder.is_dir() and (steps := orbax_source.steps(folder)):
                 where = steps[-1].relative_to(run)
-                return Found(steps[-1], f"{run.resolve().name}, {where.as_posix()}")
+                return steps[-1], f"{run.resolve().name}, {where.as_posix()}"
     if any((place / "last").is_dir() for place in places):
         raise InputError(f"{run}: a run without a checkpoint yet; wait for the end of its first epoch")
     return None
 
 
 def _check_files(folder: Path) -> None:
-    """Compare a checkpoint of the programs here, or the newest one in a folder, with its checksums."""
+    """Compare a program's checkpoint, or the newest one in a folder, with its checksums."""
     numbered = [path for path in (folder, *folder.glob("*")) if path.name.isdecimal() and (path / CHECKSUMS).is_file()]
     if not numbered:
         return
@@ -69,27 +59,21 @@ def _check_files(folder: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Find the checkpoints inside a run directory of any program.
+    """Return the checkpoints in a run directory of any program, as paths for `open_weights`, oldest first.
 
-    Args:
-        run: Path of a folder.
-
-    Returns:
-        Paths for `open_weights`, oldest first: Orbax steps, folders of shards, files. `best` beside `last` is left out,
-        since every best checkpoint has once been the last.
+    They are Orbax steps, folders of shards and files. `best` beside `last` is left out, since every best checkpoint has
+    once been the last.
 
     Raises:
         InputError: There is no such folder.
     """
     if not run.is_dir():
         raise InputError(f"{run}: no such folder; give the directory of a run")
-    found: list[tuple[int, list[tuple[int, int | str]], Path]] = []
+    times: dict[Path, int] = {}
     for path in _inside(run):
-        try:
-            found.append((path.stat().st_mtime_ns, natural_key(str(path)), path))
-        except FileNotFoundError:  # a run keeps only some of its checkpoints
-            continue
-    return [path for *_, path in sorted(found)]
+        with contextlib.suppress(FileNotFoundError):  # a run that goes on removes old checkpoints
+            times[path] = path.stat().st_mtime_ns
+    return sorted(times, key=lambda path: (times[path], natural_key(str(path))))
 
 
 def _inside(folder: Path) -> Iterator[Path]:
@@ -113,4 +97,5 @@ def _inside(folder: Path) -> Iterator[Path]:
 
 
 def _is_draft(path: Path) -> bool:
+    """Return whether a path is being written, or was left so by a stopped process."""
     return path.name.startswith(".") or path.suffix in {".part", ".tmp"} or ".orbax-checkpoint-tmp" in path.name

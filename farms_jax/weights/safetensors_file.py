@@ -1,8 +1,8 @@
 """Safetensors files: where each tensor lies, in files that are read and in those that will be written.
 
 A file is eight bytes with the length of a JSON header (little-endian), the header, and the tensors' bytes. The
-`safetensors` package checks headers; its writer needs all values at once, so a header for tensors that come one after
-the other is made here.
+`safetensors` package checks headers; its writer needs all values at once, so the header of a file that is written
+tensor by tensor is made here.
 
 >>> import numpy as np
 >>> layout = make_layout({"weight": TensorInfo(np.dtype("float32"), (2, 3))})
@@ -11,7 +11,6 @@ the other is made here.
 """
 
 import json
-import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +24,8 @@ from farms_jax.errors import InputError
 from farms_jax.weights.reading import DOWNLOAD_AGAIN, TensorInfo, os_errors_named, read_bytes
 from farms_jax.weights.sanitise import check_name, is_valid_shape, one_line, short_repr
 
-# Largest alignment last: the format's own writer lays files out from the end of this table to its start, so that every
-# tensor is aligned to its items.
+# Widest last: the format's own writer lays files out from the end of this table to its start, so that every tensor is
+# aligned to its items.
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -54,34 +53,16 @@ class Entry(NamedTuple):
 
 
 class FileLayout(NamedTuple):
-    """What is where in a file.
+    """Where everything is in a file."""
 
-    Attributes:
-        header: First bytes of the file, up to the tensors.
-        tensors: Name -> entry, in the order of their bytes.
-        metadata: Free text of the header, name -> value.
-        size: Size of the file in bytes.
-    """
-
-    header: bytes
-    tensors: dict[str, Entry]
-    metadata: dict[str, str]
-    size: int
+    header: bytes  # all before the tensors
+    tensors: dict[str, Entry]  # in the order of their bytes
+    metadata: dict[str, str]  # free text of the header
+    size: int  # bytes of the file
 
 
 def read_layout(path: Path) -> FileLayout:
-    """Read and check the header of a file.
-
-    Args:
-        path: Path of a safetensors file.
-
-    Returns:
-        The layout; every tensor lies inside the file, has the bytes that its shape and dtype need, and no byte
-        belongs to none or to two.
-
-    Raises:
-        InputError: The file is damaged, truncated, no safetensors file, or has a dtype that is not known.
-    """
+    """Read and check a file's header: every tensor lies inside the file, every byte belongs to exactly one."""
     with from_extra("diagnose", f"{path}: a safetensors file"):
         import safetensors
     try:
@@ -89,7 +70,7 @@ def read_layout(path: Path) -> FileLayout:
             size = path.stat().st_size
             infos = {name: _info(path, name, file.get_slice(name)) for name in file.offset_keys()}
             # The package has made sure that the tensors fill the file, without gaps, from the header to the end.
-            header = raw.read(size - sum(map(_num_bytes, infos.values())))
+            header = raw.read(size - sum(info.nbytes for info in infos.values()))
             metadata = file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise InputError(
@@ -111,37 +92,20 @@ def _info(path: Path, name: str, tensor: Any) -> TensorInfo:
 
 
 def read_tensor(path: Path, name: str, entry: Entry) -> np.ndarray:
-    """Read one tensor.
-
-    Args:
-        path: Path of the file.
-        name: Name of the tensor, for messages.
-        entry: Its entry in the layout of the file.
-
-    Returns:
-        Array of the entry's shape and dtype, writable.
-
-    Raises:
-        InputError: The file cannot be read, or has become shorter.
-    """
+    """Read one tensor into a writable array; an InputError if the file has become shorter since it was opened."""
     array = np.empty(entry.stop - entry.start, np.uint8)
     read_bytes(path, entry.start, array, name)
     return array.view(entry.info.dtype).reshape(entry.info.shape)
 
 
 def make_layout(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None) -> FileLayout:
-    """Lay out a new file.
+    """Return the layout of a new file, with the same header as the `safetensors` package writes.
 
-    Args:
-        tensors: Name -> what the tensor is.
-        metadata: Free text, name -> value; transformers wants `{"format": "pt"}`.
-
-    Returns:
-        The layout, with the same header that the `safetensors` package writes: tensors are ordered by dtype, the widest
-        first, then by name, and their bytes begin at a multiple of eight.
+    Tensors are ordered by dtype, the widest first, then by name, and their bytes begin at a multiple of eight. Of the
+    metadata, `{"format": "pt"}` is what transformers needs.
 
     Raises:
-        InputError: The format does not have one of the dtypes.
+        InputError: The format lacks one of the dtypes.
     """
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
     for name, (dtype, _) in tensors.items():
@@ -154,19 +118,15 @@ def make_layout(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] |
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
-    size = len(header) + sum(map(_num_bytes, tensors.values()))
+    size = len(header) + sum(info.nbytes for info in tensors.values())
     return FileLayout(header, _entries(ordered, len(header)), dict(metadata or {}), size)
 
 
 def _entries(tensors: Mapping[str, TensorInfo], start: int) -> dict[str, Entry]:
-    """Put tensors one after the other, the first at byte `start`."""
+    """Place tensors one after the other, the first at byte `start`."""
     entries = {}
     for name, info in tensors.items():
-        stop = start + _num_bytes(info)
+        stop = start + info.nbytes
         entries[name] = Entry(info, start, stop)
         start = stop
     return entries
-
-
-def _num_bytes(info: TensorInfo) -> int:
-    return math.prod(info.shape) * info.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Safetensors as weights: one file, a folder of one model, shards with an index as Hugging Face lays them out."""
+"""Safetensors as weights: one file, a folder with one model, shards with an index as Hugging Face lays them out."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,6 +8,7 @@ import numpy as np
 
 from farms_jax._axes import TORCH_AXES
 from farms_jax.errors import InputError
+from farms_jax.weights.conversion import listed
 from farms_jax.weights.reading import DOWNLOAD_AGAIN, read_json
 from farms_jax.weights.safetensors_file import read_layout, read_tensor
 from farms_jax.weights.sanitise import printable, short_repr
@@ -16,51 +17,34 @@ from farms_jax.weights.source import WeightSource
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(?P<start>.*)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
-_LISTED = 10  # tensors that an error names
 
 
 class SafetensorsSource(WeightSource):
-    """Weights in safetensors files of one folder.
+    """Weights in safetensors files of one folder; `layouts` has the layout of each file by its name."""
 
-    Attributes:
-        layouts: File name -> layout.
-    """
-
-    def __init__(self, path: Path, folder: Path, filenames: Iterable[str]) -> None:
-        """Read the headers of files that make up one model.
-
-        Args:
-            path: Path of the file or folder that was asked for.
-            folder: Folder of the files.
-            filenames: Names of the files.
-
-        Raises:
-            InputError: A file is damaged, a tensor is in two files, or there are no tensors.
-        """
-        self._folder = folder
-        self.layouts = {filename: read_layout(folder / filename) for filename in filenames}
+    def __init__(self, path: Path, filenames: Iterable[str]) -> None:
+        """Read the headers of a model's files, which lie in the folder `path`, or of the one file `path`."""
+        self._folder = path if path.is_dir() else path.parent
+        self.layouts = {filename: read_layout(self._folder / filename) for filename in filenames}
         self._file_of: dict[str, str] = {}
         for filename, layout in self.layouts.items():
             for name in layout.tensors:
                 if name in self._file_of:
                     raise InputError(
-                        f"{folder}: {name} is in two shards, {self._file_of[name]} and {filename}; download them again"
+                        f"{self._folder}: {name} is in two shards, {self._file_of[name]} and {filename}; "
+                        "download them again"
                     )
                 self._file_of[name] = filename
         tensors = {name: entry.info for layout in self.layouts.values() for name, entry in layout.tensors.items()}
-        name = path.resolve().name if path == folder else path.stem
+        name = path.resolve().name if path == self._folder else path.stem
         super().__init__(path, name, "safetensors", TORCH_AXES, tensors)
 
-    def check_index(self, index: Path, weight_map: Mapping[str, str]) -> None:
-        """Compare the files with an index of them.
+    def _read(self, name: str) -> np.ndarray:
+        filename = self._file_of[name]
+        return read_tensor(self._folder / filename, name, self.layouts[filename].tensors[name])
 
-        Args:
-            index: Path of the index, for the message.
-            weight_map: Tensor -> name of the file that should hold it.
-
-        Raises:
-            InputError: A tensor is in another file, in none, or not in the index.
-        """
+    def disagreements(self, weight_map: Mapping[str, str]) -> list[str]:
+        """Compare the files with an index's table, tensor -> file name; return what to say of each difference."""
         missing = [
             f"{printable(name)} (not in {printable(filename)})"
             for name, filename in weight_map.items()
@@ -71,51 +55,24 @@ class SafetensorsSource(WeightSource):
             for name, filename in self._file_of.items()
             if name not in weight_map
         ]
-        if faults := missing + unlisted:
-            more = f" and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
-            raise InputError(
-                f"{index}: it disagrees with its shards: {', '.join(faults[:_LISTED])}{more}; download all"
-            )
-
-    def _read(self, name: str) -> np.ndarray:
-        filename = self._file_of[name]
-        return read_tensor(self._folder / filename, name, self.layouts[filename].tensors[name])
+        return missing + unlisted
 
 
 def open_safetensors(path: Path) -> SafetensorsSource:
-    """Open one file.
-
-    Args:
-        path: Path of the file.
-
-    Returns:
-        Its weights.
-
-    Raises:
-        InputError: The file is damaged or holds no tensors.
-    """
-    return SafetensorsSource(path, path.parent, [path.name])
+    """Open one file."""
+    return SafetensorsSource(path, [path.name])
 
 
 def open_indexed(path: Path) -> SafetensorsSource:
-    """Open the shards that an index names.
-
-    Args:
-        path: Path of the index; the shards are beside it.
-
-    Returns:
-        The weights; files are in the order of their names.
-
-    Raises:
-        InputError: A file is missing or damaged, or index and shards disagree.
-    """
+    """Open the shards that an index names; they lie beside it."""
     weight_map = _read_weight_map(path)
     filenames = sorted(set(weight_map.values()))
     for filename in filenames:
         if not (path.parent / filename).is_file():
             raise InputError(f"{path.parent / filename}: this shard is missing, {path.name} names it; {DOWNLOAD_AGAIN}")
-    source = SafetensorsSource(path.parent, path.parent, filenames)
-    source.check_index(path, weight_map)
+    source = SafetensorsSource(path.parent, filenames)
+    if faults := source.disagreements(weight_map):
+        raise InputError(f"{path}: it disagrees with its shards: {listed(faults)}; download all")
     return source
 
 
@@ -137,23 +94,11 @@ def _is_valid_filename(name: str) -> bool:
 
 
 def open_safetensors_folder(path: Path, filenames: Iterable[str]) -> SafetensorsSource | None:
-    """Open the safetensors files of a folder.
-
-    Args:
-        path: Path of the folder.
-        filenames: Names of all files in it.
-
-    Returns:
-        The weights in `model.safetensors`, or in the shards of an index, or in all safetensors files; `None` where
-        there are none of these.
-
-    Raises:
-        InputError: A file is missing or damaged, or files disagree.
-    """
+    """Open `model.safetensors`, or the shards of an index, or all safetensors files of a folder; `None` without any."""
     files = [name for name in filenames if name.endswith(".safetensors") and not name.startswith(".")]
     indices = [name for name in filenames if name.endswith(".safetensors.index.json")]
     if WEIGHTS in files:
-        return SafetensorsSource(path, path, [WEIGHTS])
+        return SafetensorsSource(path, [WEIGHTS])
     if indices:
         if INDEX not in indices and len(indices) > 1:
             raise InputError(f"{path}: it has several models ({', '.join(indices)}); give a file of one of them")
@@ -161,11 +106,11 @@ def open_safetensors_folder(path: Path, filenames: Iterable[str]) -> Safetensors
     if not files:
         return None
     _check_numbers(path, files)
-    return SafetensorsSource(path, path, files)
+    return SafetensorsSource(path, files)
 
 
 def _check_numbers(folder: Path, filenames: Iterable[str]) -> None:
-    """Check by the numbers in their names that all shards are there, where no index tells."""
+    """Check by the numbers in their names that all shards exist, where no index tells."""
     found: dict[tuple[str, str], set[int]] = {}
     for match in filter(None, map(_SHARD.fullmatch, filenames)):
         found.setdefault((match["start"], match["count"]), set()).add(int(match["number"]))

@@ -13,7 +13,7 @@ from typing import Any
 
 from farms_jax.errors import InputError
 
-_MAX_NAME = 500  # characters; GGUF allows 64, a state of an optimiser inside others has 200
+_MAX_NAME = 500  # characters; GGUF allows 64, nested optimiser states have 200
 _MAX_AXES = 64  # numpy's
 _MAX_BYTES = 2**63
 _MAX_SHOWN = 100  # characters of a value or a name
@@ -57,11 +57,7 @@ def one_line(error: BaseException) -> str:
 
 
 def check_name(name: str, where: str) -> None:
-    """Check a tensor's name, which tables, messages and files will show.
-
-    Args:
-        name: Name of the tensor.
-        where: Name of the file, for the message.
+    """Check that a tensor's name can be shown in tables and messages; `where` names the file.
 
     Raises:
         InputError: The name is very long, or has characters that cannot be printed.

@@ -1,4 +1,4 @@
-"""Tell the weights of a model from what else is in a checkpoint: optimiser states, averages, running statistics.
+"""Tell a model's weights from what else is in a checkpoint: optimiser states, averages, running statistics.
 
 >>> import numpy as np
 >>> matrix, count = TensorInfo(np.dtype("float32"), (3, 4)), TensorInfo(np.dtype("int32"), ())
@@ -32,14 +32,7 @@ _Path = tuple[str, ...]
 
 
 def not_weights(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Find arrays that are not weights of the model.
-
-    Args:
-        tensors: Name -> what it is; parts of a name are separated by `/` or `.`.
-
-    Returns:
-        Name -> the reason, for those arrays alone, in the order given.
-    """
+    """Return name -> reason of those arrays that are no weights; parts of a name are separated by `/` or `.`."""
     paths = {name: tuple(re.split(r"[/.]", name)) for name in tensors}
     shapes = {path: tensors[name].shape for name, path in paths.items()}
     counted = {path[:-1] for name, path in paths.items() if path[-1] == "count" and _is_count(tensors[name])}
@@ -64,7 +57,7 @@ def _reason(path: _Path, counted: Iterable[_Path], mirrors: Mapping[_Path, str])
 
 
 def _mirrors(shapes: Mapping[_Path, tuple[int, ...]]) -> dict[_Path, str]:
-    """Find subtrees whose name says that they are a copy and that have an original; path -> reason to leave it out."""
+    """Return path -> reason of subtrees that are named as copies and whose original is in the checkpoint."""
     inside: dict[_Path, list[_Path]] = {}
     for path in shapes:
         for end, part in enumerate(path[:-1], start=1):

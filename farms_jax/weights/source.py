@@ -19,7 +19,7 @@ class WeightSource(ABC):
     """Weights on disk; closed at the end of a `with` block.
 
     Attributes:
-        name: Name for people.
+        name: Name to show.
         path: Path of the file or folder.
         format: safetensors, gguf, orbax, msgpack or npz.
         axes: Which axes of an array are rows and columns.
@@ -28,18 +28,7 @@ class WeightSource(ABC):
     """
 
     def __init__(self, path: Path, name: str, format: str, axes: Axes, tensors: Mapping[str, TensorInfo]) -> None:
-        """Describe what was found.
-
-        Args:
-            path: See the class.
-            name: See the class.
-            format: See the class.
-            axes: See the class.
-            tensors: Full name -> dtype and shape, in any order.
-
-        Raises:
-            InputError: There are no tensors, or a name is very long or not printable.
-        """
+        """Check the tensors, given in any order; an InputError if there are none, or a name cannot be shown."""
         if not tensors:
             raise InputError(f"{path}: there are no arrays in it; give the checkpoint of a model")
         for tensor in tensors:
@@ -55,7 +44,7 @@ class WeightSource(ABC):
             name: A key of `tensors`.
 
         Returns:
-            A new array of its dtype and shape, the caller's own; bfloat16 is that of `ml_dtypes`.
+            New array of the tensor's dtype and shape; bfloat16 is that of `ml_dtypes`.
 
         Raises:
             InputError: There is no such tensor, or it cannot be read.

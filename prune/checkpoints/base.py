@@ -1,4 +1,4 @@
-"""What a checkpoint is, whatever its format: names, orientation and config are those of Hugging Face."""
+"""A checkpoint of any format, with the names, orientation and config of Hugging Face."""
 
 import tempfile
 from abc import ABC, abstractmethod
@@ -16,16 +16,7 @@ from ..models import Network, make_network
 
 
 class Checkpoint(ABC):
-    """A model to prune: its weights, config and tokenizer, and how a copy of it is laid out.
-
-    Attributes:
-        source: The weights.
-        name: Name for people and run directories.
-        path: Path of the folder or the file.
-        config: Content of `config.json`.
-        tensors: Full tensor name -> its dtype and shape, (out, in) for linears.
-        files: Paths of the weight files, in the order of their names.
-    """
+    """A model to prune: its weights (linears are (out, in)), config and tokenizer, and the layout of a copy."""
 
     def __init__(
         self,
@@ -35,61 +26,34 @@ class Checkpoint(ABC):
         paths: tuple[Path, ...],
         name: str | None = None,
     ) -> None:
-        """Put a checkpoint together.
-
-        Args:
-            source: See the class.
-            config: See the class.
-            tensors: See the class; those of the source that belong to the model.
-            paths: Paths of the weight files.
-            name: See the class; default: that of the source.
-        """
+        """Put a checkpoint together; `tensors` are those of the source that belong to the model."""
         self.source, self.path, self.name = source, source.path, name or source.name
         self.config, self.tensors, self.files = dict(config), dict(tensors), paths
 
     def read(self, name: str) -> np.ndarray:
-        """Read one tensor.
-
-        Args:
-            name: Full name, a key of `tensors`.
-
-        Returns:
-            Array of the stored dtype and shape.
-
-        Raises:
-            InputError: There is no such tensor, or its file cannot be read.
-        """
+        """Read one tensor in its stored dtype and shape; an InputError where that is impossible."""
         return self.source.read(name)
 
     @abstractmethod
     def shards(self) -> dict[str, FileLayout]:
-        """Return how an exported copy is laid out: file name -> layout."""
+        """Return the layouts of an exported copy's weight files, by file name."""
 
     @abstractmethod
     def copy_sidecars(self, folder: Path, tokenizer: Any = None) -> None:
-        """Write everything but the weights into an export folder.
+        """Write all but the weights into an export folder, made where there is none.
 
-        Args:
-            folder: Folder of the export, made where there is none.
-            tokenizer: Tokenizer to save instead of the checkpoint's own.
+        A given tokenizer is saved instead of the checkpoint's own.
 
         Raises:
-            InputError: The checkpoint's tokenizer cannot be made; never with one given.
+            InputError: The checkpoint's own tokenizer cannot be made.
         """
 
     @abstractmethod
     def tokenizer(self) -> Any:
-        """Load the tokenizer, one of `transformers`.
-
-        Raises:
-            InputError: There is none, or it cannot be loaded.
-        """
+        """Load the tokenizer, one of `transformers`; an InputError if there is none, or it cannot be loaded."""
 
     def network(self) -> Network:
-        """Make the network of the config, and check that the tensors are those that it needs.
-
-        Returns:
-            The network; no weights are read.
+        """Return the config's network, after a check that the tensors are those that it needs; no weights are read.
 
         Raises:
             InputError: The config is not supported, or tensors are unknown, missing or of another shape.
@@ -104,12 +68,7 @@ class Checkpoint(ABC):
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer's files into a folder, each in one step.
-
-    Args:
-        tokenizer: A tokenizer of `transformers`.
-        folder: Folder, made where there is none.
-    """
+    """Write the files of a tokenizer of `transformers` into a folder, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as draft:
         tokenizer.save_pretrained(draft)

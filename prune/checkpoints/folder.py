@@ -30,15 +30,7 @@ class FolderCheckpoint(Checkpoint):
     """A Hugging Face folder: `config.json` and safetensors, in one file or in shards with an index."""
 
     def __init__(self, path: Path, name: str | None = None) -> None:
-        """Open a folder.
-
-        Args:
-            path: Path of the folder.
-            name: Name for people; default: the folder's own.
-
-        Raises:
-            InputError: A file is missing or damaged, or index and shards disagree.
-        """
+        """Open a folder; an InputError where a file is missing or damaged, or index and shards disagree."""
         config = read_json(path / "config.json", "give a Hugging Face model folder")
         source = _open_weights(path)
         files = tuple(path / filename for filename in source.layouts)
@@ -46,16 +38,11 @@ class FolderCheckpoint(Checkpoint):
         self._layouts = source.layouts
 
     def shards(self) -> dict[str, FileLayout]:
-        """Return the folder's own layout: headers verbatim, so that an unpruned export has the same bytes."""
+        """Return the folder's own layouts, headers verbatim: an unpruned export has the same bytes."""
         return self._layouts
 
     def copy_sidecars(self, folder: Path, tokenizer: Any = None) -> None:
-        """Copy config, generation config, tokenizer files and index, byte for byte.
-
-        Args:
-            folder: Folder of the export, made where there is none.
-            tokenizer: Tokenizer to save instead of the checkpoint's own.
-        """
+        """Copy config, generation config, tokenizer files and index, byte for byte."""
         names = ["config.json", "generation_config.json", *([] if (self.path / WEIGHTS).is_file() else [INDEX])]
         for filename in names if tokenizer is not None else [*names, *_TOKENIZER_FILES]:
             if (self.path / filename).is_file():
@@ -65,11 +52,7 @@ class FolderCheckpoint(Checkpoint):
             save_tokenizer(tokenizer, folder)
 
     def tokenizer(self) -> Any:
-        """Load the folder's tokenizer; only files of the folder are read, and no code of it is run.
-
-        Returns:
-            A tokenizer of `transformers`.
-        """
+        """Load the folder's tokenizer; see `load_tokenizer`."""
         return load_tokenizer(self.path)
 
 
@@ -84,7 +67,7 @@ def how_to_convert(folder: Path) -> str:
 
 def _open_weights(folder: Path) -> SafetensorsSource:
     if (folder / WEIGHTS).is_file():
-        return SafetensorsSource(folder, folder, [WEIGHTS])
+        return SafetensorsSource(folder, [WEIGHTS])
     if (folder / INDEX).is_file():
         return open_indexed(folder / INDEX)
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
@@ -97,17 +80,7 @@ def _open_weights(folder: Path) -> SafetensorsSource:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a Hugging Face folder; only files of the folder are read, and no code of it is run.
-
-    Args:
-        folder: Folder with `tokenizer.json` or the files of an older form.
-
-    Returns:
-        A tokenizer of `transformers`.
-
-    Raises:
-        InputError: There is none, or it cannot be loaded.
-    """
+    """Load the tokenizer of a Hugging Face folder; only files of the folder are read, and none of its code is run."""
     if not any((folder / filename).is_file() for filename in _TOKENIZERS):
         raise InputError(f"{folder}: there is no tokenizer in it; give a folder that has one with --tokenizer PATH")
     # Without torch, transformers would advise to install it.

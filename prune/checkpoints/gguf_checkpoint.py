@@ -19,14 +19,7 @@ class GGUFCheckpoint(Checkpoint):
     """A model in one GGUF file."""
 
     def __init__(self, path: Path) -> None:
-        """Open a file.
-
-        Args:
-            path: Path of the file.
-
-        Raises:
-            InputError: It is damaged, of another architecture, or has tensors that no table knows.
-        """
+        """Open a file; an InputError where it is damaged, or has an architecture or tensors that are not known."""
         source = GGUFSource(path, strict=True)
         # The rotary factors are part of the config, not of the network.
         tensors = {name: info for name, info in source.tensors.items() if name != ROPE_FACTORS}
@@ -40,20 +33,11 @@ class GGUFCheckpoint(Checkpoint):
         return {WEIGHTS: make_layout(self.tensors, {"format": "pt"})}
 
     def copy_sidecars(self, folder: Path, tokenizer: Any = None) -> None:
-        """Write config and tokenizer.
-
-        Args:
-            folder: Folder of the export, made where there is none.
-            tokenizer: Tokenizer to save instead of the file's own.
-        """
+        """Write config and tokenizer, both made from the metadata."""
         tokenizer = self.tokenizer() if tokenizer is None else tokenizer
         write_json(folder / "config.json", self.config)
         save_tokenizer(tokenizer, folder)
 
     def tokenizer(self) -> Any:
-        """Make the tokenizer from the file's metadata.
-
-        Returns:
-            A `transformers.PreTrainedTokenizerFast`.
-        """
+        """Make the tokenizer, a `PreTrainedTokenizerFast`, from the file's metadata."""
         return make_tokenizer(read_gguf(self.path, long_arrays=True).metadata, str(self.path))

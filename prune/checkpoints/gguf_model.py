@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from farms_jax.errors import InputError
-from farms_jax.weights.gguf_names import ROPE_FACTORS, architecture_of
+from farms_jax.weights.gguf_names import ROPE_FACTORS, architecture_of, same_in_all_blocks
 from farms_jax.weights.sanitise import short_repr
 
 _CLASSES = {
@@ -16,9 +16,9 @@ _CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# Multipliers that some models of these architectures have, and the networks here do not.
+# Multipliers (and experts) that some models of these architectures have, and the networks here do not.
 _FOREIGN = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale", "expert_count")
-# Of LLaMA 3.1, the only ones published: the file has the factors made from them, not the numbers.
+# Those of LLaMA 3.1, the only ones published: a file has the factors made from them, not the numbers themselves.
 _LOW_FACTOR, _HIGH_FACTOR = 1.0, 4.0
 _SMALLEST, _LARGEST = (float(getattr(np.finfo(np.float32), end)) for end in ("tiny", "max"))
 
@@ -29,16 +29,9 @@ def make_config(
     rope_factors: np.ndarray | None,
     where: str,
 ) -> dict[str, Any]:
-    """Make the content of `config.json`, in the form that every version of `transformers` reads.
+    """Return the content of `config.json`, in the form that every version of `transformers` reads.
 
-    Args:
-        metadata: Metadata of the file.
-        shapes: Hugging Face name -> shape.
-        rope_factors: Divisors of the rotary frequencies, float32, shape (head_dim / 2,), where the file has them.
-        where: Name of the file, for messages.
-
-    Returns:
-        The config.
+    `shapes` has Hugging Face names. `rope_factors`, float32 (head_dim / 2,), are divisors of the rotary frequencies.
 
     Raises:
         InputError: A number is missing, or the model has something that the networks here do not support.
@@ -90,7 +83,7 @@ def _special_tokens(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Facts:
-    """The metadata under an architecture's own keys; a key without a default must exist."""
+    """The metadata under an architecture's own keys; a key that is asked for without a default must exist."""
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str, where: str) -> None:
         self.metadata, self.architecture, self.where = metadata, architecture, where
@@ -102,10 +95,7 @@ class _Facts:
         return self.metadata.get(full, *default)
 
     def number(self, key: str, *default: int) -> int:
-        value = self.get(key, *default)
-        # A list holds one number per block.
-        if isinstance(value, list) and len(set(value)) == 1:
-            value = value[0]
+        value = same_in_all_blocks(self.get(key, *default))
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise InputError(
                 f"{self.where}: {self.architecture}.{key} is {short_repr(value)}, no number > 0 for all blocks; "

@@ -24,12 +24,12 @@ _LLAMA3 = (
 
 
 class _Words(NamedTuple):
-    """How text is cut before merging: patterns applied one after the other to the pieces, each match a piece."""
+    """How text is cut before merging: each pattern in turn is applied to the pieces, and each match becomes a piece."""
 
     patterns: tuple[str, ...]
     whole_words: bool = False  # a word that is a token needs no merges
-    add_bos: bool = False  # where the file does not say
-    nfc: bool = False
+    add_bos: bool = False  # the default, where the file does not say
+    nfc: bool = False  # Unicode's composed form, before the text is cut
 
 
 # By `tokenizer.ggml.pre`. Where llama.cpp and a model's own tokenizer.json disagree (NFC), the latter is followed.
@@ -44,14 +44,7 @@ _OTHER = "give its tokenizer as a Hugging Face folder with --tokenizer PATH"
 
 
 def make_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
-    """Make the tokenizer of a file.
-
-    Args:
-        metadata: Metadata of the file, long arrays included.
-        where: Name of the file, for messages.
-
-    Returns:
-        A `transformers.PreTrainedTokenizerFast`; it can be saved with `save_pretrained`.
+    """Return the tokenizer of a file, a `PreTrainedTokenizerFast`, from its metadata with all long arrays.
 
     Raises:
         InputError: The tokenizer is of a kind that is not known here, or damaged.
@@ -84,7 +77,7 @@ def _byte_level(
     if not isinstance(rule, str) or rule not in _WORDS:
         raise InputError(f"{where}: tokenizer.ggml.pre {short_repr(rule)} is not one of {', '.join(_WORDS)}; {_OTHER}")
     words = _WORDS[rule]
-    # Not split(" ") alone: the first half may begin with a space.
+    # Not split(" "): the first half may begin with a space.
     merges = [
         (merge[:at], merge[at + 1 :]) for merge in metadata["tokenizer.ggml.merges"] if (at := merge.find(" ", 1))
     ]
@@ -117,7 +110,7 @@ def _sentencepiece(
         )
     )
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    # As sentencepiece does it: one space more before the text, whatever it begins with.
+    # Sentencepiece puts one more space before the text, whatever it begins with.
     tokenizer.normalizer = normalizers.Sequence([
         *([normalizers.Prepend("▁")] if prefix else []),
         normalizers.Replace(" ", "▁"),
@@ -145,7 +138,7 @@ def _merges_of_scores(tokens: Sequence[str], scores: Sequence[float], types: Seq
 
 
 def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
-    """Mark the tokens that are matched whole in any text; those for control are special."""
+    """Add the tokens that are matched in any text before it is cut; control tokens are special."""
     kinds = list(zip(tokens, types, strict=True))
     tokenizer.add_special_tokens([
         AddedToken(token, normalized=False, special=True) for token, kind in kinds if kind == _CONTROL

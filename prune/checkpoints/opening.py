@@ -17,14 +17,14 @@ _TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "spiece.
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Open a model.
+    """Open a model, after a check of its headers; its weights are not read.
 
     Args:
-        model: A Hugging Face folder, a safetensors file in one, a GGUF file, or a hub name "OWNER/NAME", which is
-            downloaded; "OWNER/NAME@REVISION" takes another branch, tag or commit than the default one.
+        model: Hugging Face folder, safetensors file in one, GGUF file, or hub name "OWNER/NAME", which is downloaded;
+            "OWNER/NAME@REVISION" takes another branch, tag or commit than the default one.
 
     Returns:
-        The checkpoint; its headers are read and checked, its weights are not.
+        The checkpoint.
 
     Raises:
         InputError: There is no such model, it cannot be downloaded, or it is damaged.
@@ -56,13 +56,9 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def open_tokenizer(source: str) -> Any:
-    """Load a tokenizer that is not the checkpoint's own; no code that comes with it is run.
+    """Return the tokenizer in a folder, beside a file, or on the hub ("OWNER/NAME", "OWNER/NAME@REVISION").
 
-    Args:
-        source: A folder with tokenizer files, a file in one, or a hub name "OWNER/NAME" (or "OWNER/NAME@REVISION").
-
-    Returns:
-        A tokenizer of `transformers`.
+    No code that comes with it is run.
 
     Raises:
         InputError: There is no such tokenizer, it cannot be downloaded, or it cannot be loaded.
@@ -76,19 +72,7 @@ def open_tokenizer(source: str) -> Any:
 
 
 def choose_tokenizer(checkpoint: Checkpoint, given: str | None, *, needed: bool) -> Any:
-    """Load the tokenizer that goes with a model.
-
-    Args:
-        checkpoint: Checkpoint of the model.
-        given: Tokenizer to take instead of the checkpoint's own; see `open_tokenizer`.
-        needed: Whether there is text to turn into tokens.
-
-    Returns:
-        A tokenizer of `transformers`; `None` where none is needed and none given.
-
-    Raises:
-        InputError: There is none, or it cannot be loaded.
-    """
+    """Return the `given` tokenizer (see `open_tokenizer`), else the model's own if one is `needed`, else `None`."""
     if given:
         return open_tokenizer(given)
     return checkpoint.tokenizer() if needed else None

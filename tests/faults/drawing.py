@@ -1,4 +1,4 @@
-"""What the property tests draw: shapes, windows, matrices of every kind, spectra; the same ones every time."""
+"""Strategies of the property tests: shapes, windows, matrices of every kind, spectra; the same draws every time."""
 
 import os
 
@@ -14,7 +14,7 @@ HALF = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def examples(count):
-    """Run a property on so many drawn examples, the same ones every time."""
+    """Run a property on `count` drawn examples, the same ones every time."""
     profile = settings(
         max_examples=count * TIMES,
         database=None,
@@ -99,7 +99,7 @@ DTYPES = ("float32", "float32", "float64", "complex64", "complex128", "float16",
 
 @st.composite
 def weights(draw, shapes, dtypes=DTYPES, kinds=tuple(KINDS)):
-    """A weight of a shape, in the precision in which it is analysed; of half precision, values that it has."""
+    """A weight in the precision in which it is analysed: half precision as float32, rounded to its values."""
     shape, dtype = draw(shapes), draw(st.sampled_from(dtypes))
     rng, kind = np.random.default_rng(draw(numbers)), KINDS[draw(st.sampled_from(kinds))]
     # Half precision has neither the range nor the digits.
@@ -136,9 +136,8 @@ SPECTRA = {
 
 @st.composite
 def tails(draw):
-    """Eigenvalues, ascending, that float32 has."""
+    """Ascending eigenvalues, rounded to float32."""
     rng, kind = np.random.default_rng(draw(numbers)), SPECTRA[draw(st.sampled_from(sorted(SPECTRA)))]
     values = kind(rng, draw(st.one_of(st.integers(1, 8), st.integers(9, 120), st.integers(9, 120))))
-    return (
-        np.sort(values * draw(st.sampled_from((1.0, 1.0, 1e-4, 300.0, 1e-15, 1e15)))).astype(np.float32).astype(float)
-    )
+    scale = draw(st.sampled_from((1.0, 1.0, 1e-4, 300.0, 1e-15, 1e15)))
+    return np.sort(values * scale).astype(np.float32).astype(float)

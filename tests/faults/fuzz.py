@@ -33,7 +33,7 @@ SECONDS = 5.0  # of processor time for one file; most take milliseconds
 MEMORY = 128 << 20  # bytes that reading a file of a few kB may add to what is resident
 _WAIT = 600.0  # seconds for one file, where it takes no processor time: a lock that nobody gives back
 _ADDRESSES = 1 << 30  # bytes that one file may ask for, whether it uses them or not
-_MOST_CRASHES = 20  # after so many, what follows is not worth its time
+_MOST_CRASHES = 20  # then the rest is not worth its time
 _LAST_WORDS = 15  # lines
 
 
@@ -52,25 +52,19 @@ class Failure(NamedTuple):
 
 @dataclasses.dataclass
 class Outcome:
-    """What came of the mutants of one target: how many were read, refused by an `InputError`, or failed."""
+    """How many mutants of a target were read, refused by an `InputError`, or failed."""
 
     read: int = 0
     refused: int = 0
     seconds: float = 0.0  # of processor time
-    slowest: float = 0.0  # the longest one took, in seconds of processor time
+    slowest: float = 0.0  # processor time of the slowest one
     failures: list[Failure] = dataclasses.field(default_factory=list)
 
 
 def fuzz(cases: Mapping[str, range], seed: int, keep: Path | None = None) -> dict[str, Outcome]:
-    """Read mutants in a child process, and in a new one after each crash.
+    """Read mutants, target -> numbers of its cases, in a child process, and in a new one after each crash.
 
-    Args:
-        cases: name of a target -> numbers of its cases.
-        seed: of all cases.
-        keep: folder for the mutants that failed.
-
-    Returns:
-        What came of them, by target.
+    Mutants that fail are copied into the folder `keep`.
     """
     outcomes, left = {name: Outcome() for name in cases}, dict(cases)
     for _ in range(_MOST_CRASHES):
@@ -88,7 +82,7 @@ def fuzz(cases: Mapping[str, range], seed: int, keep: Path | None = None) -> dic
 
 
 def _run(cases: Mapping[str, range], seed: int, folder: Path, outcomes: dict[str, Outcome]) -> Failure | None:
-    """Run one child and add what it reports to the outcomes; returns the case that ended it, if one did."""
+    """Run one child, and add its report to the outcomes; return the case that crashed it, if one did."""
     numbers = {name: [cases[name].start, cases[name].stop] for name in cases}
     task = json.dumps({"cases": numbers, "seed": seed, "folder": str(folder)})
     with (folder / "stderr").open("wb") as stderr:
@@ -129,7 +123,7 @@ def _environment() -> dict[str, str]:
 
 
 class Samples:
-    """Valid files of a target, of which one at a time is replaced by a mutant."""
+    """Valid files of a target, one of which at a time is replaced by a mutant."""
 
     def __init__(self, name: str, folder: Path) -> None:
         """Write the files into a folder."""
@@ -143,7 +137,7 @@ class Samples:
 
     @contextlib.contextmanager
     def mutant(self, seed: int, case: int) -> Generator[tuple[Path, Path]]:
-        """Give what to read, and the file of it that is a mutant; afterwards all is as it was."""
+        """Yield what to read, and the file in it that is a mutant; afterwards the file is restored."""
         random = Random(f"{self.name} {seed} {case}")
         number = random.randrange(len(self.roots))
         path = random.choice(self.mutable[number])
@@ -162,7 +156,7 @@ def _files(root: Path) -> list[Path]:
 
 
 def _one(samples: Samples, seed: int, case: int) -> str | None:
-    """Read one mutant: `None` where it is read, "" where it is refused, else what is wrong."""
+    """Read one mutant: `None` if it is read, "" if it is refused, else what is wrong."""
     from farms_jax.errors import InputError
     from tests.faults.target import check_message
 
@@ -186,7 +180,7 @@ def _one(samples: Samples, seed: int, case: int) -> str | None:
 
 
 def _status(field: str, *, reset: bool = False) -> int:
-    """Bytes resident now (VmRSS) or at most since the last reset (VmHWM), or of addresses; Linux alone tells."""
+    """Bytes resident now (VmRSS), at most since the last reset (VmHWM), or of addresses (VmSize); 0 outside Linux."""
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
@@ -202,7 +196,7 @@ def _limit_addresses(more: int | None) -> None:
 
 
 def _child(cases: Mapping[str, list[int]], seed: int, folder: str) -> None:
-    # What packages print must not get between the lines of the report.
+    # Packages may print: their lines must not get between those of the report.
     report = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     warnings.simplefilter("ignore")

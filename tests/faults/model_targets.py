@@ -21,14 +21,9 @@ def _configs(folder: Path) -> list[Path]:
     from prune.models import make_network
     from tests.prune_helpers import FOLDERS, QWEN, config_of
 
-    sizes: dict[str, Any] = {
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "vocab_size": 16,
-        "intermediate_size": 8,
-        "ffn_dim": 8,
-    }
-    sizes |= {"head_dim": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "word_embed_proj_dim": 8}
+    eights = ("hidden_size", "intermediate_size", "ffn_dim", "word_embed_proj_dim")
+    sizes: dict[str, Any] = dict.fromkeys(eights, 8) | {"num_hidden_layers": 1, "vocab_size": 16, "head_dim": 4}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     given = {name: config_of(name, **sizes) for name in FOLDERS}
     given |= {f"{name}_old": config_of(name, "config.legacy.json", **sizes) for name in FOLDERS if "llama" in name}
     given |= {f"qwen{number}": QWEN | sizes | {"model_type": f"qwen{number}"} for number in (2, 3)}
@@ -36,10 +31,8 @@ def _configs(folder: Path) -> list[Path]:
     for name, config in given.items():
         network = make_network(config)
         shapes = {key: shape for part in network.parts for key, shape in network.tensors(part).items()}
-        root = new_folder(folder, name)
-        safetensors.numpy.save_file(
-            {key: np.zeros(s, np.float16) for key, s in shapes.items()}, root / "model.safetensors"
-        )
+        root, tensors = new_folder(folder, name), {key: np.zeros(s, np.float16) for key, s in shapes.items()}
+        safetensors.numpy.save_file(tensors, root / "model.safetensors")
         (root / "config.json").write_text(json.dumps(config))
     return [folder / name for name in given]
 
@@ -68,10 +61,9 @@ def _tokenizers(folder: Path) -> list[Path]:
     unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("a", -2.0), ("it", -2.5), ("▁it", -3.0)], 0))
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
     PreTrainedTokenizerFast(tokenizer_object=unigram, unk_token="<unk>").save_pretrained(folder / "unigram")
-    lines = iter([f"it is a small text of words {number}" for number in range(100)])
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
-        sentence_iterator=lines,
+        sentence_iterator=(f"it is a small text of words {number}" for number in range(100)),
         model_writer=model,
         vocab_size=50,
         model_type="bpe",
@@ -88,14 +80,7 @@ def _tokenizers(folder: Path) -> list[Path]:
     (root / "added_tokens.json").write_text('{"<extra>": 4, "<more>": 5}')
     (root / "special_tokens_map.json").write_text('{"pad_token": "<extra>", "additional_special_tokens": ["<more>"]}')
     (root / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "unk_token": "<|endoftext|>"}')
-    return [
-        folder / "bytes",
-        folder / "bytes",
-        folder / "words",
-        folder / "unigram",
-        folder / "pieces",
-        folder / "gpt2",
-    ]
+    return [folder / name for name in ("bytes", "bytes", "words", "unigram", "pieces", "gpt2")]
 
 
 def _read_tokenizer(path: Path) -> None:

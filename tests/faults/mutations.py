@@ -88,8 +88,7 @@ def _splice(content: bytes, others: Sequence[bytes], random: Random) -> bytes:
     return content[:place] + other[start:stop] + content[place + stop - start :]
 
 
-_NUMBERS_OF_BYTES = (_write_number,) * 3
-_OF_BYTES = (_flip, _flip, _overwrite, _cut_off, _insert, _repeat, _remove, *_NUMBERS_OF_BYTES, _splice)
+_OF_BYTES = (_flip, _flip, _overwrite, _cut_off, _insert, _repeat, _remove, *(_write_number,) * 3, _splice)
 
 
 def _piece(content: bytes, random: Random) -> tuple[int, int]:
@@ -161,7 +160,7 @@ def _change(document: Any, others: Sequence[Any], random: Random) -> Any:
     if not path:
         return copy.deepcopy(random.choice(_JUNK))
     parent, key = path[-1]
-    kind = random.randrange(9)
+    kind = random.randrange(9)  # of the change
     if kind < 4:
         parent[key] = copy.deepcopy(random.choice(_JUNK))
     elif kind == 4:
@@ -173,7 +172,8 @@ def _change(document: Any, others: Sequence[Any], random: Random) -> Any:
     elif kind == 7 and isinstance(parent, dict):
         parent[random.choice((*_TEXTS, *parent))] = parent.pop(key)
     else:
-        parent[key] = random.choice(([node], {"a": node}, [node] * 3, [node] * (2000 if _is_leaf(node) else 3)))
+        many = 3 if isinstance(node, dict | list) else 2000
+        parent[key] = random.choice(([node], {"a": node}, [node] * 3, [node] * many))
     return document
 
 
@@ -191,10 +191,6 @@ def _near(value: Any, random: Random) -> Any:
         longer = value * 2, [*value, *value[:1]], value * (500 if len(value) < 20 else 2)
         return random.choice((value[:-1], value[::-1], *longer))
     return {**value, random.choice(_TEXTS): random.choice(_JUNK)} if isinstance(value, dict) else random.choice(_JUNK)
-
-
-def _is_leaf(node: Any) -> bool:
-    return not isinstance(node, dict | list)
 
 
 def _anywhere(node: Any, random: Random) -> Any:
@@ -261,9 +257,8 @@ def mutate_archive(content: bytes, others: Sequence[bytes], random: Random) -> b
         members[name] = mutate_npy(members[name], inside, random)
     if random.random() < 0.2:
         name = random.choice(sorted(members))
-        members[random.choice(("a.npy", "b", "../c.npy", "²" + name, "\n.npy", "9" * 5000 + ".npy"))] = members.pop(
-            name
-        )
+        new_name = random.choice(("a.npy", "b", "../c.npy", "²" + name, "\n.npy", "9" * 5000 + ".npy"))
+        members[new_name] = members.pop(name)
     packed = io.BytesIO()
     kinds = (zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
     with zipfile.ZipFile(packed, "w", random.choice(kinds)) as archive:

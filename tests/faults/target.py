@@ -12,22 +12,15 @@ _LONGEST = 3000  # characters of a message: ten tensors, and what to do
 
 
 class Target(NamedTuple):
-    """A reader.
+    """A reader to be fuzzed."""
 
-    Attributes:
-        files: how many mutants of it CI reads.
-        samples: writes valid files or folders into a folder, and returns them.
-        mutators: pattern of a file's name -> how it is mutated; the first that matches counts, of a folder too.
-        read: does with a file or folder what the product does.
-    """
-
-    files: int
-    samples: Callable[[Path], Sequence[Path]]
-    mutators: dict[str, Mutator]
-    read: Callable[[Path], None]
+    files: int  # mutants that the tests read
+    samples: Callable[[Path], Sequence[Path]]  # writes valid files or folders into a folder, and returns them
+    mutators: dict[str, Mutator]  # pattern of a file's name -> how it is mutated; the first match counts
+    read: Callable[[Path], None]  # reads a file or folder as the product does
 
     def mutator(self, path: Path) -> Mutator | None:
-        """How a file is mutated; None for one that stays."""
+        """How a file is mutated; `None` for one that is not."""
         return next((how for pattern, how in self.mutators.items() if fnmatch.fnmatch(path.name, pattern)), None)
 
 
@@ -38,7 +31,7 @@ def new_folder(folder: Path, name: str) -> Path:
 
 
 def both(*steps: Callable[[], object]) -> None:
-    """Do all, whatever the first ones refuse."""
+    """Take all steps, even after a refusal, which is raised at the end."""
     from farms_jax.errors import InputError
 
     refusal = None
@@ -46,14 +39,14 @@ def both(*steps: Callable[[], object]) -> None:
         try:
             step()
         except InputError as error:
-            # The first one that is not as it should be counts.
+            # A faulty message counts before others.
             refusal = error if refusal is None or not check_message(refusal) else refusal
     if refusal is not None:
         raise refusal
 
 
 def check_message(error: Exception) -> str:
-    """What is wrong with a refusal, which is one line that a terminal can show; "" where nothing is."""
+    """What is wrong with a refusal, which must be one printable line; "" if nothing is."""
     message = str(error)
     if not message or not message.isprintable():
         return f"not one printable line: {message!r:.300}"

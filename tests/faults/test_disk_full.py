@@ -28,7 +28,7 @@ SIZES = {"prune": 6 * MIB, "generate": 2 * MIB, "analyze": 8 * MIB, "train": 32 
 
 @contextlib.contextmanager
 def small_disk(folder, size):
-    """A file system of so many bytes, in memory; gives what the command line that sees it has to begin with."""
+    """Mount a file system of `size` bytes in memory; yield the prefix of a command line that sees it."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs"]
     found = subprocess.run([*mount, str(folder)], capture_output=True, text=True, check=False)
@@ -58,13 +58,13 @@ def test_no_write_finds_the_disk_full_in_silence(name, tmp_path):
 
 
 class Disk:
-    """The small file system, with a file that takes what shall not be free."""
+    """The small file system, with a file that takes up what shall not be free."""
 
     def __init__(self, folder):
         self.folder, self._ballast = folder, os.open(folder / "ballast", os.O_RDWR | os.O_CREAT)
 
     def leave(self, size):
-        """Have so many bytes free."""
+        """Set the number of free bytes."""
         os.ftruncate(self._ballast, 0)
         found = os.statvfs(self.folder)
         if (more := found.f_bavail * found.f_frsize - size) > 0:
@@ -72,30 +72,30 @@ class Disk:
 
 
 def ended(name, main, *arguments):
-    """Exit status of a program, and its last line on stderr where that is not 0."""
+    """Run a program; return the last line of its error, or `None` where it ends well."""
     errors = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
         with contextlib.redirect_stdout(io.StringIO()):
             try:
                 main()
+                return None
             except SystemExit as exit:
-                status = exit.code or 0
-            else:
-                status = 0
-    if status:
-        assert status == 2, errors.getvalue()
-        assert "Traceback" not in errors.getvalue(), errors.getvalue()
-        assert errors.getvalue().splitlines()[-1].startswith(f"{name}: "), errors.getvalue()
-        return errors.getvalue().splitlines()[-1]
-    return None
+                status = exit.code
+    if not status:
+        return None
+    assert status == 2, errors.getvalue()
+    assert "Traceback" not in errors.getvalue(), errors.getvalue()
+    line = errors.getvalue().splitlines()[-1]
+    assert line.startswith(f"{name}: "), errors.getvalue()
+    return line
 
 
 def more_and_more(disk, run, *, least=lambda: 0, outputs=(), most=200):
-    """Run with more space each time until it ends well; gives what was said before, and the files there were then.
+    """Run with more space each time until it ends well; return the errors before, and the files after each of them.
 
-    Where it came further, it begins again with none, so that no write profits from the space of another. `outputs` are
-    files that are written by every run: they are removed before it, and the space only grows.
+    After a new error the space begins again at none, so that no write profits from the space of another. `outputs` are
+    files that every run writes: they are removed before each, and the space only grows.
     """
     said, there, pages = [], [], 0
     for _ in range(most):
@@ -122,12 +122,12 @@ def files_of(folder):
 
 
 def assert_named(said, *names):
-    """Each of these was once what could not be written."""
+    """Each of these names was in an error once."""
     assert [name for name in names if not any(name in line for line in said)] == [], said
 
 
 def assert_between(there, *names):
-    """The program ended once between any two of these files, which it writes in this order."""
+    """The program ended between each two of these files, which it writes in this order, at least once."""
     for before, after in zip(names, names[1:], strict=False):
         assert any(before in files and after not in files for files in there), (before, after)
 
@@ -146,8 +146,7 @@ def prune_run(disk, elsewhere):
     run(prepare(config))
     expected = prepare(config).path
     options = {"model": config.model, "calibration": config.calibration, "text": config.text, "samples": 8}
-    options |= {"length": 40, "rows": 48, "per-axis": 2, "out": disk.folder / "out"}
-    options |= {"tokenizer": config.tokenizer}
+    options |= {"length": 40, "rows": 48, "per-axis": 2, "out": disk.folder / "out", "tokenizer": config.tokenizer}
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     path = disk.folder / "out" / expected.name
     again = functools.partial(ended, "prune.llama", llama.main, *flags)
@@ -197,13 +196,8 @@ def analyze_run(disk, elsewhere):
     rng = np.random.default_rng(0)
     np.savez(elsewhere / "model.npz", **{f"layer{n}": rng.standard_normal((24, 40), np.float32) for n in range(3)})
     outputs = {f"--{kind}": disk.folder / f"report.{kind}" for kind in ("html", "csv", "json")}
-    flags = [
-        "--cache-dir",
-        disk.folder / "cache",
-        "--resamples",
-        20,
-        *(part for pair in outputs.items() for part in pair),
-    ]
+    flags = ["--cache-dir", disk.folder / "cache", "--resamples", 20]
+    flags += [part for pair in outputs.items() for part in pair]
     analyze = functools.partial(main, "farms analyze")
     again = functools.partial(ended, "farms analyze", analyze, elsewhere / "model.npz", *flags)
     said, _ = more_and_more(disk, again, outputs=outputs.values())
@@ -216,19 +210,20 @@ def analyze_run(disk, elsewhere):
 
 
 def numbers_of(run):
-    """What a training measured, but for times."""
-    lines = {path.relative_to(run): path.read_text().splitlines() for path in sorted(run.rglob("metrics.jsonl"))}
-    found = {
-        path: [json.loads(line) for line in text] for path, text in lines.items() if "checkpoints" not in path.parts
+    """What a training measured, without times."""
+    metrics = {
+        path.relative_to(run): [
+            {name: value for name, value in json.loads(line).items() if "seconds" not in name}
+            for line in path.read_text().splitlines()
+        ]
+        for path in run.rglob("metrics.jsonl")
+        if "checkpoints" not in path.parts
     }
-    for line in (line for lines in found.values() for line in lines):
-        for name in [name for name in line if "seconds" in name]:
-            del line[name]
-    return found, [path.read_bytes() for path in sorted(run.glob("**/seed*/layers.csv"))]
+    return metrics, [path.read_bytes() for path in sorted(run.glob("**/seed*/layers.csv"))]
 
 
 def train_again(disk, elsewhere, name, main, *settings):
-    """Begin a run, and go on with it, on a disk that grows by eighths of what the run takes in the end."""
+    """Begin a run, and resume it, on a disk that grows by eighths of the run's final size."""
     out = disk.folder / "runs"
     assert ended(name, main, *settings, "--out", out) is None
     expected = Path(shutil.move(*out.iterdir(), elsewhere / "expected"))
@@ -251,7 +246,7 @@ def train_again(disk, elsewhere, name, main, *settings):
 
 
 def once(function):
-    """Called once: what it made, and with it all that was compiled, serves the runs after the first."""
+    """Keep what the first call makes, and with it all that was compiled, for the later runs."""
     made = []
     return lambda *arguments: (made or made.append(function(*arguments)) or made)[0]
 
@@ -266,7 +261,7 @@ def train_run(disk, elsewhere):
 
 
 def export_run(disk, elsewhere):
-    """What `sciml.dpot` writes besides a run directory as that of `train.cifar`; to compile it takes half a minute."""
+    """Only the export of `sciml.dpot`: its run directory is like that of `train.cifar`, and compiling takes long."""
     import jax  # noqa: PLC0415
     from dpot_helpers import SMALL  # noqa: PLC0415
 

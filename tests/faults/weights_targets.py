@@ -138,7 +138,7 @@ def _read_gguf(path: Path) -> None:
 
 
 def _places_of(find: Callable[[Any, Any], list[tuple[int, int]]]) -> Callable[[bytes], Sequence[tuple[int, int]]]:
-    """Where a reader reads numbers: (first byte, size), for the content of a file."""
+    """Make a function that finds where a reader reads numbers in a file's content: (first byte, size)."""
 
     @functools.cache
     def places(content: bytes) -> Sequence[tuple[int, int]]:
