@@ -33,7 +33,7 @@ def allocate_sparsity(
     Scores are mapped linearly to [1 - epsilon, 1 + epsilon] and multiplied by the one factor that meets the budget
     (`"scale"`: AlphaPruning, FARMS), or mapped to [-epsilon, epsilon] and moved by one amount (`"shift"`: OWL, DLP,
     ATP; epsilon is their lambda, alpha, or half of beta times the number of steps). Where all scores are equal, every
-    layer has the global sparsity. A layer of a report without a tail (alpha 0) stands at the mean of the others.
+    layer has the global sparsity. A report's layer without a tail (alpha 0) gets the mean score of the others.
 
     Args:
         scores: a report, whose alphas are the scores, or a score for each layer.

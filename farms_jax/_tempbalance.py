@@ -81,10 +81,10 @@ def tempbalance(
 
     Put it last in a chain. The factors are state, found by `optax.tree.get(opt_state, "lr_scale")`. With
     `refresh_every=N` they are measured inside `update`, at updates 0, N, 2N, ...; with `refresh_every=None` they stay
-    as they are until `refresh(opt_state, scale)` is called, for instance between epochs, where the report is at hand.
-    Both train alike. Under `vmap` over seeds take `None`: there `lax.cond` computes both branches, a spectral analysis
-    at every step. In a training step on several devices give their `mesh`: each then measures its share of the windows,
-    and holds no more than one layer whole.
+    as they are until `refresh(opt_state, scale)` is called, for instance between epochs. Both train alike. Under `vmap`
+    over seeds take `None`: there `lax.cond` computes both branches, a spectral analysis at every step. In a training
+    step on several devices give their `mesh`: each then measures its share of the windows, and holds no more than one
+    layer whole.
 
     >>> import farms_jax, jax.numpy as jnp, optax
     >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), farms_jax.tempbalance(refresh_every=390, low=0.6, high=1.4))

@@ -77,7 +77,7 @@ def test_errors_on_the_host(kind, solver):
     stacks, grids, expected = problem(kind)
     found = cpu.spectra(stacks, grids, solver=solver, max_bytes=2**20)
     check(found, expected, TOLERANCES[solver])
-    if solver == "gram":  # where float32 does not do, the layer is solved again in float64
+    if solver == "gram":  # where float32 is not accurate enough, the layer is solved again in float64
         check_upper_half(found, expected)
 
 

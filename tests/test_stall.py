@@ -78,7 +78,7 @@ def test_blas_threads_are_put_back():
 
 
 def test_a_program_may_end_before_its_analysis():
-    """Results that nobody reads are computed all the same, while the interpreter shuts down and starts no threads."""
+    """Results that nobody reads are still computed while the interpreter shuts down and starts no threads."""
     program = "import farms_jax, numpy; farms_jax.analyze({'m': numpy.random.default_rng(0).random((1024, 1024), 'f')})"
     done = run(program)
     assert (done.returncode, done.stderr) == (0, "")

@@ -15,11 +15,7 @@ def test_kernel_becomes_one_matrix_per_position():
     stack = as_matrices(kernel, FLAX_AXES)
     assert stack.shape == FLAX_AXES.stack_shape(kernel.shape) == (6, 5, 4)
     np.testing.assert_array_equal(stack[2 * 2 + 1], kernel[2, 1].T)
-
-
-def test_torch_and_flax_orientation_give_the_same_stack():
-    kernel = RNG.standard_normal((3, 2, 4, 5))
-    np.testing.assert_array_equal(as_matrices(kernel, FLAX_AXES), as_matrices(kernel.transpose(3, 2, 0, 1), TORCH_AXES))
+    np.testing.assert_array_equal(stack, as_matrices(kernel.transpose(3, 2, 0, 1), TORCH_AXES))
 
 
 def test_axes_must_differ():

@@ -110,7 +110,7 @@ def test_eigenvalues_are_those_of_the_oracle(weight, window, solver, data):
 @examples(100)
 @given(weights(st.tuples(st.integers(15, 60), st.integers(15, 60)), kinds=("wide", "graded", "noise", "heavy")))
 def test_the_upper_half_of_a_spectrum_is_exact_enough_for_alpha(weight):
-    """Whatever its range: `gram` finds out where float32 does not do."""
+    """Whatever its range: `gram` detects where float32 is not accurate enough."""
     for window in (None, Window(rows=12, per_axis=2)):
         stack, grid = laid_out(weight, window)
         found, expected = pooled(weight, window, "gram")[0], oracle.eigenvalues(cut(stack, grid)[0])
@@ -267,7 +267,7 @@ def test_an_allocation_removes_what_was_asked_for(values, sparsity, epsilon, rul
 
 @examples(150)
 @given(
-    # Of one length, so that little compiles; a layer without a tail is as good as none.
+    # All of one length, so that little is compiled; a layer without a tail counts as missing.
     st.lists(st.one_of(st.just(0.0), st.sampled_from([1.5, 2.5]), st.floats(1, 100, width=32)), min_size=5, max_size=5),
     st.floats(0.01, 1),
     st.floats(1, 50),
