@@ -19,9 +19,8 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks._common import interleave, machine, write
 from benchmarks.torch_prune import LINEARS, Method, TorchBlock, prune_block as torch_prune_block
-from prune.activations import Activations
 from prune.allocation import Plan
-from prune.forward import run_blocks
+from prune.forward import Activations, run_blocks
 from prune.models import make_network
 from prune.pruning import STATISTIC, prune_block
 

@@ -1,4 +1,4 @@
-"""From scores to the plan of a pruning: the sparsity of each layer, or its N:M."""
+"""From scores to a plan: the sparsity of each layer, or its N:M."""
 
 import dataclasses
 import math
@@ -14,25 +14,16 @@ Shapes = Mapping[str, tuple[int, int]]  # (out, in) by layer
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How each layer is pruned.
-
-    Attributes:
-        method: which scores of weights.
-        sparsity: sparsity of each layer, by name.
-        groups: N:M of each layer, which then stands for its sparsity; `None`: unstructured.
-        damping: first damping of SparseGPT.
-    """
+    """How each layer is pruned."""
 
     method: Method
-    sparsity: Mapping[str, float]
-    groups: Mapping[str, Groups] | None = None
-    damping: float = 0.01
+    sparsity: Mapping[str, float]  # by layer
+    groups: Mapping[str, Groups] | None = None  # N:M by layer, instead of its sparsity; None: unstructured
+    damping: float = 0.01  # that SparseGPT tries first
 
     def asked(self, layer: str) -> float:
         """Return the sparsity asked of a layer: N / M where it has groups."""
-        if self.groups:
-            return self.groups[layer].removed / self.groups[layer].size
-        return self.sparsity[layer]
+        return self.groups[layer].sparsity if self.groups else self.sparsity[layer]
 
 
 def sizes_of(shapes: Shapes) -> dict[str, int]:
@@ -41,16 +32,9 @@ def sizes_of(shapes: Shapes) -> dict[str, int]:
 
 
 def sparsities(config: Config, scores: Mapping[str, float], shapes: Shapes, epsilon: float) -> dict[str, float]:
-    """Turn scores into the sparsity of each layer.
+    """Return the sparsity of each layer, in the order of `shapes`.
 
-    Args:
-        config: sparsity, allocation, granularity and budget.
-        scores: score by layer; not looked at for uniform.
-        shapes: shapes of the layers.
-        epsilon: half the range of sparsities.
-
-    Returns:
-        Sparsity by layer, in the order of `shapes`.
+    `scores` are by layer, and not used for uniform; `epsilon` is half the range of sparsities.
     """
     if config.allocation == "uniform":
         return dict.fromkeys(shapes, config.target)
@@ -66,19 +50,11 @@ def sparsities(config: Config, scores: Mapping[str, float], shapes: Shapes, epsi
 
 
 def plan_of(config: Config, sparsity: Mapping[str, float], shapes: Shapes) -> Plan:
-    """Say how every layer is to be pruned.
+    """Return the plan for these sparsities by layer.
 
     Under N:M with an allocation other than uniform, M is given and N follows from the layer's sparsity. Wanda removes
     a whole number of weights from every row. Both are rounded so that the global budget is kept; with the reference's
     budget Wanda rounds down, as the reference does.
-
-    Args:
-        config: method, groups, granularity and budget.
-        sparsity: sparsity by layer.
-        shapes: shapes of the layers.
-
-    Returns:
-        The plan.
     """
     pattern, groups = config.groups_of(), None
     if pattern and config.allocation == "uniform":

@@ -1,4 +1,4 @@
-"""What a run leaves for people: `run.json`, the card with all that the numbers depend on, and `layers.csv`."""
+"""The results of a run: `run.json`, the card with all that the numbers depend on, and `layers.csv`."""
 
 import csv
 import dataclasses
@@ -22,31 +22,18 @@ _PACKAGES = ("farms-jax", "jax", "jaxlib", "numpy", "transformers", "tokenizers"
 
 @dataclasses.dataclass(frozen=True)
 class LayerRow:
-    """A line of `layers.csv`; `None` where a number does not exist.
-
-    Attributes:
-        block: name of the block.
-        layer: name of the layer.
-        weights: number of weights.
-        score: score that the sparsity follows from.
-        alpha: alpha before pruning, 0 where there is no tail.
-        alpha_after: alpha after it.
-        sparsity: sparsity asked for.
-        groups: N:M.
-        reached: sparsity reached.
-        damping: damping that SparseGPT needed.
-    """
+    """A line of `layers.csv`; `None` where a number does not exist."""
 
     block: str
     layer: str
-    weights: int
-    score: float | None
-    alpha: float | None
+    weights: int  # how many
+    score: float | None  # that the sparsity follows from
+    alpha: float | None  # before pruning, 0 where there is no tail
     alpha_after: float | None
-    sparsity: float
-    groups: str | None
-    reached: float
-    damping: float | None
+    sparsity: float  # asked for
+    groups: str | None  # N:M
+    reached: float  # sparsity
+    damping: float | None  # that SparseGPT needed
 
 
 def layer_rows(
@@ -57,19 +44,7 @@ def layer_rows(
     alphas_after: Mapping[str, float],
     blocks: Sequence[WrittenBlock],
 ) -> list[LayerRow]:
-    """Make the lines of `layers.csv`.
-
-    Args:
-        shapes: shapes of the layers.
-        plan: what was asked for.
-        scores: score by layer, may be empty.
-        alphas: alpha before pruning by layer, may be empty.
-        alphas_after: alpha after it.
-        blocks: what was written.
-
-    Returns:
-        One row per layer.
-    """
+    """Return the lines of `layers.csv`, one per layer; scores and alphas, by layer, may be empty."""
     reached = {layer: value for block in blocks for layer, value in block.reached.items()}
     damping = {layer: value for block in blocks for layer, value in block.damping.items()}
     return [
@@ -106,20 +81,7 @@ def make_card(
     uniform: Simulation | None,
     pruned: Perplexity,
 ) -> dict[str, Any]:
-    """Make the content of `run.json`: everything that the numbers depend on, and the numbers.
-
-    Args:
-        job: the run.
-        record: has its times, its memory and the search of epsilon.
-        rows: one per layer.
-        blocks: what was written.
-        dense: the model as it was.
-        uniform: the uniform baseline, where there is one.
-        pruned: the model as it was written.
-
-    Returns:
-        The card, JSON-ready.
-    """
+    """Return the content of `run.json`: everything that the numbers depend on, and the numbers."""
     trials = record.get("trials")
     epsilon = {"value": record.get("epsilon")} | ({"trials": trials} if trials else {})
     total = sum(row.weights for row in rows)

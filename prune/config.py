@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from farms_jax import Tail, Window
+from farms_jax import Window
 from farms_jax.errors import InputError
 
 from .methods import Groups
@@ -22,7 +22,7 @@ EPSILON: dict[Allocation, float] = {"alphapruning": 0.3, "farms": 0.3, "owl": 0.
 # Tried by --epsilon auto; 0 is the uniform allocation.
 EPSILONS_SCALE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 EPSILONS_SHIFT = (0.0, 0.03, 0.06, 0.1, 0.15, 0.2)
-# Settings that change no number, and so not which run it is.
+# Settings that change no number, so that a run given again with others of them is the same run.
 _NO_NUMBERS = ("out", "spill", "dry_run", "fresh", "baseline")
 
 
@@ -91,7 +91,7 @@ class Config:
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise InputError(f"--sparsity must be in [0, 1), the fraction to remove; got {self.sparsity}")
         groups = self.groups_of()
-        if groups and self.allocation == "uniform" and self.sparsity not in {None, groups.removed / groups.size}:
+        if groups and self.allocation == "uniform" and self.sparsity not in {None, groups.sparsity}:
             raise InputError(
                 f"--sparsity {self.sparsity} is not --groups {self.groups}; leave it out, or choose an --allocation "
                 "under which N differs from block to block"
@@ -110,7 +110,7 @@ class Config:
             raise InputError("--method wanda_variant chooses its own rows: it needs --allocation uniform, no --groups")
         if self.budget == "reference" and self.allocation not in {*SPECTRAL, "uniform"}:
             raise InputError("--budget reference is defined for farms and alphapruning; leave it out")
-        self.half_range()  # these two make their own checks
+        self.half_range()  # these two raise where their own settings are wrong
         self.window(1)
 
     @property
@@ -119,7 +119,7 @@ class Config:
         if self.sparsity is not None:
             return self.sparsity
         groups = self.groups_of()
-        return groups.removed / groups.size if groups else 0.5
+        return groups.sparsity if groups else 0.5
 
     def half_range(self) -> float | None:
         """Return epsilon as a number, 0 for an allocation that has none; `None` where it is to be searched.
@@ -154,18 +154,10 @@ class Config:
         return groups
 
     def window(self, smallest: int) -> Window | None:
-        """Return the windows to analyse with; `None` for whole matrices.
-
-        Args:
-            smallest: dimension of a block's weights.
-        """
+        """Return the windows to analyse, for the smallest dimension of a block's weights; `None`: whole matrices."""
         if self.allocation == "alphapruning":
             return None
         return Window(self.rows or min(smallest, 2000), self.aspect_ratio, per_axis=self.per_axis)
-
-    def tail_rule(self) -> Tail:
-        """Return the tail rule to analyse with."""
-        return Tail(self.tail)
 
     def numbers(self) -> dict[str, object]:
         """Return the settings on which the pruned weights or the figures depend."""
@@ -173,14 +165,7 @@ class Config:
 
 
 def resolve(config: Config, max_length: int) -> Config:
-    """Fill in what depends on the model.
-
-    Args:
-        config: settings as given.
-        max_length: the longest sequence that the model takes.
-
-    Returns:
-        A config with a sparsity, text sources and a length.
+    """Return the config with a sparsity, text sources and a length, which depend on the model.
 
     Raises:
         InputError: the length is beyond the model's.

@@ -15,7 +15,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,23 +85,18 @@ class Config:
             raise InputError(f"--json {self.json}: is a folder, or in one that cannot be written to; give another file")
 
     def task_names(self) -> list[str]:
-        """Names of the tasks, each once."""
-        given = [name.strip() for name in (self.tasks or "").split(",")]
-        return list(dict.fromkeys(name for name in given if name))
+        """Return the names in `--tasks`."""
+        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
 
 
 def _writable(folder: Path) -> bool:
-    """Return whether files can be made in a folder, or in the nearest above it, where it is not there yet."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return there.is_dir() and os.access(there, os.W_OK)
+    """Return whether files can be made in a folder, or where it does not exist in the nearest one above it."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK)
 
 
 def main(name: str = "prune.evaluate") -> None:
-    """Run the program; a mistake in settings or data is one line on stderr, and exit status 2.
-
-    Args:
-        name: What the program is called in its messages.
-    """
+    """Run the program, called `name` in its messages; a mistake is one line on stderr, and exit status 2."""
     config = tyro.cli(Config, prog=name, description=usage(__doc__, name))
     with reported(name):
         result = run(config)
@@ -112,14 +107,7 @@ def main(name: str = "prune.evaluate") -> None:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Evaluate.
-
-    Args:
-        config: the settings.
-
-    Returns:
-        JSON-ready: `config`, `model`, `weights_sha256`, `tokenizer_sha256`, `versions`, and of what was asked for
-        `perplexity` and `tasks`.
+    """Return the perplexity and the scores of tasks that were asked for, and all that they depend on; JSON-ready.
 
     Raises:
         InputError: a setting, the model, the text or a task cannot be used; found before anything is computed.
@@ -130,7 +118,7 @@ def run(config: Config) -> dict[str, Any]:
     needed = config.tasks is not None or not are_token_ids(config.text or "")
     tokenizer = choose_tokenizer(checkpoint, config.tokenizer, needed=needed)
     samples = None if config.text is None else _samples(config, config.text, network, tokenizer)
-    loaded = None if config.tasks is None else _load_tasks(config)
+    score_tasks = None if config.tasks is None else _load_tasks(config, checkpoint, tokenizer)
     result: dict[str, Any] = {
         "config": dataclasses.asdict(config),
         "model": checkpoint.name,
@@ -144,9 +132,9 @@ def run(config: Config) -> dict[str, Any]:
             raise InputError("the network gives NaN; its weights are damaged, or too large for float32")
         numbers = {"value": found.value, "seconds": found.seconds, "nll": found.nll}
         result["perplexity"] = {**numbers, **samples.record}
-    if loaded is not None:
+    if score_tasks is not None:
         start = time.perf_counter()
-        scores = _score(config, checkpoint, tokenizer, loaded)
+        scores = score_tasks()
         result["tasks"] = {
             "scores": [score._asdict() for score in scores],
             "mean": means(scores),
@@ -169,27 +157,26 @@ def _samples(config: Config, text: str, network: Network, tokenizer: Any) -> Sam
     )
 
 
-def _load_tasks(config: Config) -> dict[str, Any]:
+def _load_tasks(config: Config, checkpoint: Checkpoint, tokenizer: Any) -> "Callable[[], list[Score]]":
+    """Load the tasks; return the function that loads the model and scores it on them."""
     with from_extra("lm-eval", "--tasks"):
-        from . import tasks
-    # What it says of defaults in task files that are its own is no use here.
+        from . import harness, tasks
+    # It warns of defaults that its own task files leave out.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names = [task for name in config.task_names() for task in (tasks.PAPER_TASKS if name == "paper" else [name])]
-    return tasks.load_tasks(list(dict.fromkeys(names)), config.tasks_dir)
+    loaded = tasks.load_tasks(list(dict.fromkeys(names)), config.tasks_dir)
 
+    def score() -> "list[Score]":
+        lm = harness.JaxLM(
+            checkpoint,
+            tokenizer=tokenizer,
+            batch_tokens=config.batch_tokens,
+            stream_tokens=config.stream_tokens,
+            special_tokens=config.special_tokens,
+        )
+        return tasks.zero_shot(lm, loaded, config.limit)
 
-def _score(config: Config, checkpoint: Checkpoint, tokenizer: Any, loaded: dict[str, Any]) -> "list[Score]":
-    from .harness import JaxLM  # noqa: PLC0415
-    from .tasks import zero_shot  # noqa: PLC0415
-
-    lm = JaxLM(
-        checkpoint,
-        tokenizer=tokenizer,
-        batch_tokens=config.batch_tokens,
-        stream_tokens=config.stream_tokens,
-        special_tokens=config.special_tokens,
-    )
-    return zero_shot(lm, loaded, config.limit)
+    return score
 
 
 def means(scores: "Sequence[Score]") -> dict[str, float]:
@@ -198,15 +185,16 @@ def means(scores: "Sequence[Score]") -> dict[str, float]:
     for score in scores:
         values.setdefault(score.metric, {})[score.task] = score.value
     tasks = {score.task for score in scores}
-    return {metric: float(np.mean(list(of.values()))) for metric, of in values.items() if len(of) == len(tasks)}
+    return {name: float(np.mean(list(found.values()))) for name, found in values.items() if len(found) == len(tasks)}
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the results, as of `run`, as lines of text."""
+    """Return the result of `run` as lines of text."""
     lines = []
     if "perplexity" in result:
-        of = result["perplexity"]
-        lines += [f"perplexity of {of['source']}: {of['value']:.4f}   ({of['count']} blocks of {of['length']} tokens)"]
+        found = result["perplexity"]
+        blocks = f"({found['count']} blocks of {found['length']} tokens)"
+        lines += [f"perplexity of {found['source']}: {found['value']:.4f}   {blocks}"]
     if "tasks" in result:
         rows = [("task", "metric", "   value", "  stderr")]
         for score in result["tasks"]["scores"]:

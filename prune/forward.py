@@ -1,22 +1,23 @@
 """The forward pass block by block: the weights of a network are never in memory together.
 
-One pass serves perplexity (nothing is looked at), the scores of OWL and DLP (every block's inputs are looked at) and
-pruning (they are looked at, and the block is changed before its outputs are computed).
+One pass serves perplexity (blocks only compute), the scores of OWL and DLP (statistics of every block's inputs) and
+pruning (these statistics, and the block is changed before its outputs are computed).
 """
 
-import functools
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from tqdm import tqdm
 
-from .activations import Activations
+from farms_jax.errors import InputError
+from farms_jax.programs.files import reserve
+
 from .calibration import Statistic, Statistics, input_statistics
-from .models import Network, Part, State
+from .models import Network, Part
 
 TOKENS = 2048  # in one call: more is no faster on CPU
 
@@ -25,18 +26,61 @@ Read = Callable[[Part], Tensors]
 Visit = Callable[[int, Tensors, Statistics], Tensors | None]
 
 
+# Jitted, with the network static: networks of equal configs share what is compiled.
+apply_embed = jax.jit(Network.embed, static_argnums=0)
+apply_block = jax.jit(Network.block, static_argnums=0)
+
+
+class Activations:
+    """N sequences of hidden states, (N, T, D) float32, read and written in slices along N."""
+
+    def __init__(self, shape: tuple[int, int, int], spill: Path | None = None) -> None:
+        """Take the room for them: in memory, or in a file in the folder `spill` that is gone when the program ends.
+
+        Raises:
+            InputError: the folder cannot be written to, or has too little space.
+        """
+        self.shape = shape
+        self._row = 4 * shape[1] * shape[2]
+        self._file = None
+        if spill is None:
+            self._array = np.empty(shape, np.float32)
+            return
+        try:
+            spill.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=spill)  # noqa: SIM115 (lives as long as this object)
+            reserve(self._file.fileno(), max(self._row * shape[0], 1))
+        except OSError as error:
+            gib = self._row * shape[0] / 2**30
+            raise InputError(
+                f"--spill {spill}: no room for {gib:.1f} GiB of activations ({error.strerror}); "
+                "free space, name another folder, or take fewer --samples"
+            ) from error
+
+    def __len__(self) -> int:
+        """Return N."""
+        return self.shape[0]
+
+    def read(self, rows: slice) -> np.ndarray:
+        """Return the sequences of a slice, (rows, T, D)."""
+        if self._file is None:
+            return self._array[rows]
+        out = np.empty((rows.stop - rows.start, *self.shape[1:]), np.float32)
+        self._file.seek(rows.start * self._row)
+        self._file.readinto(out.reshape(-1).view(np.uint8).data)
+        return out
+
+    def write(self, rows: slice, values: np.ndarray) -> None:
+        """Replace the sequences of a slice by `values`, (rows, T, D)."""
+        if self._file is None:
+            self._array[rows] = values
+            return
+        self._file.seek(rows.start * self._row)
+        self._file.write(np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8).data)
+
+
 def embed(network: Network, read: Read, ids: np.ndarray, spill: Path | None = None) -> Activations:
-    """Compute the inputs of the first block.
-
-    Args:
-        network: the model.
-        read: returns the tensors of a part.
-        ids: tokens (N, T), int32.
-        spill: folder to hold the activations instead of memory.
-
-    Returns:
-        Activations (N, T, D).
-    """
+    """Return the inputs of the first block, (N, T, D), for tokens (N, T)."""
     state = network.to_state("embed", read("embed"))
     activations = Activations((*ids.shape, network.hidden_size), spill)
     for rows in batches(len(ids), ids.shape[1]):
@@ -55,18 +99,11 @@ def run_blocks(
     calibration: int = 0,
     first: int = 0,
 ) -> None:
-    """Take activations through all blocks, in place.
+    """Take activations through all blocks, in place: inputs of the first become outputs of the last.
 
-    Args:
-        network: the model.
-        read: returns the tensors of a block.
-        activations: inputs of the first block; at the end, outputs of the last.
-        title: title of the progress bar.
-        visit: called with each block's number, tensors and statistics; may return other tensors, with which the
-            block's outputs are then computed. Statistics are those of the block as it was read.
-        statistic: statistic of `calibration.input_statistics` for `visit`; `None`: none.
-        calibration: number of sequences, from the first on, that the statistics are of.
-        first: blocks before this one are only passed through.
+    `visit` is called from block `first` on with each block's number, tensors and statistics; the block's outputs are
+    computed with the tensors that it returns, if any. `statistic` says which, see `input_statistics`; they are of the
+    block as it was read, over the first `calibration` sequences.
     """
     with tqdm(range(network.num_blocks), desc=title, unit="block") as bar:
         for block in bar:
@@ -99,28 +136,8 @@ def _bar(activations: Activations, count: int, title: str) -> Iterator[slice]:
             bar.update(rows.stop - rows.start)
 
 
-@functools.partial(jax.jit, static_argnames="network")
-def apply_embed(network: Network, state: State, ids: Array) -> Array:
-    """`Network.embed`, jitted."""
-    return network.embed(state, ids)
-
-
-@functools.partial(jax.jit, static_argnames="network")
-def apply_block(network: Network, state: State, x: Array) -> Array:
-    """`Network.block`, jitted."""
-    return network.block(state, x)
-
-
 def reader(read: Callable[[str], np.ndarray], network: Network) -> Read:
-    """Make a reader of parts from a reader of tensors.
-
-    Args:
-        read: returns a tensor by its name in the checkpoint.
-        network: knows the names of a part's tensors.
-
-    Returns:
-        A function from a part to its tensors by name.
-    """
+    """Make a function that returns the tensors of a part, by name, from one that returns a tensor."""
     return lambda part: {name: read(name) for name in network.tensors(part)}
 
 

@@ -22,10 +22,11 @@ from .checkpoints import Checkpoint, open_checkpoint
 from .forward import reader
 from .models import Part, State
 from .scoring import Answer, Batch, Request, make_batches, score
+from .tokenizing import encode
 
 _log = logging.getLogger(__name__)
 
-# What lm-eval hands over: (context, continuation) as text, or None; and as ids.
+# A request of lm-eval: (context, continuation) as text, or None; and both as ids.
 _Asked = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
@@ -46,9 +47,8 @@ class JaxLM(TemplateLM):
 
         Args:
             checkpoint: the model, or what `open_checkpoint` takes.
-            tokenizer: tokenizer of `transformers`; default: the checkpoint's own.
-            max_length: most tokens that the model is given, longer input loses its start; default: all that it has
-                positions for.
+            tokenizer: a tokenizer of `transformers`; default: the checkpoint's own.
+            max_length: longer input loses its start; default: the model's number of positions.
             batch_tokens: tokens of one forward pass, padding included; bounds the memory besides the weights.
             stream_tokens: `None` holds the whole model in memory, in float32; a number reads it anew, block by
                 block, for every group of inputs of that many tokens, whose activations are held instead.
@@ -77,42 +77,27 @@ class JaxLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """End of text."""
+        """Id of the end-of-text token."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: BOS, where there is none EOS.
-
-        Raises:
-            InputError: the tokenizer has neither.
-        """
+        """Id of the token that stands before a text without context: BOS, or EOS where there is none."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return token
         raise InputError("the tokenizer has neither a BOS nor an EOS token; name one in its tokenizer_config.json")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the token ids of a text; none are put before one that begins with the prefix token.
-
-        Args:
-            string: the text.
-            add_special_tokens: as the tokenizer takes it; default: as the model was told.
-            **kwargs: unused.
-        """
+        """Return the token ids of a text; none are put before one that begins with the prefix token."""
         del kwargs
         if add_special_tokens is None:
             begun = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
             add_special_tokens = self._special_tokens and not begun
-        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return encode(self.tokenizer, string, special_tokens=add_special_tokens).tolist()
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each whole text, in windows that overlap as little as can be.
-
-        Args:
-            requests: requests of lm-eval; the text is the first argument.
-            disable_tqdm: show no progress bar.
-        """
+        """Return the log-likelihood of each whole text, in windows that overlap as little as possible."""
         windows: list[_Asked] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -157,7 +142,7 @@ class JaxLM(TemplateLM):
         return [answers[number] for number in range(len(requests))]
 
     def _request(self, text: tuple[str, str] | None, context: list[int], continuation: list[int]) -> Request:
-        """Cut a request to the tokens that fit; an InputError where it cannot be scored."""
+        """Cut a request to the tokens that fit; InputError where it cannot be scored."""
         shown = f"the continuation {text[1]!r}" if text else "a window of the text"
         if not context:
             raise InputError(f"the context of {shown} is nothing but spaces; give the task a doc_to_text with words")
@@ -183,5 +168,5 @@ class JaxLM(TemplateLM):
             yield group
 
 
-# A call, for the decorator's type would hide the constructor's.
+# A call, because the decorator's type would hide the constructor's.
 register_model("farms_jax")(JaxLM)

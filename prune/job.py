@@ -21,25 +21,15 @@ from .texts import Samples, are_token_ids, calibration_samples, evaluation_block
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The inputs of a run, opened and checked.
+    """The inputs of a run, opened and checked."""
 
-    Attributes:
-        config: resolved.
-        checkpoint: the dense model.
-        network: its network.
-        calibration: sequences; those beyond `config.samples` are for the search of epsilon.
-        evaluation: blocks of the evaluation text.
-        tokenizer: tokenizer of the texts; `None` where they are token ids.
-        weights: hash of all tensors: names, dtypes, shapes, values.
-    """
-
-    config: Config
-    checkpoint: Checkpoint
+    config: Config  # resolved
+    checkpoint: Checkpoint  # the dense model
     network: Network
-    calibration: Samples
+    calibration: Samples  # those beyond `config.samples` are for the search of epsilon
     evaluation: Samples
-    tokenizer: Any
-    weights: str
+    tokenizer: Any  # None where the texts are token ids
+    weights: str  # SHA-256 of all tensors: names, dtypes, shapes, values
 
     @property
     def key(self) -> str:
@@ -50,7 +40,7 @@ class Job:
 
     @property
     def seen(self) -> np.ndarray:
-        """Token ids (samples, T) that the statistics are of."""
+        """Token ids (samples, T) for the statistics."""
         return self.calibration.ids[: self.config.samples]
 
     @property
@@ -68,13 +58,7 @@ class Job:
 
 
 def prepare(config: Config) -> Job:
-    """Open and check everything.
-
-    Args:
-        config: settings as given.
-
-    Returns:
-        The job.
+    """Return the job for settings as given on the command line.
 
     Raises:
         InputError: the model, a text or a setting cannot be used.
@@ -89,6 +73,7 @@ def prepare(config: Config) -> Job:
     tokenizer = choose_tokenizer(checkpoint, config.tokenizer, needed=not in_ids)
     common = {"length": config.length, "special_tokens": config.special_tokens, "vocab_size": network.vocab_size}
     evaluation = evaluation_blocks(config.text, tokenizer, limit=config.limit, **common)
+    # A search of epsilon is judged on a quarter as many sequences more.
     needed = config.samples + (max(config.samples // 4, 1) if config.half_range() is None else 0)
     calibration = calibration_samples(config.calibration, tokenizer, count=needed, seed=config.seed, **common)
     return Job(config, checkpoint, network, calibration, evaluation, tokenizer, _hash(checkpoint))
@@ -107,7 +92,7 @@ def _check_groups(config: Config, network: Network) -> None:
 
 
 def _hash(checkpoint: Checkpoint) -> str:
-    """Hash the values of all tensors, whatever the files they are in, and see that all are finite."""
+    """Return the hash of all tensors, whatever files they are in; InputError where one is not finite."""
     digest, bad = hashlib.sha256(), []
     total = sum(int(np.prod(info.shape)) for info in checkpoint.tensors.values())
     with tqdm(total=total, desc="check weights", unit="", unit_scale=True, leave=False) as bar:

@@ -24,11 +24,7 @@ from .run import run
 
 
 def main(name: str = "prune.llama") -> None:
-    """Run the program; a mistake in settings, model or text is one line on stderr, and exit status 2.
-
-    Args:
-        name: What the program is called in its messages.
-    """
+    """Run the program, called `name` in its messages; a mistake is one line on stderr, and exit status 2."""
     config = tyro.cli(Config, prog=name, description=usage(__doc__, name))
     # BLAS threads and XLA's own slow each other down many times over.
     with reported(name, "; the same command goes on from here"), threadpool_limits(1, user_api="blas"):

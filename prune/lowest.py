@@ -10,28 +10,18 @@ from jax import Array, lax
 
 
 def lowest(scores: Array, position: Array | int) -> Array:
-    """Mark all scores up to the one at a position of the sorted list, as the reference does for whole matrices.
+    """Return a mask of all scores up to the one at a position (from 0) of the sorted list, of any shape.
 
-    Args:
-        scores: any shape, float32, not negative.
-        position: counted from 0; that score and its equals are marked too, so at least position + 1 of them.
-
-    Returns:
-        bool, the shape of `scores`.
+    Equals of that score are marked too, as in the reference, so at least position + 1. Scores must not be negative.
     """
     bits = _bits(scores).reshape(1, -1)
     return (bits <= _kth(bits, jnp.asarray(position, jnp.int32))).reshape(scores.shape)
 
 
 def lowest_of_rows(scores: Array, count: Array | int) -> Array:
-    """Mark the `count` lowest scores of each row; of equal ones the first, as a stable sort does.
+    """Return a mask of the `count` lowest scores, in [0, C], of each row of (R, C); of equal ones the first.
 
-    Args:
-        scores: (R, C) float32, not negative.
-        count: to mark in each row, in [0, C].
-
-    Returns:
-        (R, C) bool.
+    That is the choice of a stable sort. Scores must not be negative.
     """
     count = jnp.asarray(count, jnp.int32)
     bits = _bits(scores)
@@ -48,15 +38,9 @@ def lowest_of_rows(scores: Array, count: Array | int) -> Array:
 
 
 def lowest_of_groups(scores: Array, count: Array | int, group: int) -> Array:
-    """Mark the `count` lowest scores of every group of consecutive ones in a row (N:M); of equal ones the first.
+    """Return a mask of the `count` (N) lowest scores of every `group` (M) consecutive ones in a row of (R, C).
 
-    Args:
-        scores: (R, C) float32, C a multiple of `group`.
-        count: N, to mark in each group, in [0, group].
-        group: M.
-
-    Returns:
-        (R, C) bool.
+    Of equal ones the first. M divides C; scores must not be negative.
     """
     groups = _bits(scores).reshape(-1, group)
     mine, other = groups[:, :, None], groups[:, None, :]
@@ -71,9 +55,10 @@ def _bits(scores: Array) -> Array:
 
 
 def _kth(bits: Array, position: Array) -> Array:
-    """Number at a position of each sorted row, (R, 1): the largest that at most `position` numbers lie below."""
+    """Return the number at a position of each sorted row, (R, 1): the largest with at most `position` below it."""
 
     def settle(step: Array, found: Array) -> Array:
+        # From the highest bit below the sign, which no score has.
         trial = found | (jnp.int32(1) << (30 - step))
         below = (bits < trial).sum(1, keepdims=True, dtype=jnp.int32)
         return jnp.where(below <= position, trial, found)

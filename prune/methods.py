@@ -4,7 +4,6 @@ Weights are (out, in) as in a checkpoint; masks are True where a weight is kept.
 code, each its own way: magnitude removes one weight more than asked, Wanda rounds down in each row.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -15,52 +14,41 @@ from .lowest import lowest, lowest_of_groups, lowest_of_rows
 
 
 class Groups(NamedTuple):
-    """N:M sparsity: `removed` (N) of every `size` (M) consecutive inputs; not of the whole layer or row."""
+    """N:M sparsity: `removed` (N) of every `size` (M) consecutive inputs."""
 
     removed: int
     size: int
 
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed."""
+        return self.removed / self.size
+
 
 def magnitude(weight: Array, sparsity: float, groups: Groups | None = None) -> Array:
-    """Keep the weights of largest magnitude.
+    """Return the mask (out, in) that keeps the weights of largest magnitude.
 
-    Args:
-        weight: (out, in).
-        sparsity: fraction of the layer to remove, in [0, 1); int(out * in * sparsity) + 1 weights are removed, and
-            those equal to the last. None at a sparsity of 0. Without effect with `groups`.
-        groups: remove by groups of consecutive inputs instead.
-
-    Returns:
-        Mask (out, in).
-
-    References:
-        `prune_magnitude` of the public FARMS and Wanda code.
+    int(out * in * sparsity) + 1 weights are removed, and those equal to the last, as by `prune_magnitude` of the public
+    FARMS and Wanda code; none at a sparsity of 0. `groups` take the place of the sparsity: N of every M inputs.
     """
     scores = jnp.abs(weight.astype(jnp.float32))
     if groups:
-        return _keep_of_groups(scores, groups.removed, groups.size)
+        return _keep_of_groups(scores, *groups)
     return _keep_above(scores, int(weight.size * sparsity)) if sparsity > 0 else jnp.ones(weight.shape, bool)
 
 
 def wanda(weight: Array, squares: Array, sparsity: float, groups: Groups | None = None) -> Array:
-    """Keep the weights of largest magnitude times the norm of their input, row by row.
+    """Return the mask (out, in) that keeps the weights of largest magnitude times the norm of their input, row by row.
 
-    Args:
-        weight: (out, in).
-        squares: (in,) mean over the calibration sequences of the sum over tokens of the squared input.
-        sparsity: fraction to remove, in [0, 1): int(in * sparsity) of each row, of equal scores the first. Without
-            effect with `groups`.
-        groups: remove by groups of consecutive inputs instead.
-
-    Returns:
-        Mask (out, in).
+    `squares` (in,) is the statistic of that name, see `prune.calibration`. int(in * sparsity) weights of each row are
+    removed, of equal scores the first. `groups` take the place of the sparsity: N of every M inputs.
 
     References:
         Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024, section 3.
     """
     scores = wanda_scores(weight, squares)
     if groups:
-        return _keep_of_groups(scores, groups.removed, groups.size)
+        return _keep_of_groups(scores, *groups)
     return _keep_of_rows(scores, int(weight.shape[1] * sparsity))
 
 
@@ -71,23 +59,15 @@ def wanda_scores(weight: Array, squares: Array) -> Array:
 
 
 def wanda_variant(weight: Array, squares: Array, sparsity: float) -> Array:
-    """Remove in each row the lowest scores that make up one share of the row's sum: rows differ in sparsity.
+    """Return the mask (out, in) that removes in each row the lowest scores that make up one share of the row's sum.
 
-    The share is bisected in [0, 0.8] until the layer's sparsity is within 0.001 of the one asked for, as in the
-    reference (its `use_variant`); a layer asked for more than that share can reach has less.
-
-    Args:
-        weight: (out, in).
-        squares: (in,) as for `wanda`.
-        sparsity: fraction of the layer to remove.
-
-    Returns:
-        Mask (out, in).
+    So rows differ in sparsity. The share is bisected in [0, 0.8] until the layer's sparsity is within 0.001 of the one
+    asked for, as in the reference (its `use_variant`); a layer asked for more than that share can reach has less.
     """
     scores = wanda_scores(weight, squares)
     ordered = jnp.sort(scores, axis=1)
     sums = jnp.cumsum(ordered, axis=1)
-    low, share, high = 0.0, 0.4, 0.8
+    low, share, high = 0.0, 0.4, 0.8  # the reference's start and bounds
     while True:
         removed = _removed_of_share(scores, ordered, sums, share)
         reached = float(removed.mean(dtype=jnp.float32))
@@ -109,8 +89,6 @@ def _removed_of_share(scores: Array, ordered: Array, sums: Array, share: float) 
 
 _keep_above = jax.jit(lambda scores, position: ~lowest(scores, position))
 _keep_of_rows = jax.jit(lambda scores, count: ~lowest_of_rows(scores, count))
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _keep_of_groups(scores: Array, removed: int, size: int) -> Array:
-    return ~lowest_of_groups(scores, removed, size)
+_keep_of_groups = jax.jit(
+    lambda scores, removed, size: ~lowest_of_groups(scores, removed, size), static_argnames="size"
+)

@@ -1,4 +1,4 @@
-"""Pruning one block, and a whole model block by block: each is given what the pruned blocks before it put out."""
+"""Pruning one block, and a whole model block by block: each is given the outputs of the pruned ones before it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,13 +9,12 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from .activations import Activations
 from .allocation import Plan, sizes_of
 from .calibration import Statistic, Statistics
 from .config import Method
-from .forward import Read, Tensors, embed, reader, run_blocks, weights_of
+from .forward import Activations, Read, Tensors, embed, reader, run_blocks, weights_of
 from .job import Job
-from .methods import Groups, magnitude, wanda, wanda_variant
+from .methods import magnitude, wanda, wanda_variant
 from .models import Network
 from .perplexity import losses
 from .sparsegpt import Factor, factorise, sparsegpt
@@ -30,46 +29,26 @@ STATISTIC: dict[Method, Statistic | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class PrunedBlock:
-    """A pruned block.
+    """A pruned block."""
 
-    Attributes:
-        tensors: all tensors of the block, in their stored dtypes.
-        masks: (out, in) bool of each layer, True where kept.
-        damping: damping that the Hessian of each layer needed, under SparseGPT.
-    """
-
-    tensors: Tensors
-    masks: dict[str, np.ndarray]
-    damping: dict[str, float]
+    tensors: Tensors  # all of the block, in their stored dtypes
+    masks: dict[str, np.ndarray]  # (out, in) bool by layer, True where kept
+    damping: dict[str, float]  # by layer: that its Hessian needed, under SparseGPT
 
 
 @dataclasses.dataclass(frozen=True)
 class Simulation:
-    """A pruned model that was evaluated and not kept.
+    """Results of a pruned model that was not kept."""
 
-    Attributes:
-        perplexity: exp of the mean of `nll`.
-        sparsity: sparsity reached.
-        nll: mean negative log-likelihood of each sequence, in nats.
-    """
-
-    perplexity: float
-    sparsity: float
-    nll: list[float]
+    perplexity: float  # exp of the mean of `nll`
+    sparsity: float  # reached
+    nll: list[float]  # mean negative log-likelihood of each sequence, in nats
 
 
 def prune_block(network: Network, block: int, tensors: Tensors, statistics: Statistics, plan: Plan) -> PrunedBlock:
-    """Prune the linears of a block; its other tensors stay.
+    """Return a block with its linears pruned, as it will be stored: weights are rounded to the stored dtype.
 
-    Args:
-        network: the model.
-        block: number of the block.
-        tensors: tensors of the block, as stored.
-        statistics: statistics of `prune.calibration` that the method needs.
-        plan: what to do.
-
-    Returns:
-        The block as it will be stored: weights that SparseGPT changed are rounded to the stored dtype.
+    `tensors` are the block's, as stored; `statistics` those that the plan's method needs, see `STATISTIC`.
 
     Raises:
         InputError: a Hessian cannot be factorised.
@@ -77,30 +56,29 @@ def prune_block(network: Network, block: int, tensors: Tensors, statistics: Stat
     pruned = PrunedBlock(dict(tensors), {}, {})
     factors: dict[int, Factor] = {}  # by identity: layers that share an input share its Hessian
     for layer, weight in weights_of(network, block, tensors).items():
-        statistic = statistics.get(layer)
-        groups = plan.groups[layer] if plan.groups else None
         if plan.method == "sparsegpt":
-            assert statistic is not None
-            if id(statistic) not in factors:
-                factors[id(statistic)] = _factor(statistic, plan.damping, layer)
-            factor = factors[id(statistic)]
+            hessian = statistics[layer]
+            if id(hessian) not in factors:
+                factors[id(hessian)] = _factor(hessian, plan.damping, layer)
+            factor = factors[id(hessian)]
+            groups = plan.groups[layer] if plan.groups else None
             updated, kept = sparsegpt(jnp.asarray(weight), factor, plan.sparsity[layer], groups)
             mask, new = np.asarray(kept), np.asarray(updated).astype(weight.dtype)
             pruned.damping[layer] = factor.damping
         else:
-            mask = np.asarray(_mask(plan.method, jnp.asarray(weight), statistic, plan.sparsity[layer], groups))
+            mask = np.asarray(_mask(plan, layer, jnp.asarray(weight), statistics))
             new = np.where(mask, weight, np.zeros((), weight.dtype))
         pruned.tensors[f"{layer}.weight"], pruned.masks[layer] = new, mask
     return pruned
 
 
-def _mask(method: Method, weight: Array, squares: Array | None, sparsity: float, groups: Groups | None) -> Array:
-    if method == "magnitude":
+def _mask(plan: Plan, layer: str, weight: Array, statistics: Statistics) -> Array:
+    sparsity, groups = plan.sparsity[layer], plan.groups[layer] if plan.groups else None
+    if plan.method == "magnitude":
         return magnitude(weight, sparsity, groups)
-    assert squares is not None
-    if method == "wanda":
-        return wanda(weight, squares, sparsity, groups)
-    return wanda_variant(weight, squares, sparsity)
+    if plan.method == "wanda":
+        return wanda(weight, statistics[layer], sparsity, groups)
+    return wanda_variant(weight, statistics[layer], sparsity)
 
 
 def _factor(hessian: Array, damping: float, layer: str) -> Factor:
@@ -122,21 +100,11 @@ def prune_blocks(
     title: str = "prune",
     first: int = 0,
 ) -> Activations:
-    """Prune all blocks, one in memory at a time.
+    """Return the outputs of the last block, after all blocks were pruned, one in memory at a time.
 
-    Args:
-        network: the model.
-        read: returns the tensors of a part.
-        plan: how to prune.
-        keep: called with the number of each block and the block, pruned.
-        calibration: tokens (M, T) that the statistics are of; not looked at by methods without any.
-        evaluation: tokens (N, T) that travel behind the calibration.
-        spill: folder to hold the activations instead of memory.
-        title: title of the progress bar.
-        first: blocks before this one are pruned already.
-
-    Returns:
-        Outputs of the last block; those of `evaluation` are the last ones.
+    `keep` is called with the number of each block and the pruned block; those before `first` are pruned already. The
+    statistics are of `calibration`, tokens (M, T), which methods without any leave out; `evaluation` (N, T) travels
+    behind, so that its outputs are the last N.
 
     Raises:
         InputError: a Hessian cannot be factorised.
@@ -151,30 +119,13 @@ def prune_blocks(
 
     activations = embed(network, read, seen if evaluation is None else np.concatenate([seen, evaluation]), spill)
     run_blocks(
-        network,
-        read,
-        activations,
-        title=title,
-        visit=visit,
-        statistic=statistic,
-        calibration=len(seen),
-        first=first,
+        network, read, activations, title=title, visit=visit, statistic=statistic, calibration=len(seen), first=first
     )
     return activations
 
 
 def simulate(job: Job, plan: Plan, ids: np.ndarray, title: str) -> Simulation:
-    """Prune without writing anything, and evaluate on the way: no pruned block is kept.
-
-    Args:
-        job: the run.
-        plan: how to prune.
-        ids: tokens (N, T) to evaluate on.
-        title: title of the progress bar.
-
-    Returns:
-        What the pruned model came to.
-    """
+    """Prune without writing anything, and evaluate on tokens (N, T) on the way: no pruned block is kept."""
     removed = 0
 
     def count(block: int, pruned: PrunedBlock) -> None:

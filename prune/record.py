@@ -1,11 +1,11 @@
-"""The record of a run: every finished stage is on disk, so that the same command goes on where it stopped.
+"""The record of a run: every finished stage is kept on disk, so that the same command resumes where it stopped.
 
 RUN/run.json          the card: everything that the numbers depend on, and the numbers
-RUN/progress.json     finished stages and blocks, and their checksums: what the card is made from
+RUN/progress.json     finished stages and blocks, and their checksums; the card is made from it
 RUN/layers.csv        layer, weights, score, alpha before and after, sparsity asked for and reached
-RUN/model/            the pruned model, a Hugging Face folder; `model.part` until it is whole
+RUN/model/            the pruned model, a Hugging Face folder; `model.part` until it is complete
 RUN/*.png             plots
-RUN/.lock             held by the process at work
+RUN/.lock             held by the process that works on the run
 """
 
 import contextlib
@@ -30,11 +30,7 @@ Result = TypeVar("Result")
 
 @contextlib.contextmanager
 def opened(path: Path, *, fresh: bool = False) -> Generator["Record"]:
-    """Open a run's directory for this process alone, for as long as the `with` block lasts.
-
-    Args:
-        path: directory of the run; its name tells the run from all others. It is made where there is none.
-        fresh: forget what was done before.
+    """Open a run's directory for this process alone, as long as the `with` block lasts; `fresh` empties it first.
 
     Yields:
         The record.
@@ -54,14 +50,10 @@ class Record:
     """Results of the finished stages of one run, by name; the one place where they turn into JSON and back."""
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
-        """Read what was done before.
-
-        Args:
-            path: directory of the run, held by this process.
-            fresh: remove what was done before, all but the lock.
+        """Read the record in a directory that this process holds; `fresh` removes all there but the lock.
 
         Raises:
-            InputError: the record is damaged, or what is there cannot be removed.
+            InputError: the record is damaged, or a file cannot be removed.
         """
         self.path = path
         self._file = path / "progress.json"
@@ -74,23 +66,17 @@ class Record:
             raise InputError(f"{self._file} is damaged ({error}); start anew with --fresh") from error
 
     def stage(self, name: str, compute: Callable[[], Result], kind: type[Result] | None = None) -> Result:
-        """Return the result of a stage, computed where it is not on record.
+        """Return the result of a stage, computed where it is not on record: a dataclass of this `kind`, or JSON.
 
-        Args:
-            name: name of the stage.
-            compute: computes the result: a dataclass, or what JSON knows.
-            kind: the dataclass.
-
-        Returns:
-            The result, as it is read from the record, so that a run that was stopped computes with the same.
+        It is always read from the record, so that a run that was stopped computes with the same numbers.
         """
         if name not in self._stages:
             start = time.perf_counter()
             result = compute()
-            self.forget("card")  # which is of other results
+            self.forget("card")  # it was made from an earlier result
             self.put("seconds", {**self.get("seconds", {}), name: time.perf_counter() - start})
             self.put("peak_memory_bytes", self.peak_memory())
-            self.put(name, result)  # last: a stage that is on record has all that the card says of it
+            self.put(name, result)  # last: whatever is on record has its seconds and its memory
         content: Any = self._stages[name]
         return content if kind is None else kind(**content)
 
@@ -99,17 +85,18 @@ class Record:
         return max(peak_memory(), self.get("peak_memory_bytes", 0))
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return what is on record under a name, as JSON knows it; the default where there is nothing."""
+        """Return the content under a name, as JSON reads it; the default where there is none."""
         return self._stages.get(name, default)
 
     def put(self, name: str, result: Any) -> None:
         """Put a result on record; a full disk is an `InputError`."""
+        # Through JSON, so that this process goes on with exactly what a resumed one would read.
         before, self._stages[name] = self._stages.get(name), json.loads(json.dumps(result, default=_encode))
         if self._stages[name] != before or not self._file.exists():
             self._save()
 
     def forget(self, *names: str) -> None:
-        """Take results from the record."""
+        """Remove results from the record."""
         if gone := set(names) & set(self._stages):
             self._stages = {name: result for name, result in self._stages.items() if name not in gone}
             self._save()
@@ -128,7 +115,7 @@ def _encode(value: Any) -> Any:
 
 
 def _empty(path: Path, first: Path) -> None:
-    """Remove all but the lock that is held; `first` before the rest, a record of files that are half gone."""
+    """Remove all but the lock that is held; `first` goes first, as the record of files that would be half gone."""
     try:
         first.unlink(missing_ok=True)
         for inside in path.iterdir():

@@ -1,7 +1,7 @@
 """A run: dense perplexity, allocation, pruning block by block, perplexity of what was written, card and plots.
 
 Every stage is recorded when it is finished. A run that was stopped begins its unfinished stage again; pruning goes on
-with the first block that is not written, after the calibration text was taken through those that are.
+with the first block that is not written, after the calibration text has passed through the written ones.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from farms_jax.programs.files import write_json
 from .allocation import plan_of, sparsities
 from .card import layer_rows, make_card, write_layers
 from .checkpoints import Checkpoint, open_checkpoint
-from .config import EPSILONS_SCALE, EPSILONS_SHIFT, SPECTRAL, Allocation
+from .config import EPSILONS_SCALE, EPSILONS_SHIFT, SPECTRAL
 from .job import Job
 from .perplexity import Perplexity, perplexity
 from .pruning import Simulation, simulate
@@ -28,17 +28,10 @@ from .writing import lay_out, write_pruned, written_blocks
 
 
 def run(job: Job) -> str:
-    """Carry out a job, from where an earlier run of the same command stopped.
-
-    Args:
-        job: what to do.
-
-    Returns:
-        Tables of what was found, and where it is.
+    """Return tables of the results, and their paths; resume where an earlier run of the same command stopped.
 
     Raises:
-        InputError: something given turned out not to be usable, the disk is full, or another process is at the same
-            run; what is done is kept.
+        InputError: an input is found unusable, the disk is full, or another process is at the run; finished work stays.
     """
     config = job.config
     # A dry run prunes nothing, and so must not take away what was pruned.
@@ -49,16 +42,16 @@ def run(job: Job) -> str:
             tqdm.write(f"{job.checkpoint.name}, {config.method}, {config.allocation} -> {record.path}")
         try:
             return _run(job, record)
-        except ValueError as error:  # of the core: an analysis or an allocation that cannot be made
+        except ValueError as error:  # from the core: an analysis or an allocation is impossible
             raise error if isinstance(error, InputError) else InputError(str(error)) from error
-        except OSError as error:  # of a cache, a card or a plot; a model's own errors say more
+        except OSError as error:  # from a cache, a card or a plot; a model's own errors say more
             remedy = "free space, or name another --out; the same command goes on from there"
             raise InputError(f"{error.filename or record.path}: {error.strerror or error}; {remedy}") from error
 
 
 def _run(job: Job, record: Record) -> str:
     config, shapes = job.config, job.network.layer_shapes()
-    # Before any long work, so that a full disk is known at once.
+    # Before any long work, so that a disk without enough space is known at once.
     output = None if config.dry_run else lay_out(job, record)
 
     dense = record.stage("dense", lambda: _evaluate(job, job.checkpoint, "dense perplexity"), Perplexity)
@@ -85,7 +78,7 @@ def _run(job: Job, record: Record) -> str:
     rows = layer_rows(shapes, plan, scores, alphas, alphas_after, blocks)
     plots = plot_run(record.path, rows, f"{job.checkpoint.name}, {config.method}")
     write_layers(record.path, rows)
-    # The card on record has the versions that its numbers are of.
+    # A card on record stays: it names the package versions that computed its numbers.
     if record.get("card") is None:
         record.put("card", make_card(job, record, rows, blocks, dense, uniform, pruned))
     card = record.get("card")
@@ -100,28 +93,20 @@ def _evaluate(job: Job, checkpoint: Checkpoint, title: str) -> Perplexity:
 def find_epsilon(job: Job, scores: Mapping[str, float], record: Record) -> float:
     """Return half the range of sparsities; searched, where it is `auto`, on calibration text held out for it.
 
-    Args:
-        job: the run.
-        scores: score by layer.
-        record: keeps the perplexity of each trial.
+    The record keeps the perplexity of each trial.
     """
     config, shapes = job.config, job.network.layer_shapes()
     given = config.half_range()
     if given is not None:
         return given
     trials = dict(record.get("trials", {}))
-    for epsilon in candidates(config.allocation):
+    for epsilon in EPSILONS_SCALE if config.allocation in SPECTRAL else EPSILONS_SHIFT:
         if str(epsilon) not in trials:
             plan = plan_of(config, sparsities(config, scores, shapes, epsilon), shapes)
             trials[str(epsilon)] = simulate(job, plan, job.unseen, f"epsilon {epsilon}").perplexity
             record.put("trials", trials)
     tqdm.write("held-out perplexity by epsilon: " + ", ".join(f"{k}: {v:.4g}" for k, v in trials.items()))
     return float(min(trials, key=lambda epsilon: (math.isnan(trials[epsilon]), trials[epsilon])))
-
-
-def candidates(allocation: Allocation) -> tuple[float, ...]:
-    """Return the values that `--epsilon auto` tries."""
-    return EPSILONS_SCALE if allocation in SPECTRAL else EPSILONS_SHIFT
 
 
 def _prune_uniformly(job: Job) -> Simulation:

@@ -1,4 +1,4 @@
-"""The score of every layer: by the rule of the allocation, how dispensable its weights are."""
+"""The score of every layer, by the rule of the allocation: how dispensable its weights are."""
 
 from pathlib import Path
 
@@ -25,39 +25,22 @@ OUTLIER = 5.0  # OWL's M: an outlier is a score above this multiple of the mean
 
 
 def spectral_alphas(job: Job, checkpoint: Checkpoint, title: str) -> dict[str, float]:
-    """Measure the alphas of a model's layers, where the allocation goes by them.
-
-    Args:
-        job: the run; its network is the model's.
-        checkpoint: the model, dense or pruned.
-        title: title of the progress bar.
-
-    Returns:
-        Alpha by layer, 0 where there is no tail; empty under other allocations.
-    """
+    """Return alpha by layer, 0 where there is no tail; empty where the allocation does not go by alphas."""
     config, network = job.config, job.network
     if config.allocation not in SPECTRAL:
         return {}
     window = config.window(min(min(shape) for shape in network.layer_shapes().values()))
     read = reader(checkpoint.read, network)
-    return measure_alphas(network, read, window, config.tail_rule(), config.out / "cache" / "alphas", title)
+    return measure_alphas(network, read, window, farms_jax.Tail(config.tail), config.out / "cache" / "alphas", title)
 
 
 def measure_alphas(
     network: Network, read: Read, window: farms_jax.Window | None, tail: farms_jax.Tail, cache: Path, title: str
 ) -> dict[str, float]:
-    """Measure the alphas of the linears of all blocks, one block in memory at a time.
+    """Return the alpha of every linear of all blocks, in network order, with one block in memory at a time.
 
-    Args:
-        network: the model.
-        read: returns the tensors of a block.
-        window: windows of the analysis; `None`: whole matrices.
-        tail: tail rule of the analysis.
-        cache: folder of earlier reports; what was measured before on the same weights is not measured again.
-        title: title of the progress bar.
-
-    Returns:
-        Alpha by layer, in network order, 0 where there is no tail; without layers that have too few eigenvalues.
+    0 where there is no tail; layers with too few eigenvalues are left out. `window=None` analyses whole matrices. The
+    folder `cache` holds earlier reports, so that the same weights are not measured twice.
     """
     alphas: dict[str, float] = {}
     store = Cache(cache)
@@ -73,14 +56,7 @@ def measure_alphas(
 
 
 def score_layers(job: Job, alphas: dict[str, float] | None = None) -> dict[str, float]:
-    """Score all layers of the dense model as the allocation asks for it.
-
-    Args:
-        job: the run.
-        alphas: those of `spectral_alphas`, where they are known.
-
-    Returns:
-        Score by layer; empty for uniform.
+    """Return the score of each layer of the dense model; empty for uniform. `alphas` are measured if not known yet.
 
     References:
         Huang et al., Determining Layer-wise Sparsity for Large Language Models Through a Theoretical Perspective,
@@ -103,29 +79,19 @@ def _score_by_activations(job: Job) -> dict[str, float]:
     config, network, scores = job.config, job.network, {}
 
     def visit(block: int, tensors: Tensors, squares: Statistics) -> None:
-        weights = weights_of(network, block, tensors)
-        scores.update(activation_scores(config, weights, squares))
+        scores.update(activation_scores(config, weights_of(network, block, tensors), squares))
 
-    read = reader(job.checkpoint.read, network)
+    read, title = reader(job.checkpoint.read, network), f"{config.allocation} scores"
     activations = embed(network, read, job.seen, config.spill)
-    title = f"{config.allocation} scores"
     run_blocks(network, read, activations, title=title, visit=visit, statistic="squares", calibration=len(activations))
     return scores
 
 
 def activation_scores(config: Config, weights: Tensors, squares: Statistics) -> dict[str, float]:
-    """Score the layers of a block by Wanda's scores in the dense model; high means unimportant.
+    """Return scores of a block's layers, by Wanda's scores in the dense model; high means unimportant.
 
     OWL takes minus the percentage of scores above five times their mean; DLP takes their median (its paper; its
-    code takes the mean).
-
-    Args:
-        config: allocation and granularity: over the block together, or layer by layer.
-        weights: (out, in) of each layer.
-        squares: statistics of `prune.calibration`.
-
-    Returns:
-        Score by layer.
+    code takes the mean). The granularity says whether over the block together, or layer by layer.
 
     References:
         Yin et al., Outlier Weighed Layerwise Sparsity, ICML 2024; Chen et al., DLP: Dynamic Layerwise Pruning in
@@ -145,5 +111,5 @@ def _outliers(scores: Array) -> Array:
 
 @jax.jit
 def _median(scores: Array) -> Array:
-    """Lower median, as in torch."""
+    """Return the lower median, as torch does."""
     return jnp.where(lowest(scores, (scores.size - 1) // 2), scores, 0).max()

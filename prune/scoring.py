@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations: requests are put into padded batches, which go through the network together."""
+"""Log-likelihoods of continuations: requests go through the network in padded batches."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ Answer = tuple[float, bool]  # log-likelihood, and whether greedy decoding gives
 
 
 class Request(NamedTuple):
-    """Tokens that the network is given, all but the last of context and continuation; and the continuation."""
+    """Input of the network, all tokens of context and continuation but the last; and the continuation."""
 
     inputs: tuple[int, ...]
     continuation: Sequence[int]
@@ -30,36 +30,22 @@ class Batch(NamedTuple):
     """Inputs that go through the network together; every length is padded to a power of two.
 
     Padding stands behind the inputs, where a causal network does not see it.
-
-    Attributes:
-        ids: distinct inputs (B, T), int32.
-        rows: input of each request (R,), int32.
-        positions: where its continuation is predicted (R, C), int32.
-        targets: its continuation (R, C), int32.
-        scored: False where `targets` is padding (R, C).
-        requests: numbers of the requests, R of them less the padding.
     """
 
-    ids: np.ndarray
-    rows: np.ndarray
-    positions: np.ndarray
-    targets: np.ndarray
-    scored: np.ndarray
-    requests: list[int]
+    ids: np.ndarray  # distinct inputs (B, T), int32
+    rows: np.ndarray  # input of each request (R,), int32
+    positions: np.ndarray  # where its continuation is predicted (R, C), int32
+    targets: np.ndarray  # its continuation (R, C), int32
+    scored: np.ndarray  # False where `targets` is padding (R, C)
+    requests: list[int]  # numbers of the requests, as many as R without padding
 
 
 def make_batches(requests: Sequence[Request], max_length: int, tokens: int) -> Iterator[Batch]:
     """Yield batches of distinct inputs, longest first, so that too little memory shows at once.
 
-    Args:
-        requests: requests, each with fewer than `max_length` + 1 inputs.
-        max_length: longest batch.
-        tokens: most tokens of a batch, padding included.
-
-    Yields:
-        Batches that hold every request once.
+    `tokens` is the most of a batch, padding included; `max_length` the longest batch, and no input is longer.
     """
-    # An input twice: answers of one token each, as in BoolQ, differ only in what is predicted.
+    # Requests may share an input: answers of one token each, as in BoolQ, differ only in the target.
     numbers: dict[tuple[int, ...], list[int]] = {}
     for number, request in enumerate(requests):
         numbers.setdefault(request.inputs, []).append(number)
@@ -75,7 +61,7 @@ def make_batches(requests: Sequence[Request], max_length: int, tokens: int) -> I
 
 
 def _power(number: int) -> int:
-    """Return the smallest power of two that is not below."""
+    """Return the number, rounded up to a power of two."""
     return 1 << (number - 1).bit_length()
 
 
@@ -98,15 +84,7 @@ def _batch(requests: Sequence[Request], owners: Sequence[tuple[int, int]], shape
 def score(
     network: Network, state_of: Callable[[Part], State], batches: Sequence[Batch]
 ) -> Iterator[tuple[int, Answer]]:
-    """Take batches through the network, block by block.
-
-    Args:
-        network: the model.
-        state_of: returns the state of a part.
-        batches: batches that are in memory together.
-
-    Yields:
-        Number of a request, and its answer.
+    """Yield the number of each request, and its answer, with all batches in memory while blocks are read one by one.
 
     Raises:
         InputError: the network gives NaN.

@@ -1,4 +1,4 @@
-"""SparseGPT: remove weights column by column, and let the columns that are left make up for each.
+"""SparseGPT: remove weights column by column, each made up for by the columns after it.
 
 The update of the remaining columns needs the upper Cholesky factor U of the inverse Hessian, H^-1 = U^T U. It is found
 with one factorisation: if the rows and columns of H, in reverse order, are L L^T, then U is the inverse of L reversed.
@@ -16,32 +16,23 @@ from farms_jax.errors import InputError
 from .lowest import lowest, lowest_of_groups
 from .methods import Groups
 
-_PART = 16  # columns at a time
-_LEAF = 256  # size of the triangles that are inverted whole
+_PART = 16  # columns at a time: few enough to stay in the cache
+_LEAF = 256  # triangles up to this size are inverted by LAPACK
 MOST_DAMPING = 10.0  # times the mean of the diagonal: beyond, the Hessian would no longer matter
 
 
 class Factor(NamedTuple):
-    """What SparseGPT needs of a Hessian.
+    """A Hessian as SparseGPT uses it."""
 
-    Attributes:
-        upper: (in, in) upper Cholesky factor of the inverse of the damped Hessian.
-        dead: (in,) bool, inputs that were zero in the whole calibration.
-        damping: what was added to the diagonal, relative to its mean.
-    """
-
-    upper: Array
-    dead: Array
-    damping: float
+    upper: Array  # (in, in) upper Cholesky factor of the inverse of the damped Hessian
+    dead: Array  # (in,) bool, inputs that were zero in the whole calibration
+    damping: float  # added to the diagonal, relative to its mean
 
 
 def factorise(hessian: Array, damping: float = 0.01, layer: str = "the layer") -> Factor:
-    """Factorise the inverse of a Hessian, damped as much as it needs.
+    """Factorise the inverse of a Hessian (in, in), see `prune.calibration`; dead inputs get 1 on the diagonal.
 
-    Args:
-        hessian: (in, in) float32, 2 / sequences * sum of x x^T. Dead inputs get 1 on the diagonal.
-        damping: added to the diagonal, relative to its mean; raised tenfold until the factorisation succeeds.
-        layer: for the error.
+    `damping` is added to the diagonal, relative to its mean, and raised tenfold until the factorisation succeeds.
 
     Returns:
         The factor, with the damping that was needed.
@@ -71,7 +62,7 @@ def _factorise(hessian: Array, damping: float) -> tuple[Array, Array]:
 
 
 def _inverse(lower: Array) -> Array:
-    """Inverse of a lower triangular matrix, by halves: products use all cores, LAPACK's solver would not."""
+    """Invert a lower triangular matrix by halves: products use all cores, LAPACK's solver would not."""
     size = len(lower)
     if size <= _LEAF:
         return lax.linalg.triangular_solve(lower, jnp.eye(size, dtype=lower.dtype), left_side=True, lower=True)
@@ -85,21 +76,12 @@ def _inverse(lower: Array) -> Array:
 def sparsegpt(
     weight: Array, factor: Factor, sparsity: float, groups: Groups | None = None, block: int = 128
 ) -> tuple[Array, Array]:
-    """Remove weights and update the rest.
+    """Return the new weight (out, in) float32, removed entries exactly 0, and the mask (out, in), True where kept.
 
-    Columns go in blocks. At the start of one, its scores are W^2 / diag(U)^2 of the weights as updated so far, over
-    all rows together; the lowest int(rows * columns * sparsity) + 1 of the block are removed (none at a sparsity of
-    0). With `groups`, each group of columns is chosen when its turn comes.
-
-    Args:
-        weight: (out, in).
-        factor: result of `factorise`.
-        sparsity: fraction to remove, in [0, 1). Without effect with `groups`.
-        groups: remove by groups of consecutive inputs.
-        block: columns in a block, a multiple of 16; with groups rounded to a multiple of their size.
-
-    Returns:
-        New weight (out, in) float32, removed entries exactly 0, and the mask (out, in), True where kept.
+    Columns go in blocks of `block`, a multiple of 16. At the start of one, its scores are W^2 / diag(U)^2 of the
+    weights as updated so far, over all rows together; the lowest int(rows * columns * sparsity) + 1 of the block are
+    removed (none at a sparsity of 0). `groups` take the place of the sparsity: each group of columns is chosen when its
+    turn comes, and the block is rounded to a multiple of their size.
 
     References:
         Frantar and Alistarh, SparseGPT, ICML 2023, algorithm 1; `fasterprune` of the public code.
@@ -158,7 +140,7 @@ def _sparsegpt(
 
 
 def _right_of(u: Array, stop: Array, errors: Array) -> Array:
-    """What columns from `stop` on must pay for errors (n, out) of n columns, whose rows of U are u (n, columns)."""
+    """Return what errors (n, out) of n columns, whose rows of U are u (n, columns), cost the columns from `stop` on."""
     right = jnp.where(jnp.arange(u.shape[1]) < stop, 0, u)
     return jnp.matmul(right.T, errors, precision="highest")
 
@@ -170,7 +152,7 @@ def _do_tile(
 
     Args:
         tile: (block, out) weights.
-        removed: (block, out) bool; with groups filled here.
+        removed: (block, out) bool; with groups chosen here.
         u: (block, block) of the upper factor.
         d: (block,) its diagonal, 1 for padding.
         count: N of N:M.
@@ -178,7 +160,7 @@ def _do_tile(
         group: M, divides the part; or 0.
 
     Returns:
-        The tile with its later columns updated, what is removed, and the errors (block, out).
+        The tile with its later columns updated, the removed weights, and the errors (block, out).
     """
 
     def do_part(p: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -13,15 +14,9 @@ from .card import LayerRow
 
 
 def plot_run(run: Path, rows: Sequence[LayerRow], title: str) -> list[Path]:
-    """Draw the plots of a run.
+    """Return the plots, drawn into the directory of a run.
 
-    Args:
-        run: directory to write to.
-        rows: one per layer.
-        title: what was pruned, and how.
-
-    Returns:
-        The files: `sparsity.png` (paper, Figure 13) and, where alphas were measured, `alphas.png` (Figure 10).
+    They are `sparsity.png` (paper, Figure 13) and, where alphas were measured, `alphas.png` (Figure 10).
     """
     figures = {"sparsity.png": _sparsity(rows, title)}
     if rows[0].alpha_after is not None:
@@ -35,13 +30,11 @@ def _sparsity(rows: Sequence[LayerRow], title: str) -> Figure:
     blocks: dict[str, list[LayerRow]] = {}
     for row in rows:
         blocks.setdefault(row.block, []).append(row)
-    asked = [_mean(inside, [row.sparsity for row in inside]) for inside in blocks.values()]
-    reached = [_mean(inside, [row.reached for row in inside]) for inside in blocks.values()]
-    axis.plot(asked, "-", marker=".", label="asked")
-    axis.plot(reached, ":", label="reached")
-    ends = [[row.sparsity for row in inside] for inside in blocks.values()]
-    axis.fill_between(range(len(blocks)), [min(e) for e in ends], [max(e) for e in ends], alpha=0.2, lw=0)
-    axis.axhline(_mean(rows, [row.sparsity for row in rows]), color="gray", lw=0.8, label="all blocks")
+    axis.plot([_mean(inside, "sparsity") for inside in blocks.values()], "-", marker=".", label="asked")
+    axis.plot([_mean(inside, "reached") for inside in blocks.values()], ":", label="reached")
+    ranges = [[row.sparsity for row in inside] for inside in blocks.values()]
+    axis.fill_between(range(len(blocks)), [*map(min, ranges)], [*map(max, ranges)], alpha=0.2, lw=0)
+    axis.axhline(_mean(rows, "sparsity"), color="gray", lw=0.8, label="all blocks")
     axis.set(xlabel="block", ylabel="fraction of weights removed", title=title)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize=8)
@@ -49,8 +42,8 @@ def _sparsity(rows: Sequence[LayerRow], title: str) -> Figure:
     return figure
 
 
-def _mean(rows: Sequence[LayerRow], values: Sequence[float]) -> float:
-    return float(np.average(values, weights=[row.weights for row in rows]))
+def _mean(rows: Sequence[LayerRow], field: Literal["sparsity", "reached"]) -> float:
+    return float(np.average([getattr(row, field) for row in rows], weights=[row.weights for row in rows]))
 
 
 def _alphas(rows: Sequence[LayerRow], title: str) -> Figure:

@@ -1,4 +1,4 @@
-"""What a run prints: the allocation before it, the results after it."""
+"""The tables that a run prints: the allocation before pruning, the results after it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,17 +13,7 @@ from .job import Job
 
 
 def allocation_table(job: Job, scores: Mapping[str, float], epsilon: float, plan: Plan) -> str:
-    """Show how much each block is to lose, and the size of what is left.
-
-    Args:
-        job: the run.
-        scores: score by layer, may be empty.
-        epsilon: half the range of sparsities.
-        plan: what is to be done.
-
-    Returns:
-        A table, one line per block.
-    """
+    """Return a table of each block's sparsity, and the size of the pruned model; `scores` may be empty."""
     sizes = sizes_of(job.network.layer_shapes())
     blocks: dict[str, list[str]] = {}
     for layer in sizes:
@@ -45,7 +35,7 @@ def _totals(job: Job, epsilon: float, plan: Plan, sizes: Mapping[str, int]) -> l
     inside, everything = sum(sizes.values()), sum(int(np.prod(info.shape)) for info in tensors)
     removed = sum(plan.asked(layer) * size for layer, size in sizes.items())
     stored = sum(int(np.prod(info.shape)) * info.dtype.itemsize for info in tensors)
-    sparse = stored - removed * stored / everything + inside / 8  # bytes of the kept weights, and of a bit for each
+    sparse = stored - removed * stored / everything + inside / 8  # kept weights, and a bit for each weight
     how = f", epsilon {epsilon:g}, by {config.granularity}" if config.allocation != "uniform" else ""
     return [
         f"{config.allocation}{how}: {removed / inside:.4f} of {inside / 1e6:.2f} M block weights, "
@@ -55,16 +45,7 @@ def _totals(job: Job, epsilon: float, plan: Plan, sizes: Mapping[str, int]) -> l
 
 
 def results_table(card: Mapping[str, Any], path: Path, plots: Sequence[Path]) -> str:
-    """Show the results of a run.
-
-    Args:
-        card: content of `run.json`.
-        path: directory of the run.
-        plots: its plots.
-
-    Returns:
-        A table, and where everything is.
-    """
+    """Return a table of the results in the content of `run.json`, and the paths of all files."""
     found, settings = card["perplexity"], card["settings"]
     sparsities = {"dense": 0.0, "uniform": card["uniform_sparsity"], "pruned": card["sparsity"]["reached"]}
     evaluation = card["evaluation"]

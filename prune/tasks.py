@@ -23,9 +23,9 @@ from .texts import hub
 
 PAPER_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
-# Their task files inside lm-eval. Reading its thousands of others takes seconds.
+# Their task files inside lm-eval; to read its thousands of others takes seconds.
 _PAPER_FOLDERS = ("super_glue/boolq", "glue/rte", "hellaswag", "winogrande", "arc", "openbookqa")
-_SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")  # what needs no generation
+_SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")  # output types without generation
 _BOOTSTRAPS = 1000  # for standard errors that have no formula; accuracies have one
 
 
@@ -40,19 +40,13 @@ class Score(NamedTuple):
 
 
 def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, Task]:
-    """Load tasks of lm-eval, and their data.
+    """Return tasks of lm-eval, by name, with their data; `names` may be those of groups and tags too.
 
-    Args:
-        names: names of tasks, groups or tags.
-        folder: Folder with task files (YAML), which come before lm-eval's own of the same name. Relative paths
-            under `dataset_kwargs: data_files` are looked up beside the task file first. Task files can name Python
-            functions, which are run: include only what you trust.
-
-    Returns:
-        Task by name.
+    Task files (YAML) in `folder` come before lm-eval's own of the same name. Relative paths under `dataset_kwargs:
+    data_files` are looked up beside the task file first. Task files can name Python functions, which are run.
 
     Raises:
-        InputError: there is no such folder or task, its data cannot be had, or it generates text.
+        InputError: the folder or a task does not exist, its data cannot be had, or it generates text.
     """
     if folder is not None and not folder.is_dir():
         raise InputError(f"--tasks-dir {folder}: no such folder; give one that holds task files (.yaml)")
@@ -101,15 +95,9 @@ def _beside(folder: Path, value: Any) -> Any:
 
 
 def zero_shot(lm: JaxLM, tasks: Mapping[str, Task], limit: int | None = None) -> list[Score]:
-    """Evaluate a model on tasks, without examples in the prompt unless a task's file asks for some.
+    """Return a model's metrics in the order of the tasks; prompts have examples only if a task's file asks for some.
 
-    Args:
-        lm: the model.
-        tasks: tasks of `load_tasks`.
-        limit: number of examples of each task, from the first on.
-
-    Returns:
-        Metrics in the order of the tasks.
+    `limit` is the number of examples of each task, from the first on.
 
     Raises:
         InputError: a continuation has no tokens or too many.

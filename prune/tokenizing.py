@@ -1,4 +1,4 @@
-"""Tokenizers that fail: whatever `transformers` and `tokenizers` raise becomes one error that names the file."""
+"""Encoding of text, and errors of tokenizers: whatever the packages raise becomes one error that names the file."""
 
 import contextlib
 from collections.abc import Generator
@@ -9,23 +9,12 @@ import numpy as np
 from farms_jax.errors import InputError
 from farms_jax.weights.sanitise import one_line
 
-_GAPS = 1_000_000  # ids without a token that a tokenizer may have
+_GAPS = 1_000_000  # most ids without a token, beside ten for each token
 
 
 @contextlib.contextmanager
 def tokenizer_faults(what: str, remedy: str) -> Generator[None]:
-    """Turn any error inside into one that names the file.
-
-    Args:
-        what: the file, and what cannot be done with it.
-        remedy: what to do.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        InputError: something was raised.
-    """
+    """Turn any error inside into an InputError: `what` cannot be done with which file, why, and the `remedy`."""
     try:
         yield
     except BaseException as error:  # these packages promise no type, and an error of Rust is no `Exception`
@@ -37,11 +26,8 @@ def tokenizer_faults(what: str, remedy: str) -> Generator[None]:
 def check_tokenizer(tokenizer: Any) -> None:
     """Find faults that show only in use, where some of them would end the process.
 
-    Args:
-        tokenizer: tokenizer of `transformers`.
-
     Raises:
-        ValueError: its ids have gaps without measure: `tokenizers` takes memory for all up to the highest.
+        ValueError: its ids have gaps beyond measure: `tokenizers` takes memory for all up to the highest.
     """
     ids = tokenizer.get_vocab().values()
     if max(ids, default=0) > _GAPS + 10 * len(ids):
@@ -50,15 +36,6 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> np.ndarray:
-    """Turn text into token ids.
-
-    Args:
-        tokenizer: tokenizer of `transformers`.
-        text: any.
-        special_tokens: let the tokenizer add those that it adds by default, such as a first BOS.
-
-    Returns:
-        Ids (N,), int64.
-    """
+    """Return the token ids (N,), int64, of a text; with `special_tokens`, those that the tokenizer adds by default."""
     # verbose: it would warn of every text that is longer than the model's positions.
     return np.asarray(tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"], np.int64)

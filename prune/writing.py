@@ -1,4 +1,4 @@
-"""Writing the pruned model block by block, so that a run that was stopped goes on behind the last good block."""
+"""Writing the pruned model block by block, so that a run that was stopped resumes after the last good block."""
 
 import dataclasses
 import sys
@@ -14,24 +14,17 @@ from .output import Output
 from .pruning import PrunedBlock, prune_blocks
 from .record import Record
 
-_AFTER = ("blocks", "pruned", "alphas after", "card")  # stages that depend on the pruned model
+_AFTER = ("blocks", "pruned", "alphas after", "card")  # stages that read the pruned model
 
 
 @dataclasses.dataclass(frozen=True)
 class WrittenBlock:
-    """The record of a block that is on disk.
+    """The record of a block that is on disk."""
 
-    Attributes:
-        sha256: hash of its tensors and masks.
-        seconds: time from the block before it.
-        reached: sparsity of each layer.
-        damping: damping that the Hessian of each layer needed, under SparseGPT.
-    """
-
-    sha256: str
-    seconds: float
-    reached: dict[str, float]
-    damping: dict[str, float]
+    sha256: str  # of its tensors and masks
+    seconds: float  # since the block before it
+    reached: dict[str, float]  # sparsity by layer
+    damping: dict[str, float]  # that the Hessian of each layer needed, under SparseGPT
 
 
 def written_blocks(record: Record) -> list[WrittenBlock]:
@@ -40,16 +33,10 @@ def written_blocks(record: Record) -> list[WrittenBlock]:
 
 
 def lay_out(job: Job, record: Record) -> Output | None:
-    """Take the space that the pruned model needs, and write all that no block holds.
+    """Return the output, with space for the whole model and all tensors outside the blocks; `None`: it is finished.
 
-    What an earlier run wrote is read again and kept up to the first block that is not as it was written.
-
-    Args:
-        job: the run.
-        record: its list of written blocks is cut to those that are there.
-
-    Returns:
-        The output; `None` where the model is finished.
+    Blocks of an earlier run are read again and kept up to the first that is not as it was written; the record is cut
+    to them.
 
     Raises:
         InputError: the disk is full, or the finished model is not as it was written.
@@ -74,7 +61,7 @@ def lay_out(job: Job, record: Record) -> Output | None:
 
 
 def _copy_outside(job: Job, record: Record, output: Output) -> None:
-    """Copy the tensors that no block holds, where they are not there from an earlier run."""
+    """Copy the tensors outside the blocks, unless an earlier run has."""
     inside = {name for block in range(job.network.num_blocks) for name in job.network.tensors(block)}
     outside = [name for name in job.checkpoint.tensors if name not in inside]
     sums = record.get("outside")
@@ -96,16 +83,10 @@ def _warn(message: str) -> None:
 
 
 def write_pruned(job: Job, plan: Plan, record: Record, output: Output | None) -> None:
-    """Prune, and write every block when it is done, after those that an earlier run wrote.
-
-    Args:
-        job: the run.
-        plan: how to prune.
-        record: gets every written block.
-        output: output of `lay_out`; nothing is done where it is `None`, a finished model.
+    """Prune, and write and record every block when it is done, after those of an earlier run; `output` is of `lay_out`.
 
     Raises:
-        InputError: the disk is full, or a Hessian cannot be factorised; what is written stays.
+        InputError: the disk is full, or a Hessian cannot be factorised; written blocks stay.
     """
     if output is None:
         return

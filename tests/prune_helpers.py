@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from prune.config import Config
+from prune.models import make_network
 from tests.weights_helpers import close_gguf
 
 DATA = Path(__file__).parent / "data"
@@ -60,15 +61,14 @@ def write_folder(folder, tensors, *, config="llama_tiny", shards=1):
     """A Hugging Face folder, written by the format's own package; sharded with an index where asked for."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(DATA / config / "config.json", folder / "config.json")
-    names, metadata = sorted(tensors), {"format": "pt"}
     if shards == 1:
-        safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata=metadata)
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
     weight_map = {}
     for number in range(shards):
         filename = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: tensors[name] for name in names[number::shards]}
-        safetensors.numpy.save_file(part, folder / filename, metadata=metadata)
+        part = {name: tensors[name] for name in sorted(tensors)[number::shards]}
+        safetensors.numpy.save_file(part, folder / filename, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, filename)
     index = {"metadata": {"total_size": sum(array.nbytes for array in tensors.values())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -218,12 +218,11 @@ def bytes_of(folder):
 
 def write_random_llama(folder, *, blocks, hidden, intermediate):
     """A float32 LLaMA with random weights, written tensor by tensor so that the writer never holds the model."""
-    inside = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,))
-    inside |= dict.fromkeys((f"self_attn.{name}_proj" for name in "qkvo"), (hidden, hidden))
-    inside |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (intermediate, hidden))
-    inside["mlp.down_proj"] = (hidden, intermediate)
-    shapes = {"model.embed_tokens.weight": (256, hidden), "model.norm.weight": (hidden,)}
-    shapes |= {f"model.layers.{b}.{name}.weight": shape for b in range(blocks) for name, shape in inside.items()}
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": blocks, "head_dim": 32}
+    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), hidden // 32)
+    config = config_of("llama_tiny", **sizes, **heads, tie_word_embeddings=True)
+    network = make_network(config)
+    shapes = {name: shape for part in network.parts for name, shape in network.tensors(part).items()}
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 4 * int(np.prod(shape))
@@ -231,28 +230,23 @@ def write_random_llama(folder, *, blocks, hidden, intermediate):
     content, random = json.dumps(header).encode(), np.random.default_rng(0)
     noise = {shape: random.standard_normal(shape, np.float32) for shape in set(shapes.values())}
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
         for number, shape in enumerate(shapes.values()):
             scale, mean = (0.1, 1.0) if len(shape) == 1 else (shape[1] ** -0.5, 0.0)
             # Rolled, so that no two blocks are the same.
             file.write(scale * np.roll(noise[shape], number) + np.float32(mean))
-    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": blocks, "head_dim": 32}
-    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), hidden // 32)
-    config = config_of("llama_tiny", **sizes, **heads, tie_word_embeddings=True)
-    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def command(config, **changes):
     """The command line of a run."""
     options = dataclasses.asdict(dataclasses.replace(config, **changes))
-    flags = [
-        part
-        for name, value in options.items()
-        if value is not None and value != getattr(Config(), name)
-        for part in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)]))
-    ]
+    flags = []
+    for name, value in options.items():
+        if value is not None and value != getattr(Config(), name):
+            flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return [sys.executable, "-m", "prune.llama", *flags]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from farms_jax.programs import files, memory
-from prune.activations import Activations
+from prune.forward import Activations
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("farms_jax", "train", "prune", "sciml")

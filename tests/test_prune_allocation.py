@@ -12,6 +12,7 @@ from prune_helpers import bytes_of, small_run
 import prune.run
 from farms_jax import block_of
 from prune.checkpoints import open_checkpoint
+from prune.forward import reader
 from prune.job import prepare
 from prune.output import read_masks
 from prune.perplexity import perplexity
@@ -42,47 +43,39 @@ def by_block(card, measure="sparsity"):
 
 def wanda_scores(job):
     """|W| times the norm of the input of every layer of the dense model, in float64."""
-    network, checkpoint = job.network, job.checkpoint
-
-    def state(part):
-        return network.to_state(part, {name: checkpoint.read(name) for name in network.tensors(part)})
-
+    network, read = job.network, reader(job.checkpoint.read, job.network)
     inputs_of, apply = jax.jit(network.inputs), jax.jit(network.block)
-    x, scores = network.embed(state("embed"), jnp.asarray(job.seen)), {}
+    x, scores = network.embed(network.to_state("embed", read("embed")), jnp.asarray(job.seen)), {}
     for block in range(network.num_blocks):
-        inputs = inputs_of(state(block), x)
+        tensors = read(block)
+        state = network.to_state(block, tensors)
+        inputs = inputs_of(state, x)
         for linear in network.linears:
             layer = network.layer_name(block, linear)
             seen = np.asarray(inputs[linear], np.float64)
             norm = np.sqrt((seen**2).sum(1).mean(0))  # over tokens, then the mean over sequences
-            scores[layer] = np.abs(checkpoint.read(f"{layer}.weight").astype(np.float64)) * norm
-        x = apply(state(block), x)
+            scores[layer] = np.abs(tensors[f"{layer}.weight"].astype(np.float64)) * norm
+        x = apply(state, x)
     return scores
 
 
 @pytest.mark.parametrize("model", few(["llama_tiny", "opt_tiny"], 2))
 @pytest.mark.parametrize("granularity", ["block", "layer"])
 def test_scores_of_owl_and_dlp(model, granularity, tmp_path):
-    jobs = {
-        allocation: prepare(small_run(tmp_path, model, allocation=allocation, granularity=granularity))
-        for allocation in ("owl", "dlp")
-    }
-    expected = wanda_scores(jobs["owl"])
-    found = {allocation: score_layers(job) for allocation, job in jobs.items()}
-    assert list(found["owl"]) == list(found["dlp"]) == list(jobs["owl"].network.layer_shapes())
+    settings = {"granularity": granularity, "method": "magnitude"}
+    owl, dlp = (prepare(small_run(tmp_path, model, allocation=name, **settings)) for name in ("owl", "dlp"))
+    expected, outliers, medians = wanda_scores(owl), score_layers(owl), score_layers(dlp)
+    assert list(outliers) == list(medians) == list(owl.network.layer_shapes())
     for layer in expected:
-        group = (
-            [layer] if granularity == "layer" else [other for other in expected if block_of(other) == block_of(layer)]
-        )
-        together = np.concatenate([expected[other].ravel() for other in group])
-        outliers = (together > 5 * together.mean()).mean()
+        block = [other for other in expected if block_of(other) == block_of(layer)]
+        together = np.concatenate([expected[other].ravel() for other in ([layer], block)[granularity == "block"]])
         # Up to two scores may be so near to five times the mean that rounding decides.
-        assert found["owl"][layer] == pytest.approx(-100 * outliers, abs=201 / together.size)
+        share = (together > 5 * together.mean()).mean()
+        assert outliers[layer] == pytest.approx(-100 * share, abs=201 / together.size)
         middle = np.sort(together)[(together.size - 1) // 2]
-        assert found["dlp"][layer] == pytest.approx(middle, rel=1e-5)
-    assert len({round(value, 9) for value in found["dlp"].values()}) == (
-        len(expected) if granularity == "layer" else jobs["dlp"].network.num_blocks
-    )
+        assert medians[layer] == pytest.approx(middle, rel=1e-5)
+    groups = len(expected) if granularity == "layer" else dlp.network.num_blocks
+    assert len({round(value, 9) for value in medians.values()}) == groups
 
 
 @pytest.mark.parametrize("allocation", ["owl", "dlp"])
@@ -208,7 +201,7 @@ def test_auto_takes_the_epsilon_of_the_lowest_perplexity_on_held_out_text(tmp_pa
 
 @pytest.mark.parametrize("method", few(["wanda", "sparsegpt"], 2))
 def test_statistics_never_see_the_held_out_text(method, tmp_path, monkeypatch):
-    monkeypatch.setattr(prune.run, "candidates", lambda allocation: (0.1,))
+    monkeypatch.setattr(prune.run, "EPSILONS_SHIFT", (0.1,))
     config = small_run(tmp_path, method=method, allocation="owl", epsilon="auto")
     ids = np.load(tmp_path / "calibration.npy").ravel()[:400].reshape(10, 40)
     np.save(tmp_path / "calibration.npy", ids)

@@ -46,16 +46,7 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("dtype", "shards", "method"),
-    few(
-        [
-            (ml_dtypes.bfloat16, 2, "wanda"),
-            (np.float32, 1, "wanda"),
-            (np.float32, 3, "sparsegpt"),
-            (np.float16, 1, "magnitude"),
-            (ml_dtypes.bfloat16, 2, "sparsegpt"),
-        ],
-        3,
-    ),
+    few([(ml_dtypes.bfloat16, 2, "wanda"), (np.float32, 3, "sparsegpt"), (np.float16, 1, "magnitude")], 3),
 )
 def test_nothing_removed_gives_the_same_bytes_back(dtype, shards, method, tmp_path):
     tensors = {name: tensor.astype(dtype) for name, tensor in weights_of("llama_tiny").items()}
@@ -74,20 +65,16 @@ def test_nothing_removed_gives_the_same_bytes_back(dtype, shards, method, tmp_pa
 
 def assert_pruned(job, source):
     """Masks stand for the zeros of the layers; nothing else has changed. Returns what was changed."""
-    masks, before, after = (
-        read_masks(job.path / "model"),
-        load_file(source),
-        load_file(job.path / "model/model.safetensors"),
-    )
+    masks, before = read_masks(job.path / "model"), load_file(source)
+    after = load_file(job.path / "model/model.safetensors")
     assert set(before) == set(after)
     for name in before.keys() - {f"{layer}.weight" for layer in masks}:
         assert before[name].tobytes() == after[name].tobytes(), name
     for layer, mask in masks.items():
         np.testing.assert_array_equal(after[f"{layer}.weight"] != 0, mask, err_msg=layer)
     rows = {row["layer"]: row for row in card_of(job.path)["allocation"]["layers"]}
-    assert {layer: 1 - mask.mean() for layer, mask in masks.items()} == pytest.approx({
-        layer: row["reached"] for layer, row in rows.items()
-    })
+    reached = {layer: row["reached"] for layer, row in rows.items()}
+    assert reached == pytest.approx({layer: 1 - mask.mean() for layer, mask in masks.items()})
     return masks, before, after
 
 

@@ -71,13 +71,11 @@ def put_a_wrong_shape(folder, tensors):
     write_folder(folder, tensors | {UP: np.ascontiguousarray(tensors[UP].T)})
 
 
-def put(value):
-    def damage(folder, tensors):
-        tensors[UP] = tensors[UP].copy()
-        tensors[UP][5, 7] = value
-        write_folder(folder, tensors, shards=2)
-
-    return damage
+def put_nan_and_inf(folder, tensors):
+    for name, value in ((UP, np.nan), ("model.norm.weight", -np.inf)):
+        tensors[name] = tensors[name].copy()
+        tensors[name].flat[7] = value
+    write_folder(folder, tensors, shards=2)
 
 
 def make_another_family(folder, tensors):
@@ -93,11 +91,10 @@ def make_another_family(folder, tensors):
         (cut_the_file, r"model\.safetensors: .*truncated.*; download it again"),
         (leave_a_tensor_out, rf"(?s)1 tensor\(s\) do not fit.* missing: {UP} \[256, 96\]$"),
         (put_a_wrong_shape, rf"(?s)1 tensor\(s\) do not fit.* {UP} is \[96, 256\], must be \[256, 96\]$"),
-        (put(np.nan), rf"source: NaN or Inf in {UP}; the checkpoint is damaged, get it again"),
-        (put(-np.inf), rf"source: NaN or Inf in {UP}; the checkpoint is damaged, get it again"),
+        (put_nan_and_inf, rf"source: NaN or Inf in {UP}, model\.norm\.weight; the checkpoint is damaged, get it again"),
         (make_another_family, r"`model_type` must be one of llama, .*opt, got 'gpt_neox'$"),
     ],
-    ids=["missing shard", "truncated", "missing tensor", "wrong shape", "NaN", "Inf", "unknown family"],
+    ids=lambda value: getattr(value, "__name__", ""),
 )
 @pytest.mark.usefixtures("no_long_work")
 def test_a_model_that_cannot_be_used_is_refused(damage, message, tmp_path):
@@ -145,13 +142,6 @@ def test_settings_that_cannot_be_met_are_refused(changes, message, tmp_path):
 
 
 @pytest.mark.usefixtures("no_long_work")
-def test_ids_of_another_tokenizer_are_refused(tmp_path):
-    config = small_run(tmp_path)
-    np.save(tmp_path / "text.npy", np.full(100, 256))
-    assert_refused(config, r"^--text .*: token id 256 is outside the model's vocabulary \(0 to 255\)")
-
-
-@pytest.mark.usefixtures("no_long_work")
 def test_an_output_that_is_no_folder_is_refused(tmp_path):
     config = small_run(tmp_path)
     config.out.write_text("a file")
@@ -160,21 +150,11 @@ def test_an_output_that_is_no_folder_is_refused(tmp_path):
     assert config.out.read_text() == "a file"
 
 
-def test_a_damaged_record_names_the_remedy(tmp_path):
-    job = prepare(small_run(tmp_path))
-    job.path.mkdir(parents=True)
-    (job.path / "progress.json").write_text('{"written": [')
-    with pytest.raises(InputError, match=r"progress\.json is damaged .*; start anew with --fresh$"):
-        run(job)
-
-
 def test_the_program_says_what_is_wrong_in_one_line(tmp_path):
     config = small_run(tmp_path, sparsity=1.2)
     found = subprocess.run(command(config), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode == 2
-    assert found.stdout == ""
-    expected = "prune.llama: --sparsity must be in [0, 1), the fraction to remove; got 1.2\n"
-    assert found.stderr == expected
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == "prune.llama: --sparsity must be in [0, 1), the fraction to remove; got 1.2\n"
 
 
 # --- No space left on disk -------------------------------------------------------------------------------------------

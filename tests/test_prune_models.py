@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import few
 
 from farms_jax.errors import InputError
-from prune.models import Network, make_network
+from prune.models import make_network
 from prune.models.attention import CHUNK, CHUNKS, _attend_by_heads, _attend_in_chunks, attend
 from prune.models.network import LONG
 from tests.prune_helpers import DATA, FOLDERS, QWEN, config_of, numbers_of, weights_of
@@ -37,9 +36,7 @@ def logits_of(network, tensors, ids):
 
 def random_tensors(network, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = {}
-    for part in ("embed", *range(network.num_blocks), "head"):
-        shapes |= network.tensors(part)
+    shapes = {name: shape for part in network.parts for name, shape in network.tensors(part).items()}
     return {name: rng.normal(size=shape).astype(np.float32) / shape[-1] ** 0.5 for name, shape in shapes.items()}
 
 
@@ -54,34 +51,17 @@ def test_logits(name, form):
     np.testing.assert_allclose(logits, arrays["logits"], rtol=1e-4, atol=1e-4)
 
 
-def test_interface():
-    network = make_network(config_of("llama_tiny"))
-    assert (network.num_blocks, network.hidden_size, network.vocab_size, network.max_length) == (4, 96, 256, 512)
-    assert network.linears[0] == "self_attn.q_proj"
-    assert network.linears[-1] == "mlp.down_proj"
-    assert network.layer_name(3, network.linears[0]) == "model.layers.3.self_attn.q_proj"
-    order = json.loads((DATA / "llama_tiny.json").read_text())["pruning"]["layer_names"]
-    ours = [network.layer_name(block, linear) for block in range(4) for linear in network.linears]
-    assert ours == [f"model.layers.{name}" for name in order]
-    opt = make_network(config_of("opt_tiny"))
-    order = json.loads((DATA / "opt_tiny.json").read_text())["pruning"]["layer_names"]
-    ours = [opt.layer_name(block, linear) for block in range(2) for linear in opt.linears]
-    assert ours == [f"model.decoder.layers.{name}" for name in order]
+@pytest.mark.parametrize(("name", "prefix"), [("llama_tiny", "model."), ("opt_tiny", "model.decoder.")])
+def test_layers_are_in_the_reference_s_order(name, prefix):
+    order = json.loads((DATA / f"{name}.json").read_text())["pruning"]["layer_names"]
+    assert list(make_network(config_of(name)).layer_shapes()) == [f"{prefix}layers.{layer}" for layer in order]
 
 
-def test_network_is_a_static_argument():
-    traces = []
-
-    @jax.jit(static_argnums=0)
-    def shapes(network: Network, x):
-        traces.append(network)
-        return x * network.hidden_size
-
-    for _ in range(2):
-        np.testing.assert_array_equal(shapes(make_network(config_of("llama_tiny")), jnp.ones(2)), [96, 96])
-    assert len(traces) == 1
-    shapes(make_network(config_of("llama_tiny_tied")), jnp.ones(2))
-    assert len(traces) == 2
+def test_equal_networks_are_one_static_argument():
+    scale = jax.jit(lambda network, x: x * network.hidden_size, static_argnums=0)
+    for name, count in (("llama_tiny", 1), ("llama_tiny", 1), ("llama_tiny_tied", 2)):
+        np.testing.assert_array_equal(scale(make_network(config_of(name)), jnp.ones(2)), [96, 96])
+        assert scale._cache_size() == count
 
 
 def test_a_network_costs_nothing_before_its_weights():
@@ -97,69 +77,16 @@ def test_a_network_costs_nothing_before_its_weights():
     assert network.tensors("head") == {"model.norm.weight": (2**20,), "lm_head.weight": (2**20, 2**20)}
 
 
-@pytest.mark.parametrize("name", few(["llama_tiny_bias", "llama_tiny"], 2))
-def test_inputs_of_a_llama_block(name):
+@pytest.mark.parametrize("name", ["llama_tiny", "opt_tiny"])
+def test_linears_of_a_group_share_one_input(name):
+    """Their values are compared with the reference's in test_prune_reference.py."""
     network, tensors = make_network(config_of(name)), weights_of(name)
-    x, inputs, y = run_block(network, tensors)
-
-    def linear(module):
-        weight = tensors[f"model.layers.0.{module}.weight"]
-        return inputs[module] @ weight.T + tensors.get(f"model.layers.0.{module}.bias", 0)
-
-    def norm(module, x):
-        scale = tensors[f"model.layers.0.{module}.weight"]
-        return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-5) * scale
-
-    close = {"rtol": 1e-4, "atol": 1e-4}
-    np.testing.assert_allclose(inputs["self_attn.q_proj"], norm("input_layernorm", x), **close)
-    middle = x + linear("self_attn.o_proj")
-    np.testing.assert_allclose(inputs["mlp.gate_proj"], norm("post_attention_layernorm", middle), **close)
-    gate = linear("mlp.gate_proj")
-    np.testing.assert_allclose(inputs["mlp.down_proj"], gate / (1 + np.exp(-gate)) * linear("mlp.up_proj"), **close)
-    np.testing.assert_allclose(y, middle + linear("mlp.down_proj"), **close)
-    # The first query sees one value alone: its own.
-    values = linear("self_attn.v_proj").reshape(*x.shape[:2], network.num_kv_heads, -1)
-    repeated = np.repeat(values, network.num_heads // network.num_kv_heads, axis=2)
-    np.testing.assert_allclose(inputs["self_attn.o_proj"][:, 0], repeated[:, 0].reshape(len(x), -1), **close)
-
-
-@pytest.mark.parametrize("name", few(["opt_tiny_postnorm", "opt_tiny"], 2))
-def test_inputs_of_an_opt_block(name):
-    network, tensors = make_network(config_of(name)), weights_of(name)
-    x, inputs, y = run_block(network, tensors)
-
-    def parameter(module):
-        return tensors[f"model.decoder.layers.0.{module}"]
-
-    def linear(module):
-        return inputs[module] @ parameter(f"{module}.weight").T + parameter(f"{module}.bias")
-
-    def norm(module, x):
-        centred = x - x.mean(-1, keepdims=True)
-        scaled = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-5)
-        return scaled * parameter(f"{module}.weight") + parameter(f"{module}.bias")
-
-    pre_norm = name == "opt_tiny"
-    close = {"rtol": 1e-4, "atol": 1e-4}
-    np.testing.assert_allclose(inputs["self_attn.k_proj"], norm("self_attn_layer_norm", x) if pre_norm else x, **close)
-    middle = x + linear("self_attn.out_proj")
-    middle = middle if pre_norm else norm("self_attn_layer_norm", middle)
-    np.testing.assert_allclose(inputs["fc1"], norm("final_layer_norm", middle) if pre_norm else middle, **close)
-    np.testing.assert_allclose(inputs["fc2"], np.maximum(linear("fc1"), 0), **close)
-    last = middle + linear("fc2")
-    np.testing.assert_allclose(y, last if pre_norm else norm("final_layer_norm", last), **close)
-
-
-def run_block(network, tensors):
-    """Random input of block 0, the inputs of its linears, and its output."""
-    x = np.random.default_rng(0).normal(size=(2, 9, network.hidden_size)).astype(np.float32)
-    state = state_of(network, 0, tensors)
-    eager = network.inputs(state, x)
-    for group in network.input_groups:
-        assert all(eager[name] is eager[group[0]] for name in group)
-    inputs = jax.jit(network.inputs)(state, x)
+    inputs = network.inputs(state_of(network, 0, tensors), jnp.ones((2, 9, network.hidden_size)))
     assert set(inputs) == set(network.linears)
-    return x, jax.tree.map(np.asarray, inputs), jax.jit(network.block)(state, x)
+    for group in network.input_groups:
+        for linear in group:
+            assert inputs[linear] is inputs[group[0]]
+            assert inputs[linear].shape == (2, 9, tensors[f"{network.layer_name(0, linear)}.weight"].shape[1])
 
 
 def test_long_sequences_are_independent_of_each_other():
@@ -214,13 +141,6 @@ def test_the_two_ways_to_attend_agree():
     by_heads = jax.jit(_attend_by_heads)(query, key[:, :, 0], value[:, :, 0], 50.0)
     at_once = jax.jit(_attend_in_chunks)(query, key[:, :, 0], value[:, :, 0], 50.0)
     np.testing.assert_allclose(by_heads, at_once, rtol=1e-5, atol=1e-6)
-
-
-def test_later_tokens_do_not_matter():
-    network, tensors = make_network(config_of("llama_tiny")), weights_of("llama_tiny")
-    ids = numbers_of("llama_tiny")[0]["ids"]
-    short = logits_of(network, tensors, ids[:, :7])
-    np.testing.assert_allclose(logits_of(network, tensors, ids)[:, :7], short, rtol=1e-4, atol=1e-4)
 
 
 def test_windows_by_block_take_one_compilation():

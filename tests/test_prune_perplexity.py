@@ -9,12 +9,9 @@ from prune_helpers import DATA, numbers_of, small_run, weights_of, write_folder
 
 import prune.forward
 import prune.perplexity
-from prune.allocation import Plan
 from prune.checkpoints import open_checkpoint
 from prune.job import prepare
-from prune.models import make_network
 from prune.perplexity import perplexity
-from prune.pruning import simulate
 from prune.run import run
 
 MODELS = ("llama_tiny", "llama_tiny_tied", "opt_tiny", "opt_tiny_postnorm")
@@ -22,7 +19,7 @@ MODELS = ("llama_tiny", "llama_tiny_tied", "opt_tiny", "opt_tiny_postnorm")
 
 def opened(folder):
     checkpoint = open_checkpoint(str(folder))
-    return make_network(checkpoint.config, checkpoint.tensors), checkpoint
+    return checkpoint.network(), checkpoint
 
 
 def losses_of(logits, ids):
@@ -56,7 +53,7 @@ def test_batches_change_nothing(tokens, tmp_path, monkeypatch):
     assert spilled.value == found.value
 
 
-@pytest.mark.parametrize("at_once", [1, 7, 39])
+@pytest.mark.parametrize("at_once", [1, 7])
 def test_logits_of_a_few_tokens_at_a_time_change_nothing(at_once, monkeypatch):
     arrays, _ = numbers_of("llama_tiny")
     network, checkpoint = opened(DATA / "llama_tiny")
@@ -68,17 +65,6 @@ def test_logits_of_a_few_tokens_at_a_time_change_nothing(at_once, monkeypatch):
     finally:
         prune.perplexity._losses.clear_cache()
     np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_pruning_nothing_on_the_way_gives_the_dense_perplexity(method, tmp_path):
-    job = prepare(small_run(tmp_path, method=method, allocation="uniform"))
-    plan = Plan(method, dict.fromkeys(job.network.layer_shapes(), 0.0))
-    found = simulate(job, plan, job.evaluation.ids, "nothing")
-    dense = perplexity(job.network, job.checkpoint, job.evaluation.ids)
-    assert found.sparsity == 0
-    np.testing.assert_allclose(found.nll, dense.nll, rtol=1e-6)
 
 
 @pytest.mark.slow

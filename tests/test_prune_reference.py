@@ -158,6 +158,3 @@ def test_alphas_are_kept_by_the_weights(tmp_path, monkeypatch):
         return tensors | {name: tensors[name] * np.float32(1.5)} if part == 2 else tensors
 
     assert again(changed)[0] == 1  # other weights under the same name
-    broken = next(tmp_path.glob("*.json"))
-    broken.write_text("{")
-    assert again(read)[0] <= 1

@@ -19,7 +19,6 @@ from prune_helpers import (
     command,
     small_run,
     weights_of,
-    without_times,
     write_random_llama,
 )
 
@@ -106,18 +105,6 @@ def test_a_finished_run_given_again_says_the_same_and_computes_nothing(finished,
     text = run(job)
     assert text == finished[1].replace(str(finished[0].config.out), str(finished_copy.out))
     assert (job.path / "run.json").read_bytes() == card
-
-
-def test_fresh_computes_again(finished, finished_copy):
-    job = prepare(finished_copy)
-    weights = job.path / "model" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
-    run(prepare(dataclasses.replace(finished_copy, fresh=True)))
-    card, expected = (without_times(card_of(path)) for path in (job.path, finished[0].path))
-    assert card["settings"].pop("fresh") is True
-    assert expected["settings"].pop("fresh") is False
-    assert card == expected
-    assert bytes_of(job.path / "model") == bytes_of(finished[0].path / "model")
 
 
 @pytest.mark.parametrize("lost", ["model", "model/model.safetensors", "progress.json"])

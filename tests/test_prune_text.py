@@ -1,4 +1,4 @@
-"""Samples: where they are cut, what is written down about them, and what is refused."""
+"""Samples: where they are cut, their records, and the errors."""
 
 import hashlib
 import json
@@ -29,12 +29,19 @@ def encode(text, **keywords):
     return np.array(byte_tokenizer(**keywords)(text)["input_ids"])
 
 
-def calibrate(source, count=5, length=16, seed=0, **keywords):
-    return calibration_samples(str(source), byte_tokenizer(), count=count, length=length, seed=seed, **keywords)
+def calibrate(source, count=5, length=16, seed=0, tokenizer=None, **keywords):
+    settings = {"count": count, "length": length, "seed": seed, "vocab_size": 256} | keywords
+    return calibration_samples(str(source), tokenizer or byte_tokenizer(), **settings)
 
 
-def blocks(source, length=16, **keywords):
-    return evaluation_blocks(str(source), byte_tokenizer(), length=length, **keywords)
+def blocks(source, length=16, tokenizer=None, **keywords):
+    return evaluation_blocks(str(source), tokenizer or byte_tokenizer(), length=length, vocab_size=256, **keywords)
+
+
+def assert_windows(samples, ids):
+    """The samples are the windows of these tokens that begin at the recorded positions."""
+    for row, start in zip(samples.ids, samples.record["positions"], strict=True):
+        np.testing.assert_array_equal(row, ids[start : start + samples.ids.shape[1]])
 
 
 def write_lines(path, texts):
@@ -47,14 +54,12 @@ def write_parquet(path, texts, column="text"):
     return path
 
 
-def test_calibration_windows_lie_where_the_record_says(text):
+def test_calibration_windows_are_spread_and_lie_where_the_record_says(text):
     samples = calibrate(text, count=50)
-    whole = encode(TEXT)
     assert samples.ids.shape == (50, 16) and samples.ids.dtype == np.int32
-    for row, start in zip(samples.ids, samples.record["positions"], strict=True):
-        np.testing.assert_array_equal(row, whole[start : start + 16])
-    assert len(set(samples.record["positions"])) > 40  # spread, not all at one place
-    assert samples.record["tokens"] == len(whole)
+    assert_windows(samples, encode(TEXT))
+    assert len(set(samples.record["positions"])) > 40
+    assert samples.record["tokens"] == len(encode(TEXT))
 
 
 def test_the_same_arguments_give_the_same_samples_and_another_seed_others(text):
@@ -72,15 +77,13 @@ def test_every_position_can_be_drawn_and_none_beyond_the_end(tmp_path):
 
 
 def test_the_record_holds_all_that_samples_depend_on(text):
-    record = calibrate(text, seed=7).record
-    ids = calibrate(text, seed=7).ids
+    ids, record = calibrate(text, seed=7)
     assert record["source"] == str(text) and record["kind"] == "text"
     assert (record["count"], record["length"], record["seed"], record["special_tokens"]) == (5, 16, 7, True)
     assert record["text_sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
     assert record["ids_sha256"] == hashlib.sha256(b"".join(int(i).to_bytes(4, "little") for i in ids.flat)).hexdigest()
-    assert (
-        record["tokenizer_sha256"] == hashlib.sha256(byte_tokenizer().backend_tokenizer.to_str().encode()).hexdigest()
-    )
+    definition = byte_tokenizer().backend_tokenizer.to_str()
+    assert record["tokenizer_sha256"] == hashlib.sha256(definition.encode()).hexdigest()
     assert json.loads(json.dumps(record)) == record
 
 
@@ -101,8 +104,8 @@ def test_evaluation_blocks_are_the_whole_text_in_order_less_its_rest(text):
 
 def test_special_tokens_stand_once_before_the_whole_text_or_not_at_all(text):
     tokenizer = byte_tokenizer(begin=True)
-    with_bos = evaluation_blocks(str(text), tokenizer, length=16)
-    without = evaluation_blocks(str(text), tokenizer, length=16, special_tokens=False)
+    with_bos = blocks(text, tokenizer=tokenizer)
+    without = blocks(text, tokenizer=tokenizer, special_tokens=False)
     np.testing.assert_array_equal(with_bos.ids.reshape(-1)[1:100], without.ids.reshape(-1)[:99])
     assert with_bos.ids[0, 0] == tokenizer.bos_token_id and (with_bos.ids == tokenizer.bos_token_id).sum() == 1
     assert (with_bos.record["special_tokens"], without.record["special_tokens"]) == (True, False)
@@ -124,9 +127,7 @@ def test_calibration_windows_lie_inside_documents_that_are_long_enough(tmp_path,
 def test_documents_that_are_all_short_are_put_into_one_text(tmp_path, caplog):
     documents = ["one", "two and", "three"] * 4
     samples = calibrate(write_lines(tmp_path / "d.jsonl", documents))
-    whole = encode("\n\n".join(documents))
-    for row, start in zip(samples.ids, samples.record["positions"], strict=True):
-        np.testing.assert_array_equal(row, whole[start : start + 16])
+    assert_windows(samples, encode("\n\n".join(documents)))
     assert "no document is longer than 16 tokens" in caplog.text
 
 
@@ -141,23 +142,21 @@ def test_token_files_of_the_asked_length_are_taken_as_they_are(tmp_path):
     ids = np.random.default_rng(3).integers(0, 256, (6, 16), np.int64)
     np.save(tmp_path / "t.npy", ids)
     np.savez(tmp_path / "t.npz", ids=ids.astype(np.uint16))
-    for name in ("t.npy", "t.npz"):
-        samples = calibrate(tmp_path / name, count=4)
+    for path in (tmp_path / "t.npy", tmp_path / "t.npz"):
+        samples = calibration_samples(str(path), None, count=4, length=16, seed=0, vocab_size=256)
         np.testing.assert_array_equal(samples.ids, ids[:4])
         assert samples.record["positions"] == [0, 1, 2, 3] and samples.record["kind"] == "tokens"
-        np.testing.assert_array_equal(blocks(tmp_path / name).ids, ids)
-    assert calibration_samples(str(tmp_path / "t.npy"), None, count=1, length=16, seed=0).ids.shape == (1, 16)
+        np.testing.assert_array_equal(blocks(path).ids, ids)
+    with pytest.raises(InputError, match="has 6 sequences, 7 are asked for"):
+        calibrate(tmp_path / "t.npy", count=7)
 
 
 def test_other_token_files_are_one_text(tmp_path):
-    ids = np.arange(96).reshape(8, 12)
-    np.save(tmp_path / "t.npy", ids)
-    np.testing.assert_array_equal(blocks(tmp_path / "t.npy", 40).ids, np.arange(80).reshape(2, 40))
-    samples = calibrate(tmp_path / "t.npy")
-    for row, start in zip(samples.ids, samples.record["positions"], strict=True):
-        np.testing.assert_array_equal(row, np.arange(start, start + 16))
-    np.save(tmp_path / "flat.npy", np.arange(96))
-    np.testing.assert_array_equal(blocks(tmp_path / "flat.npy", 96).ids, [np.arange(96)])
+    ids = np.arange(96)
+    for name, saved in (("t.npy", ids.reshape(8, 12)), ("flat.npy", ids)):
+        np.save(tmp_path / name, saved)
+        np.testing.assert_array_equal(blocks(tmp_path / name, 40).ids, ids[:80].reshape(2, 40))
+        assert_windows(calibrate(tmp_path / name), ids)
 
 
 @pytest.fixture
@@ -225,46 +224,56 @@ def test_the_package_datasets_is_asked_for_by_name(monkeypatch):
         calibrate("wikitext2")
 
 
-def refused(tmp_path, content, name="bad.txt", length=16):
+GOOD = b'{"text": "good"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "holds no text"),
+        ("blank.txt", b" \n\n ", "holds no text"),
+        ("latin.txt", "café".encode("latin-1") * 10, r"not UTF-8 text \(byte 0xe9 at 3\)"),
+        ("short.txt", b"twelve bytes", "has 12 tokens, .*--length 12"),
+        ("cut.jsonl", GOOD + b'\n{"text": "cut o\n' + GOOD, "cut.jsonl: line 3 is not"),
+        ("key.jsonl", GOOD + b'\n{"body": "x"}\n' + GOOD, "line 3 is not"),
+        ("type.jsonl", b'{"text": 3}', "line 1 is not"),
+        ("list.jsonl", b'["text"]', "line 1 is not"),
+        ("number.jsonl", b"NaN", "line 1 is not"),
+        ("surrogate.jsonl", GOOD + b'{"text": "\\ud800"}\n', "line 2 has half of a pair of UTF-16"),
+        ("bad.parquet", b"PAR1 and no more", "not a readable parquet file"),
+        ("bad.npy", b"\x93NUMPY and no more", r"no token ids \(we only support format"),
+        ("bad.npz", b"PK\x03\x04 and no more", r"no token ids \(File is not a zip file\)"),
+    ],
+)
+def test_files_that_cannot_be_read_are_refused(name, content, message, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        blocks(path, length)
-    return str(error.value)
+    for flag, cut in (("--text", blocks), ("--calibration", calibrate)):
+        with pytest.raises(InputError, match=rf"^{flag} .*{message}"):
+            cut(path)
 
 
-def test_a_text_shorter_than_one_block_says_how_long_it_is(tmp_path):
-    message = refused(tmp_path, b"twelve bytes", length=13)
-    assert "has 12 tokens" in message and "--length 12" in message and "--text" in message
-    with pytest.raises(InputError, match=r"--calibration .* has 12 tokens.*--length 12"):
-        calibrate(tmp_path / "bad.txt", length=13)
+def test_sources_that_are_no_files_are_refused(tmp_path):
+    for source, message in ((tmp_path, "is a folder"), ("nothing.txt", "no such file"), ("wikitext", "wikitext2, c4")):
+        with pytest.raises(InputError, match=message):
+            blocks(source)
 
 
-def test_files_that_are_no_text_are_refused(tmp_path):
-    assert "holds no text" in refused(tmp_path, b"")
-    assert "holds no text" in refused(tmp_path, b" \n\n ")
-    assert "not UTF-8 text (byte 0xe9 at 3)" in refused(tmp_path, "café".encode("latin-1") * 10)
-    assert "is a folder" in str(pytest.raises(InputError, blocks, tmp_path).value)
-    assert "no such file" in str(pytest.raises(InputError, blocks, tmp_path / "nothing.txt").value)
-    assert "wikitext2, c4" in str(pytest.raises(InputError, calibrate, "wikitext").value)
+def test_text_beyond_the_basic_plane_is_read(tmp_path):
+    assert blocks(write_lines(tmp_path / "whole.jsonl", ["\U0001f642" * 20])).ids.size
 
 
-@pytest.mark.parametrize("line", [b'{"text": "cut o', b'{"body": "x"}', b'{"text": 3}', b'["text"]', b"NaN"])
-def test_a_broken_line_is_named(tmp_path, line):
-    message = refused(tmp_path, b'{"text": "good"}\n\n' + line + b'\n{"text": "good"}\n', "bad.jsonl")
-    assert "bad.jsonl: line 3 is not" in message
-
-
-def test_broken_parquet_files_are_refused(tmp_path):
-    assert "not a readable parquet file" in refused(tmp_path, b"PAR1 and no more", "bad.parquet")
+def test_parquet_files_without_a_column_of_text_are_refused(tmp_path):
     write_parquet(tmp_path / "other.parquet", ["a", "b"], column="content")
     with pytest.raises(InputError, match=r'needs a column "text" of strings, has content \(string\), number \(int64\)'):
         blocks(tmp_path / "other.parquet")
+    table = pa.table({"text": pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())})
+    parquet.write_table(table, tmp_path / "bytes.parquet")
+    with pytest.raises(InputError, match="not a readable parquet file .*utf-8"):
+        blocks(tmp_path / "bytes.parquet")
 
 
-def test_broken_token_files_are_refused(tmp_path):
-    assert "no token ids (we only support format" in refused(tmp_path, b"\x93NUMPY and no more", "bad.npy")
-    assert "no token ids (File is not a zip file)" in refused(tmp_path, b"PK\x03\x04 and no more", "bad.npz")
+def test_token_files_of_other_content_are_refused(tmp_path):
     np.save(tmp_path / "float.npy", np.ones((2, 16)))
     np.save(tmp_path / "object.npy", np.array([1, "a"], dtype=object))
     np.save(tmp_path / "cube.npy", np.ones((2, 2, 2), int))
@@ -284,36 +293,22 @@ def test_broken_token_files_are_refused(tmp_path):
 
 def test_a_token_file_that_claims_more_than_it_holds(tmp_path):
     """A header of 8 TiB: refused before memory is taken."""
-    np.save(tmp_path / "t.npy", np.zeros((1, 64), np.int64))
-    content = (tmp_path / "t.npy").read_bytes().replace(b"(1, 64), }            ", b"(1000000000000, 1), } ")
-    assert b"(1000000000000, 1)" in content
-    assert "no token ids (" in refused(tmp_path, content, "t.npy")
-
-
-def test_half_a_pair_of_utf16_is_refused(tmp_path):
-    assert "line 2 has half of a pair of UTF-16" in refused(
-        tmp_path, b'{"text": "a"}\n{"text": "\\ud800"}\n', "t.jsonl"
-    )
-    write_lines(tmp_path / "whole.jsonl", ["\U0001f642" * 20])
-    assert blocks(tmp_path / "whole.jsonl").ids.size
-
-
-def test_parquet_that_is_not_utf8_is_refused(tmp_path):
-    table = pa.table({"text": pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())})
-    parquet.write_table(table, tmp_path / "t.parquet")
-    with pytest.raises(InputError, match="not a readable parquet file .*utf-8"):
-        blocks(tmp_path / "t.parquet")
+    path = tmp_path / "t.npy"
+    np.save(path, np.zeros((1, 64), np.int64))
+    path.write_bytes(path.read_bytes().replace(b"(1, 64), }            ", b"(1000000000000, 1), } "))
+    assert b"(1000000000000, 1)" in path.read_bytes()
+    with pytest.raises(InputError, match=r"no token ids \("):
+        blocks(path)
 
 
 def test_a_text_that_the_tokenizer_cannot_take_is_refused(text):
-    class Strict:
-        def __call__(self, text, **_):
-            raise Exception("unknown token,\nand no id for it")
+    def fail(text, **_):
+        raise Exception("unknown token,\nand no id for it")
 
-    with pytest.raises(
-        InputError, match=r"the tokenizer cannot take this text \(unknown token, and no id .*--tokenizer"
-    ):
-        evaluation_blocks(str(text), Strict(), length=16)
+    with pytest.raises(InputError, match=r"tokenizer cannot take this text \(unknown token, and no id .*--tokenizer"):
+        blocks(text, tokenizer=fail)
+    with pytest.raises(InputError, match="text needs a tokenizer"):
+        evaluation_blocks(str(text), None, length=16, vocab_size=256)
 
 
 def test_ids_outside_the_vocabulary_are_refused(tmp_path, text):
@@ -321,24 +316,7 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path, text):
         ids = np.zeros((2, 16), np.int64)
         ids[1, 3] = wrong
         np.save(tmp_path / "t.npy", ids)
-        with pytest.raises(InputError, match=rf"token id {wrong} is outside the model's vocabulary"):
-            blocks(tmp_path / "t.npy", vocab_size=256 if wrong == 256 else None)
+        with pytest.raises(InputError, match=rf"token id {wrong} is outside the model's vocabulary \(0 to 255\)"):
+            blocks(tmp_path / "t.npy")
     with pytest.raises(InputError, match=r"outside the model's vocabulary \(0 to 49\)"):
         calibrate(text, vocab_size=50)
-
-
-def test_too_few_sequences_in_a_token_file_are_refused(tmp_path):
-    np.save(tmp_path / "t.npy", np.zeros((3, 16), int))
-    with pytest.raises(InputError, match="has 3 sequences, 4 are asked for"):
-        calibrate(tmp_path / "t.npy", count=4)
-
-
-@pytest.mark.parametrize("wrong", [{"count": 0}, {"length": 0}, {"seed": -1}])
-def test_numbers_out_of_range_are_refused(text, wrong):
-    with pytest.raises(InputError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
-        calibrate(text, **wrong)
-
-
-def test_text_without_a_tokenizer_is_refused(text):
-    with pytest.raises(InputError, match="text needs a tokenizer"):
-        evaluation_blocks(str(text), None, length=16)

@@ -5,21 +5,17 @@ import jax.numpy as jnp
 from jax import lax
 
 CHUNK = 128  # queries that meet their keys at once
-CHUNKS = 16  # at most: each is code of its own
+CHUNKS = 16  # at most: each is compiled on its own
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, window: jax.Array | None = None) -> jax.Array:
-    """Causal attention.
+    """Return causal attention, (B, T, K * G * H), heads side by side.
 
     Args:
         query: (B, T, K, G, H): G query heads for each of K key heads, with H features.
         key: (B, T, K, H).
         value: (B, T, K, H).
-        window: float scalar, number of positions that a query sees, its own included; `None` or infinity: all before
-            it.
-
-    Returns:
-        (B, T, K * G * H), heads side by side.
+        window: number of positions that a query sees, its own included, a float scalar; `None` or infinity: all.
     """
     query = (query * query.shape[-1] ** -0.5).transpose(0, 2, 3, 1, 4)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
@@ -51,6 +47,7 @@ def _attend_in_chunks(query, key, value, window=None):
             seen &= behind < window
         scores = jnp.einsum("...gth,...sh->...gts", query[..., start:stop, :], key[..., :stop, :])
         scores = jnp.where(seen, scores, -jnp.inf)
+        # Any shift gives the same weights, so that none has a gradient.
         weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         # Divided by their sum behind the product, where there are fewer numbers.
         mixed = jnp.einsum("...gts,...sh->...gth", weights, value[..., :stop, :])

@@ -1,4 +1,4 @@
-"""Reading of a config.json: what is missing, of a wrong type or not supported is one clear error."""
+"""Reading of a config.json: a field that is missing, of a wrong type or not supported is one clear error."""
 
 import sys
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from farms_jax.errors import InputError
 from farms_jax.weights.sanitise import short_repr
 
 MOST_BLOCKS = 10_000  # ten times as deep as any network that was published
-_MOST = 2**31 - 1  # of any size; their products are sizes of arrays, which have 63 bits
+_MOST = 2**31 - 1  # of any size: products of two, the sizes of arrays, must fit in 63 bits
 
 
 class Fields:
@@ -20,11 +20,11 @@ class Fields:
         self.where = where
 
     def __contains__(self, name: str) -> bool:
-        """Return whether the field is there and not null."""
+        """Return whether the field is given, and not null."""
         return self.content.get(name) is not None
 
     def size(self, name: str, default: int | None = None, *, least: int = 1, most: int = _MOST) -> int:
-        """Return an integer from `least` to `most`; without a default it must be there."""
+        """Return an integer from `least` to `most`; without a default it is required."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.error(name, f"an integer of {least} or more", value)
@@ -33,7 +33,7 @@ class Fields:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """Return a positive finite number; without a default it must be there."""
+        """Return a positive finite number; without a default it is required."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise self.error(name, "a positive number", value)
@@ -47,39 +47,30 @@ class Fields:
         return value
 
     def choice(self, name: str, choices: Mapping[str, Any] | tuple[str, ...], default: str | None = None) -> str:
-        """Return one of the names in `choices`; without a default it must be there."""
+        """Return one of the names in `choices`; without a default it is required."""
         value = self._get(name, default)
         if not isinstance(value, str) or value not in choices:
             raise self.error(name, f"one of {', '.join(choices)}", value)
         return value
 
     def table(self, name: str) -> "Fields | None":
-        """Return an object of the file, None if it is left out or empty."""
+        """Return an object inside the file, None if it is left out or empty."""
         value = self.content.get(name)
         if value is not None and not isinstance(value, Mapping):
             raise self.error(name, "an object", value)
         return Fields(value, f"{self.where}: {name}") if value else None
 
     def raise_if_set(self, name: str, why: str, harmless: Any = False) -> None:
-        """Raise for a field that would change the numbers in a way that is not supported.
-
-        Args:
-            name: name of the field.
-            why: end of the message.
-            harmless: value, beside null, that changes nothing.
-
-        Raises:
-            InputError: if the field has another value.
-        """
+        """Raise an InputError for a field that changes the numbers in an unsupported way, unless null or `harmless`."""
         if name in self and self.content[name] != harmless:
             raise InputError(f"{self.where}: `{name}` is {short_repr(self.content[name])}: {why}")
 
     def is_null(self, name: str) -> bool:
-        """Return whether the field is there, as null."""
+        """Return whether the field is given as null."""
         return name in self.content and self.content[name] is None
 
     def error(self, name: str, expected: str, value: Any) -> InputError:
-        """Return the error for a value that is not what it must be."""
+        """Return the InputError for a value that is not as expected."""
         return InputError(f"{self.where}: `{name}` must be {expected}, got {short_repr(value)}")
 
     def _get(self, name: str, default: Any) -> Any:

@@ -1,4 +1,4 @@
-"""LLaMA and the families that differ from it in a switch: Mistral, Qwen2, Qwen3.
+"""LLaMA and the families that differ from it in a few settings: Mistral, Qwen2, Qwen3.
 
 References:
     Touvron et al., LLaMA, arXiv:2302.13971; Llama 3, arXiv:2407.21783; Mistral 7B, arXiv:2310.06825; Qwen2,
@@ -22,7 +22,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a family takes for fields that a config.json leaves out."""
+    """A family's values for fields that a config.json leaves out."""
 
     max_length: int
     num_kv_heads: int | None = None  # as many as query heads
@@ -40,7 +40,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Llama(Network):
-    """A network of the LLaMA kind."""
+    """A network of LLaMA's architecture."""
 
     intermediate_size: int
     num_heads: int
@@ -123,18 +123,7 @@ class Llama(Network):
 
 
 def read_llama(config: Fields, prefix: str) -> Llama:
-    """Read a config.json.
-
-    Args:
-        config: content of the file, `model_type` one of DEFAULTS.
-        prefix: start of the tensors' names.
-
-    Returns:
-        The network.
-
-    Raises:
-        InputError: a field that is missing, of a wrong type, or has a value that is not supported.
-    """
+    """Return the network of a config.json whose `model_type` is in DEFAULTS; tensors' names start with `prefix`."""
     model_type = config.choice("model_type", DEFAULTS)
     defaults = DEFAULTS[model_type]
     config.raise_if_set("use_mrope", "rotation over several axes is not supported")

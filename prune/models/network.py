@@ -32,28 +32,17 @@ Inputs = tuple[Array, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Network(ABC):
-    """A decoder network; hashable, so that it can be a static argument of `jax.jit`. Callers jit its methods.
+    """A decoder network; hashable, so that it can be a static argument of `jax.jit`. Callers jit its methods."""
 
-    Attributes:
-        prefix: start of the tensors' names.
-        vocab_size: number of tokens V.
-        hidden_size: features D between blocks.
-        num_blocks: number of decoder blocks.
-        max_length: longest sequence that the network was made for.
-        tied: the head's matrix is the embedding's.
-        input_groups: linears of a block by shared input, in the reference's order.
-        ignored: pattern of tensors that checkpoints may have and no network needs.
-    """
-
-    prefix: str
-    vocab_size: int
-    hidden_size: int
+    prefix: str  # of the tensors' names
+    vocab_size: int  # V
+    hidden_size: int  # features D between blocks
     num_blocks: int
-    max_length: int
-    tied: bool
+    max_length: int  # of a sequence
+    tied: bool  # the head's matrix is the embedding's
 
-    input_groups: ClassVar[tuple[tuple[str, ...], ...]]
-    ignored: ClassVar[str] = r"(?!)"
+    input_groups: ClassVar[tuple[tuple[str, ...], ...]]  # linears of a block by shared input, in the reference's order
+    ignored: ClassVar[str] = r"(?!)"  # pattern of tensors that checkpoints may have and the network does not need
 
     @abstractmethod
     def _shapes(self, kind: Kind) -> dict[str, Shape]:
@@ -75,7 +64,7 @@ class Network(ABC):
         """Return logits (B, T, V) for x (B, T, D)."""
 
     def _block_constants(self, block: int) -> dict[str, float]:
-        """Return what is in a block's state beside its weights."""
+        """Return the entries of a block's state that are not weights."""
         del block
         return {}
 
@@ -100,18 +89,11 @@ class Network(ABC):
         return {self.layer_name(block, name): inside[f"{name}.weight"] for block in blocks for name in self.linears}
 
     def tensors(self, part: Part) -> dict[str, Shape]:
-        """Return the shapes of a part's tensors by their names, both as in the checkpoint.
-
-        Args:
-            part: number of a block, `"embed"` or `"head"`. A tied head names the embedding again.
-        """
+        """Return the shapes of a part's tensors by name, as in the checkpoint; a tied head has the embedding."""
         return {self._full_name(part, name): shape for name, shape in self._sorted_shapes(part).items()}
 
     def check(self, found: Mapping[str, Shape]) -> None:
-        """Compare a checkpoint with what the network needs.
-
-        Args:
-            found: shapes of all tensors of the checkpoint, by name.
+        """Compare the shapes of all tensors of a checkpoint, by name, with those that the network needs.
 
         Raises:
             InputError: one for all tensors that are missing, unknown or of another shape; it lists the first ones.
@@ -123,14 +105,9 @@ class Network(ABC):
         _compare(expected, {name: shape for name, shape in found.items() if not ignored.fullmatch(name)})
 
     def to_state(self, part: Part, tensors: Mapping[str, np.ndarray | Array]) -> State:
-        """Make the state of a part.
+        """Return the state of a part, from exactly its `tensors` by name, of any floating type or traced.
 
-        Args:
-            part: number of a block, `"embed"` or `"head"`.
-            tensors: exactly those of `tensors(part)`, by name, of any floating type; traced ones too, for gradients.
-
-        Returns:
-            Float32 arrays by name inside the part, linears (in, out); all blocks have the same structure.
+        All blocks have the same structure: float32 arrays by name inside the part, linears (in, out).
 
         Raises:
             InputError: tensors are unknown, missing or of another shape.
@@ -146,18 +123,7 @@ class Network(ABC):
         return state | {name: jnp.float32(value) for name, value in constants.items()}
 
     def embed(self, state: State, ids: Array) -> Array:
-        """Look up the tokens.
-
-        Args:
-            state: state of the part `"embed"`.
-            ids: tokens, int32 (B, T).
-
-        Returns:
-            Input of the first block, float32 (B, T, D).
-
-        Raises:
-            InputError: T is more than `max_length`.
-        """
+        """Return the first block's input, float32 (B, T, D), for tokens (B, T); InputError above `max_length`."""
         if ids.shape[1] > self.max_length:
             raise InputError(f"sequences of {ids.shape[1]} tokens: this model takes {self.max_length} at most")
         return _exactly(self._embed, state, ids)
@@ -167,14 +133,9 @@ class Network(ABC):
         return self._map_block(lambda x: _exactly(self._block, state, x)[0], x)
 
     def inputs(self, state: State, x: Array) -> dict[str, Array]:
-        """Return what each linear of a block is given.
+        """Return the input (B, T, in) of each linear of a block, by name, for the block's input (B, T, D).
 
-        Args:
-            state: state of the block.
-            x: input of the block, (B, T, D).
-
-        Returns:
-            Name of a linear -> its input, (B, T, in); linears of one input group have the same array.
+        Linears of one input group have the same array.
         """
         inputs = self._map_block(lambda x: _exactly(self._block, state, x)[1], x)
         return {name: array for group, array in zip(self.input_groups, inputs, strict=True) for name in group}
@@ -188,7 +149,7 @@ class Network(ABC):
         return jnp.dot(x, state["embed_tokens.weight"].T) if self.tied else linear(state, "lm_head", x)
 
     def head_shapes(self, features: int) -> dict[str, Shape]:
-        """Return the shape of the matrix that `unembed` takes, for this number of features."""
+        """Return the shape of the matrix for `unembed`, with this number of features."""
         return {"embed_tokens.weight" if self.tied else "lm_head.weight": (self.vocab_size, features)}
 
     def _map_block(self, function: Callable[[Array], Any], x: Array) -> Any:
@@ -200,6 +161,7 @@ class Network(ABC):
         return lax.platform_dependent(x, cpu=one_by_one, default=function)
 
     def _sorted_shapes(self, part: Part) -> dict[str, Shape]:
+        # Sorted, because written blocks are hashed in this order: it must not change with the code.
         return dict(sorted(self._shapes("block" if isinstance(part, int) else part).items()))
 
     def _full_name(self, part: Part, name: str) -> str:

@@ -14,7 +14,7 @@ from .fields import MOST_BLOCKS, Fields
 from .network import Inputs, Kind, Network, Shape
 from .operations import ACTIVATIONS, State, embedding, layer_norm, linear, linear_shapes
 
-OFFSET = 2  # rows of the position embedding that stand before that of the first position
+OFFSET = 2  # rows of the position embedding before the first position's, which the original kept for padding
 EPSILON = 1e-5  # of the norms
 
 
@@ -92,18 +92,7 @@ class OPT(Network):
 
 
 def read_opt(config: Fields, prefix: str) -> OPT:
-    """Read a config.json.
-
-    Args:
-        config: content of the file.
-        prefix: start of the tensors' names.
-
-    Returns:
-        The network.
-
-    Raises:
-        InputError: a field that is missing, of a wrong type, or has a value that is not supported.
-    """
+    """Return the network of a config.json; tensors' names start with `prefix`."""
     heads, hidden_size = config.size("num_attention_heads"), config.size("hidden_size")
     if hidden_size % heads:
         raise config.error("hidden_size", f"a multiple of `num_attention_heads` ({heads})", hidden_size)

@@ -50,17 +50,12 @@ class Rope:
 
 
 def read_rope(config: Fields, max_length: int) -> Rope:
-    """Read a config.json in today's form (`rope_parameters`) or in the older one (`rope_theta`, `rope_scaling`).
+    """Return the frequencies of a config.json: in `rope_parameters` today, earlier in `rope_theta` and `rope_scaling`.
 
-    Args:
-        config: config of the whole model.
-        max_length: positions of the model; stands in for those before the context was extended if they are left out.
-
-    Returns:
-        The frequencies.
+    `max_length`, the positions of the model, stands in for those before the context was extended if they are left out.
 
     Raises:
-        InputError: for a type that is not one of TYPES, and for fields that are missing or wrong.
+        InputError: the type is not one of TYPES, or fields are missing or wrong.
     """
     scaling = config.table("rope_scaling") or config.table("rope_parameters") or Fields({})
     for fields in (config, scaling):
@@ -83,17 +78,9 @@ def read_rope(config: Fields, max_length: int) -> Rope:
 
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
-    """Turn each head's features by their position.
-
-    Args:
-        x: (B, T, ..., H), positions along the second axis.
-        rope: the frequencies.
-
-    Returns:
-        The same shape. Feature i is paired with feature i + H / 2.
-    """
+    """Turn each head's features by their position: x (B, T, ..., H), where feature i is paired with i + H / 2."""
     positions = np.arange(x.shape[1], dtype=np.float32)
-    # By numpy, so that they are constants and float32 products whatever the backend.
+    # In NumPy, so that they are constants, and float32 products, whatever the backend.
     angles = positions[:, None] * rope.frequencies(x.shape[-1])
     shape = (x.shape[1], *(1,) * (x.ndim - 3), angles.shape[1])
     cos, sin = jnp.asarray(np.cos(angles).reshape(shape)), jnp.asarray(np.sin(angles).reshape(shape))

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: had from it or its cache, or refused in seconds where there is no internet."""
+"""Data sets of the Hugging Face hub: loaded from it or its cache, or refused in seconds without internet."""
 
 import contextlib
 import functools
@@ -12,16 +12,12 @@ from farms_jax._extras import from_extra
 from farms_jax.errors import InputError
 from farms_jax.weights.sanitise import one_line
 
-_SECONDS = 5.0
+_SECONDS = 5.0  # until the hub counts as unreachable
 
 
 @contextlib.contextmanager
 def offline_where_unreachable() -> Generator[None]:
-    """Let `datasets` use only its cache, without minutes of retries, where the hub cannot be reached.
-
-    Yields:
-        Nothing; the libraries' settings are put back at the end.
-    """
+    """Let `datasets` use only its cache, without minutes of retries, where the hub cannot be reached."""
     from datasets import config  # noqa: PLC0415
     from huggingface_hub import constants  # noqa: PLC0415
 
@@ -53,16 +49,7 @@ def _reachable(endpoint: str) -> bool:
 
 
 def load(flag: str, name: str, *arguments: str, **keywords: Any) -> Any:
-    """Load a data set with `datasets.load_dataset`.
-
-    Args:
-        flag: option of the command line that asked for it, for the error.
-        name: by which the user knows it, for the error.
-        *arguments: for `load_dataset`.
-        **keywords: for `load_dataset`.
-
-    Returns:
-        What `load_dataset` returns.
+    """Return what `datasets.load_dataset` does for the other arguments; the error names the option and the data set.
 
     Raises:
         InputError: the package is missing, or the data set is neither reachable nor cached.

@@ -37,10 +37,10 @@ class Samples(NamedTuple):
 
     Attributes:
         ids: token ids (N, T), int32.
-        record: for a run card, JSON-ready: `source` as given; `kind` ("text", "documents" or "tokens");
+        record: facts for a run card, JSON-ready: `source` as given; `kind` ("text", "documents" or "tokens");
             `text_sha256` of the file, or of a named data set's text; `ids_sha256` of `ids` as little-endian int32;
-            `tokens` in all that were read; `positions` of the samples (in the text, as [document, start], or as rows
-            of a token file); `count`, `length`, `seed`; `special_tokens`; `tokenizer_sha256`.
+            `tokens`, the number read; `positions` of the samples (in the text, as [document, start], or as rows of a
+            token file); `count`, `length`, `seed`; `special_tokens`; `tokenizer_sha256`.
     """
 
     ids: np.ndarray
@@ -48,7 +48,7 @@ class Samples(NamedTuple):
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:
-    """Return the SHA-256 of all that a fast tokenizer does with text; `None` for a slow one or none."""
+    """Return the SHA-256 of a fast tokenizer's whole definition; `None` for a slow one or none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else hashlib.sha256(backend.to_str().encode()).hexdigest()
 
@@ -61,20 +61,19 @@ def calibration_samples(
     length: int,
     seed: int,
     special_tokens: bool = True,
-    vocab_size: int | None = None,
+    vocab_size: int,
 ) -> Samples:
-    """Draw token sequences at random positions; the same arguments give the same ones.
-
-    A token file of shape (N, length) is taken as it is, from its first row on.
+    """Draw `count` token sequences at random positions; the same arguments give the same ones.
 
     Args:
-        source: "wikitext2", "c4" (their training splits), or the path of a file, see `prune.texts.sources`.
-        tokenizer: tokenizer of `transformers`; not needed for a token file.
+        source: "wikitext2", "c4" (their training splits), or the path of a file, see `prune.texts.sources`. A token
+            file of shape (N, length) is taken as it is, from its first row on.
+        tokenizer: a tokenizer of `transformers`; `None` will do for a token file.
         count: number of sequences.
         length: tokens of a sequence.
         seed: seed of the positions.
         special_tokens: let the tokenizer add those that it adds by default, such as a first BOS.
-        vocab_size: ids must be below; unchecked where not given.
+        vocab_size: ids must be below.
 
     Returns:
         Samples of shape (count, length).
@@ -82,10 +81,6 @@ def calibration_samples(
     Raises:
         InputError: the source cannot be read, is too short, or has ids outside the vocabulary.
     """
-    if count < 1 or length < 1 or seed < 0:
-        raise InputError(
-            f"calibration needs count and length above 0 and a seed not below, got {count=} {length=} {seed=}"
-        )
     where, found = f"--calibration {source}", read(source, "--calibration")
     if found.ids is not None and found.ids.ndim == 2 and found.ids.shape[1] == length:
         if len(found.ids) < count:
@@ -105,32 +100,18 @@ def evaluation_blocks(
     length: int,
     limit: int | None = None,
     special_tokens: bool = True,
-    vocab_size: int | None = None,
+    vocab_size: int,
 ) -> Samples:
-    """Cut a whole tokenised text into blocks that follow one another; tokens after the last whole one are dropped.
+    """Return a whole tokenised text in blocks (N, length) that follow one another, without the rest after the last.
 
-    Documents, and rows of a token file, are first put into one text.
-
-    Args:
-        source: "wikitext2" (test split), "c4" (start of the validation split), or the path of a file.
-        tokenizer: tokenizer of `transformers`; not needed for a token file.
-        length: tokens of a block.
-        limit: number of blocks to take, from the first on.
-        special_tokens: let the tokenizer add those that it adds by default, such as a first BOS.
-        vocab_size: ids must be below; unchecked where not given.
-
-    Returns:
-        Samples of shape (blocks, length).
+    Documents, and rows of a token file, are first put into one text. Arguments are those of `calibration_samples`, but
+    the source is WikiText-2's test split or the start of C4's validation split; `limit` is the most blocks taken.
 
     Raises:
         InputError: the source cannot be read, is shorter than one block, or has ids outside the vocabulary.
     """
-    if length < 2 or (limit is not None and limit < 1):
-        raise InputError(f"--length must be above 1 and --limit above 0, got {length=} {limit=}")
     where, found = f"--text {source}", read(source, "--text")
-    ids = _whole(found, _encoder(tokenizer, special_tokens, where))
-    if len(ids) < length:
-        raise InputError(_too_short(where, len(ids), length))
+    ids = _whole(found, _encoder(tokenizer, special_tokens, where), length, where)
     blocks = min(len(ids) // length, limit or len(ids), _C4_BLOCKS if source == "c4" else len(ids))
     drawn = _Drawn(ids[: blocks * length].reshape(blocks, length), [i * length for i in range(blocks)], len(ids))
     facts = {"source": source, "count": blocks, "length": length, "seed": None, "special_tokens": special_tokens}
@@ -138,20 +119,19 @@ def evaluation_blocks(
 
 
 class _Drawn(NamedTuple):
-    """Samples, ids (N, T) of any integer dtype, where they lie, and how many tokens there are to draw from."""
+    """Samples as they are drawn from a source."""
 
-    ids: np.ndarray
+    ids: np.ndarray  # (N, T), any integer dtype
     positions: Sequence[Any]
-    tokens: int
+    tokens: int  # number in the source, or in the part of it that was read
 
 
 def _samples(
-    drawn: _Drawn, found: Source, tokenizer: Any, vocab_size: int | None, where: str, facts: dict[str, Any]
+    drawn: _Drawn, found: Source, tokenizer: Any, vocab_size: int, where: str, facts: dict[str, Any]
 ) -> Samples:
     low, high = int(drawn.ids.min()), int(drawn.ids.max())
-    top = np.iinfo(np.int32).max if vocab_size is None else vocab_size - 1
-    if low < 0 or high > top:
-        wrong = low if low < 0 else high
+    if low < 0 or high >= vocab_size:
+        wrong, top = (low if low < 0 else high), vocab_size - 1
         raise InputError(f"{where}: token id {wrong} is outside the model's vocabulary (0 to {top}); use its tokenizer")
     ids = np.ascontiguousarray(drawn.ids, np.int32)
     record = {
@@ -178,9 +158,13 @@ def _encoder(tokenizer: Any, special_tokens: bool, where: str) -> _Encode:
     return encode
 
 
-def _whole(found: Source, encode: _Encode) -> np.ndarray:
-    """Return all tokens (N,) as one text."""
-    return encode(_JOINT.join(found.texts)) if found.ids is None else found.ids.reshape(-1)
+def _whole(found: Source, encode: _Encode, length: int, where: str) -> np.ndarray:
+    """Return all tokens (N,) as one text; InputError where N is below `length`."""
+    ids = encode(_JOINT.join(found.texts)) if found.ids is None else found.ids.reshape(-1)
+    if len(ids) < length:
+        remedy = f"give --length {len(ids)} or less, or more text" if len(ids) > 1 else "give more text"
+        raise InputError(f"{where}: has {len(ids)} tokens, fewer than one sequence of {length}; {remedy}")
+    return ids
 
 
 def _draw(found: Source, encode: _Encode, random: np.random.Generator, count: int, length: int, where: str) -> _Drawn:
@@ -189,9 +173,7 @@ def _draw(found: Source, encode: _Encode, random: np.random.Generator, count: in
         if drawn is not None:
             return drawn
         _log.warning("%s: no document is longer than %d tokens; they are put into one text", where, length)
-    ids = _whole(found, encode)
-    if len(ids) < length:
-        raise InputError(_too_short(where, len(ids), length))
+    ids = _whole(found, encode, length, where)
     starts = random.integers(0, len(ids) - length, size=count, endpoint=True).tolist()
     return _Drawn(np.stack([ids[start : start + length] for start in starts]), starts, len(ids))
 
@@ -202,7 +184,7 @@ def _windows_of_documents(
     # Each document serves once before any serves twice. None: no document is longer than a window.
     long, tokens = [], 0
     with tqdm(total=count, desc="calibration samples", leave=False) as bar:
-        # Ends where the reference, which draws until a document is long enough, could go on for ever.
+        # The reference draws until a document is long enough, and would never end where none is.
         for document in map(int, random.permutation(len(documents))):
             ids = encode(documents[document])
             tokens += len(ids)
@@ -218,8 +200,3 @@ def _windows_of_documents(
     windows = [ids[start : start + length] for (_, ids), start in zip(chosen, starts, strict=True)]
     positions = [[document, start] for (document, _), start in zip(chosen, starts, strict=True)]
     return _Drawn(np.stack(windows), positions, tokens)
-
-
-def _too_short(where: str, tokens: int, length: int) -> str:
-    remedy = f"give --length {tokens} or less, or more text" if tokens > 1 else "give more text"
-    return f"{where}: has {tokens} tokens, fewer than one sequence of {length}; {remedy}"

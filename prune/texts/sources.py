@@ -21,7 +21,7 @@ from . import hub
 
 NAMED = ("wikitext2", "c4")
 _IDS = (".npy", ".npz")
-_LISTED = 12  # columns that an error names
+_LISTED = 12  # columns that an error names at most
 # The reference evaluates on the first documents of C4's validation split.
 _C4_DOCUMENTS = 1100
 
@@ -29,31 +29,18 @@ Flag = Literal["--calibration", "--text"]
 
 
 class Source(NamedTuple):
-    """Text or token ids, not cut into samples yet.
+    """Text or token ids, not cut into samples yet."""
 
-    Attributes:
-        kind: one text, documents that are complete in themselves, or token ids.
-        texts: the text, or the documents; empty for token ids.
-        ids: token ids, integer (N, T) or (N,); `None` for text.
-        sha256: hash of the file; for a named data set, of its texts, joined by blank lines.
-    """
-
-    kind: Literal["text", "documents", "tokens"]
-    texts: Sequence[str]
-    ids: np.ndarray | None = None
-    sha256: str = ""
+    kind: Literal["text", "documents", "tokens"]  # documents are complete in themselves
+    texts: Sequence[str]  # the text, or the documents; empty for token ids
+    ids: np.ndarray | None = None  # integer (N, T) or (N,); None for text
+    sha256: str = ""  # of the file; of a named data set's texts, joined by blank lines
 
 
 def read(source: str, flag: Flag) -> Source:
-    """Read a source.
+    """Return the content of "wikitext2", "c4", or a file, as given to one of the options.
 
-    Args:
-        source: "wikitext2", "c4", or the path of a file.
-        flag: the option that it was given to. `--calibration` takes a data set's training split, `--text` the one
-            that the papers evaluate on.
-
-    Returns:
-        Its text, documents or token ids.
+    Of a data set `--calibration` takes the training split, `--text` the one that the papers evaluate on.
 
     Raises:
         InputError: it cannot be had, is of another format than its name says, or is empty.
@@ -76,7 +63,7 @@ def read(source: str, flag: Flag) -> Source:
 
 
 def are_token_ids(*sources: str) -> bool:
-    """Return whether all sources are, by their names, files of token ids: no tokenizer is needed to read them."""
+    """Return whether all sources, by their names, are files of token ids, which need no tokenizer."""
     return all(Path(source).suffix.lower() in _IDS for source in sources)
 
 
@@ -181,7 +168,7 @@ def _load_ids(path: Path, where: str) -> np.ndarray:
             return ids
     except OSError:
         raise
-    except Exception as error:  # of any kind: it depends on what is damaged
+    except Exception as error:  # its type depends on where the file is damaged
         raise InputError(
             f'{where}: no token ids ({one_line(error)}); write them with numpy.save, or with numpy.savez as "ids"'
         ) from error

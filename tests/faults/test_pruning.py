@@ -110,14 +110,6 @@ def test_a_second_process_is_refused_and_destroys_nothing(changes, stopped):
     assert bytes_of(stopped.config.out) == before
 
 
-def test_the_second_program_says_so_in_one_line(stopped):
-    with locked(stopped.path):
-        found = subprocess.run(command(stopped.config), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode == 2
-    assert found.stderr.splitlines()[-1].startswith(f"prune.llama: {stopped.path}: another process is at work there")
-    assert "Traceback" not in found.stderr
-
-
 def test_fresh_removes_all_but_the_lock_that_it_holds(finished, whole, monkeypatch):
     seen = []
     prune_block = prune.pruning.prune_block
@@ -279,7 +271,7 @@ def test_a_damaged_record_is_never_believed(damage, finished):
     assert (finished.path / "model" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("content", [None, "", "{}", "]"])
+@pytest.mark.parametrize("content", [None, "]"])
 def test_the_card_is_written_again_from_the_record(content, finished, monkeypatch):
     path = finished.path / "run.json"
     before = path.read_bytes()
