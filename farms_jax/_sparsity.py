@@ -67,14 +67,14 @@ def allocate_sparsity(
     spread = means.max() - means.min()
     unit = 2 * (means - means.min()) / spread - 1 if spread > 0 else np.zeros_like(means)
     if budget == "reference":
-        found = _reference(1 + epsilon * unit, weights, sparsity)
+        found = _reference_budget(1 + epsilon * unit, weights, sparsity)
     elif rule == "scale":
         relative = 1 + epsilon * unit
         ends = np.append(highest / relative, 0)
-        found = _meet(lambda c: np.minimum(c * relative, highest), ends, weights, sparsity)
+        found = _meet_budget(lambda c: np.minimum(c * relative, highest), ends, weights, sparsity)
     else:
         ends = np.concatenate([-epsilon * unit, highest - epsilon * unit])
-        found = _meet(lambda c: np.clip(epsilon * unit + c, 0, highest), ends, weights, sparsity)
+        found = _meet_budget(lambda c: np.clip(epsilon * unit + c, 0, highest), ends, weights, sparsity)
     return dict(zip(layers, found[block].tolist(), strict=True))
 
 
@@ -175,7 +175,9 @@ def impute_alphas(alphas: np.ndarray) -> np.ndarray:
     return np.where(fitted, alphas, alphas[fitted].mean() if fitted.any() else 1.0)
 
 
-def _meet(at: Callable[[float], np.ndarray], ends: np.ndarray, weights: np.ndarray, sparsity: float) -> np.ndarray:
+def _meet_budget(
+    at: Callable[[float], np.ndarray], ends: np.ndarray, weights: np.ndarray, sparsity: float
+) -> np.ndarray:
     # The mean of at(c) grows with c, linearly between the `ends`, where a block meets a bound: it is inverted exactly.
     ends = np.unique(ends)
     totals, target = np.array([weights @ at(end) for end in ends]), sparsity * weights.sum()
@@ -186,7 +188,7 @@ def _meet(at: Callable[[float], np.ndarray], ends: np.ndarray, weights: np.ndarr
     return at(float(ends[first] + min(max(share, 0), 1) * (ends[last] - ends[first])))
 
 
-def _reference(relative: np.ndarray, weights: np.ndarray, sparsity: float) -> np.ndarray:
+def _reference_budget(relative: np.ndarray, weights: np.ndarray, sparsity: float) -> np.ndarray:
     # In the reference the number of weights to remove is a float32 scalar.
     found = relative * (float(np.float32(weights.sum() * sparsity)) / (weights @ relative))
     return np.where(found > 1, 0.99999 if sparsity == 0.7 else HIGHEST, found)

@@ -12,7 +12,7 @@ import pytest
 
 from farms_jax import Window
 from farms_jax._windows import make_grid
-from farms_jax.solvers.mesh import _part, _solved_once, shard_evenly
+from farms_jax.solvers.mesh import _solved_once, _windows_of_process, shard_evenly
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,7 +86,7 @@ def test_every_window_is_in_the_part_of_one_process(window, shape, count):
     grid = make_grid(window, shape, is_kernel=shape[0] > 1 or shape[2] == 80)
     solved = np.zeros((shape[0], len(grid.starts)), int)
     for number in range(count):
-        positions, windows = _part(grid, shape[0], number, count)
+        positions, windows = _windows_of_process(grid, shape[0], number, count)
         solved[positions, windows] += 1
     assert (solved == 1).all()
 

@@ -39,15 +39,15 @@ def shared_runs(grid: Grid) -> list[Run]:
     if grid.divisions > 1 or grid.transposed or len(rows) * len(cols) != len(starts):
         return []
     # Products are as small as they can be: over the longer axis of the windows.
-    choices = [(_length(rows, grid.rows), False)] if grid.rows <= grid.cols else []
-    choices += [(_length(cols, grid.cols), True)] if grid.cols <= grid.rows else []
+    choices = [(_run_length(rows, grid.rows), False)] if grid.rows <= grid.cols else []
+    choices += [(_run_length(cols, grid.cols), True)] if grid.cols <= grid.rows else []
     (cost, length), by_columns = min(choices)
     if length == 1 or cost > _WORTH * grid.gram_rows**2:
         return []
     return list(_runs(grid, rows, cols, length, by_columns=by_columns))
 
 
-def _length(starts: np.ndarray, size: int) -> tuple[float, int]:
+def _run_length(starts: np.ndarray, size: int) -> tuple[float, int]:
     """Return the entries of a product per window, and the number of windows that should share one."""
     step = int(starts[1] - starts[0]) if len(starts) > 1 else 0
     costs = [(size + (count - 1) * step) ** 2 / count for count in range(1, len(starts) + 1)]

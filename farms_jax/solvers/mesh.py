@@ -76,8 +76,8 @@ def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh
     spectra: list[Array] = []
     for weight, grid in zip(weights, grids, strict=True):
         if traced:
-            held = _hold(weight, spectra[-1], mesh) if spectra else weight
-            spectra.append(_solve(jax.device_put(held, _replicated(mesh)), grid, mesh, options))
+            later = _after(weight, spectra[-1], mesh) if spectra else weight
+            spectra.append(_solve(jax.device_put(later, _replicated(mesh)), grid, mesh, options))
         else:
             # One at a time: with over 32 programs under way XLA's threads on CPU wait to start another one, and none is
             # left to run them.
@@ -111,17 +111,17 @@ def _on_all_devices(weight: Any, mesh: Mesh) -> Array:
     return jax.device_put(weight, _replicated(mesh))
 
 
-def _hold(weight: Any, previous: Array, mesh: Mesh) -> Array:
+def _after(weight: Any, previous: Array, mesh: Mesh) -> Array:
     """Return a traced weight that depends on the previous layer's spectrum: XLA would gather all layers at once.
 
     XLA does not know that no eigenvalue is negative. `lax.optimization_barrier` would not help: on CPU it is removed
     before XLA decides on the order.
     """
-    held = jnp.where(previous[0, 0] < 0, jnp.nan, weight)
+    later = jnp.where(previous[0, 0] < 0, jnp.nan, weight)
     automatic = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
     # Sharded explicitly: where XLA is free to choose, it gathers the weight first, and holds it whole.
     spec = shard_evenly(weight.shape, {name: mesh.shape[name] for name in automatic})
-    return lax.with_sharding_constraint(held, NamedSharding(mesh, spec)) if automatic else held
+    return lax.with_sharding_constraint(later, NamedSharding(mesh, spec)) if automatic else later
 
 
 def shard_evenly(shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
@@ -207,7 +207,7 @@ def _write_eigenvalues(
     weight = read_only(weight)
     stack = as_matrices(weight, options.axes)
     processes = _processes(mesh)
-    positions, windows = _part(grid, len(stack), processes.index(jax.process_index()), len(processes))
+    positions, windows = _windows_of_process(grid, len(stack), processes.index(jax.process_index()), len(processes))
 
     def solve() -> np.ndarray:
         own = grid._replace(starts=tuple(grid.starts[window] for window in windows))
@@ -223,7 +223,7 @@ def _write_eigenvalues(
     by_position[positions, windows] = found.reshape(-1, len(windows), values.shape[1])
 
 
-def _part(grid: Grid, positions: int, number: int, count: int) -> tuple[slice, np.ndarray]:
+def _windows_of_process(grid: Grid, positions: int, number: int, count: int) -> tuple[slice, np.ndarray]:
     """Return the kernel positions, and the numbers of the grid's starts, that process `number` of `count` solves.
 
     The windows of a dense matrix are split by the rows or by the columns that they start in, so that each part is a
