@@ -51,11 +51,7 @@ class Output:
         self.begun = self._part.is_dir()
 
     def check(self) -> None:
-        """Check the finished folder's files against their checksums.
-
-        Raises:
-            InputError: Files were damaged or changed; the message names them.
-        """
+        """Compare the finished folder's files with their checksums; an InputError names those that differ."""
         if damaged := damaged_files(self._folder):
             named = ", ".join(map(str, damaged[:3])) + (f" and {len(damaged) - 3} more" if len(damaged) > 3 else "")
             raise InputError(

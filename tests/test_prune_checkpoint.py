@@ -143,7 +143,6 @@ def pickle_weights(folder):
         (write_file(INDEX, b"{}"), "index.json: it has no weight_map"),
         (write_file(INDEX, b'{"weight_map": {'), "index.json: not valid JSON"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
-        (write_file("config.json", b'{"model_type": "\xff"}'), "config.json: not valid JSON"),
         (write_file("config.json", b"[1]"), "config.json: not a JSON object"),
         (drop_weights, r"neither model\.safetensors nor "),
         (pickle_weights, r"pickles \(pytorch_model\.bin\).*never loaded.*save_pretrained"),
@@ -175,16 +174,9 @@ def test_a_file_cut_after_opening_is_one_clear_error(tmp_path):
 # Names that are no folder.
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("nowhere/at/all", "no such folder or file, and no hub name of the form OWNER/NAME"),
-        ("llama", "no such folder or file"),
-        ("/nonexistent/model.gguf", "no such folder or file"),
-    ],
-)
-def test_a_path_that_is_not_there_is_one_clear_error(model, message):
-    with pytest.raises(InputError, match=rf"--model {model}: {message}"):
+@pytest.mark.parametrize("model", ["nowhere/at/all", "llama", "/nonexistent/model.gguf"])
+def test_a_path_that_does_not_exist_is_one_clear_error(model):
+    with pytest.raises(InputError, match=rf"--model {model}: no such folder or file, and no hub name of .* OWNER/NAME"):
         open_checkpoint(model)
 
 
@@ -235,19 +227,13 @@ def test_a_folder_without_a_tokenizer_names_the_flag():
         open_checkpoint(str(DATA / "llama_tiny")).tokenizer()
 
 
-def test_a_damaged_tokenizer_names_the_flag(tmp_path):
-    folder = write_folder(tmp_path / "model", weights_of("llama_tiny"))
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match=r"model: its tokenizer cannot be loaded.*--tokenizer PATH"):
-        open_checkpoint(str(folder)).tokenizer()
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         # Memory for every id up to the highest: the package would end the process.
         ({"vocab.json": {"a": 0, "b": 10**9, "ab": 1}}, "tokens have ids up to 1000000000"),
-        ({"vocab.json": {"a": 0, "b": 1}}, ""),  # Rust code that fails, by an error that is no `Exception`
+        ({"vocab.json": {"a": 0, "b": 1}}, ""),  # Rust code that fails: its error is not an `Exception`
+        ({"tokenizer.json": {}, "tokenizer_config.json": {}}, ""),
         (
             {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "model_max_length": "long"}},
             "'int' and 'str'",
@@ -263,21 +249,6 @@ def test_a_tokenizer_that_cannot_be_used_is_one_clear_error(tmp_path, changes, m
     with pytest.raises(InputError, match=f"its tokenizer cannot be loaded \\(.*{message}.*--tokenizer PATH") as caught:
         open_tokenizer(str(tmp_path))
     assert str(caught.value).isprintable()
-
-
-def test_an_error_of_rust_is_one_clear_error(tmp_path, monkeypatch):
-    """`tokenizers` may raise what is no `Exception`."""
-
-    class PanicException(BaseException):
-        pass
-
-    def panic(*_, **__):
-        raise PanicException("index out of\nbounds")
-
-    (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
-    with pytest.raises(InputError, match=r"its tokenizer cannot be loaded \(index out of bounds\)"):
-        open_tokenizer(str(tmp_path))
 
 
 def test_code_of_a_folder_is_never_run(tmp_path):

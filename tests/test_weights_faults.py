@@ -43,10 +43,9 @@ def refused(path, message):
     [
         (lambda content: b"", "empty"),
         (lambda content: content[:-100], "truncated|damaged"),
-        (lambda content: content[:40], "truncated|damaged"),
         (lambda content: b"\xffPNG" * 50, "no GGUF file|no msgpack file|no npz archive|no safetensors file"),
     ],
-    ids=["empty", "end missing", "only a start", "another kind"],
+    ids=["empty", "end missing", "another kind"],
 )
 def test_a_damaged_file(tmp_path, form, damage, message):
     path = write(form, tmp_path, {"w": WEIGHT})
@@ -154,24 +153,22 @@ def test_another_kind_of_file(tmp_path):
     refused(path, "not a kind of weights that can be read; give .safetensors, .gguf, .npz, .msgpack")
 
 
-# All formats
+LINES = ("two\nlines", r"'two\\nlines'")
 
 
-NAMES = [("two\nlines", r"'two\\nlines'"), ("\x1b[31mred", r"'\\x1b\[31mred'"), ("9" * 5000, "'99999.*99999'")]
-
-
-@pytest.mark.parametrize(("name", "message"), NAMES)
-@pytest.mark.parametrize("form", ["safetensors", "gguf", "npz", "msgpack", "orbax-folders"])
-def test_a_name_that_is_none(tmp_path, form, name, message):
+@pytest.mark.parametrize(
+    ("form", "name", "message"),
+    [
+        *((form, *LINES) for form in ("safetensors", "gguf", "npz", "msgpack", "orbax-folders")),
+        ("safetensors", "\x1b[31mred", r"'\\x1b\[31mred'"),
+        ("safetensors", "9" * 5000, "'99999.*99999'"),
+    ],
+)
+def test_a_name_that_cannot_be_shown(tmp_path, form, name, message):
     if form == "orbax-folders":
         path = write(form, tmp_path, {"w": WEIGHT})
         table = (path / "_METADATA").read_text()
         (path / "_METADATA").write_text(table.replace('"w"', json.dumps(name)))
-    elif form == "npz" and len(name) > 1000:
-        with zipfile.ZipFile(path := tmp_path / "model.npz", "w") as archive:
-            archive.writestr(f"{name}.npy", npy(WEIGHT))
-    elif form == "safetensors":
-        safetensors.numpy.save_file({name: WEIGHT}, path := tmp_path / "model.safetensors")
     else:
         path = write(form, tmp_path, {name: WEIGHT})
     refused(path, f"a tensor is called {message}, which is no name")

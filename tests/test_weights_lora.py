@@ -55,6 +55,7 @@ def make(folder, adapter, config=None, base=None):
 def test_a_linear_layer(tmp_path, config, rank, scale):
     adapter = linear(rank)
     base, arrays, folder = make(tmp_path, adapter, config)
+    assert is_lora(folder) and is_lora(str(folder)) and not is_lora(tmp_path)
     a, b = (array.astype(np.float64) for array in adapter.values())
     name = "model.layers.0.q.weight"
     with open_lora(base, folder) as source:
@@ -97,14 +98,6 @@ def test_linear_layers_that_are_kept_transposed(tmp_path):
     with open_lora(base, folder) as source:
         expected = arrays["h.0.attn.weight"].astype(np.float32) + 3 * (b @ a).T
         np.testing.assert_allclose(source.read("h.0.attn.weight"), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_what_is_an_adapter(tmp_path):
-    _, _, folder = make(tmp_path, linear())
-    assert is_lora(folder)
-    assert is_lora(str(folder))
-    assert not is_lora(tmp_path)
-    assert not is_lora(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(

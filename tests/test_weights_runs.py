@@ -42,24 +42,19 @@ def kernel(source):
 
 
 @pytest.mark.parametrize(
-    ("seeds", "first"),
+    ("seeds", "best", "opened", "value"),
     [
-        (("seed43", "seed7"), "seed7"),
-        (("none/seed1", "farms/seed2", "farms/seed10"), "farms/seed2"),
-        (("pretrain",), "pretrain"),
+        (("seed43", "seed7"), 1, "seed7/checkpoints/best/1", 1),
+        (("none/seed1", "farms/seed2", "farms/seed10"), 1, "farms/seed2/checkpoints/best/1", 1),
+        (("pretrain",), 1, "pretrain/checkpoints/best/1", 1),
+        (("seed1",), 0, "seed1/checkpoints/last/2", 2),  # without a best
     ],
 )
-def test_a_run_opens_at_the_best_of_its_first_seed(tmp_path, seeds, first):
-    with open_weights(run_of(tmp_path / "digits", seeds)) as source:
-        assert source.name == f"digits, {first}/checkpoints/best/1"
-        assert kernel(source) == 1
+def test_a_run_opens_at_the_best_of_its_first_seed(tmp_path, seeds, best, opened, value):
+    with open_weights(run_of(tmp_path / "digits", seeds, best=best)) as source:
+        assert source.name == f"digits, {opened}"
+        assert kernel(source) == value
         assert set(source.skipped) == {"opt_state/0/trace"}
-
-
-def test_without_a_best_it_opens_at_the_last(tmp_path):
-    with open_weights(run_of(tmp_path / "digits", ["seed1"], best=0)) as source:
-        assert source.name == "digits, seed1/checkpoints/last/2"
-        assert kernel(source) == 2
 
 
 @pytest.mark.parametrize(

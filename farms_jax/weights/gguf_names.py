@@ -47,11 +47,7 @@ def architecture_of(metadata: Mapping[str, Any], where: str) -> str:
 
 
 def hugging_face_names(architecture: str, names: Iterable[str], where: str) -> dict[str, str]:
-    """Return Hugging Face name -> name in the file, without the rotary factors.
-
-    Raises:
-        InputError: Names are unknown; one message lists them all.
-    """
+    """Return Hugging Face name -> name in the file, without rotary factors; an InputError lists unknown names."""
     rows = {name: _TABLES[architecture].by_name(name) for name in names if name != ROPE_FACTORS}
     if unknown := [printable(name) for name, row in rows.items() if row is None]:
         raise InputError(

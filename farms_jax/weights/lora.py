@@ -37,11 +37,7 @@ class LoraSource(WeightSource):
     """A model with an adapter's changes: tensors that it changes are float32, all others as in the model."""
 
     def __init__(self, base: WeightSource, path: Path) -> None:
-        """Match an adapter to the open model that it was trained on; the model is closed with this source.
-
-        Raises:
-            InputError: The adapter is of another kind, damaged, or does not fit the model.
-        """
+        """Match the adapter in a folder to the open model that it was trained on, which is closed with this source."""
         self._base, self._config = base, read_json(path / ADAPTER_CONFIG, "give the folder of a PEFT adapter")
         _check_kind(path, self._config)
         if not (path / _ADAPTER).is_file():

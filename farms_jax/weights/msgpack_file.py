@@ -39,11 +39,7 @@ class ArrayAt(NamedTuple):
 
 
 def read_tree(path: Path) -> Tree:
-    """Return a file's tree as nested dicts; its leaves are `ArrayAt`, or whatever else was written.
-
-    Raises:
-        InputError: The file is damaged or truncated, or holds what Flax does not write.
-    """
+    """Read a file's tree into nested dicts; its leaves are `ArrayAt`, or whatever else was written."""
     with from_extra("diagnose", f"{path}: a msgpack file"):
         import msgpack
     with os_errors_named(path), path.open("rb") as file:

@@ -68,6 +68,7 @@ def _open_file(path: Path, mode: int) -> WeightSource:
         return _READERS[path.suffix](path)
     with path.open("rb") as file:
         start = file.read(4)
+    # Whatever it is called: a pickle of protocol 2 or later begins so.
     if path.suffix in _PICKLES or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5"):
         raise InputError(_pickled(path))
     # Checkpoints of flax.training have no suffix; a map is what a msgpack file starts with.
@@ -90,7 +91,7 @@ def _open_folder(path: Path) -> WeightSource:
     if source := open_safetensors_folder(path, filenames):
         return source
     files = [name for name in filenames if Path(name).suffix in _READERS and not name.startswith(".")]
-    if len(files) == 1:
+    if len(files) == 1:  # safetensors were opened above
         return open_weights(path / files[0])
     raise InputError(_nothing_in(path, filenames, files))
 

@@ -35,11 +35,7 @@ class Array(NamedTuple):
 
 
 def read_tree(folder: Path) -> dict[str, Array]:
-    """Return the arrays of a tree, opened but not read; name (the parts of a leaf's path, joined by `/`) -> array.
-
-    Raises:
-        InputError: The table is damaged, an array is missing, or the package `orbax-checkpoint` is.
-    """
+    """Open the arrays of a tree, name -> array; a name is the parts of a leaf's path, joined by `/`."""
     table = read_json(folder / TABLE, _REMEDY)
     try:
         leaves = [

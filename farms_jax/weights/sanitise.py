@@ -57,11 +57,7 @@ def one_line(error: BaseException) -> str:
 
 
 def check_name(name: str, where: str) -> None:
-    """Check that a tensor's name can be shown in tables and messages; `where` names the file.
-
-    Raises:
-        InputError: The name is very long, or has characters that cannot be printed.
-    """
+    """Refuse a tensor's name that tables and messages cannot show; `where` names the file."""
     if len(name) > _MAX_NAME or not name.isprintable():
         raise InputError(
             f"{where}: a tensor is called {short_repr(name)}, which is no name (printable, at most {_MAX_NAME} "

@@ -40,24 +40,14 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def copy_sidecars(self, folder: Path, tokenizer: Any = None) -> None:
-        """Write all but the weights into an export folder, made where there is none.
-
-        A given tokenizer is saved instead of the checkpoint's own.
-
-        Raises:
-            InputError: The checkpoint's own tokenizer cannot be made.
-        """
+        """Write all but the weights into a folder; a given tokenizer is saved instead of the checkpoint's own."""
 
     @abstractmethod
     def tokenizer(self) -> Any:
         """Load the tokenizer, one of `transformers`; an InputError if there is none, or it cannot be loaded."""
 
     def network(self) -> Network:
-        """Return the config's network, after a check that the tensors are those that it needs; no weights are read.
-
-        Raises:
-            InputError: The config is not supported, or tensors are unknown, missing or of another shape.
-        """
+        """Return the config's network, after a check that the tensors are those that it needs; no weights are read."""
         network = make_network(self.config, self.tensors)
         network.check({name: info.shape for name, info in self.tensors.items()})
         return network

@@ -44,11 +44,7 @@ _OTHER = "give its tokenizer as a Hugging Face folder with --tokenizer PATH"
 
 
 def make_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
-    """Return the tokenizer of a file, a `PreTrainedTokenizerFast`, from its metadata with all long arrays.
-
-    Raises:
-        InputError: The tokenizer is of a kind that is not known here, or damaged.
-    """
+    """Make a `PreTrainedTokenizerFast` from a file's metadata, long arrays included; `where` names the file."""
     makers = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = metadata.get("tokenizer.ggml.model")
     if not isinstance(kind, str) or kind not in makers:

@@ -56,13 +56,7 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def open_tokenizer(source: str) -> Any:
-    """Return the tokenizer in a folder, beside a file, or on the hub ("OWNER/NAME", "OWNER/NAME@REVISION").
-
-    No code that comes with it is run.
-
-    Raises:
-        InputError: There is no such tokenizer, it cannot be downloaded, or it cannot be loaded.
-    """
+    """Load a tokenizer from a folder, a file in one or the hub ("OWNER/NAME@REVISION"); none of its code is run."""
     path = Path(source).expanduser()
     if path.exists():
         return load_tokenizer(path if path.is_dir() else path.parent)
