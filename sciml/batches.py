@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from farms_jax.errors import InputError
-
 from .fields import Fields
 
 _AHEAD = 2  # batches: one hides the reading, the second a slow spell of the disk
@@ -29,14 +27,8 @@ def train_batches(
 
     Trajectories have `steps` time steps, inputs and targets together. `first` is the batch to begin with, in an epoch
     that was interrupted. The last batch is filled up with its first trajectory at weight 0. The reading thread ends
-    with the iterator, also when that is left early.
-
-    Raises:
-        InputError: the trajectories are shorter than `steps`, or `batch_size` is below 1; while iterating, when a
-            trajectory cannot be read.
+    with the iterator, also when that is left early. A trajectory that cannot be read is an InputError in its turn.
     """
-    if not 1 <= steps <= fields.steps:
-        raise InputError(f"{fields.name}: steps must be from 1 to the {fields.steps} stored, got {steps}")
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(len(fields))
     starts = generator.integers(0, fields.steps - steps, size=len(fields), endpoint=True)
@@ -51,9 +43,7 @@ def test_batches(fields: Fields, *, batch_size: int) -> Generator[Batch]:
 def _batches(
     fields: Fields, order: np.ndarray, starts: np.ndarray, steps: int, batch_size: int, first: int = 0
 ) -> Generator[Batch]:
-    """Cut trajectories, in this order and each from its start, into batches; raise an InputError for empty batches."""
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    """Cut trajectories, in this order and each from its start, into batches that are read when called for."""
 
     def read(first: int) -> Batch:
         chosen = slice(first, first + batch_size)

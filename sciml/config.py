@@ -54,7 +54,7 @@ class Config:
     pretrain_rate: float = 1e-3
     """Peak learning rate of pretraining."""
     epochs: int | None = None
-    """Of fine-tuning. Default: 200; 15 on generated data."""
+    """Epochs of fine-tuning. Default: 200; 15 on generated data."""
     batch_size: int | None = None
     """Trajectories in a step. Default: 32; 8 on generated data."""
     learning_rate: float | None = None
@@ -104,12 +104,12 @@ class Config:
         """Raise an InputError that names the flag whose value is out of its range."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int | float) or isinstance(value, bool):
+            if not isinstance(value, int | float) or isinstance(value, bool):  # to Python a bool is an int
                 continue
-            if value < 0 and field.name in _MAY_BE_ZERO:
-                raise InputError(f"{_flag(field.name)} must not be negative, got {value}")
-            if value <= 0 and field.name not in _MAY_BE_ZERO:
-                raise InputError(f"{_flag(field.name)} must be above 0, got {value}")
+            # NaN is neither.
+            if not (value >= 0 if field.name in _MAY_BE_ZERO else value > 0):
+                rule = "not be negative" if field.name in _MAY_BE_ZERO else "be above 0"
+                raise InputError(f"--{field.name.replace('_', '-')} must {rule}, got {value}")
         if not self.data:
             raise InputError("--data: the recipes run on PDEBench's 2D CFD data; give the file or folder")
         if self.ratio > 1:
@@ -139,10 +139,6 @@ class Config:
     def settings(self) -> tuple[TB, ...]:
         """Return the settings to fine-tune with, in the order of the results table."""
         return tuple(tb for tb in SETTINGS if tb == self.tb or tb in (self.against or ()))
-
-
-def _flag(field: str) -> str:
-    return f"--{field.replace('_', '-')}"
 
 
 # Paper, Table 14: learning rate by model and subsampling ratio of the data.

@@ -21,7 +21,7 @@ from .hdf5 import Source, open_source
 
 SCAN_BYTES = 2 * 2**30  # data up to this size are read whole at opening: seconds, and no run ends in a bad trajectory
 SAMPLED = 8  # trajectories read at opening of larger data
-_BAR_AFTER = 2.0  # seconds
+_BAR_AFTER = 2.0  # seconds: small data need no progress bar
 
 
 class _Axis(NamedTuple):
@@ -53,8 +53,6 @@ class Fields:
             IndexError: there is no such trajectory or no such window.
             InputError: the file cannot be read, or holds NaN or infinite values there.
         """
-        if not 0 <= i < len(self):
-            raise IndexError(f"{self.name}: no trajectory {i} of {len(self)}")
         fields = self.source.read(self.indices[i], start, length)
         for number, axis in enumerate(self._axes):
             if axis is not None:
@@ -93,32 +91,21 @@ def open_fields(
 ) -> FieldData:
     """Open training and test trajectories and check them; see `sciml.hdf5` for the layouts.
 
-    Data of at most 2 GiB are read whole to find faults, of larger data 8 trajectories.
+    A folder with train/ and test/ (or train.hdf5 and test.hdf5) gives both splits. Otherwise, without `test`, the first
+    9/10 of the trajectories train and the rest test, as DPOT's preprocessing splits PDEBench's files. Of the training
+    trajectories the fraction `ratio` is used, spaced evenly: number i is floor(i / ratio), for a ratio of 1/k every
+    k-th, as PDEBench's `reduced_batch`. The limits take the first ones of what is left.
 
-    Args:
-        path: HDF5 file or folder. A folder with train/ and test/ (or train.hdf5 and test.hdf5) gives both splits.
-            Otherwise, without `test`, the first 9/10 of the trajectories are for training and the rest for testing, as
-            DPOT's preprocessing splits PDEBench's files.
-        resolution: grid points per axis of the fields that are read, by bilinear interpolation where the stored grid is
-            another (as DPOT: half-pixel centres, no antialiasing); the stored grid if None.
-        steps_needed: time steps that every trajectory must have.
-        test: HDF5 file or folder of the test trajectories.
-        ratio: fraction of the training trajectories to use, in (0, 1], spaced evenly: number i is floor(i / ratio), for
-            a ratio of 1/k every k-th, as PDEBench's `reduced_batch`.
-        limit_train: number of these to use, the first ones; all if None.
-        limit_test: number of test trajectories to use, the first ones; all if None.
-        channels: number of channels that the data must have.
+    Fields of another grid than (resolution, resolution) are interpolated bilinearly, as DPOT does: half-pixel centres,
+    no antialiasing. Data of at most 2 GiB are read whole to find faults, of larger data 8 trajectories.
 
     Returns:
         The data, open; close both splits when done.
 
     Raises:
-        InputError: an argument is out of its range, or the data are missing, damaged or not as described here.
+        InputError: `ratio` is not in (0, 1], or the data are missing, damaged, too short or of other `channels`.
     """
     share = _share(ratio)
-    for flag, value in (("resolution", resolution), ("limit_train", limit_train), ("limit_test", limit_test)):
-        if value is not None and value < 1:
-            raise InputError(f"{flag} must be at least 1, got {value}; leave it out to use what is there")
     train_path, test_path = _paths(Path(path).expanduser(), None if test is None else Path(test).expanduser())
     with contextlib.ExitStack() as opened:
         train_source = open_source(train_path)
@@ -204,7 +191,7 @@ def _use_notes(train: Fields, test: Fields, train_count: int, share: Fraction) -
 
 
 def _check_shape(fields: Fields, steps_needed: int, channels: int) -> None:
-    """Raise an InputError if a split has not the channels and time steps that the model needs."""
+    """Raise an InputError if a split lacks the channels or time steps that the model needs."""
     source = fields.source
     where = f"{source.path}, dataset {', '.join(source.datasets)}"
     x, y, steps, stored = source.shape

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 VX, VY, DENSITY, PRESSURE = range(4)  # primitive variables; momenta, density and total energy are the conserved ones
-GAMMA = 5 / 3  # of a gas of single atoms, as PDEBench has it
+GAMMA = 5 / 3  # of a monatomic gas, as PDEBench has it
 CFL = 0.6  # cells crossed per step, both axes added, which is 0.3 along each, as PDEBench has it
 _MANY = 1e5  # pairs of steps to the next output: only a state that has broken down needs more
 

@@ -35,7 +35,7 @@ class FlowConfig:
     count: int = 1000
     """Number of trajectories."""
     seed: int = 0
-    """Of the initial states."""
+    """Seed of the initial states."""
 
     def check(self) -> None:
         """Raise an InputError if a setting is out of its range."""

@@ -35,7 +35,7 @@ from .flow_config import FlowConfig, file_name
 from .hdf5 import CHANNELS
 from .shards import make_shards, ranges, read_shard, shard_path
 
-_CHUNK = 2**18  # bytes of a chunk of the file, at most where that is a state or more
+_CHUNK = 2**18  # most bytes of a chunk of the file, unless one state takes more
 
 
 def generate(path: Path, config: FlowConfig) -> Path:
@@ -57,12 +57,12 @@ def generate(path: Path, config: FlowConfig) -> Path:
     config.check()
     parts = path.with_name(f"{path.name}.parts")
     if _is_made(path, config):
-        shutil.rmtree(parts, ignore_errors=True)  # of a program killed between the two
+        shutil.rmtree(parts, ignore_errors=True)  # left by a kill between the file's end and this removal
         return path
     _check_space(path, parts, config)
     try:
         with locked(parts):
-            if not _is_made(path, config):  # by another process meanwhile
+            if not _is_made(path, config):  # another process may have made it meanwhile
                 _check_begun(parts, config)
                 make_shards(parts, config)
                 _merge(path, parts, config)

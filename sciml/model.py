@@ -50,7 +50,7 @@ class ModelConfig:
     modes: int = 32  # Fourier modes kept on each axis, at most
     mlp_ratio: float = 1.0  # hidden channels of a block's MLP, as a multiple of the width
     out_width: int = 32  # channels of the output layer
-    num_classes: int = 12  # of the class head: data sets of the pre-training
+    num_classes: int = 12  # outputs of the class head: data sets of the pre-training
     normalize: bool = False  # take out each sample's mean and deviation, and give them back
     activation: str = "gelu"  # one of sciml.modules.ACTIVATIONS
     time_aggregation: str = "exp_mlp"  # or "mlp", without the cosines in time
@@ -279,7 +279,7 @@ def _statistics(fields: jax.Array) -> tuple[jax.Array, jax.Array]:
     axes = (1, 2, 3)
     mean = fields.mean(axes, keepdims=True)
     variance = jnp.square(fields - mean).sum(axes, keepdims=True) / (math.prod(fields.shape[1:4]) - 1)
-    # The root has no gradient at 0, where a constant channel is.
+    # The root has no finite gradient at 0, the variance of a constant channel.
     constant = variance == 0
     return mean, jnp.where(constant, 0, jnp.sqrt(jnp.where(constant, 1, variance))) + 1e-6
 

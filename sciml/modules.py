@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 Activation = Callable[[jax.Array], jax.Array]
-GROUPS = 8  # of the norms' channels
+GROUPS = 8  # groups of channels in a norm, as in the reference
 EPSILON = 1e-5  # torch.nn.GroupNorm's eps
 
 

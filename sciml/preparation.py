@@ -79,14 +79,15 @@ def complete(config: Config) -> Config:
     except InputError as error:
         raise InputError(f"{config.weights}: {error}") from error
     shape = ("width", "depth", "num_blocks", "mlp_ratio", "out_width")
-    alike = [name for name, model in NAMED.items() if all(getattr(model, f) == getattr(found, f) for f in shape)]
-    if config.model is None and not alike:
+    alike = (name for name, model in NAMED.items() if all(getattr(model, f) == getattr(found, f) for f in shape))
+    name = next(alike, None)
+    if config.model is None and name is None:
         raise InputError(
             f"{config.weights}: {found.depth} blocks of width {found.width} are none of the models {', '.join(NAMED)}; "
             "give --model, and in --components what to take"
         )
     taken = {
-        "model": alike[0] if alike else None,
+        "model": name,
         "resolution": found.image_size,
         "patch_size": found.patch_size,
         "normalize": found.normalize,

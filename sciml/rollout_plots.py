@@ -21,18 +21,15 @@ from .results import Results
 from .steps import rollout
 
 _SHOWN = ("Vx", "density")
-_COLUMNS = 4  # times
+_COLUMNS = 4  # times at which fields are drawn
 
 
 def plot_run(run: Path, experiment: Experiment, results: dict[tuple[TB, int], Results], before: Any) -> list[Path]:
-    """Draw the plots of a run, write what they show, and return the files.
+    """Return the files of a run's plots, drawn here.
 
     Per setting, of the first seed: `prediction_TB.png` (and `.npz`: a test trajectory, true and predicted) and
     `layers_TB.png`. Over all: `rollout.png`, the error over time; `alphas.png` and `alphas_by_layer.png`, the layers at
     the end, all measured alike by FARMS windows (paper, Figure 11).
-
-    Returns:
-        The files of the pictures.
     """
     config, title = experiment.config, experiment.title()
     first = {str(tb): result for (tb, seed), result in results.items() if seed == config.seeds[0]}

@@ -76,7 +76,7 @@ def read_shard(parts: Path, shard: range, config: FlowConfig) -> tuple[np.ndarra
                 return None
         with np.load(path, allow_pickle=False) as file:
             fields, redraws = file["fields"], file["redraws"]
-    # What a damaged zip archive raises: RuntimeError where a flag of it says that it is encrypted.
+    # All that a damaged zip archive raises: RuntimeError where one of its flags says that it is encrypted.
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return None
     return (fields, redraws) if fields.shape == shape and redraws.shape == shape[:1] else None

@@ -29,14 +29,14 @@ class Stage(NamedTuple):
 
     name: str  # for the progress bar
     tb: TB
-    seed: int  # of order, start steps and noise
+    seed: int  # draws the order, the first time steps and the noise
     config: Config
     data: FieldData
     params: Any
 
 
 class Functions(NamedTuple):
-    """Compiled functions, shared by stages of one config, network and data."""
+    """Compiled functions, which stages of one config, network and data share."""
 
     step: Step
     evaluate: Evaluate
@@ -107,7 +107,7 @@ def _take_steps(
 
 
 def run_test(params: Any, fields: Fields, config: Config, evaluate: Evaluate) -> dict[str, Any]:
-    """Return errors of rollouts, means over the test trajectories: `test_l2re` over the whole rollout, its `_by_step`.
+    """Return L2RE, means over the test trajectories: of the whole rollout, by step (a list), and the mean of its steps.
 
     Every point of the model's grid counts. DPOT's code leaves out points that it interpolated between stored ones;
     at the resolution of the data, as in the paper, there are none.

@@ -119,19 +119,11 @@ def test_reading_runs_two_batches_ahead_and_no_further(flows_and_fields):
 def test_leaving_early_ends_the_reader(flows_and_fields):
     _, data = flows_and_fields
     fields = Recorder(data)
-    for _ in train_batches(fields, batch_size=1, steps=3, seed=0, epoch=0):
-        break
-    assert_reader_ended(fields)
-    assert len(fields.reads) <= 3
-
-
-def test_an_error_of_the_consumer_ends_the_reader(flows_and_fields):
-    _, data = flows_and_fields
-    fields = Recorder(data)
     with pytest.raises(ZeroDivisionError):
-        for _ in whole_batches(fields, batch_size=2):
+        for _ in whole_batches(fields, batch_size=1):
             raise ZeroDivisionError
     assert_reader_ended(fields)
+    assert len(fields.reads) <= 3
 
 
 def test_an_error_of_the_reader_is_raised_in_its_turn(flows_and_fields):
@@ -143,13 +135,3 @@ def test_an_error_of_the_reader_is_raised_in_its_turn(flows_and_fields):
         next(batches)
     assert_reader_ended(fields)
     assert list(batches) == []
-
-
-def test_numbers_that_do_not_fit_are_refused_before_reading(flows_and_fields):
-    _, data = flows_and_fields
-    with pytest.raises(InputError, match="steps must be from 1 to the 6"):
-        train_batches(data.train, batch_size=2, steps=7, seed=0, epoch=0)
-    with pytest.raises(InputError, match="batch_size"):
-        train_batches(data.train, batch_size=0, steps=3, seed=0, epoch=0)
-    with pytest.raises(InputError, match="batch_size"):
-        whole_batches(data.test, batch_size=0)

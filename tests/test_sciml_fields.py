@@ -21,8 +21,9 @@ def make_flows(count=10, steps=6, x=5, y=4, channels=4, seed=0):
 def write_pdebench(path, flows):
     """As PDEBench publishes its flows: (batch, time, x, y) per quantity, and coordinates."""
     _, x, y, steps, _ = flows.shape
+    path.parent.mkdir(exist_ok=True)
     with h5py.File(path, "w") as file:
-        for name, channel in {"Vx": 0, "Vy": 1, "density": 2, "pressure": 3}.items():
+        for channel, name in enumerate(CHANNELS):
             file.create_dataset(name, data=flows[..., channel].transpose(0, 3, 1, 2))
         for axis, points in {"t": steps + 1, "x": x, "y": y}.items():
             file.create_dataset(f"{axis}-coordinate", data=np.linspace(0, 1, points))
@@ -42,6 +43,9 @@ def write_scattered(folder, flows):
         with h5py.File(folder / f"data_{number}.hdf5", "w") as file:
             file["data"] = flow
     return folder
+
+
+WRITERS = [write_pdebench, write_stacked, write_scattered]
 
 
 def opened(path, **settings):
@@ -67,74 +71,46 @@ def bilinear(values, size):
 # Layouts
 
 
-@pytest.mark.parametrize("write", [write_pdebench, write_stacked], ids=["pdebench", "stacked"])
-def test_a_file_gives_its_first_nine_tenths_for_training(tmp_path, write):
-    flows = make_flows(count=21)
-    data = opened(write(tmp_path / "flows.hdf5", flows))
+@pytest.mark.parametrize("write", WRITERS)
+def test_the_first_nine_tenths_are_for_training(tmp_path, write):
+    flows = make_flows(count=21)  # data_10 comes before data_2 in the alphabet
+    data = opened(write(tmp_path / "flows", flows))
     np.testing.assert_array_equal(whole(data.train), flows[:18])
     np.testing.assert_array_equal(whole(data.test), flows[18:])
-    assert data.name == "flows.hdf5"
+    assert data.name == "flows"
     assert (data.train.size, data.train.steps, data.train.channels) == ((5, 4), 6, 4)
     assert any("first 18" in note for note in data.notes)
+    window = data.train.read(3, 2, 3)
+    assert window.dtype == np.float32
+    np.testing.assert_array_equal(window, flows[3, :, :, 2:5])
 
 
-def test_a_window_of_time_is_read(tmp_path):
-    flows = make_flows()
-    for path in (
-        write_pdebench(tmp_path / "p.hdf5", flows),
-        write_stacked(tmp_path / "s.hdf5", flows),
-        write_scattered(tmp_path / "f", flows),
-    ):
-        window = opened(path).train.read(3, 2, 3)
-        assert window.dtype == np.float32
-        np.testing.assert_array_equal(window, flows[3, :, :, 2:5])
-
-
-def test_a_folder_of_trajectories_is_read_in_the_order_of_numbers(tmp_path):
-    flows = make_flows(count=12)  # data_10 comes before data_2 in the alphabet
-    data = opened(write_scattered(tmp_path / "flows", flows))
-    np.testing.assert_array_equal(whole(data.train), flows[:10])
-    np.testing.assert_array_equal(whole(data.test), flows[10:])
-
-
-def test_a_folder_with_train_and_test_gives_both(tmp_path):
+def test_train_and_test_data_may_lie_apart(tmp_path):
     flows = make_flows()
     write_scattered(tmp_path / "a" / "train", flows[:3])
     write_scattered(tmp_path / "a" / "test", flows[3:])
-    (tmp_path / "b").mkdir()
-    write_stacked(tmp_path / "b" / "train.hdf5", flows[:3])
-    write_pdebench(tmp_path / "b" / "test.hdf5", flows[3:])
-    for folder in ("a", "b"):
-        data = opened(tmp_path / folder)
+    train = write_stacked(tmp_path / "b" / "train.hdf5", flows[:3])
+    test = write_pdebench(tmp_path / "b" / "test.hdf5", flows[3:])
+    for data in (opened(tmp_path / "a"), opened(tmp_path / "b"), opened(train, test=test)):
         np.testing.assert_array_equal(whole(data.train), flows[:3])
         np.testing.assert_array_equal(whole(data.test), flows[3:])
         assert data.notes == ()
 
 
-def test_test_data_may_lie_elsewhere(tmp_path):
-    flows = make_flows()
-    train = write_pdebench(tmp_path / "train_flows.hdf5", flows[:6])
-    test = write_stacked(tmp_path / "other.hdf5", flows[6:])
-    data = opened(train, test=test)
-    assert (len(data.train), len(data.test)) == (6, 4)
-    np.testing.assert_array_equal(whole(data.test), flows[6:])
-
-
-def test_one_channel_needs_no_axis(tmp_path):
+@pytest.mark.parametrize("write", [write_stacked, write_scattered])
+def test_one_channel_needs_no_axis(tmp_path, write):
     flows = make_flows(channels=1)
-    stacked = opened(write_stacked(tmp_path / "s.hdf5", flows[..., 0]), channels=1)
-    scattered = opened(write_scattered(tmp_path / "f", flows[..., 0]), channels=1)
-    np.testing.assert_array_equal(whole(stacked.train), flows[:9])
-    np.testing.assert_array_equal(whole(scattered.train), flows[:9])
+    data = opened(write(tmp_path / "flows", flows[..., 0]), channels=1)
+    np.testing.assert_array_equal(whole(data.train), flows[:9])
 
 
 @pytest.mark.parametrize("stored", [np.float16, np.float64, ">f4"])
-def test_other_floating_point_types_become_float32(tmp_path, stored):
+@pytest.mark.parametrize("write", WRITERS)
+def test_other_floating_point_types_become_float32(tmp_path, write, stored):
     flows = make_flows().astype(stored)
-    for path in (write_pdebench(tmp_path / "p.hdf5", flows), write_stacked(tmp_path / "s.hdf5", flows)):
-        read = opened(path).train.read(0, 0, 6)
-        assert read.dtype == np.dtype("=f4")
-        np.testing.assert_array_equal(read, flows[0].astype(np.float32))
+    read = opened(write(tmp_path / "flows", flows)).train.read(0, 0, 6)
+    assert read.dtype == np.dtype("=f4")
+    np.testing.assert_array_equal(read, flows[0].astype(np.float32))
 
 
 # Subsampling
@@ -143,11 +119,8 @@ def test_other_floating_point_types_become_float32(tmp_path, stored):
 @pytest.mark.parametrize(
     ("ratio", "indices"),
     [
-        (1.0, list(range(36))),
-        (0.5, list(range(0, 36, 2))),
         (0.25, list(range(0, 36, 4))),
         (0.1, [0, 10, 20, 30]),
-        (0.05, [0, 20]),
         (0.4, [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27, 30, 32, 35]),
         (0.001, [0]),
     ],
@@ -169,17 +142,16 @@ def test_limits_take_the_first_of_what_the_ratio_leaves(tmp_path):
     assert len(opened(path, limit_train=100).train) == 18
 
 
-@pytest.mark.parametrize("setting", [{"ratio": r} for r in (0, -0.1, 1.5, float("nan"), 1e-9)] + [{"limit_train": 0}])
-def test_settings_out_of_range_are_named(tmp_path, setting):
-    path = write_stacked(tmp_path / "flows.hdf5", make_flows())
-    with pytest.raises(InputError, match=next(iter(setting))):
-        opened(path, **setting)
+@pytest.mark.parametrize("ratio", [0, 1.5, float("nan"), 1e-9])
+def test_a_ratio_out_of_range_is_named(tmp_path, ratio):
+    with pytest.raises(InputError, match="ratio must be in"):
+        opened(tmp_path / "flows.hdf5", ratio=ratio)
 
 
 # Resampling
 
 
-@pytest.mark.parametrize(("x", "y", "resolution"), [(9, 9, 4), (4, 4, 9), (8, 8, 4), (5, 12, 7), (1, 3, 2), (6, 5, 5)])
+@pytest.mark.parametrize(("x", "y", "resolution"), [(9, 9, 4), (5, 12, 7), (1, 3, 2), (6, 5, 5)])
 def test_resampling_is_bilinear_between_cell_centres(tmp_path, x, y, resolution):
     flows = make_flows(x=x, y=y)
     data = opened(write_pdebench(tmp_path / "flows.hdf5", flows), resolution=resolution)
@@ -210,13 +182,6 @@ def test_splits_of_two_grids_need_a_resolution(tmp_path):
 # Faults
 
 
-def bad_file(path, **datasets):
-    with h5py.File(path, "w") as file:
-        for name, data in datasets.items():
-            file[name] = data
-    return path
-
-
 def four(shape, **other):
     return {name: np.ones(shape, np.float32) for name in CHANNELS} | other
 
@@ -243,11 +208,12 @@ def four(shape, **other):
     ],
 )
 def test_files_that_cannot_be_used_are_named_with_the_fault(tmp_path, datasets, message):
-    with pytest.raises(InputError, match=message) as caught:
-        opened(bad_file(tmp_path / "bad.hdf5", **datasets))
-    assert "bad.hdf5" in str(caught.value)
-    (tmp_path / "bad.hdf5").rename(tmp_path / "closed.hdf5")
-    with h5py.File(tmp_path / "closed.hdf5", "a"):  # not possible while somebody has it open
+    with h5py.File(path := tmp_path / "bad.hdf5", "w") as file:
+        for name, data in datasets.items():
+            file[name] = data
+    with pytest.raises(InputError, match=f"bad.hdf5.*{message}"):
+        opened(path)
+    with h5py.File(path.rename(tmp_path / "closed.hdf5"), "a"):  # not possible while somebody has it open
         pass
 
 
@@ -280,18 +246,17 @@ def test_a_damaged_table_of_contents_is_one_clear_error(tmp_path, word):
     assert str(caught.value).isprintable()
 
 
-def test_a_file_that_claims_more_than_it_holds(tmp_path):
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_a_file_that_claims_more_than_it_holds(tmp_path, compression):
     """Refused before memory is taken."""
-    packed = {"chunks": (1, 5, 4, 6, 4), "compression": "gzip"}
-    for name, settings in (("packed", packed), ("chunked", {"chunks": (1, 5, 4, 6, 4)})):
-        with h5py.File(path := tmp_path / f"{name}.hdf5", "w") as file:
-            file.create_dataset("data", data=make_flows(), **settings)
-        content = path.read_bytes()
-        size = b"".join(n.to_bytes(8, "little") for n in (10, 5, 4, 6, 4))
-        assert size in content
-        path.write_bytes(content.replace(size, (1 << 30).to_bytes(8, "little") + size[8:]))
-        with pytest.raises(InputError, match=r"dataset data: shape \(1073741824, 5, 4, 6, 4\) of float32 needs 2061"):
-            opened(path)
+    with h5py.File(path := tmp_path / "flows.hdf5", "w") as file:
+        file.create_dataset("data", data=make_flows(), chunks=(1, 5, 4, 6, 4), compression=compression)
+    content = path.read_bytes()
+    size = b"".join(n.to_bytes(8, "little") for n in (10, 5, 4, 6, 4))
+    assert size in content
+    path.write_bytes(content.replace(size, (1 << 30).to_bytes(8, "little") + size[8:]))
+    with pytest.raises(InputError, match=r"dataset data: shape \(1073741824, 5, 4, 6, 4\) of float32 needs 2061"):
+        opened(path)
 
 
 def test_numbers_that_were_never_written_are_refused(tmp_path):
@@ -360,16 +325,20 @@ def test_the_training_file_is_no_test_file(tmp_path):
         opened(path, test=path)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
-def test_numbers_that_are_not_finite_are_found_at_opening(tmp_path, value):
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e300])
+@pytest.mark.parametrize(
+    ("write", "where"),
+    [
+        (write_pdebench, "flows, dataset density"),
+        (write_stacked, "flows, dataset data"),
+        (write_scattered, r"data_9\.hdf5, dataset data"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_found_at_opening(tmp_path, write, where, value):
     flows = make_flows().astype(np.float64)
     flows[9, 1, 2, 4, 2] = value
-    with pytest.raises(InputError, match=r"p\.hdf5, dataset density: trajectory 9 .*time step 4"):
-        opened(write_pdebench(tmp_path / "p.hdf5", flows))
-    with pytest.raises(InputError, match=r"s\.hdf5, dataset data: trajectory 9 .*time step 4"):
-        opened(write_stacked(tmp_path / "s.hdf5", flows))
-    with pytest.raises(InputError, match=r"data_9\.hdf5, dataset data: trajectory 9 .*time step 4"):
-        opened(write_scattered(tmp_path / "f", flows))
+    with pytest.raises(InputError, match=f"{where}: trajectory 9 .*time step 4"):
+        opened(write(tmp_path / "flows", flows))
 
 
 def test_large_data_are_checked_when_read(tmp_path, monkeypatch):
@@ -392,10 +361,7 @@ def test_a_chunk_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     with h5py.File(path, "w") as file:
         data = file.create_dataset("data", data=flows, chunks=(1, *flows.shape[1:]), compression="gzip")
         place = data.id.get_chunk_info(1).byte_offset
-    with path.open("r+b") as raw:
-        raw.seek(place)
-        raw.write(b"\xff" * 50)
-    fields = opened(path).train
+    fields = opened(overwritten(path, place, b"\xff" * 50)).train
     np.testing.assert_array_equal(fields.read(2, 0, 6), flows[2])
     with pytest.raises(InputError, match=r"flows\.hdf5: trajectory 1 cannot be read"):
         fields.read(1, 0, 6)
@@ -403,7 +369,7 @@ def test_a_chunk_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 def test_windows_outside_the_data_are_refused(tmp_path):
     fields = opened(write_stacked(tmp_path / "flows.hdf5", make_flows())).train
-    for window in ((9, 0, 1), (-1, 0, 1), (0, 4, 3), (0, -1, 2), (0, 0, 0)):
+    for window in ((9, 0, 1), (0, 4, 3), (0, -1, 2), (0, 0, 0)):
         with pytest.raises(IndexError):
             fields.read(*window)
 
@@ -429,7 +395,7 @@ def test_the_fingerprint_is_of_the_data_in_use(tmp_path):
     assert opened(copy, resolution=3).fingerprint == fingerprints[0]
 
 
-@pytest.mark.parametrize("write", [write_pdebench, write_stacked, write_scattered])
+@pytest.mark.parametrize("write", WRITERS)
 def test_one_trajectory_at_a_time_is_in_memory(tmp_path, write):
     count, one = 40, 32 * 32 * 8 * 4 * 4
     path = write(tmp_path / "flows.hdf5", make_flows(count=count, x=32, y=32, steps=8))

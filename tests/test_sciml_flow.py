@@ -7,7 +7,7 @@ import pytest
 from helpers import few
 
 from sciml.flow import DENSITY, PRESSURE, VX, VY, Gas, _hllc, simulate
-from sciml.initial import centres, random_state
+from sciml.initial import random_state
 
 GAMMA = 5 / 3
 STILL = Gas(eta=0.0, zeta=0.0)
@@ -204,7 +204,3 @@ def test_turbulent_states_have_no_divergence():
     assert np.all(state[..., DENSITY] == 1)
     np.testing.assert_allclose(state[..., PRESSURE], 100 / GAMMA)
     assert len(np.unique(spectrum(state[..., VX]).round(12))) > 20
-
-
-def test_centres():
-    np.testing.assert_array_equal(centres(4), [0.125, 0.375, 0.625, 0.875])

@@ -23,7 +23,6 @@ from sciml.hdf5 import open_source
 
 ROOT = Path(__file__).parent.parent
 SMALL = FlowConfig(size=16, steps=3, end=0.1, count=5, seed=7)
-THIN = {"eta": 1e-8, "zeta": 1e-8, "size": 512}
 SOLVER = functools.cache(trajectories._solver)  # one compilation for all tests
 
 
@@ -85,16 +84,11 @@ def test_trajectory_depends_on_seed_and_index_alone(made, tmp_path, monkeypatch)
         np.testing.assert_array_equal(fewer[name], contents(made)[0][name][:4])
 
 
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [
-        ({}, "2D_CFD_Rand_M0.1_Eta0.01_Zeta0.01_periodic_128_Train.hdf5"),
-        ({"mach": 1} | THIN, "2D_CFD_Rand_M1.0_Eta1e-08_Zeta1e-08_periodic_512_Train.hdf5"),
-        ({"initial": "turb"} | THIN, "2D_CFD_Turb_M0.1_Eta1e-08_Zeta1e-08_periodic_512_Train.hdf5"),
-    ],
-)
-def test_names_are_those_of_published_files(settings, name):
-    assert file_name(FlowConfig(**settings)) == name
+def test_names_are_those_of_published_files():
+    thin = FlowConfig(mach=1, eta=1e-8, zeta=1e-8, size=512)
+    assert file_name(thin) == "2D_CFD_Rand_M1.0_Eta1e-08_Zeta1e-08_periodic_512_Train.hdf5"
+    turbulent = dataclasses.replace(thin, initial="turb", mach=0.1)
+    assert file_name(turbulent) == "2D_CFD_Turb_M0.1_Eta1e-08_Zeta1e-08_periodic_512_Train.hdf5"
 
 
 @pytest.fixture
@@ -120,14 +114,11 @@ def test_goes_on_from_whole_shards(made, parts, monkeypatch):
     assert times == [kept] and not parts.exists()
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
+@pytest.mark.parametrize("damage", ["cut", "other"])
 def test_damaged_shards_are_computed_again(damage, made, parts, capsys):
     shards = sorted(parts.glob("*.npz"))
-    content = shards[1].read_bytes()
-    flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 1
     other = shards[2].read_bytes()  # of one trajectory instead of two
-    shards[1].write_bytes({"flip": flipped, "cut": content[:-30], "empty": b"", "other": other}[damage])
+    shards[1].write_bytes(other if damage == "other" else shards[1].read_bytes()[:-30])
     assert_same(generate(parts.with_name("flows.hdf5"), SMALL), made)
     assert f"{shards[1]} is damaged and computed again" in capsys.readouterr().err
 
@@ -176,16 +167,10 @@ def test_flipped_bits_of_the_file_are_found_when_it_is_read(made, tmp_path):
         source.close()
 
 
-@pytest.mark.parametrize(
-    ("settings", "chunk"),
-    [
-        ({"size": 128}, (1, 3, 128, 128)),
-        ({"size": 512}, (1, 1, 512, 512)),
-        ({"size": 16, "steps": 23}, (1, 23, 16, 16)),
-    ],
-)
-def test_chunks_are_some_states_of_a_trajectory(settings, chunk):
-    assert module._chunk(FlowConfig(**settings)) == chunk
+def test_chunks_are_some_states_of_a_trajectory():
+    assert module._chunk(FlowConfig(size=128)) == (1, 3, 128, 128)
+    assert module._chunk(FlowConfig(size=512)) == (1, 1, 512, 512)
+    assert module._chunk(FlowConfig(size=16, steps=23)) == (1, 23, 16, 16)
 
 
 def test_one_process_makes_a_file(parts, made):
@@ -308,19 +293,13 @@ def pretend(monkeypatch, fails):
     monkeypatch.setattr(trajectories, "_solver", lambda config, lanes: solve)
 
 
-def test_failed_flows_are_drawn_again_and_counted(tmp_path, monkeypatch):
-    pretend(monkeypatch, lambda index, attempt: index == 3 and attempt < 2)
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_failed_flows_are_drawn_again_and_counted(backend, tmp_path, monkeypatch):
+    pretend(monkeypatch, lambda index, attempt: (index == 3 and attempt < 2) or (index == 4 and attempt < 1))
+    monkeypatch.setattr(trajectories.jax, "default_backend", lambda: backend)
     fields, attributes = contents(generate(tmp_path / "flows.hdf5", SMALL))
-    assert attributes["redraws"] == 2
+    assert attributes["redraws"] == 3  # though an accelerator's last batch is filled up with flow 4
     assert fields["density"].min() > 0
-    np.testing.assert_array_equal(fields["Vx"][:, 0, 0, 0], [1, 2, 3, 4, 5])
-
-
-def test_batches_of_an_accelerator(tmp_path, monkeypatch):
-    pretend(monkeypatch, lambda index, attempt: index == 4 and attempt < 1)
-    monkeypatch.setattr(trajectories.jax, "default_backend", lambda: "gpu")
-    fields, attributes = contents(generate(tmp_path / "flows.hdf5", SMALL))
-    assert attributes["redraws"] == 1  # though the last batch is filled up with the flow that failed
     np.testing.assert_array_equal(fields["Vx"][:, 0, 0, 0], [1, 2, 3, 4, 5])
 
 
@@ -338,8 +317,9 @@ def test_settings_under_which_flows_fail(fails, message, tmp_path, monkeypatch):
     assert not (tmp_path / "flows.hdf5").exists()
 
 
-def test_program_reports_a_mistake_in_one_line(tmp_path):
-    program = [sys.executable, "-m", "sciml.generate", "--mach", "-1", "--out", str(tmp_path)]
-    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2
-    assert done.stderr == "sciml.generate: --mach must be a number > 0, got -1.0\n"
+def test_program_reports_a_mistake_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sciml.generate", "--mach", "-1", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "sciml.generate: --mach must be a number > 0, got -1.0\n"

@@ -41,26 +41,21 @@ def environment(tmp_path_factory):
     return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
 
 
-@pytest.fixture(scope="module")
-def arguments(files):
-    settings = ["--data", files[0], "--pretrain-data", files[1], "--pretrain-epochs", 3, *SMALL]
-    return [*settings, "--tb", "farms", "--against", "none", "sigmoid", "--layers", "all"]
-
-
-@pytest.fixture(scope="module")
-def finished(arguments, environment, tmp_path_factory):
-    """A run of all three settings, and what it printed."""
-    out = tmp_path_factory.mktemp("out")
-    done = subprocess.run(
-        command(*arguments, "--out", out), env=environment, cwd=out, capture_output=True, text=True, timeout=300
-    )
+def started(environment, out, *arguments):
+    """The directory of a run in a process of its own, and what it printed."""
+    program = [sys.executable, "-m", "sciml.dpot", *map(str, arguments), "--out", str(out)]
+    done = subprocess.run(program, env=environment, cwd=out, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (run,) = out.iterdir()
     return run, done.stdout
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "sciml.dpot", *map(str, arguments)]
+@pytest.fixture(scope="module")
+def finished(files, environment, tmp_path_factory):
+    """A run of all three settings, and what it printed."""
+    settings = ["--data", files[0], "--pretrain-data", files[1], "--pretrain-epochs", 3, *SMALL]
+    settings += ["--tb", "farms", "--against", "none", "sigmoid", "--layers", "all"]
+    return started(environment, tmp_path_factory.mktemp("out"), *settings)
 
 
 @pytest.mark.slow
@@ -111,8 +106,7 @@ def test_exported_weights_start_another_run(finished, files, environment, tmp_pa
     run, _ = finished
     weights = run / "farms" / "seed0" / "model.safetensors"
     given = ["--data", files[0], "--weights", weights, "--tb", "none", "--batch-size", 4, "--epochs", 1]
-    subprocess.run(command(*given, "--out", tmp_path), env=environment, cwd=tmp_path, check=True, timeout=300)
-    (other,) = tmp_path.iterdir()
+    other, _ = started(environment, tmp_path, *given)
     settings = json.loads((other / "config.json").read_text())["config"]
     assert [settings[key] for key in ("model", "resolution", "patch_size", "normalize")] == ["mini", 8, 4, False]
     before = json.loads((other / "summary.json").read_text())["before"]["test_l2re"]
@@ -121,18 +115,20 @@ def test_exported_weights_start_another_run(finished, files, environment, tmp_pa
 
 
 @pytest.mark.slow
-def test_other_weights_are_refused(finished, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("what", ["weights", "data"])
+def test_other_weights_or_data_are_refused(finished, what, tmp_path, monkeypatch, capsys):
     run, _ = finished
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes((run / "farms" / "seed0" / "model.safetensors").read_bytes())
     facts = json.loads((run / "config.json").read_text())
-    facts["config"] |= {"weights": str(weights), "pretrain_data": None}
-    facts["data"].pop("pretrain")
+    if what == "weights":
+        facts["config"] |= {"weights": str(run / "farms" / "seed0" / "model.safetensors"), "pretrain_data": None}
+        facts["data"].pop("pretrain")
+    else:
+        facts["config"]["data"] = str(write_fields(tmp_path / "fine.hdf5", seed=5))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(facts))
     with pytest.raises(SystemExit):
         call(monkeypatch, "--resume", tmp_path / "run")
-    assert "--resume: the weights are not those" in capsys.readouterr().err
+    assert f"--resume: the {what} are not those" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -184,16 +180,3 @@ def test_mistakes_are_one_line(arguments, message, files, tmp_path, monkeypatch,
     assert error.startswith("sciml.dpot: ")
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_other_data_are_refused(finished, files, tmp_path, monkeypatch, capsys):
-    run, _ = finished
-    facts = json.loads((run / "config.json").read_text())
-    facts["config"]["data"] = str(write_fields(tmp_path / "fine.hdf5", seed=5))
-    other = tmp_path / "run"
-    other.mkdir()
-    (other / "config.json").write_text(json.dumps(facts))
-    with pytest.raises(SystemExit):
-        call(monkeypatch, "--resume", other)
-    assert "--resume: the data are not those" in capsys.readouterr().err

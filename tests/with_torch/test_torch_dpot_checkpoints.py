@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from farms_jax.errors import InputError
 from sciml import convert
-from sciml.checkpoints import from_torch, load, read, save
+from sciml.checkpoints import from_torch, load, read
 from tests.dpot_helpers import config_of, state_of, write_state
 
 NAME = "dpot_p2_modes8_norm"
@@ -32,25 +32,16 @@ def tensors():
     return {name: torch.from_numpy(value) for name, value in state_of(NAME).items()}
 
 
-def parallel():
-    return {f"module.{name}": value for name, value in tensors().items()}
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        lambda: tensors(),
-        lambda: {"model": tensors()},
-        # As the reference's training saves it.
-        lambda: {"args": argparse.Namespace(lr=0.1, paths=["a"]), "model": parallel(), "optimizer": {"step": [1]}},
-    ],
-)
-def test_torch_files_are_read(tmp_path, content):
-    torch.save(content(), tmp_path / "m.pth")
-    state = read(tmp_path / "m.pth")
-    assert state.keys() == state_of(NAME).keys()
-    for name, value in state_of(NAME).items():
-        np.testing.assert_array_equal(state[name], value, err_msg=name)
+def test_torch_files_are_read(tmp_path):
+    parallel = {f"module.{name}": value for name, value in tensors().items()}
+    # As the reference's training saves it.
+    saved = {"args": argparse.Namespace(lr=0.1, paths=["a"]), "model": parallel, "optimizer": {"step": [1]}}
+    for content in (tensors(), saved):
+        torch.save(content, tmp_path / "m.pth")
+        state = read(tmp_path / "m.pth")
+        assert state.keys() == state_of(NAME).keys()
+        for name, value in state_of(NAME).items():
+            np.testing.assert_array_equal(state[name], value, err_msg=name)
 
 
 def test_conversion_prints_what_it_wrote(tmp_path, capsys, monkeypatch):
@@ -96,14 +87,6 @@ def test_torch_files_without_a_state_dict(tmp_path, content):
         read(tmp_path / "m.pth")
 
 
-def test_values_that_are_not_finite(tmp_path):
-    state = tensors()
-    state["cls_head.0.bias"] = torch.full((32,), float("nan"))
-    torch.save(state, tmp_path / "m.pth")
-    with pytest.raises(InputError, match=r"m\.pth: cls_head\.0\.bias has values that are NaN"):
-        read(tmp_path / "m.pth")
-
-
 @pytest.mark.parametrize("size", [4, 7, 31])
 def test_positions_are_interpolated_as_by_torch(tmp_path, size):
     config = config_of(NAME)
@@ -112,11 +95,3 @@ def test_positions_are_interpolated_as_by_torch(tmp_path, size):
     params, _ = load(path, config, from_torch(state_of(NAME), config), ("pos",))
     expected = torch.nn.functional.interpolate(positions, size=(16, 16), mode="bilinear")
     np.testing.assert_allclose(params["pos_embed"], expected[0].permute(1, 2, 0), atol=1e-6)
-
-
-def test_torch_reads_what_we_save(tmp_path):
-    config = config_of(NAME)
-    save(tmp_path / "m.safetensors", from_torch(state_of(NAME), config), config)
-    found = load_file(tmp_path / "m.safetensors")
-    assert found.keys() == tensors().keys()
-    assert all(torch.equal(found[name], value) for name, value in tensors().items())
