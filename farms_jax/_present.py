@@ -61,17 +61,23 @@ def by_reason(left_out: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return reasons
 
 
+def listed(names: Sequence[str], most: int) -> str:
+    """Return names in one line; of those beyond `most` only how many there are.
+
+    >>> listed(["q", "k", "v"], 2)
+    'q, k, and 1 more'
+    """
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
 def left_out_lines(left_out: Iterable[tuple[str, str]]) -> list[str]:
     """Return what was left out, one line per reason with at most three names.
 
     >>> left_out_lines([("bias", "1 axes"), ("scale", "1 axes")])
     ['left out (1 axes): bias, scale']
     """
-    lines = []
-    for reason, names in by_reason(left_out).items():
-        more = f", and {len(names) - 3} more" if len(names) > 3 else ""
-        lines.append(f"left out ({reason}): {', '.join(names[:3])}{more}")
-    return lines
+    return [f"left out ({reason}): {listed(names, 3)}" for reason, names in by_reason(left_out).items()]
 
 
 def html_table(

@@ -41,14 +41,8 @@ def diagnosis(blocks=4, model="SmolLM2 <135M>", seed=0):
     facts |= {"date": "2026-11-22 08:00:00 UTC", "seconds": 41.7, "versions": {"farms-jax": "0.1.0", "jax": "0.10.2"}}
     left_out = [(f"model.layers.{i}.norm.weight", "1 axes: only 2-D weights are layers") for i in range(blocks)]
     left_out.append(("lm_head.weight", "excluded"))
-    return Diagnosis(
-        model=model,
-        layers=tuple(layers),
-        left_out=tuple(left_out),
-        settings=settings,
-        facts=facts,
-        histograms=histograms,
-    )
+    found = {"layers": tuple(layers), "left_out": tuple(left_out), "histograms": histograms}
+    return Diagnosis(model=model, settings=settings, facts=facts, **found)
 
 
 def _histogram(rng, bins=60):

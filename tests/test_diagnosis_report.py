@@ -39,14 +39,7 @@ class Page(HTMLParser):
             self.rows.append([])
         if tag in {"td", "th"}:
             self.rows[-1].append("")
-        self._look(tag, attrs)
-
-    def handle_startendtag(self, tag, attrs):
-        self._look(tag, attrs)
-
-    def _look(self, tag, attrs):
-        values = dict(attrs)
-        self.ids += [values["id"]] if "id" in values else []
+        self.ids += [value for name, value in attrs if name == "id"]
         links = [value for name, value in attrs if name in {"src", "href", "action", "data"}]
         (self.marks if tag == "use" else self.links).extend(links)
 
@@ -118,10 +111,9 @@ def test_table_is_as_wide_as_the_terminal(sample, width, monkeypatch):
 
 
 def test_attention_goes_by_status_then_by_alpha(sample):
-    found = [row["status"] for row in attention(sample.layers)]
-    assert found == ["degenerate", "over-correlated", "undertrained", "undertrained"]
-    alphas = [row["alpha"] for row in attention(sample.layers) if row["status"] == "undertrained"]
-    assert alphas == sorted(alphas, reverse=True)
+    found = attention(sample.layers)
+    assert [row["status"] for row in found] == ["degenerate", "over-correlated", "undertrained", "undertrained"]
+    assert found[2]["alpha"] > found[3]["alpha"]
     assert list(counts(sample.layers)) == ["degenerate", "over-correlated", "undertrained", "well trained"]
 
 
@@ -232,7 +224,10 @@ def test_names_are_text_never_markup(text_of_page, write_page):
     assert "SmolLM2 <135M>" in Page(text_of_page).texts["h1"]
     hostile = diagnosis(1, model="</title><script>alert(1)</script>")
     assert write_page(hostile).count("<script>") == 1
-    assert "<script>" not in hostile._repr_html_()
+    notebook = hostile._repr_html_()
+    assert notebook.count("<tr>") == 1 + len(hostile)
+    assert "exponent of the tail over windows" in notebook
+    assert "<script>" not in notebook and HOSTILE not in notebook
 
 
 def test_page_without_whole_matrices_statuses_and_spectra_or_layers(sample, write_page):
@@ -285,20 +280,9 @@ def test_figures(sample, kind):
         sample.plot("alpha", "head")
 
 
-def test_notebooks_get_a_table(sample):
-    html = sample._repr_html_()
-    assert html.count("<tr>") == 17
-    assert "exponent of the tail over windows" in html
-    assert HOSTILE not in html
-
-
-@pytest.fixture(scope="module")
-def report():
+def test_report_is_shown_alike():
     weights = {f"<{i}>": np.random.default_rng(i).normal(size=(20, 30)).astype(np.float32) for i in range(3)}
-    return farms_jax.analyze(weights | {"bias": np.ones(3, np.float32)})
-
-
-def test_report_is_shown_alike(report):
+    report = farms_jax.analyze(weights | {"bias": np.ones(3, np.float32)})
     frame = report.to_pandas()
     assert frame.index.tolist() == list(report.names)
     np.testing.assert_allclose(frame["alpha"], report.alpha)
@@ -310,10 +294,7 @@ def test_report_is_shown_alike(report):
     (axis,) = figure.axes
     np.testing.assert_allclose(axis.lines[0].get_ydata(), report.alpha)
     assert figure._repr_png_().startswith(b"\x89PNG")  # in notebooks, without %matplotlib inline
-
-
-def test_report_without_numbers_has_a_repr(report):
-    seen = []
+    seen = []  # traced and stacked reports have no numbers to show
     jax.jit(lambda one: seen.append((repr(one), one._repr_html_())))(report)
     stacked = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), report)
     assert seen[0][0].startswith("LayerReport(3 layers")

@@ -48,10 +48,7 @@ def test_rules_that_search_have_intervals_too(rule):
 
 
 def test_windows_of_an_interval():
-    square, long = (
-        make_grid(Window(), (1, 64, 64), is_kernel=False),
-        make_grid(Window(), (1, 64, 1024), is_kernel=False),
-    )
+    square, long = (make_grid(Window(), (1, 64, cols), is_kernel=False) for cols in (64, 1024))
     halves = interval_grid(square, (1, 64, 64))
     assert (halves.rows, halves.cols, len(halves.starts)) == (32, 32, 9)
     assert max(start for start, _ in halves.starts) == 32
@@ -104,12 +101,9 @@ def test_adaptive_windows_stop_early_and_agree():
 
 
 def test_windows_too_large_to_differ_are_not_adapted():
-    weights = {
-        "a": np.random.default_rng(0).standard_normal((40, 60)),
-        "k": np.ones((8, 8, 3, 3)) + np.eye(8)[..., None, None],
-    }
-    adapted = measure(weights, TORCH_AXES, Settings(whole=False, tolerance=9.0))
-    plain = measure(weights, TORCH_AXES, Settings(whole=False))
+    rng = np.random.default_rng(0)
+    weights = {"a": rng.standard_normal((40, 60)), "k": np.ones((8, 8, 3, 3)) + np.eye(8)[..., None, None]}
+    adapted, plain = (measure(weights, TORCH_AXES, Settings(whole=False, tolerance=most)) for most in (9.0, None))
     assert all(adapted[name].row == plain[name].row for name in weights)
 
 
@@ -122,9 +116,5 @@ def test_ranks_and_their_flips():
     assert low.tolist() == [4, 1, 2, 2]
     assert high.tolist() == [4, 1, 3, 3]
     assert flips.tolist() == [0, 0, 0.25, 0.25]
-
-
-def test_layers_without_a_tail_rank_last():
     rank, _, _, flips = rank_flips(np.array([None, 2.0, 1.5], object), np.zeros((3, 10)), 0.95)
-    assert rank.tolist() == [3, 2, 1]
-    assert not flips.any()
+    assert (rank.tolist(), flips.any()) == ([3, 2, 1], False)  # a layer without a tail is last

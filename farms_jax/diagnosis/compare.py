@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
+from farms_jax._present import listed
 from farms_jax.diagnosis.columns import BY_NAME, Column, Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.layer_table import LayerTable
@@ -66,11 +67,8 @@ class Comparison(LayerTable):
 
     def closing(self) -> list[str]:
         """Return the layers that one model alone has."""
-        return [
-            f"only in {side}: {', '.join(names[:5])}{f', and {len(names) - 5} more' if len(names) > 5 else ''}"
-            for side, names in (("A", self.only_a), ("B", self.only_b))
-            if names
-        ]
+        sides = (("A", self.only_a), ("B", self.only_b))
+        return [f"only in {side}: {listed(names, 5)}" for side, names in sides if names]
 
 
 def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Comparison:

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib as mpl
 
 from farms_jax._figures import NAMED_TICKS
-from farms_jax._present import by_reason
+from farms_jax._present import by_reason, listed
 from farms_jax.diagnosis import figures
 from farms_jax.diagnosis.columns import BY_NAME, Column, Row
 from farms_jax.diagnosis.spectrum import Histogram
@@ -239,10 +239,7 @@ def _details(row: Row, drawing: str) -> str:
 
 
 def _left_out(left_out: Sequence[tuple[str, str]]) -> str:
-    parts = []
-    for reason, names in by_reason(left_out).items():
-        more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        parts.append((f"{reason} ({len(names)})", f"{', '.join(names[:_NAMED])}{more}"))
+    parts = [(f"{reason} ({len(names)})", listed(names, _NAMED)) for reason, names in by_reason(left_out).items()]
     return f'<section class="out"><h2>Left out</h2>{_definitions(parts)}</section>' if parts else ""
 
 

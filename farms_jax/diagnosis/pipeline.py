@@ -16,6 +16,7 @@ from tqdm import tqdm
 from farms_jax._axes import FLAX_AXES, Axes
 from farms_jax._layers import select_layers
 from farms_jax._names import matching, named_leaves, natural_key
+from farms_jax._present import listed
 from farms_jax.diagnosis.columns import Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.measure import Measured, in_groups, measure
@@ -172,9 +173,8 @@ def _hashed(source: WeightSource, names: list[str], settings: Settings, *, progr
         _, rows, cols = source.axes.stack_shape(weight.shape)
         layers.append(_Layer(name, digest, key, 4 * weight.size, float(weight.size) * min(rows, cols)))
     if bad:
-        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise InputError(
-            f"{source.path}: NaN or Inf in {', '.join(bad[:10])}{more}; "
+            f"{source.path}: NaN or Inf in {listed(bad, 10)}; "
             "take an earlier checkpoint, or leave the layers out with --exclude"
         )
     return layers
