@@ -62,7 +62,7 @@ def interleave(functions: Mapping[str, Callable[[], object]], repeats: int) -> d
 
 
 def write(path: str | Path, results: dict[str, Any]) -> None:
-    """Writes results as indented JSON, whole or not at all, making the folder if need be."""
+    """Write results as indented JSON, atomically, making the folder if need be."""
     write_json(Path(path), results)
 
 

@@ -64,7 +64,7 @@ def run(
 
 
 def write(out: Path, name: str, result: Result, settings: Mapping[str, Any], seconds: float) -> list[Path]:
-    """Write the figure, the JSON and the CSV file of an experiment, each whole or not at all.
+    """Write the figure, the JSON and the CSV file of an experiment, each atomically.
 
     Args:
         out: folder.

@@ -30,7 +30,7 @@ def coloured_digits(train: int, test: int, seed: int) -> Images:
     test_images, test_labels = _coloured(digits.test_images, digits.test_labels, test, generator)
     names = tuple(f"{digit} in colour {colour}" for digit in range(10) for colour in range(10))
     name = "coloured digits (scikit-learn, 32x32 RGB, 100 classes)"
-    return Images(name, train_images, train_labels, test_images, test_labels, names, digits.mean, digits.std)
+    return Images(name, train_images, train_labels, test_images, test_labels, names, published=digits.mean_and_std)
 
 
 def _coloured(

@@ -14,7 +14,7 @@ import optax
 from farms_jax.errors import InputError
 from train import vgg
 from train.config import Config
-from train.parallel import make_mesh, on_all, spread_over
+from train.parallel import make_mesh, on_all, spread
 from train.steps import Normalise, TrainState, make_evaluate, make_network, make_optimizer, make_steps
 
 STEPS, BATCH = 4, 16
@@ -31,10 +31,9 @@ PARAMS, STATS = jax.device_get(jax.jit(NETWORK.init)(jax.random.key(0)))
 def gradient(devices):
     """Gradient of one step, float64: what the devices compute in another order then differs by less than 1e-10."""
     mesh = make_mesh(devices, BATCH)
-    spread = spread_over(mesh)
 
     def loss_of(params, stats, images, labels):
-        index = spread(jnp.arange(BATCH))
+        index = spread(mesh, jnp.arange(BATCH))
         logits, _ = NETWORK.apply(params, stats, (images[index] / 255.0 - 0.5) / 0.25, train=True)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels[index]).mean()
 
@@ -48,11 +47,11 @@ def train(devices):
     mesh = make_mesh(devices, BATCH)
     state = on_all(mesh, TrainState(PARAMS, STATS, OPTIMIZER.init(PARAMS)))
     data = on_all(mesh, (jnp.asarray(IMAGES), jnp.asarray(LABELS)))
-    steps = make_steps(NETWORK, OPTIMIZER, NORMALISE, CONFIG, spread_over(mesh))
+    steps = make_steps(NETWORK, OPTIMIZER, NORMALISE, CONFIG, mesh)
     first = steps(state, np.zeros(2, np.float32), jax.random.key(1), 0, 1, *data)
     loss = float(first.loss)
     last = steps(first.state, np.asarray(first.sums), jax.random.key(1), 1, STEPS, *data)
-    tested = make_evaluate(NETWORK, NORMALISE, spread_over(mesh))(last.state, *data)
+    tested = make_evaluate(NETWORK, NORMALISE, mesh)(last.state, *data)
     moved = jax.tree.map(lambda after, before: np.asarray(after) - before, last.state.params, PARAMS)
     return [loss, float(tested["test_loss"])], moved, jax.tree.leaves(last.state.params)[0].devices()
 

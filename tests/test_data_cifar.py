@@ -52,6 +52,15 @@ def _md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
+@pytest.fixture
+def archive(request, tmp_path, monkeypatch) -> Path:
+    """An archive of CIFAR-100, or of the data set that the test's parameter `name` gives, with its checksum."""
+    name = request.getfixturevalue("name") if "name" in request.fixturenames else "cifar100"
+    path = _archive(name, tmp_path)
+    _patch(monkeypatch, name, md5=_md5(path))
+    return path
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     """Small data sets, no TFDS, and addresses at a closed port of this machine."""
@@ -69,8 +78,8 @@ def offline(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_archive(name, tmp_path, monkeypatch):
-    _patch(monkeypatch, name, md5=_md5(_archive(name, tmp_path)))
+@pytest.mark.usefixtures("archive")
+def test_archive(name, tmp_path):
     images = load(name, data_dir=tmp_path)
     source, content = SOURCES[name], _files(name)
     assert images.name == name and images.notice is None
@@ -82,14 +91,13 @@ def test_archive(name, tmp_path, monkeypatch):
     assert images.train_labels[-1] == record[source.label_bytes - 1]
     pixels = record[source.label_bytes :]
     assert all(images.train_images[-1, 3, 5, c] == pixels[c * 1024 + 3 * 32 + 5] for c in range(3))
-    assert images.mean.dtype == images.std.dtype == np.float32
-    np.testing.assert_allclose(images.mean[0], {"cifar10": 0.4914, "cifar100": 0.5071}[name], rtol=1e-6)
+    mean, std = images.mean_and_std
+    assert mean.dtype == std.dtype == np.float32
+    np.testing.assert_allclose(mean[0], {"cifar10": 0.4914, "cifar100": 0.5071}[name], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_extracted_files_equal_archive(name, tmp_path, monkeypatch):
-    archive = _archive(name, tmp_path)
-    _patch(monkeypatch, name, md5=_md5(archive))
+def test_extracted_files_equal_archive(name, archive, tmp_path):
     expected = load(name, data_dir=tmp_path).fingerprint
     archive.unlink()
     folder = tmp_path / SOURCES[name].folder
@@ -151,23 +159,20 @@ def test_pickled_archive_is_never_read(present, tmp_path):
 # TensorFlow Datasets
 
 
-def _fake_tfds(source, reverse: bool = True) -> types.ModuleType:
-    def data_source(name, *, split, download):
-        assert download is False and name == "cifar100"
+def _fake_tfds(source) -> types.ModuleType:
+    def data_source(dataset, *, split, download):
+        assert download is False and dataset == "cifar100"
         images, labels = source[split]
-        examples = [
-            {"id": f"{split}_{i:05d}".encode(), "image": images[i], "label": labels[i]} for i in range(len(labels))
-        ]
-        return examples[::-1] if reverse else examples
+        ids = [f"{split}_{i:05d}".encode() for i in range(len(labels))]
+        pairs = zip(ids, images, labels, strict=True)
+        return [{"id": name, "image": image, "label": label} for name, image, label in pairs][::-1]
 
     module = types.ModuleType("tensorflow_datasets")
     module.data_source = data_source
     return module
 
 
-def test_tfds_gives_the_order_of_the_archive(tmp_path, monkeypatch):
-    archive = _archive("cifar100", tmp_path)
-    _patch(monkeypatch, "cifar100", md5=_md5(archive))
+def test_tfds_gives_the_order_of_the_archive(archive, tmp_path, monkeypatch):
     expected = load("cifar100", data_dir=tmp_path)
     archive.unlink()
     source = {

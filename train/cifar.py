@@ -22,26 +22,12 @@ from .training import check_same_data, facts, train_run
 
 
 def main(name: str = "train.cifar") -> None:
-    """Run the program; a mistake in settings or data is one line on stderr, and exit status 2.
-
-    Args:
-        name: What the program is called in its messages.
-    """
+    """Run the program, called `name` in its messages."""
     run_program(name, usage(__doc__, name), default=Config(), recipes=RECIPES, start=start, resume=resume)
 
 
 def start(config: Config) -> str:
-    """Begin a run.
-
-    Args:
-        config: settings of the run.
-
-    Returns:
-        A table of the results.
-
-    Raises:
-        InputError: a setting is out of its range, the data cannot be used, or a loss is not finite.
-    """
+    """Begin a run, and return a table of its results."""
     config.check()
     images = load(config.dataset, data_dir=config.data_dir, limit_train=config.limit_train)
     config = resolve(config, small=images.name.startswith("digits"))
@@ -54,18 +40,7 @@ def start(config: Config) -> str:
 
 
 def resume(run: Path) -> str:
-    """Go on with a run from its last checkpoints.
-
-    Args:
-        run: run directory.
-
-    Returns:
-        A table of the results.
-
-    Raises:
-        InputError: there is no run, another process is at work in it, the data are not the same any more, all
-            checkpoints are damaged, or a loss is not finite.
-    """
+    """Go on with a run from its last checkpoints, and return a table of its results."""
     config, before = read_config(run, Config)
     with at_work(run):
         images = load(before["dataset"], data_dir=config.data_dir, limit_train=config.limit_train)

@@ -12,11 +12,15 @@ import numpy as np
 import pooch
 
 from .download import DownloadError, download
-from .sources import SIZE, DataError, Splits, open_tar
+from .sources import SIZE, DataError, Images, open_tar
 
 _PIXELS = 3 * SIZE * SIZE  # bytes of one image in a record, channel-major
 
-_NAMES = """
+_Split = tuple[np.ndarray, np.ndarray]  # images, uint8 (N, 32, 32, 3), and labels, int32 (N,)
+_Splits = tuple[_Split, _Split]  # training, test
+
+# CIFAR-100's fine labels, in label order.
+_FINE = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
 castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
 elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
@@ -25,37 +29,25 @@ pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose
 skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
 tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """
-_FINE = tuple(_NAMES.split())  # CIFAR-100's fine labels, in label order
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where one CIFAR data set is found and how it is laid out.
+    """Where one CIFAR data set is found and how it is laid out."""
 
-    Attributes:
-        url: address of the binary archive.
-        md5: its checksum, as published at https://www.cs.toronto.edu/~kriz/cifar.html.
-        folder: directory inside the archive.
-        pickled: names under which the pickled Python version is found; never read, since unpickling a file runs the
-            code it holds.
-        train_files: names of the files of training records.
-        test_files: names of the files of test records.
-        num_train: number of training records in all files.
-        num_test: number of test records.
-        label_bytes: bytes before the pixels of a record; the last one is the label.
-        class_names: one name per label.
-    """
-
-    url: str
-    md5: str
-    folder: str
-    pickled: tuple[str, ...]
+    url: str  # of the binary archive
+    md5: str  # as published at https://www.cs.toronto.edu/~kriz/cifar.html
+    folder: str  # inside the archive
+    pickled: tuple[str, ...]  # names of the Python version; never read: unpickling a file runs the code it holds
     train_files: tuple[str, ...]
     test_files: tuple[str, ...]
-    num_train: int
-    num_test: int
-    label_bytes: int
+    label_bytes: int  # bytes before the pixels of a record; the last one is the label
     class_names: tuple[str, ...]
+    # Mean and standard deviation per channel that are in common use. The CIFAR-10 deviations are means of per-image
+    # deviations (those of the pixels are 0.247, 0.243, 0.262), kept for comparability with published runs.
+    statistics: tuple[tuple[float, ...], tuple[float, ...]]
+    num_train: int = 50_000  # records in all training files
+    num_test: int = 10_000
 
     @property
     def archive(self) -> str:
@@ -71,10 +63,9 @@ SOURCES = {
         pickled=("cifar-10-python.tar.gz", "cifar-10-batches-py"),
         train_files=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
         test_files=("test_batch.bin",),
-        num_train=50_000,
-        num_test=10_000,
         label_bytes=1,
         class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        statistics=((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     ),
     "cifar100": Source(
         url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
@@ -83,10 +74,9 @@ SOURCES = {
         pickled=("cifar-100-python.tar.gz", "cifar-100-python"),
         train_files=("train.bin",),
         test_files=("test.bin",),
-        num_train=50_000,
-        num_test=10_000,
         label_bytes=2,  # coarse, then fine
-        class_names=_FINE,
+        class_names=tuple(_FINE.split()),
+        statistics=((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     ),
 }
 
@@ -104,35 +94,31 @@ class Unavailable(DataError):
         self.remedy = remedy
 
 
-def load_cifar(name: str, data_dir: Path) -> Splits:
-    """Read CIFAR-10 or CIFAR-100 from the first source that has it.
+def load_cifar(name: str, data_dir: Path) -> Images:
+    """Return CIFAR-10 or CIFAR-100 from the first source that has it, in the order of the binary archive.
 
-    Args:
-        name: key of `SOURCES`.
-        data_dir: directory of the archive or its extracted files; a download goes there too.
-
-    Returns:
-        The images, in the order of the binary archive.
+    `data_dir` holds the archive or its extracted files; a download goes there too.
 
     Raises:
         Unavailable: no source has the data set. A damaged file in `data_dir` is a plain `DataError`: it is not passed
             over.
     """
     source, reasons = SOURCES[name], []
-    found = _read_local(source, data_dir, reasons) or _read_tfds(name, reasons)
-    if found is not None:
-        return found
-    try:
-        archive = download(source.url, data_dir, source.md5)
-    except DownloadError as error:
-        reasons.append(f"- Download of {source.url} failed: {error}.")
-        remedy = f"Fetch {source.url} by hand and put it into {data_dir} (as {data_dir / source.archive})."
-        raise Unavailable(name, "\n".join(reasons), remedy) from error
-    return _read_archive(source, archive)
+    splits = _read_local(source, data_dir, reasons) or _read_tfds(name, reasons)
+    if splits is None:
+        try:
+            archive = download(source.url, data_dir, source.md5)
+        except DownloadError as error:
+            reasons.append(f"- Download of {source.url} failed: {error}.")
+            remedy = f"Fetch {source.url} by hand and put it into {data_dir} (as {data_dir / source.archive})."
+            raise Unavailable(name, "\n".join(reasons), remedy) from error
+        splits = _read_archive(source, archive)
+    train, test = splits
+    return Images(name, *train, *test, class_names=source.class_names, published=source.statistics)
 
 
-def _read_local(source: Source, data_dir: Path, reasons: list[str]) -> Splits | None:
-    """Read the archive or the extracted files; `None` if there is neither, which is added to the reasons."""
+def _read_local(source: Source, data_dir: Path, reasons: list[str]) -> _Splits | None:
+    """Read the archive or the extracted files; `None` if there is neither, with the reason added."""
     archive = data_dir / source.archive
     if archive.is_file():
         md5 = pooch.file_hash(str(archive), alg="md5")
@@ -161,8 +147,7 @@ def _read_local(source: Source, data_dir: Path, reasons: list[str]) -> Splits | 
     return None
 
 
-def _read_archive(source: Source, archive: Path) -> Splits:
-    """Read the record files out of the archive."""
+def _read_archive(source: Source, archive: Path) -> _Splits:
     wanted = set(source.train_files + source.test_files)
     files: dict[str, bytes] = {}
     with open_tar(archive, f"Fetch {source.url} again.") as tar:
@@ -176,17 +161,19 @@ def _read_archive(source: Source, archive: Path) -> Splits:
     return _decode(source, files, archive)
 
 
-def _decode(source: Source, files: dict[str, bytes], where: Path) -> Splits:
-    """Return the arrays in the record files, given as bytes by name; `where` is named in errors."""
-    arrays = []
-    for names, total in ((source.train_files, source.num_train), (source.test_files, source.num_test)):
+def _decode(source: Source, files: dict[str, bytes], where: Path) -> _Splits:
+    """Decode the record files, given as bytes by name; `where` is named in errors."""
+
+    def decode(names: tuple[str, ...], total: int) -> _Split:
         parts = [_records(source, files[name], total // len(names), f"{where}: {name}") for name in names]
-        arrays += [np.concatenate(part) for part in zip(*parts, strict=True)]
-    return Splits(*arrays, class_names=source.class_names)
+        images, labels = zip(*parts, strict=True)
+        return np.concatenate(images), np.concatenate(labels)
+
+    return decode(source.train_files, source.num_train), decode(source.test_files, source.num_test)
 
 
-def _records(source: Source, content: bytes, count: int, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return images, uint8 (count, 32, 32, 3), and labels, int32 (count,), of one file of records."""
+def _records(source: Source, content: bytes, count: int, where: str) -> _Split:
+    """Decode one file of `count` records."""
     # A record: label bytes, then 3072 bytes red, green, blue, row by row.
     length = source.label_bytes + _PIXELS
     if len(content) != count * length:
@@ -205,7 +192,7 @@ def _records(source: Source, content: bytes, count: int, where: str) -> tuple[np
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)), labels
 
 
-def _read_tfds(name: str, reasons: list[str]) -> Splits | None:
+def _read_tfds(name: str, reasons: list[str]) -> _Splits | None:
     """Read a data set that TensorFlow Datasets has prepared; `None` if it cannot be read, with the reason added."""
     # Nothing is prepared here: that needs TensorFlow, and would fetch the archive that the next source fetches anyway.
     try:
@@ -214,16 +201,16 @@ def _read_tfds(name: str, reasons: list[str]) -> Splits | None:
         reasons.append(f"- TensorFlow Datasets: not importable ({error}); `pip install 'farms-jax[tfds]'`.")
         return None
     try:
-        parts = [_tfds_split(tfds.data_source(name, split=split, download=False)) for split in ("train", "test")]
+        train, test = (tfds.data_source(name, split=split, download=False) for split in ("train", "test"))
+        return _tfds_split(train), _tfds_split(test)
     except Exception as error:  # an unprepared data set is a KeyError, a TFRecord one NotImplementedError, ...
         prepare = f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
         reasons.append(f"- TensorFlow Datasets: not prepared as array_record ({error}); with TensorFlow: `{prepare}`.")
         return None
-    return Splits(*parts[0], *parts[1], class_names=SOURCES[name].class_names)
 
 
-def _tfds_split(examples: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return images and labels of a TFDS source in the order of the archive, from ids like "train_00042"."""
+def _tfds_split(examples: Any) -> _Split:
+    """Put the examples of a TFDS source in the order of the archive, by ids like "train_00042"."""
     ordered = sorted(examples, key=lambda example: example["id"])
     images = np.stack([np.asarray(example["image"], np.uint8) for example in ordered])
     return images, np.asarray([example["label"] for example in ordered], np.int32)

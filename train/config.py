@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from farms_jax import Tail, Window
+from farms_jax import Window
 from farms_jax.errors import InputError
 from farms_jax.programs.command_line import Seeds
 
@@ -39,9 +39,9 @@ class Config:
     learning_rate: float | None = None
     """Global rate at the start of its cosine. Default: the paper's Table 13."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float = 5e-4
-    """Of SGD, on every parameter."""
+    """Weight decay of SGD, on every parameter."""
     low: float | None = None
     """Factor of the best trained layer's rate. Default: Table 13."""
     high: float | None = None
@@ -92,10 +92,6 @@ class Config:
         """Return the windows to analyse with: those of FARMS, also without TempBalance; `None` for tb."""
         window = Window(self.rows, self.aspect_ratio, per_axis=self.per_axis, divisions=self.divisions)
         return None if self.tb == "tb" else window
-
-    def tail_rule(self) -> Tail:
-        """Return the tail rule to analyse with."""
-        return Tail(self.tail)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,15 +165,7 @@ CIFAR = {"epochs": 200, "batch_size": 128, "width": 1.0}
 
 
 def resolve(config: Config, *, small: bool) -> Config:
-    """Fill in what is `None`.
-
-    Args:
-        config: settings as given.
-        small: the data are the bundled digits: a short recipe, and no augmentation.
-
-    Returns:
-        A config without `None` in its numbers.
-    """
+    """Fill in what is `None`; `small` data, the bundled digits, get a short recipe without augmentation."""
     row = TABLE_13.get((config.model, config.tb, config.layer_selection and config.tb != "none"), Row(0.1, 0.5, 1.5))
     defaults = {**(DIGITS if small else CIFAR), **dataclasses.asdict(row)}
     missing = {field: value for field, value in defaults.items() if getattr(config, field) is None}

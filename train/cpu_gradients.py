@@ -16,15 +16,9 @@ EPSILON = 1e-5  # torch.nn.BatchNorm2d's eps
 
 
 def plain_conv2d(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Convolve with zero padding of half the kernel, as torch's `padding=(k - 1) // 2`.
+    """Return the convolution of x (N, H, W, I) with a kernel (k, k, I, O), k 1 or 3, at stride 1 or 2.
 
-    Args:
-        x: images, (N, H, W, I).
-        kernel: (k, k, I, O), k one of 1 and 3.
-        stride: 1 or 2, of both image axes.
-
-    Returns:
-        (N, ceil(H / stride), ceil(W / stride), O).
+    Zeros around x as with torch's `padding=(k - 1) // 2` make it (N, ceil(H / stride), ceil(W / stride), O).
     """
     pad = (kernel.shape[0] - 1) // 2
     return _convolve(x, kernel, [(pad, pad)] * 2, window_strides=(stride, stride))
@@ -51,19 +45,11 @@ def _conv2d_backward(stride, saved, dy):
 
 
 def conv2d_gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array, *, stride: int) -> tuple[jax.Array, jax.Array]:
-    """Gradients of `conv2d` as convolutions in the one layout that XLA's CPU backend has fast code for.
+    """Return the gradients of `conv2d` for x and kernel, given that of its output, dy.
 
-    It rewrites other layouts at the top level of a program only: in the body of a loop, such as a scan over
-    batches, JAX's own gradient makes a training step more than twenty times slower.
-
-    Args:
-        x: (N, H, W, I).
-        kernel: (k, k, I, O), k one of 1 and 3.
-        dy: gradient of the output, (N, H', W', O).
-        stride: 1 or 2.
-
-    Returns:
-        The gradients of x and of kernel.
+    They are convolutions in the one layout that XLA's CPU backend has fast code for. It rewrites other layouts at the
+    top level of a program only: in the body of a loop, such as a scan over batches, JAX's own gradient makes a training
+    step more than twenty times slower.
     """
     if kernel.shape[0] == 1:
         return _pointwise_gradients(x, kernel, dy, stride)
@@ -105,17 +91,10 @@ conv2d.defvjp(_conv2d_forward, _conv2d_backward)
 
 @jax.custom_vjp
 def batch_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalise with the batch's own statistics.
+    """Return x (N, H, W, C), normalised with its own statistics, its mean (C,) and its biased variance (C,).
 
-    Its gradient is written out for speed on CPU, see `_channel_sums`; the statistics are given no gradient.
-
-    Args:
-        x: (N, H, W, C).
-        scale: (C,).
-        bias: (C,).
-
-    Returns:
-        The normalised x in its dtype, the mean (C,) and the biased variance (C,) in float32, or float64 where x is.
+    The normalised x keeps its dtype; the statistics are float32, or float64 where x is, and are given no gradient. The
+    gradient of the rest is written out for speed on CPU, see `_channel_sums`.
     """
     return _batch_norm_forward(x, scale, bias)[0]
 

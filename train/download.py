@@ -16,15 +16,7 @@ class DownloadError(OSError):
 
 
 def download(url: str, directory: Path, md5: str) -> Path:
-    """Download a file, or find it downloaded.
-
-    Args:
-        url: address of the file; its last component is the name of the file.
-        directory: where to put it; made where there is none.
-        md5: expected checksum, 32 hexadecimal digits.
-
-    Returns:
-        The path of the complete file, whose checksum is `md5`.
+    """Return the path of a file of that md5 checksum in the directory, downloaded if need be.
 
     Raises:
         DownloadError: the server cannot be reached, refuses or sends another file, or the file cannot be written.

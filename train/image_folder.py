@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from farms_jax.programs.files import atomic
 
-from .sources import SIZE, DataError, Splits, open_tar
+from .sources import SIZE, DataError, Images, open_tar
 
 _SPLITS = ("train", "test", "val")
 _IMAGES = (".jpg", ".jpeg", ".png")
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
 _LAYOUT = "split/class/name.jpg with the splits `train` and `test` (or `val`)"
 _FORMAT = 1  # of the cache file; raise it when decoding changes
+_CACHED = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
 
 _log = logging.getLogger(__name__)
 
@@ -38,34 +39,34 @@ class _File(NamedTuple):
     content: bytes | Path
 
 
-def load_folder(path: Path, cache_dir: Path) -> Splits:
-    """Read a folder data set: a directory of images, a tar archive, or a directory of archives.
+def load_folder(name: str, cache_dir: Path) -> Images:
+    """Read a folder data set, sorted by class and file name; the decoded arrays are kept in `cache_dir`.
 
     Args:
-        path: directory with `train/class/*.jpg` and `test/class/*.jpg` (or `val`; jpg, jpeg or png), a tar archive of
-            such a directory, or a directory of such archives.
-        cache_dir: where the decoded arrays are kept; made where there is none.
+        name: "folder:PATH" of a directory with `train/class/*.jpg` and `test/class/*.jpg` (or `val`; jpg, jpeg or png),
+            of a tar archive of such a directory, or of a directory of such archives.
+        cache_dir: made where there is none.
 
     Returns:
-        The images, sorted by class and file name; classes sorted by name.
+        The images; classes sorted by name.
 
     Raises:
         DataError: the path or the training split is missing, a split is empty, the classes of the splits differ, or an
             image cannot be read.
     """
-    path = path.expanduser().resolve()
+    path = Path(name.removeprefix("folder:")).expanduser().resolve()
     if not path.exists():
         raise DataError(f"dataset='folder:{path}': no such file or directory.")
     archives = _find_archives(path)
     sources = archives or _find_images(path)
     cache = cache_dir / f"folder-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.npz"
     key = _cache_key(path, sources)
-    splits = _read_cache(cache, key)
-    if splits is None:
+    images = _read_cache(cache, key, name)
+    if images is None:
         files = _stream(archives) if archives else _walk(path, sources)
-        splits = _assemble(path, _decode(files, total=None if archives else len(sources)))
-        _write_cache(cache, key, splits)
-    return splits
+        images = _assemble(name, path, _decode(files, total=None if archives else len(sources)))
+        _write_cache(cache, key, images)
+    return images
 
 
 def _find_archives(path: Path) -> list[Path]:
@@ -141,7 +142,7 @@ def _pixels(file: _File) -> np.ndarray:
     return np.asarray(rgb)
 
 
-def _assemble(path: Path, decoded: dict[tuple[str, str, str], np.ndarray]) -> Splits:
+def _assemble(name: str, path: Path, decoded: dict[tuple[str, str, str], np.ndarray]) -> Images:
     """Sort decoded images by class and name, and check that the splits belong together."""
     keys = {split: sorted(key for key in decoded if key[0] == split) for split in _SPLITS}
     test = "test" if keys["test"] or not keys["val"] else "val"
@@ -154,12 +155,12 @@ def _assemble(path: Path, decoded: dict[tuple[str, str, str], np.ndarray]) -> Sp
             f"dataset='folder:{path}': the splits must have the same classes; only in `train`: "
             f"{sorted(names - test_names)}, only in `{test}`: {sorted(test_names - names)}."
         )
-    number = {name: i for i, name in enumerate(sorted(names))}
+    number = {label: i for i, label in enumerate(sorted(names))}
     arrays = []
     for split in ("train", test):
         arrays.append(np.stack([decoded[key] for key in keys[split]]))
         arrays.append(np.asarray([number[label] for _, label, _ in keys[split]], np.int32))
-    return Splits(*arrays, class_names=tuple(number))
+    return Images(name, *arrays, class_names=tuple(number))
 
 
 def _cache_key(path: Path, sources: list[Path]) -> str:
@@ -168,7 +169,7 @@ def _cache_key(path: Path, sources: list[Path]) -> str:
     return hashlib.sha256(json.dumps([_FORMAT, SIZE, str(path), stats]).encode()).hexdigest()
 
 
-def _read_cache(cache: Path, key: str) -> Splits | None:
+def _read_cache(cache: Path, key: str, name: str) -> Images | None:
     """Return the cached arrays; `None` if there are none, or they are outdated or damaged."""
     if not cache.exists():
         return None
@@ -177,17 +178,17 @@ def _read_cache(cache: Path, key: str) -> Splits | None:
         with cache.open("rb") as file, np.load(file, allow_pickle=False) as saved:  # zip checksums find flipped bits
             if str(saved["key"]) != key:
                 return None
-            arrays = [saved[field] for field in Splits._fields[:4]]
-            return Splits(*arrays, class_names=tuple(saved["class_names"].tolist()))
+            *arrays, class_names = (saved[field] for field in _CACHED)
+            return Images(name, *arrays, class_names=tuple(class_names.tolist()))
     except Exception as error:  # damage shows as BadZipFile, zlib.error, ValueError, EOFError, KeyError, ...
         _log.warning("%s: damaged cache (%s); decoding the images again.", cache, error)
         return None
 
 
-def _write_cache(cache: Path, key: str, splits: Splits) -> None:
+def _write_cache(cache: Path, key: str, images: Images) -> None:
     """Write the arrays; a cache that cannot be written costs time, not the run."""
     try:
         with atomic(cache, shared=True) as part, part.open("wb") as file:
-            np.savez(file, key=np.asarray(key), **splits._asdict())
+            np.savez(file, key=np.asarray(key), **{field: getattr(images, field) for field in _CACHED})
     except OSError as error:
         _log.warning("%s: cannot be written (%s); the next run decodes the images again.", cache, error)

@@ -30,17 +30,7 @@ class Conv(nnx.Module):
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        """Draw the parameters.
-
-        Args:
-            inputs: channels in.
-            outputs: channels out.
-            size: side of the kernel.
-            stride: stride along both image axes.
-            bias: whether a bias is added.
-            dtype: type to compute in; parameters stay float32.
-            rngs: random streams, `params` among them.
-        """
+        """Draw the parameters, float32; `dtype` is the type to compute in, by default theirs."""
         self.kernel = nnx.Param(uniform(rngs.params(), (size, size, inputs, outputs), size * size * inputs))
         self.bias = nnx.Param(uniform(rngs.params(), (outputs,), size * size * inputs)) if bias else None
         self.stride = stride
@@ -57,14 +47,7 @@ class Linear(nnx.Module):
     """Affine map with torch's initial values."""
 
     def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs) -> None:
-        """Draw the parameters.
-
-        Args:
-            inputs: features in.
-            outputs: features out.
-            dtype: type to compute in; parameters stay float32.
-            rngs: random streams, `params` among them.
-        """
+        """Draw the parameters, float32; `dtype` is the type to compute in, by default theirs."""
         self.kernel = nnx.Param(uniform(rngs.params(), (inputs, outputs), inputs))
         self.bias = nnx.Param(uniform(rngs.params(), (outputs,), inputs))
         self.dtype = dtype

@@ -1,6 +1,8 @@
-"""Data parallelism: every device computes an equal share of each batch; the parameters are the same on all."""
+"""Data parallelism: every device computes an equal share of each batch; the parameters are the same on all.
 
-from collections.abc import Callable
+One device needs no mesh: where it is `None`, arrays stay as they are.
+"""
+
 from typing import TypeVar
 
 import jax
@@ -11,24 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from farms_jax.errors import InputError
 
 T = TypeVar("T")
-Spread = Callable[[Array], Array]
 _AXIS = "batch"
 
 
-def unsharded(index: Array) -> Array:
-    """Return the images as they are: one device computes all."""
-    return index
-
-
 def make_mesh(count: int, batch_size: int) -> Mesh | None:
-    """Make a mesh of the first devices.
-
-    Args:
-        count: number of devices; 0 takes all.
-        batch_size: images in a step.
-
-    Returns:
-        The mesh, `None` for one device.
+    """Return a mesh of the first `count` devices, of all for 0; `None` for one device.
 
     Raises:
         InputError: JAX sees fewer devices, or the images of a step cannot be split evenly.
@@ -42,24 +31,17 @@ def make_mesh(count: int, batch_size: int) -> Mesh | None:
     return Mesh(np.array(chosen), _AXIS) if len(chosen) > 1 else None
 
 
-def spread_over(mesh: Mesh | None) -> Spread:
-    """Make the function that splits the first axis of an array over the devices, inside jit, where it divides evenly.
+def spread(mesh: Mesh | None, array: Array) -> Array:
+    """Return the array with its first axis split over the devices, inside jit; where it divides evenly.
 
-    All that is computed from the array is then split too, as XLA sees fit, with the results of one device: batch norm
-    takes its statistics over the whole batch.
-
-    Args:
-        mesh: mesh of `make_mesh`.
-
-    Returns:
-        The function; `unsharded` without a mesh.
+    What is computed from the array is then split too, as XLA sees fit, with the results of one device: batch norm takes
+    its statistics over the whole batch.
     """
-    if mesh is None:
-        return unsharded
-    sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
-    return lambda array: jax.lax.with_sharding_constraint(array, sharding) if len(array) % mesh.size == 0 else array
+    if mesh is None or len(array) % mesh.size:
+        return array
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(_AXIS)))
 
 
 def on_all(mesh: Mesh | None, tree: T) -> T:
-    """Copy arrays to every device; as they are without a mesh."""
+    """Copy arrays to every device."""
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -28,22 +28,9 @@ class ResNet(nnx.Module):
     def __init__(
         self, depth: int, num_classes: int, width: float = 1.0, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs
     ) -> None:
-        """Draw the parameters.
-
-        Args:
-            depth: 18, 34 or 50.
-            num_classes: outputs.
-            width: factor on the 64 channels of the first stage, rounded to an integer.
-            dtype: type to compute in, such as bfloat16; parameters and statistics stay float32.
-            rngs: random streams, `params` among them.
-
-        Raises:
-            ValueError: for another depth.
-        """
-        if depth not in STAGES:
-            raise ValueError(f"depth must be one of {sorted(STAGES)}, got {depth}")
+        """Draw the parameters; `width` is a factor on all channels, `dtype` the type to compute in."""
         block = Bottleneck if depth >= 50 else BasicBlock
-        base = int(round(64 * width))
+        base = round(64 * width)
         self.conv1 = Conv(3, base, 3, dtype=dtype, rngs=rngs)
         self.bn1 = BatchNorm(base)
         inputs = base
@@ -72,7 +59,7 @@ class BasicBlock(nnx.Module):
     expansion = 1
 
     def __init__(self, inputs: int, planes: int, stride: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs) -> None:
-        """Draw the parameters of a block from `inputs` to `planes` channels."""
+        """Draw the parameters."""
         self.conv1 = Conv(inputs, planes, 3, stride=stride, dtype=dtype, rngs=rngs)
         self.bn1 = BatchNorm(planes)
         self.conv2 = Conv(planes, planes, 3, dtype=dtype, rngs=rngs)
@@ -91,7 +78,7 @@ class Bottleneck(nnx.Module):
     expansion = 4
 
     def __init__(self, inputs: int, planes: int, stride: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs) -> None:
-        """Draw the parameters of a block from `inputs` to `4 * planes` channels."""
+        """Draw the parameters."""
         self.conv1 = Conv(inputs, planes, 1, dtype=dtype, rngs=rngs)
         self.bn1 = BatchNorm(planes)
         self.conv2 = Conv(planes, planes, 3, stride=stride, dtype=dtype, rngs=rngs)

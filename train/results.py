@@ -13,13 +13,9 @@ Rows = list[dict[str, Any]]
 
 
 def summarise(metrics: dict[int, Rows]) -> dict[str, Any]:
-    """Return last and best test accuracy of each seed, in per cent, with mean and standard deviation.
+    """Return last and best test accuracy of each seed, in per cent, with mean and standard deviation (0 for one seed).
 
-    Args:
-        metrics: lines of `metrics.jsonl` by seed.
-
-    Returns:
-        `seeds`, and `mean` and `std` (of the sample, 0 for one seed) of the last and the best accuracy.
+    `metrics` are the lines of `metrics.jsonl` by seed.
     """
     seeds = {
         seed: {
@@ -38,17 +34,7 @@ def summarise(metrics: dict[int, Rows]) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any], data: str, run: Path, plots: list[Path]) -> str:
-    """Format the summary for the terminal.
-
-    Args:
-        summary: summary of `summarise`.
-        data: name of the data set.
-        run: run directory.
-        plots: files of the plots.
-
-    Returns:
-        The lines.
-    """
+    """Format the summary for the terminal."""
     lines = [f"\ntest accuracy on {data} (%)", f"{'seed':>6} {'last':>8} {'best':>8} {'time':>9} {'refresh':>9}"]
     for seed, row in summary["seeds"].items():
         times = f"{row['seconds']:7.1f} s {row['refresh_seconds']:7.1f} s"
@@ -61,21 +47,10 @@ def table(summary: dict[str, Any], data: str, run: Path, plots: list[Path]) -> s
 
 
 def plot_run(run: Path, metrics: dict[int, Rows], layers: dict[int, Rows], title: str) -> list[Path]:
-    """Draw the plots of a run.
-
-    Args:
-        run: directory to write to.
-        metrics: lines of `metrics.jsonl` by seed.
-        layers: rows of `layers.csv` by seed.
-        title: what was trained, on which data.
-
-    Returns:
-        The files: `learning_curves.png`, `layers.png` (paper, Figure 12, of the first seed) and `alphas.png`
-        (Figure 5, of the last epoch).
-    """
+    """Return the files of a run's plots, drawn from the lines of `metrics.jsonl` and `layers.csv` by seed."""
     figures = {
         "learning_curves.png": _learning_curves(metrics, title),
-        "layers.png": layer_plots.layer_history(next(iter(layers.values())), title),
+        "layers.png": layer_plots.layer_history(next(iter(layers.values())), title),  # the first seed's
         "alphas.png": layer_plots.alpha_distribution({f"seed {seed}": rows for seed, rows in layers.items()}, title),
     }
     return layer_plots.save(run, figures)

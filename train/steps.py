@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array, lax
+from jax.sharding import Mesh
 
 import farms_jax
 from farms_jax.programs.finite import Call, call, first_not_finite, norm
@@ -20,10 +21,10 @@ from farms_jax.programs.finite import Call, call, first_not_finite, norm
 from .config import Config
 from .cpu_gradients import compiler_options
 from .models import MODELS
-from .parallel import Spread, unsharded
+from .parallel import spread
 
 _EVAL_BATCH = 512  # a multiple of any usual number of devices
-_PADDING = 4
+_PADDING = 4  # pixels that a crop may move in each direction
 
 
 class TrainState(NamedTuple):
@@ -35,24 +36,13 @@ class TrainState(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Where some steps of an epoch ended.
-
-    Attributes:
-        state: after them, and before the first step whose loss or gradient is not finite.
-        sums: (2,) float32: of the loss and of the share of right answers, over the epoch's steps up to there.
-        step: the epoch's finished steps.
-        loss: loss of the last step taken.
-        is_finite: whether loss and gradient of that step are finite.
-    """
+    """Where some steps of an epoch ended: at the last one, or before the first that is not finite."""
 
     state: TrainState
-    sums: Array
-    step: Array
-    loss: Array
-    is_finite: Array
-
-
-Steps = Callable[..., Piece]
+    sums: Array  # (2,) float32: loss and accuracy of the batches, summed over the epoch's finished steps
+    step: Array  # the epoch's finished steps
+    loss: Array  # of the last step tried
+    is_finite: Array  # whether loss and gradient of that step are finite
 
 
 class Network(NamedTuple):
@@ -63,15 +53,10 @@ class Network(NamedTuple):
 
 
 def make_network(config: Config, num_classes: int) -> Network:
-    """Turn the Flax NNX model of a config into pure functions of plain dicts.
+    """Return the Flax NNX model of a config as pure functions of plain dicts.
 
-    Args:
-        config: resolved settings.
-        num_classes: outputs.
-
-    Returns:
-        `init(key) -> (params, batch_stats)` and `apply(params, batch_stats, images, train=..., call=...)`; `call` is as
-        in `farms_jax.programs.finite`.
+    They are `init(key) -> (params, batch_stats)` and `apply(params, batch_stats, images, train=..., call=...)`, whose
+    `call` is that of `farms_jax.programs.finite`.
     """
     dtype = jnp.bfloat16 if config.bfloat16 else None
 
@@ -103,15 +88,7 @@ def _plain(tree: Any) -> Any:
 
 
 def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
-    """Make the optimizer: SGD as the reference has it, TempBalance last.
-
-    Args:
-        config: resolved settings.
-        steps_per_epoch: steps of an epoch; the cosine moves once in each.
-
-    Returns:
-        The chain; its `learning_rate` and `lr_scale` are visible state.
-    """
+    """Return SGD as the reference has it, with a cosine that moves once an epoch, and TempBalance last."""
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay),
         optax.inject_hyperparams(optax.sgd)(
@@ -159,24 +136,15 @@ def make_steps(
     optimizer: optax.GradientTransformationExtraArgs,
     normalise: Normalise,
     config: Config,
-    spread: Spread = unsharded,
-) -> Steps:
-    """Compile the steps of an epoch, any number of them in a call.
+    mesh: Mesh | None = None,
+) -> Callable[..., Piece]:
+    """Return `steps(state, sums, key, first, last, images, labels) -> Piece`: steps of an epoch under one jit.
+
+    They are the steps `first` to `last - 1` of the epoch with that key; state and sums are donated. They end before a
+    step whose loss, or the norm of whose gradient, is not finite, so that the weights always are.
 
     An epoch takes every image once, in an order drawn from its key, less the rest that fills no batch. Its state and
     sums do not depend on how many calls it is made of.
-
-    Args:
-        network: pure functions of the network.
-        optimizer: optax chain of the training.
-        normalise: statistics of the training images.
-        config: resolved settings.
-        spread: splits the images of a batch over the devices, see `train.parallel`.
-
-    Returns:
-        `steps(state, sums, key, first, last, images, labels) -> Piece`, which takes the steps `first` to `last - 1` of
-        the epoch with that key; state and sums are donated. It ends before a step whose loss, or the norm of whose
-        gradient, is not finite, so that the weights always are.
     """
 
     def step(piece: Piece, images: Array, labels: Array) -> Piece:
@@ -197,7 +165,7 @@ def make_steps(
     def steps(
         state: TrainState, sums: Array, key: Array, first: Array, last: Array, images: Array, labels: Array
     ) -> Piece:
-        batch = _batches(config, normalise, key, images, labels, spread)
+        batch = _batches(config, normalise, key, images, labels, mesh)
         start = Piece(state, sums, jnp.asarray(first, jnp.int32), jnp.zeros(()), jnp.array(True))
         return lax.while_loop(
             lambda piece: piece.is_finite & (piece.step < last), lambda piece: step(piece, *batch(piece.step)), start
@@ -209,16 +177,16 @@ def make_steps(
 def _loss(
     apply: Callable[..., Any], params: Any, stats: Any, images: Array, labels: Array
 ) -> tuple[Array, tuple[Array, Any]]:
-    """Return the loss of a batch, with its share of right answers and the new statistics."""
+    """Return the loss of a batch; beside it accuracy and new statistics."""
     logits, stats = apply(params, stats, images, train=True)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     return loss, ((logits.argmax(-1) == labels).mean(), stats)
 
 
 def _batches(
-    config: Config, normalise: Normalise, key: Array, images: Array, labels: Array, spread: Spread = unsharded
+    config: Config, normalise: Normalise, key: Array, images: Array, labels: Array, mesh: Mesh | None
 ) -> Callable[[Array], tuple[Array, Array]]:
-    """Draw the order of an epoch, and return the function from a step to its batch, images normalised."""
+    """Draw the order of an epoch; return the function from a step to its batch, images normalised."""
     assert config.batch_size is not None
     order_key, augment_key = jax.random.split(key)
     steps = labels.size // config.batch_size
@@ -226,7 +194,7 @@ def _batches(
     keys = jax.random.split(augment_key, steps)
 
     def batch(step: Array) -> tuple[Array, Array]:
-        index = spread(order[step])
+        index = spread(mesh, order[step])
         chosen = augment(keys[step], images[index]) if config.augment else images[index]
         return normalise(chosen), labels[index]
 
@@ -234,23 +202,16 @@ def _batches(
 
 
 def make_fault(network: Network, normalise: Normalise, config: Config) -> Callable[..., str]:
-    """Make the function that finds what in a step is the first that is not finite.
+    """Return `fault(state, key, step, images, labels)`: it names what in a step is the first that is not finite.
 
-    Args:
-        network: pure functions of the network.
-        normalise: statistics of the training images.
-        config: resolved settings.
-
-    Returns:
-        `fault(state, key, step, images, labels)` of the state before the step, the key of its epoch, and its number
-        there; for what it returns see `farms_jax.programs.finite.first_not_finite`.
+    It takes the state before the step, the key of its epoch, and its number there; see `first_not_finite`.
     """
 
     def loss_of(params: Any, *inputs: Any, call: Call = call) -> Array:
         return _loss(functools.partial(network.apply, call=call), params, *inputs)[0]
 
     def fault(state: TrainState, key: Array, step: int, images: Array, labels: Array) -> str:
-        draw = jax.jit(lambda key, step, *data: _batches(config, normalise, key, *data)(step))
+        draw = jax.jit(lambda key, step, *data: _batches(config, normalise, key, *data, mesh=None)(step))
         batch = draw(key, step, images, labels)
         return first_not_finite(loss_of, state.params, state.batch_stats, *batch, compiler_options=compiler_options())
 
@@ -258,27 +219,18 @@ def make_fault(network: Network, normalise: Normalise, config: Config) -> Callab
 
 
 def make_evaluate(
-    network: Network, normalise: Normalise, spread: Spread = unsharded
+    network: Network, normalise: Normalise, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Array, Array], dict[str, Array]]:
-    """Compile the evaluation on all images, in batches, the last one padded and masked.
-
-    Args:
-        network: pure functions of the network.
-        normalise: statistics of the training images.
-        spread: splits the images of a batch over the devices, see `train.parallel`.
-
-    Returns:
-        `evaluate(state, images, labels) -> metrics` with `test_loss` and `test_accuracy`, float32 scalars.
-    """
+    """Return `evaluate(state, images, labels)`: `test_loss` and `test_accuracy` over all images, float32 scalars."""
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
     def evaluate(state: TrainState, images: Array, labels: Array) -> dict[str, Array]:
         size = min(_EVAL_BATCH, labels.size)
-        pad = -labels.size % size
+        pad = -labels.size % size  # the last batch is padded, and the padding (index -1) masked
         index = jnp.pad(jnp.arange(labels.size), (0, pad), constant_values=-1).reshape(-1, size)
 
         def batch(index: Array) -> tuple[Array, Array]:
-            index = spread(index)
+            index = spread(mesh, index)
             logits, _ = network.apply(state.params, state.batch_stats, normalise(images[index]), train=False)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[index])
             right = logits.argmax(-1) == labels[index]

@@ -23,12 +23,12 @@ from farms_jax.programs.run_directory import SeedDirectory
 from .config import Config
 from .data import Images
 from .models import MODELS
-from .parallel import make_mesh, on_all, spread_over
+from .parallel import make_mesh, on_all
 from .results import plot_run, summarise, table
 from .steps import (
     Network,
     Normalise,
-    Steps,
+    Piece,
     TrainState,
     cosine_rate,
     make_evaluate,
@@ -38,7 +38,7 @@ from .steps import (
     make_steps,
 )
 
-_SUMS = ("train_loss", "train_accuracy")  # of `Piece.sums`
+_SUMS = ("train_loss", "train_accuracy")  # names of `Piece.sums`
 _PIECE_SECONDS = 5.0  # the longest that a stop waits for the steps of one call
 
 
@@ -61,15 +61,7 @@ def check_same_data(images: Images, before: dict[str, Any]) -> None:
 
 
 def train_run(run: Path, config: Config, images: Images) -> str:
-    """Train all seeds, write the summary and the plots.
-
-    Args:
-        run: run directory, with `config.json` written.
-        config: resolved settings.
-        images: data set.
-
-    Returns:
-        A table of the results, and where they are.
+    """Return a table of the results of all seeds; they, a summary and plots are written to the run directory.
 
     Raises:
         InputError: the images do not fill one batch, or a loss is not finite.
@@ -95,22 +87,11 @@ def _title(config: Config, images: Images) -> str:
 
 
 class Functions(NamedTuple):
-    """Compiled functions of a run, shared by its seeds.
-
-    Attributes:
-        network: pure functions of the network.
-        optimizer: optax chain.
-        steps: takes steps of an epoch.
-        fault: names what in a step is the first that is not finite.
-        evaluate: tests a state.
-        refresh: measures the layers and sets their rates.
-        steps_per_epoch: steps of an epoch.
-        mesh: devices that share each batch; `None` for one device.
-    """
+    """Compiled functions of a run, shared by its seeds; each is documented where it is made."""
 
     network: Network
     optimizer: Any
-    steps: Steps
+    steps: Callable[..., Piece]
     fault: Callable[..., str]
     evaluate: Callable[..., dict[str, Array]]
     refresh: Callable[[TrainState], Refreshed]
@@ -119,14 +100,7 @@ class Functions(NamedTuple):
 
 
 def make_functions(config: Config, images: Images) -> Functions:
-    """Make the functions that train on the images; each compiles at its first call.
-
-    Args:
-        config: resolved settings.
-        images: data set.
-
-    Returns:
-        The functions.
+    """Return the functions that train on the images; each compiles at its first call.
 
     Raises:
         InputError: the images do not fill one batch, or a batch cannot be split evenly over the devices.
@@ -137,15 +111,14 @@ def make_functions(config: Config, images: Images) -> Functions:
         raise InputError(f"--batch-size {config.batch_size} is more than the {count} training images")
     steps_per_epoch = count // config.batch_size
     network, optimizer = make_network(config, images.num_classes), make_optimizer(config, steps_per_epoch)
-    normalise = Normalise(jnp.asarray(images.mean), jnp.asarray(images.std))
+    normalise = Normalise(*map(jnp.asarray, images.mean_and_std))
     mesh = make_mesh(config.devices, config.batch_size)
-    spread = spread_over(mesh)
     return Functions(
         network,
         optimizer,
-        steps=make_steps(network, optimizer, normalise, config, spread),
+        steps=make_steps(network, optimizer, normalise, config, mesh),
         fault=make_fault(network, normalise, config),
-        evaluate=make_evaluate(network, normalise, spread),
+        evaluate=make_evaluate(network, normalise, mesh),
         refresh=make_refresh(config),
         steps_per_epoch=steps_per_epoch,
         mesh=mesh,
@@ -153,14 +126,7 @@ def make_functions(config: Config, images: Images) -> Functions:
 
 
 def make_refresh(config: Config) -> Callable[[TrainState], Refreshed]:
-    """Make the function that measures the layers and sets their rates, at the start of an epoch.
-
-    Args:
-        config: resolved settings.
-
-    Returns:
-        `refresh(state)`. Without TempBalance the layers are measured and the rates left alone.
-    """
+    """Return `refresh(state)`, which measures the layers and sets their rates; without TempBalance it only measures."""
     model = MODELS[config.model]
     follow = {"name": model.follow, "order": model.follow_order, "none": None}[config.norms]
     scale_of = jax.jit(
@@ -170,7 +136,7 @@ def make_refresh(config: Config) -> Callable[[TrainState], Refreshed]:
     )
 
     def refresh(state: TrainState) -> Refreshed:
-        report = farms_jax.analyze(state.params, window=config.window_of_run(), tail=config.tail_rule())
+        report = farms_jax.analyze(state.params, window=config.window_of_run(), tail=farms_jax.Tail(config.tail))
         scale = jax.tree.map(lambda _: jnp.ones((), jnp.float32), state.params)
         if config.tb != "none":
             balanced = report.drop(model.exclude) if config.layer_selection else report
@@ -181,17 +147,7 @@ def make_refresh(config: Config) -> Callable[[TrainState], Refreshed]:
 
 
 def train_seed(directory: SeedDirectory, seed: int, config: Config, images: Images, functions: Functions) -> TrainState:
-    """Train one network, from where its directory stands.
-
-    Args:
-        directory: run directory of the seed.
-        seed: seed of parameters, order and augmentation.
-        config: resolved settings.
-        images: data set.
-        functions: compiled functions of the run.
-
-    Returns:
-        The final state.
+    """Return the final state of one network, trained from where its directory stands.
 
     Raises:
         InputError: a loss or a gradient is not finite; the state before that step is the last checkpoint then.

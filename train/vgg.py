@@ -28,20 +28,7 @@ class VGG(nnx.Module):
     def __init__(
         self, depth: int, num_classes: int, width: float = 1.0, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs
     ) -> None:
-        """Draw the parameters.
-
-        Args:
-            depth: 16 or 19.
-            num_classes: outputs.
-            width: factor on the channels 64 ... 512, rounded down.
-            dtype: type to compute in, such as bfloat16; parameters and statistics stay float32.
-            rngs: random streams, `params` among them.
-
-        Raises:
-            ValueError: for another depth.
-        """
-        if depth not in CONVOLUTIONS:
-            raise ValueError(f"depth must be one of {sorted(CONVOLUTIONS)}, got {depth}")
+        """Draw the parameters; `width` is a factor on all channels, rounded down, `dtype` the type to compute in."""
         self.features = nnx.Dict({})
         self.stages: tuple[tuple[int, ...], ...] = _positions(CONVOLUTIONS[depth])
         inputs = 3

@@ -19,19 +19,7 @@ def default_folder() -> Path:
 
 
 def weights_key(weights: Mapping[str, np.ndarray], *settings: Any) -> str:
-    """Hash weights and whatever else the results depend on.
-
-    >>> import numpy as np
-    >>> len(weights_key({"layer": np.zeros((2, 3))}, "settings"))
-    64
-
-    Args:
-        weights: Arrays by name; names, shapes, dtypes and values count.
-        *settings: Anything whose `repr` tells it apart.
-
-    Returns:
-        SHA-256 in hexadecimal.
-    """
+    """Return the SHA-256 of weights (names, shapes, dtypes, values) and of settings, by their `repr`."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, weight in weights.items():
         digest.update(repr((name, weight.shape, str(weight.dtype))).encode())
@@ -40,31 +28,19 @@ def weights_key(weights: Mapping[str, np.ndarray], *settings: Any) -> str:
 
 
 def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to a JSON object its own SHA-256, by which `without_checksum` finds damage on the disk.
+    """Return a JSON object with its own SHA-256 as "sha256", by which `without_checksum` finds damage on the disk.
 
     >>> without_checksum(with_checksum({"alpha": 2.5}))
     {'alpha': 2.5}
-
-    Args:
-        content: JSON object; "sha256" is not one of its keys.
-
-    Returns:
-        The object with its checksum under "sha256".
     """
     return {**content, "sha256": _sha256(content)}
 
 
 def without_checksum(content: Any) -> dict[str, Any]:
-    """Check the SHA-256 that `with_checksum` added to a JSON object, and remove it.
-
-    Args:
-        content: What was read from a file.
-
-    Returns:
-        What `with_checksum` was given.
+    """Return what `with_checksum` was given.
 
     Raises:
-        ValueError: It is something else, or was changed.
+        ValueError: the content, read from a file, is something else or was changed.
     """
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
@@ -82,15 +58,11 @@ class Cache:
     """A folder of JSON objects by key; without a folder, nothing is kept."""
 
     def __init__(self, folder: Path | None) -> None:
-        """Open a cache.
-
-        Args:
-            folder: Folder of the objects, made when something is kept; `None` keeps nothing.
-        """
+        """Use a folder, made when something is kept."""
         self.folder = folder
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """Return what is kept under a key; `None` where there is nothing, or it is damaged."""
+        """Return the object of a key; `None` where there is none, or it is damaged."""
         if self.folder is None:
             return None
         try:
@@ -99,11 +71,6 @@ class Cache:
             return None
 
     def put(self, key: str, content: Mapping[str, Any]) -> None:
-        """Keep an object of what JSON knows.
-
-        Raises:
-            OSError: The disk is full, or the folder cannot be written.
-        """
-        if self.folder is None:
-            return
-        write_json(self.folder / f"{key}.json", with_checksum(content), shared=True)
+        """Keep an object of what JSON knows."""
+        if self.folder is not None:
+            write_json(self.folder / f"{key}.json", with_checksum(content), shared=True)

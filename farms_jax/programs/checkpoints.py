@@ -1,4 +1,4 @@
-"""Checkpoints of a training: each is a folder named by its finished steps, complete and with checksums.
+"""Checkpoints of a training: each is a folder named by its finished steps, written atomically and with checksums.
 
 A checkpoint holds
 
@@ -45,12 +45,7 @@ class Checkpoints:
     """The newest checkpoints of a training, in one folder; older ones are removed."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """Open the folder, made where there is none.
-
-        Args:
-            folder: folder of the checkpoints.
-            keep: number of checkpoints that stay.
-        """
+        """Open the folder, made where there is none; the newest `keep` checkpoints stay."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._keep = folder, keep
         # Synchronous: the arrays of a step are donated to the next one, so nothing may read them in the background.
@@ -61,13 +56,9 @@ class Checkpoints:
         self._checkpointer.close()
 
     def restore(self, like: Any) -> tuple[Path | None, Progress]:
-        """Read the newest checkpoint whose checksums are right; newer ones are named on stderr and removed.
+        """Return the newest checkpoint whose checksums are right, and its folder; newer ones are named and removed.
 
-        Args:
-            like: state of the same shapes, returned where there is no checkpoint.
-
-        Returns:
-            Folder of the checkpoint, `None` where there is none, and where the training stands.
+        Without a checkpoint the training stands at its start, with the state `like`; the folder is `None`.
 
         Raises:
             InputError: all checkpoints are damaged, or one is of other settings.
@@ -89,14 +80,7 @@ class Checkpoints:
         return None, Progress(like, 0, {})
 
     def save(self, progress: Progress, lines: Iterable[Path]) -> Path:
-        """Write a checkpoint, complete or not at all.
-
-        Args:
-            progress: where the training stands.
-            lines: files that are copied into the checkpoint.
-
-        Returns:
-            Its folder.
+        """Return the folder of a new checkpoint, with copies of the files in `lines`; the write is atomic.
 
         Raises:
             InputError: it cannot be written; the checkpoints before it are unchanged.

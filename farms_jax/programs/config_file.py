@@ -19,25 +19,12 @@ T = TypeVar("T")
 
 
 def write_config(run: Path, config: Any, facts: Mapping[str, Any]) -> None:
-    """Write `config.json`.
-
-    Args:
-        run: run directory, made where there is none.
-        config: settings, a dataclass of what JSON knows, paths and tuples.
-        facts: data and versions that the run rests on, ready for JSON.
-    """
+    """Write settings, a dataclass of what JSON knows, paths and tuples; and facts, such as data and versions."""
     write_json(run / "config.json", {"config": dataclasses.asdict(config), **facts})
 
 
 def read_config(run: Path, kind: type[T]) -> tuple[T, dict[str, Any]]:
-    """Read `config.json` back.
-
-    Args:
-        run: run directory.
-        kind: dataclass of the settings; its annotations say what is a path or a tuple.
-
-    Returns:
-        The settings, and everything else in the file.
+    """Return the settings, of the dataclass `kind`, and the facts of a run directory.
 
     Raises:
         InputError: there is no such file, or it is damaged or of another version, with other fields than `kind`.

@@ -21,14 +21,7 @@ def installed_versions(*packages: str) -> dict[str, str]:
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """Describe what is installed and which devices JAX sees.
-
-    Args:
-        packages: names of the packages whose versions are recorded; by default `PACKAGES`.
-
-    Returns:
-        `versions` by package, `python` and `devices`, ready for JSON.
-    """
+    """Return versions of packages (by default `PACKAGES`) and Python, and the devices JAX sees, ready for JSON."""
     return {
         "versions": installed_versions(*(packages or PACKAGES)),
         "python": platform.python_version(),

@@ -23,80 +23,48 @@ from farms_jax.programs.stopping import StopRequest, hold_stops
 
 
 class Refreshed(NamedTuple):
-    """Outcome of a refresh.
+    """Outcome of a refresh."""
 
-    Attributes:
-        state: training state with the new rates.
-        report: measures of the layers.
-        scale: factor of the rate by layer, a tree like the parameters.
-    """
-
-    state: Any
+    state: Any  # of the training, with the new rates
     report: LayerReport
-    scale: Any
+    scale: Any  # factors of the rate, a tree like the parameters
 
 
 class StepsTaken(NamedTuple):
-    """Outcome of one or more steps of an epoch.
+    """Outcome of one or more steps of an epoch."""
 
-    Attributes:
-        state: after the last step that was finite.
-        step: finished steps of the epoch.
-        sums: float32 (n,): what the steps measure, summed over the epoch up to here.
-        loss: loss of the last step.
-        find_fault: names what in the last step is the first that is not finite; `None` where the step is finite.
-    """
-
-    state: Any
-    step: int
-    sums: np.ndarray
-    loss: float
-    find_fault: Callable[[], str] | None
+    state: Any  # after the last step that was finite
+    step: int  # finished steps of the epoch
+    sums: np.ndarray  # float32 (n,): the measures of the steps, summed over the epoch up to here
+    loss: float  # of the last step
+    find_fault: Callable[[], str] | None  # names what in the last step is not finite; `None` where all is
 
 
 @dataclasses.dataclass(frozen=True)
 class Epochs:
-    """A training, as the pieces that differ between programs.
+    """A training, as the pieces that differ between programs."""
 
-    Attributes:
-        name: name of the training, for the progress bar and errors.
-        count: epochs in all.
-        steps: steps of an epoch.
-        sums: names of the sums over the steps of an epoch.
-        divisor: what the sums are divided by for the line of the epoch.
-        rate: global learning rate by epoch.
-        refresh: state -> rates from a new measurement of the layers.
-        take_steps: `(state, epoch, first, sums)` -> the steps of an epoch from number `first` on.
-        test: state -> measures of the test data.
-        score: line of `metrics.jsonl` -> number that is highest for the best epoch.
-        show: shows a line at the progress bar.
-        advice: settings to try where a loss is not finite.
-    """
-
-    name: str
+    name: str  # for the progress bar and errors
     count: int
-    steps: int
-    sums: tuple[str, ...]
-    divisor: int
-    rate: Callable[[int], float]
-    refresh: Callable[[Any], Refreshed]
-    take_steps: Callable[[Any, int, int, np.ndarray], Generator[StepsTaken]]
-    test: Callable[[Any], dict[str, Any]]
-    score: Callable[[dict[str, Any]], float]
-    show: Callable[[tqdm, dict[str, Any]], None]
-    advice: str
+    steps: int  # of an epoch
+    sums: tuple[str, ...]  # names of `StepsTaken.sums`
+    divisor: int  # of the sums, for the line of the epoch
+    rate: Callable[[int], float]  # epoch -> global learning rate
+    refresh: Callable[[Any], Refreshed]  # state -> rates from a new measurement of the layers
+    take_steps: Callable[[Any, int, int, np.ndarray], Generator[StepsTaken]]  # (state, epoch, first step, sums)
+    test: Callable[[Any], dict[str, Any]]  # state -> measures of the test data
+    score: Callable[[dict[str, Any]], float]  # line of metrics.jsonl -> number, highest for the best epoch
+    show: Callable[[tqdm, dict[str, Any]], None]  # shows a line at the progress bar
+    advice: str  # settings to try where a loss is not finite
 
 
 def run_epochs(directory: SeedDirectory, at: Progress, epochs: Epochs) -> Any:
-    """Train from where the directory stands; every epoch ends with a test, its lines and a checkpoint.
+    """Return the final state; every epoch ends with a test, its lines and a checkpoint.
 
     Args:
         directory: run directory of the training, restored.
         at: where the training stands.
         epochs: pieces of the training.
-
-    Returns:
-        The final state.
 
     Raises:
         InputError: a loss or a gradient is not finite; the state before that step is the last checkpoint then.
@@ -177,17 +145,7 @@ def _not_finite(directory: SeedDirectory, at: Progress, epochs: Epochs, taken: S
 
 
 def layer_rows(report: LayerReport, scale: Any, rate: float, epoch: int) -> list[dict[str, Any]]:
-    """Return the rows of `layers.csv` for one epoch.
-
-    Args:
-        report: report of `farms_jax.analyze`.
-        scale: tree of `farms_jax.lr_scale` for the same parameters.
-        rate: global learning rate.
-        epoch: number of the epoch.
-
-    Returns:
-        One row per layer of the report.
-    """
+    """Return the rows of `layers.csv` for one epoch, from the global rate and its factors by layer."""
     factors = dict(named_leaves(scale))
     return [
         {

@@ -15,11 +15,7 @@ def reported(program: str, when_stopped: str = "") -> Generator[None]:
     """End a program with one line on stderr instead of a traceback, where the mistake is not the program's.
 
     Exit status 2 for an `InputError` or a file that cannot be used, 130 after Ctrl-C and 143 after SIGTERM, 141 where
-    the program that reads the output has ended.
-
-    Args:
-        program: its name.
-        when_stopped: what to do after a stop by Ctrl-C or SIGTERM.
+    the program that reads the output has ended. `when_stopped` says what to do after a stop.
     """
     try:
         with stop_signals_raise():
@@ -43,9 +39,6 @@ def run_and_end(main: Callable[[], object]) -> NoReturn:
     """Run a program and end the process with its exit status, without waiting for threads that still compute.
 
     Python's own way out waits for them, for minutes where one is at a long task, and crashes where one is inside XLA.
-
-    Args:
-        main: the program; ends by itself or with `SystemExit`.
     """
     status = 0
     try:

@@ -1,4 +1,4 @@
-"""Atomic file writes and checksums of files: what every program's run directory rests on."""
+"""Atomic file writes, and checksums of files."""
 
 import contextlib
 import hashlib
@@ -17,7 +17,7 @@ _PIECE = 1 << 22  # bytes read at a time for a checksum
 
 @contextlib.contextmanager
 def atomic(path: Path, *, shared: bool = False) -> Generator[Path, None, None]:
-    """Write a file under another name, and rename it when it is complete.
+    """Write a file atomically: under another name, and renamed when it is complete.
 
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "numbers.txt"
@@ -57,11 +57,7 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def reserve(file: int, size: int) -> None:
-    """Give an open file its size, and where the system can the disk space for it.
-
-    Args:
-        file: Descriptor of the file.
-        size: Size in bytes, at least 1.
+    """Give an open file, by its descriptor, its size in bytes (at least 1), and where the system can the disk space.
 
     Raises:
         OSError: There is not enough space.
@@ -84,15 +80,7 @@ def write_json(path: Path, content: Any, *, shared: bool = False) -> None:
 
 
 def sha256(*paths: Path, title: str | None = None) -> str:
-    """Return the SHA-256 of files, read one after the other.
-
-    Args:
-        *paths: Paths of the files.
-        title: Title of a progress bar; default: no bar.
-
-    Returns:
-        The digest in hexadecimal.
-    """
+    """Return the SHA-256 of files, read one after the other, in hexadecimal; with a `title`, a bar shows progress."""
     digest, total = hashlib.sha256(), sum(path.stat().st_size for path in paths)
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, leave=False, disable=title is None) as bar:
         for path in paths:
@@ -110,14 +98,10 @@ def write_checksums(folder: Path) -> None:
 
 
 def damaged_files(folder: Path, *, exact: bool = False) -> list[Path]:
-    """Compare files with the checksums that `write_checksums` wrote.
+    """Return the files of a folder that are missing or not as `write_checksums` found them.
 
-    Args:
-        folder: Folder with a file `SHA256SUMS`.
-        exact: Whether a file without a checksum is a sign that `SHA256SUMS` was cut off.
-
-    Returns:
-        Files that are missing, cut off or changed; `SHA256SUMS` itself where it is missing, cut off or unreadable.
+    `SHA256SUMS` itself is among them where it is missing, cut off or unreadable; with `exact`, also where a file in the
+    folder is not listed, as then the list was cut off.
     """
     sums = folder / CHECKSUMS
     try:

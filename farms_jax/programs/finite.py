@@ -33,26 +33,19 @@ class Recorder:
     """Call a network and keep what its modules return.
 
     Attributes:
-        outputs: pairs of a module's name, such as `layer1/0/conv1`, and what it returned, in the order of their ends: a
-            layer comes before the block that it is in.
+        outputs: pairs of a module's name, such as `layer1/0/conv1`, and what it returned, in the order in which the
+            calls end: a layer comes before the block that it is in.
     """
 
     def __init__(self) -> None:
-        """Nothing was called yet."""
+        """Begin without outputs."""
         self.outputs: list[tuple[str, Any]] = []
 
     def __call__(self, model: nnx.Module, *inputs: Any) -> Any:
-        """Call the network.
+        """Return the outputs of the network.
 
         `nnx.capture` keeps outputs too, but not their order. As there, what is changed is the modules' classes, because
         Python looks for `__call__` nowhere else.
-
-        Args:
-            model: the network.
-            *inputs: arguments of the network.
-
-        Returns:
-            What it returns.
         """
         names = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(model)}
         kinds = {kind for _, module in nnx.iter_modules(model) for kind in type(module).__mro__}
@@ -77,7 +70,7 @@ class Recorder:
 
 
 def norm(gradients: Any) -> jax.Array:
-    """Norm of all entries of a tree: not finite where one of them is not, or is above 1e19."""
+    """Return the norm of all entries of a tree: not finite where one of them is not, or is above 1e19."""
     return jnp.sqrt(jnp.stack([jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradients)]).sum())
 
 

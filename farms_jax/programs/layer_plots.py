@@ -18,14 +18,9 @@ _DPI = 130
 
 
 def layer_history(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Draw alpha and learning rate of every layer over epochs (paper, Figure 12).
+    """Return alpha and learning rate of every layer over the epochs of one seed (paper, Figure 12).
 
-    Args:
-        rows: rows of one seed, epoch after epoch; the rates of the last one, in which nothing is trained, are left out.
-        title: title of the figure.
-
-    Returns:
-        The figure; an alpha of 0, no tail, is a gap.
+    An alpha of 0, no tail, is a gap; the rates of the last epoch, in which nothing is trained, are left out.
     """
     drawing, (alpha, rate) = figure(title, 2)
     names = list(dict.fromkeys(row["layer"] for row in rows))
@@ -42,14 +37,9 @@ def layer_history(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def alpha_distribution(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> Figure:
-    """Draw the alphas of the layers after the last epoch, one box per run (paper, Figure 5).
+    """Return the alphas of the layers after the last epoch, one box per run by label (paper, Figure 5).
 
-    Args:
-        runs: per label its rows, epoch after epoch.
-        title: title of the figure.
-
-    Returns:
-        The figure; layers without a tail are left out.
+    Layers without a tail are left out.
     """
     drawing, (axis,) = figure(title, 1, epochs=False)
     last = {label: [row["alpha"] for row in rows if row["epoch"] == rows[-1]["epoch"]] for label, rows in runs.items()}
@@ -62,15 +52,7 @@ def alpha_distribution(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: s
 
 
 def save(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:
-    """Write figures as images, each file atomically.
-
-    Args:
-        folder: folder to write to.
-        figures: figures by file name, `.png`.
-
-    Returns:
-        The files.
-    """
+    """Return the files of figures, by file name, `.png`; each is written atomically."""
     for name, drawing in figures.items():
         with atomic(folder / name) as part:
             drawing.savefig(part, dpi=_DPI, format="png")

@@ -13,13 +13,8 @@ from farms_jax.errors import InputError
 def locked(folder: Path) -> Generator[None]:
     """Lock a folder for this process during the `with` block.
 
-    The file `.lock` in it stays: what counts is who holds it, and the system releases it when a process ends.
-
-    Args:
-        folder: Path of the folder, made where there is none.
-
-    Yields:
-        Nothing.
+    The folder is made where there is none. The file `.lock` in it stays: what counts is who holds it, and the system
+    releases it when a process ends.
 
     Raises:
         InputError: Another process holds the lock.

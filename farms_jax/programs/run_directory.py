@@ -17,7 +17,7 @@ import csv
 import json
 import shlex
 import shutil
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,13 +34,7 @@ _LINES = ("metrics.jsonl", "layers.csv")
 
 @contextlib.contextmanager
 def at_work(run: Path) -> Generator[None]:
-    """Lock a run directory, and say how to resume where the work inside is stopped.
-
-    Args:
-        run: run directory, made where there is none.
-
-    Yields:
-        Nothing.
+    """Lock a run directory, made where there is none, and say how to resume where the work inside is stopped.
 
     Raises:
         InputError: another process is at work there.
@@ -57,11 +51,7 @@ class SeedDirectory:
     """Files of one seed's training; closed at the end of a `with` block."""
 
     def __init__(self, path: Path) -> None:
-        """Open the directory, made where there is none.
-
-        Args:
-            path: directory of the seed.
-        """
+        """Open the directory, made where there is none."""
         self.path = path
         self._last = Checkpoints(path / "checkpoints" / "last", keep=2)  # the one before is for when it is damaged
         self._best = Checkpoints(path / "checkpoints" / "best", keep=1)
@@ -71,22 +61,15 @@ class SeedDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it."""
-        self.close()
-
-    def close(self) -> None:
         """Release what the checkpoints hold."""
         self._last.close()
         self._best.close()
 
     def restore(self, like: Any) -> Progress:
-        """Read the newest checkpoint that is not damaged, and put the lines of that moment back.
+        """Return the newest checkpoint that is not damaged, and put the lines of that moment back.
 
         Args:
             like: state of the same shapes, returned where there is no checkpoint.
-
-        Returns:
-            Where the training stands.
 
         Raises:
             InputError: all checkpoints are damaged, or one is of other settings.
@@ -101,13 +84,7 @@ class SeedDirectory:
         return progress
 
     def save(self, progress: Progress) -> Path:
-        """Write a checkpoint to resume from, with the lines so far; complete or not at all.
-
-        Args:
-            progress: where the training stands.
-
-        Returns:
-            Its folder.
+        """Return the folder of a new checkpoint to resume from, with the lines so far, written atomically.
 
         Raises:
             InputError: it cannot be written; the checkpoints before it are unchanged.
@@ -115,34 +92,16 @@ class SeedDirectory:
         return self._last.save(progress, self._files())
 
     def save_best(self, progress: Progress) -> Path:
-        """Write the checkpoint of the best epoch; complete or not at all.
-
-        Args:
-            progress: where the training stands.
-
-        Returns:
-            Its folder.
-
-        Raises:
-            InputError: it cannot be written; the one before it is unchanged.
-        """
+        """Return the folder of the best epoch's checkpoint, which replaces the one before; otherwise as `save`."""
         return self._best.save(progress, self._files())
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Append a line to `metrics.jsonl`.
-
-        Args:
-            metrics: `epoch`, counted from 0, and whatever else was measured.
-        """
+        """Append a line to `metrics.jsonl`: `epoch`, counted from 0, and whatever else was measured."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 
     def append_layers(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append lines to `layers.csv`.
-
-        Args:
-            rows: `LAYER_FIELDS` of every layer.
-        """
+        """Append lines to `layers.csv`: `LAYER_FIELDS` of every layer."""
         path = self.path / "layers.csv"
         new = not path.exists() or path.stat().st_size == 0
         with path.open("a", newline="", encoding="utf-8") as file:
@@ -152,43 +111,37 @@ class SeedDirectory:
             writer.writerows(rows)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read `metrics.jsonl`.
-
-        Returns:
-            Its lines.
+        """Return the lines of `metrics.jsonl`.
 
         Raises:
             InputError: a line is damaged.
         """
-        with self._parsing("metrics.jsonl") as lines:
-            return [json.loads(line) for line in lines]
+        return self._read("metrics.jsonl", lambda lines: map(json.loads, lines))
 
     def layers(self) -> list[dict[str, Any]]:
-        """Read `layers.csv`.
-
-        Returns:
-            Its lines, numbers as float (`epoch` as int).
+        """Return the rows of `layers.csv`, numbers as float (`epoch` as int).
 
         Raises:
             InputError: a line is damaged.
         """
-        with self._parsing("layers.csv") as lines:
-            return [
-                {**row, "epoch": int(row["epoch"]), **{field: float(row[field]) for field in LAYER_FIELDS[2:]}}
-                for row in csv.DictReader(lines)
-            ]
+        return self._read("layers.csv", lambda lines: map(_with_numbers, csv.DictReader(lines)))
 
     def _files(self) -> list[Path]:
         return [self.path / name for name in _LINES if (self.path / name).is_file()]
 
-    @contextlib.contextmanager
-    def _parsing(self, name: str) -> Generator[list[str]]:
-        """Give the lines of a file, none if there is no file; errors inside become one that names the file."""
+    def _read(self, name: str, parse: Callable[[list[str]], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Return what the lines of a file say; nothing where there is no file."""
         path = self.path / name
+        if not path.exists():
+            return []
         try:
-            yield path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+            return list(parse(path.read_text(encoding="utf-8").splitlines(keepends=True)))
         except PARSE_ERRORS as error:
             why = one_line(error)
             raise InputError(
                 f"{path} is damaged ({why}); --resume puts it back as the last checkpoint has it"
             ) from error
+
+
+def _with_numbers(row: dict[str, str]) -> dict[str, Any]:
+    return {**row, "epoch": int(row["epoch"]), **{field: float(row[field]) for field in LAYER_FIELDS[2:]}}

@@ -14,11 +14,7 @@ _ENDED = 128  # a shell's exit status of a program that a signal ended, less the
 
 
 class Stopped(KeyboardInterrupt):
-    """The program was asked to stop by a signal.
-
-    Attributes:
-        signal: number of the signal.
-    """
+    """The program was asked to stop by a signal, whose number is `signal`."""
 
     def __init__(self, number: int, advice: str = "") -> None:
         """Name the signal, and say what to do next."""
@@ -35,7 +31,7 @@ class StopRequest:
     """Whether a stop was asked for while it was held back."""
 
     def __init__(self) -> None:
-        """Nothing was asked for yet."""
+        """Begin with nothing asked for."""
         self._number: int | None = None
 
     def __bool__(self) -> bool:
@@ -80,9 +76,9 @@ def stop_signals_raise() -> Generator[None]:
 
 @contextlib.contextmanager
 def _raised_again(stop: Callable[[int, FrameType | None], None]) -> Generator[None]:
-    """Ask again where a stop was lost: raised in a destructor or the like, from which no error gets out.
+    """Ask again where a stop was lost: raised in a destructor, say, from which no error gets out.
 
-    Nor does JAX print the traceback of one that was raised in a callback.
+    JAX is kept from printing the traceback of one that was raised in a callback.
     """
     hook, log = sys.unraisablehook, logging.getLogger("jax._src.callback")
 
