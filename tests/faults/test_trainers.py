@@ -118,6 +118,18 @@ def stopping_at(function, number):
     return called
 
 
+def assert_traced(error, folder, done, where, layer, advice):
+    """The message names step and layer; the state before is kept, and only whole epochs are in the lines."""
+    kept = folder / "checkpoints" / "last" / str(done)
+    assert str(error.value) == (
+        f"{where}; first not finite: output of {layer}; the state before that step is kept in {kept}; --resume takes "
+        f"the step again, and if it ends the same, start anew with {advice}"
+    )
+    with open_weights(kept) as source:
+        assert all(np.isfinite(source.read(name)).all() for name in source.tensors)
+    assert [line["epoch"] for line in lines_of(folder)[0]] == [0]
+
+
 # The calls of an epoch take 1, 2 and 1 steps. After the last step the epoch's test and lines come first.
 @pytest.mark.parametrize(("number", "done"), few([(2, 3), (1, 1), (3, 4), (4, 5), (6, 8)], 5))
 def test_training_stopped_at_a_step_ends_as_one_that_was_not(digits, whole, tmp_path, number, done, capsys):
@@ -141,19 +153,13 @@ def test_a_loss_that_is_not_finite_is_traced_to_its_layer(digits, tmp_path):
 
     with pytest.raises(InputError) as error:
         train_digits(tmp_path, digits, steps=poisoned)
-    kept = tmp_path / "checkpoints" / "last" / "5"
-    assert str(error.value) == (
-        "seed 43: the loss is nan at step 2 of epoch 2 (step 6 in all); first not finite: output of features/bn_3; the "
-        f"state before that step is kept in {kept}; --resume takes the step again, and if it ends the same, start anew "
-        "with a lower --learning-rate"
-    )
-    with open_weights(kept) as source:
+    where, layer = "seed 43: the loss is nan at step 2 of epoch 2 (step 6 in all)", "features/bn_3"
+    assert_traced(error, tmp_path, 5, where, layer, "a lower --learning-rate")
+    with open_weights(tmp_path / "checkpoints" / "last" / "5") as source:
         assert source.read("params/features/bn_3/scale").max() > 1e38
-        assert all(np.isfinite(source.read(name)).all() for name in source.tensors)
     with pytest.raises(InputError) as again:  # it is not passed over
         train_digits(tmp_path, digits, fault=lambda *_: "output of features/bn_3")
     assert str(again.value) == str(error.value)
-    assert [line["epoch"] for line in lines_of(tmp_path)[0]] == [0]
 
 
 # In the first step, at a step in the middle, in the first of the second epoch.
@@ -269,18 +275,12 @@ def test_a_loss_of_fine_tuning_that_is_not_finite_is_traced_to_its_layer(waves, 
 
     with pytest.raises(InputError) as error:
         train_waves(tmp_path, waves, step=poisoned)
-    kept = tmp_path / "checkpoints" / "last" / "4"
-    assert str(error.value) == (
-        "farms, seed 0: the loss is nan at step 2 of epoch 2 (step 5 in all); first not finite: output of "
-        f"blocks/0/norm2; the state before that step is kept in {kept}; --resume takes the step again, and if it ends "
-        "the same, start anew with a lower --learning-rate (--pretrain-rate in pretraining) or --clip"
-    )
-    with open_weights(kept) as source:
-        assert all(np.isfinite(source.read(name)).all() for name in source.tensors)
+    where, layer = "farms, seed 0: the loss is nan at step 2 of epoch 2 (step 5 in all)", "blocks/0/norm2"
+    advice = "a lower --learning-rate (--pretrain-rate in pretraining) or --clip"
+    assert_traced(error, tmp_path, 4, where, layer, advice)
     with pytest.raises(InputError) as again:  # it is not passed over
         train_waves(tmp_path, waves, fault=lambda *_: "output of blocks/0/norm2")
     assert str(again.value) == str(error.value)
-    assert [line["epoch"] for line in lines_of(tmp_path)[0]] == [0]
 
 
 @pytest.mark.slow
