@@ -237,24 +237,22 @@ def test_duplicates_and_links_in_archives(content, tmp_path):
 # Arguments
 
 
-@pytest.mark.parametrize("dataset", ["CIFAR10", "folder:", "folder", ""])
-def test_unknown_dataset(dataset):
-    with pytest.raises(ValueError, match="dataset must be one of auto, cifar100, cifar10, digits, folder:PATH"):
-        load(dataset)
+UNKNOWN = "dataset must be one of auto, cifar100, cifar10, digits, folder:PATH"
+NO_COUNT = "limit_train must be None or an integer >= 1, got"
 
 
-@pytest.mark.parametrize("limit", [0, 1.5, True, "10"])
-def test_bad_limit_train(limit):
-    with pytest.raises(ValueError, match=r"limit_train must be None or an integer >= 1, got"):
-        load("digits", limit_train=limit)
-
-
-def test_arguments_that_do_not_fit(tmp_path):
-    with pytest.raises(DataError, match="limit_train must be at most 1442 for this data set, got 1443"):
-        load("digits", limit_train=1443)
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataError, match="data_dir must be a directory, got the file"):
-        load("digits", data_dir=tmp_path / "file")
+@pytest.mark.parametrize(
+    ("dataset", "settings", "message"),
+    [
+        *((dataset, {}, UNKNOWN) for dataset in ("CIFAR10", "folder:", "folder", "")),
+        *(("digits", {"limit_train": limit}, NO_COUNT) for limit in (0, 1.5, True, "10")),
+        ("digits", {"limit_train": 1443}, "limit_train must be at most 1442 for this data set, got 1443"),
+        ("digits", {"data_dir": Path(__file__)}, "data_dir must be a directory, got the file"),
+    ],
+)
+def test_bad_arguments(dataset, settings, message):
+    with pytest.raises(DataError, match=message):
+        load(dataset, **settings)
 
 
 def test_import_loads_nothing_heavy():

@@ -40,15 +40,10 @@ class _File(NamedTuple):
 
 
 def load_folder(name: str, cache_dir: Path) -> Images:
-    """Read a folder data set, sorted by class and file name; the decoded arrays are kept in `cache_dir`.
+    """Return the images of "folder:PATH", sorted by class and file name; `cache_dir` keeps the decoded arrays.
 
-    Args:
-        name: "folder:PATH" of a directory with `train/class/*.jpg` and `test/class/*.jpg` (or `val`; jpg, jpeg or png),
-            of a tar archive of such a directory, or of a directory of such archives.
-        cache_dir: made where there is none.
-
-    Returns:
-        The images; classes sorted by name.
+    PATH is a directory with `train/class/*.jpg` and `test/class/*.jpg` (or `val`; jpg, jpeg or png), a tar archive of
+    such a directory, or a directory of such archives.
 
     Raises:
         DataError: the path or the training split is missing, a split is empty, the classes of the splits differ, or an

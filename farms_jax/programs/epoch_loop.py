@@ -59,12 +59,9 @@ class Epochs:
 
 
 def run_epochs(directory: SeedDirectory, at: Progress, epochs: Epochs) -> Any:
-    """Return the final state; every epoch ends with a test, its lines and a checkpoint.
+    """Return the final state of a training, from where its restored directory stands.
 
-    Args:
-        directory: run directory of the training, restored.
-        at: where the training stands.
-        epochs: pieces of the training.
+    Every epoch begins with a measurement of the layers, and ends with a test, its lines and a checkpoint.
 
     Raises:
         InputError: a loss or a gradient is not finite; the state before that step is the last checkpoint then.

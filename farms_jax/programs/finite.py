@@ -77,17 +77,10 @@ def norm(gradients: Any) -> jax.Array:
 def first_not_finite(
     loss_of: Callable[..., jax.Array], params: Any, *inputs: Any, compiler_options: dict[str, str] | None = None
 ) -> str:
-    """Take a step once more to find what in it is the first that is not finite.
+    """Return the name of what is the first not to be finite in a step, which is taken once more.
 
-    Args:
-        loss_of: `(params, *inputs, call=...) -> loss`; it calls its network by `call(model, ...)`.
-        params: parameters of the network.
-        *inputs: arrays.
-        compiler_options: options of `jax.jit`.
-
-    Returns:
-        A weight; else the output of a layer, in network order; else the loss itself; else a gradient, from the last
-        layer to the first.
+    That is a weight; else the output of a layer, in network order; else the loss itself; else a gradient, from the last
+    layer to the first. `loss_of(params, *inputs, call=...)` calls its network by `call(model, ...)`.
     """
     jit = functools.partial(jax.jit, compiler_options=compiler_options)
     modules: list[str] = []

@@ -68,8 +68,7 @@ class SeedDirectory:
     def restore(self, like: Any) -> Progress:
         """Return the newest checkpoint that is not damaged, and put the lines of that moment back.
 
-        Args:
-            like: state of the same shapes, returned where there is no checkpoint.
+        Without a checkpoint the training stands at its start, with the state `like`, which gives the shapes too.
 
         Raises:
             InputError: all checkpoints are damaged, or one is of other settings.
