@@ -28,20 +28,17 @@ WEIGHTS = {
 QUICK = Settings(resamples=0, randomize=False)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    few(
-        [
-            QUICK,
-            dataclasses.replace(QUICK, tail=Tail("ks")),
-            dataclasses.replace(QUICK, window=Window(rows=16, per_axis=3), tail=Tail(xmin_pos=4.0), kernel_scale=1.0),
-            dataclasses.replace(QUICK, window=Window(aspect_ratio=0.5, divisions="pooled")),
-        ],
-        4,
-    ),
-    ids=["default", "ks", "grid", "pooled"],
-)
-def test_names_of_a_report_have_its_numbers(settings):
+SETTINGS = {
+    "default": {},
+    "ks": {"tail": Tail("ks")},
+    "grid": {"window": Window(rows=16, per_axis=3), "tail": Tail(xmin_pos=4.0), "kernel_scale": 1.0},
+    "pooled": {"window": Window(aspect_ratio=0.5, divisions="pooled")},
+}
+
+
+@pytest.mark.parametrize("kind", few(SETTINGS, 4))
+def test_names_of_a_report_have_its_numbers(kind):
+    settings = dataclasses.replace(QUICK, **SETTINGS[kind])
     found = measure(WEIGHTS, TORCH_AXES, settings)
     options = {"axes": TORCH_AXES, "tail": settings.tail, "kernel_scale": settings.kernel_scale}
     windows = farms_jax.analyze(WEIGHTS, window=settings.window, **options)
@@ -166,18 +163,14 @@ def test_window_by_window_on_host_and_device(solver, monkeypatch):
     monkeypatch.setattr(gram_matrices, "BLOCK_ENTRIES", 1)
     monkeypatch.setattr(gram_matrices, "_MIN_BLOCK", 7)  # a Gram matrix is the sum over several blocks of columns
     stacks = [RNG.standard_normal((2, 20, 31)).astype(np.float32), RNG.standard_normal((1, 12, 12)).astype(np.float32)]
-    grids = [
-        make_grid(Window(rows=8, per_axis=2), stacks[0].shape, is_kernel=False),
-        make_grid(None, stacks[1].shape, is_kernel=False),
-    ]
+    windows = (Window(rows=8, per_axis=2), None)
+    grids = [make_grid(one, stack.shape, is_kernel=False) for one, stack in zip(windows, stacks, strict=True)]
     options = {"solver": solver, "max_batch_bytes": 3000}
     host = dispatch.window_eigenvalues(stacks, grids, platform="cpu", **options)
     device = dispatch.window_eigenvalues(stacks, grids, platform="gpu", **options)
     for stack, grid, ours, theirs in zip(stacks, grids, host, device, strict=True):
-        windows = [
-            matrix[i : i + grid.rows, j : j + grid.cols].astype(np.float64) for matrix in stack for i, j in grid.starts
-        ]
-        expected = np.array([np.linalg.svd(window, compute_uv=False)[::-1] ** 2 for window in windows])
+        cut = [matrix[i : i + grid.rows, j : j + grid.cols] for matrix in stack for i, j in grid.starts]
+        expected = np.linalg.svd(np.array(cut, np.float64), compute_uv=False)[:, ::-1] ** 2
         scale = expected[:, -1:] * (1e-13 if solver == "gram64" else 2e-6)
         assert ours.dtype == theirs.dtype == (np.float64 if solver == "gram64" else np.float32)
         assert (np.abs(ours - expected) < scale).all()
