@@ -60,7 +60,6 @@ class JaxLM(TemplateLM):
         super().__init__()
         self._checkpoint = open_checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint
         self.network = self._checkpoint.network()
-        self._read = reader(self._checkpoint.read, self.network)
         self.max_length = self.network.max_length if max_length is None else max_length
         if not 1 <= self.max_length <= self.network.max_length:
             raise InputError(f"max_length must be 1 to {self.network.max_length} for this model, got {max_length}")
@@ -73,7 +72,7 @@ class JaxLM(TemplateLM):
         self._held = {part: self._load(part) for part in parts}
 
     def _load(self, part: Part) -> State:
-        return self.network.to_state(part, self._read(part))
+        return self.network.to_state(part, reader(self._checkpoint.read, self.network)(part))
 
     @property
     def eot_token_id(self) -> int:

@@ -7,7 +7,13 @@ from farms_jax.errors import InputError
 from prune.models import make_network
 from tests.prune_helpers import FOLDERS, QWEN, config_of, numbers_of, weights_of
 
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+OLD = {"rope_parameters": ...}  # the older form has `rope_theta` and `rope_scaling` instead
+# Frequencies under LLAMA3, under LINEAR, and without scaling.
+SCALED = numbers_of("llama_tiny_rope3")[0]["inv_freq"]
+BY_FOUR = 500.0 ** (-np.arange(4) / 4) / 4
+PLAIN = 10000.0 ** (-np.arange(4) / 4)
 
 
 @pytest.mark.parametrize("name", [name for name in FOLDERS if name.startswith("llama")])
@@ -15,35 +21,26 @@ def test_the_two_forms_of_a_config_are_one_network(name):
     assert make_network(config_of(name)) == make_network(config_of(name, "config.legacy.json"))
 
 
-def test_frequencies_of_llama3():
-    arrays, _ = numbers_of("llama_tiny_rope3")
-    rope = make_network(config_of("llama_tiny_rope3")).rope
-    np.testing.assert_allclose(rope.frequencies(24), arrays["inv_freq"], rtol=1e-6)
-
-
 @pytest.mark.parametrize(
-    "changes",
+    ("name", "changes", "expected"),
     [
-        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 500.0, "rope_parameters": ...},
-        {"rope_scaling": {"rope_type": "linear", "factor": 4}, "rope_theta": 500, "rope_parameters": ...},
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}, "rope_theta": 7.0},
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}, "rope_scaling": {}},
+        ("llama_tiny_rope3", {}, SCALED),
+        # The length before the extension defaults to the positions.
+        (
+            "llama_tiny_rope3",
+            OLD | {"rope_scaling": LLAMA3, "rope_theta": 5e5, "max_position_embeddings": 32},
+            SCALED,
+        ),
+        ("llama_tiny", {"rope_parameters": LINEAR, "rope_theta": 7.0}, BY_FOUR),
+        ("llama_tiny", {"rope_parameters": LINEAR, "rope_scaling": {}}, BY_FOUR),
+        ("llama_tiny", OLD | {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 500.0}, BY_FOUR),
+        ("llama_tiny", OLD | {"rope_scaling": {"rope_type": "linear", "factor": 4}, "rope_theta": 500}, BY_FOUR),
+        ("llama_tiny", OLD, PLAIN),
     ],
 )
-def test_frequencies_of_linear(changes):
-    rope = make_network(config_of("llama_tiny", **changes)).rope
-    np.testing.assert_allclose(rope.frequencies(8), 500.0 ** (-np.arange(4) / 4) / 4, rtol=1e-6)
-
-
-def test_length_before_extension_defaults_to_the_positions():
-    changes = {"rope_scaling": LLAMA3, "max_position_embeddings": 32}
-    short = make_network(config_of("llama_tiny_rope3", "config.legacy.json", **changes)).rope
-    np.testing.assert_allclose(short.frequencies(24), numbers_of("llama_tiny_rope3")[0]["inv_freq"], rtol=1e-6)
-
-
-def test_default_frequencies():
-    network = make_network(config_of("llama_tiny", "config.legacy.json", rope_theta=..., rope_scaling=...))
-    np.testing.assert_allclose(network.rope.frequencies(8), 10000.0 ** (-np.arange(4) / 4), rtol=1e-6)
+def test_frequencies(name, changes, expected):
+    rope = make_network(config_of(name, **changes)).rope
+    np.testing.assert_allclose(rope.frequencies(2 * len(expected)), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
