@@ -351,8 +351,9 @@ ROWS = [
 
 
 def test_the_history_shows_every_layer_once():
-    alpha, rate = layer_plots.layer_history([*ROWS[:-1], {**ROWS[-1], "alpha": 0.0}], "title").axes
-    assert [line.get_label() for line in alpha.lines] == ["a", "b"]
+    alpha, rate, colours = layer_plots.layer_history([*ROWS[:-1], {**ROWS[-1], "alpha": 0.0}], "title").axes
+    assert [label.get_text() for label in colours.get_yticklabels()] == ["a", "b"]
+    assert len(alpha.lines) == len(rate.lines) == 2
     np.testing.assert_array_equal(alpha.lines[0].get_xydata(), [[0, 2], [1, 3], [2, 4]])
     np.testing.assert_array_equal(alpha.lines[1].get_ydata(), [4, 5, np.nan])  # no tail: a gap
     np.testing.assert_array_equal(rate.lines[1].get_xydata(), [[0, 0.4], [1, 0.4]])  # nothing is trained in the last

@@ -9,12 +9,16 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
 from farms_jax._figures import figure
+from farms_jax._present import shorten
 from farms_jax.programs.files import atomic
 
 _DPI = 130
+_NAMED_LAYERS = 12  # beside the colours; more would not be legible
 
 
 def layer_history(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
@@ -24,15 +28,22 @@ def layer_history(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """
     drawing, (alpha, rate) = figure(title, 2)
     names = list(dict.fromkeys(row["layer"] for row in rows))
-    colours = mpl.colormaps["viridis"](np.linspace(0, 0.95, len(names)))
-    for name, colour in zip(names, colours, strict=True):
+    colours = mpl.colormaps["viridis"].resampled(len(names))
+    for i, name in enumerate(names):
+        colour = colours(i)
         mine = [row for row in rows if row["layer"] == name]
         epochs = [row["epoch"] for row in mine]
-        alpha.plot(epochs, [row["alpha"] or np.nan for row in mine], color=colour, lw=1.2, label=name)
+        alpha.plot(epochs, [row["alpha"] or np.nan for row in mine], color=colour, lw=1.2)
         rate.plot(epochs[:-1], [row["learning_rate"] for row in mine[:-1]], color=colour, lw=1.2)
     alpha.set(xlabel="epoch", ylabel="alpha (PL_Alpha_Hill)")
     rate.set(xlabel="epoch", ylabel="learning rate")
-    drawing.legend(*alpha.get_legend_handles_labels(), loc="outside right center", fontsize=5.5)
+    # A bar of colours in network order: a legend of all layers would be too small to read.
+    shown = range(0, len(names), -(-len(names) // _NAMED_LAYERS))
+    scale = ScalarMappable(BoundaryNorm(np.arange(len(names) + 1) - 0.5, len(names)), colours)
+    bar = drawing.colorbar(scale, ax=[alpha, rate], ticks=list(shown), pad=0.01)
+    bar.ax.set_yticklabels([shorten(names[i], 32) for i in shown], fontsize="small")
+    bar.ax.invert_yaxis()
+    bar.ax.minorticks_off()
     return drawing
 
 
