@@ -15,7 +15,7 @@ SETTLE = 0.3  # seconds before each timed call: threads of the one before, OpenM
 
 
 def machine() -> dict[str, Any]:
-    """Returns processor, cores, accelerator and the versions that matter, ready for JSON."""
+    """Return processor, cores, accelerator and the versions that matter, ready for JSON."""
     import jax
 
     return {

@@ -17,14 +17,14 @@ from tests.faults.targets import TARGETS
 
 
 def shared_out(files: int, only: list[str]) -> dict[str, range]:
-    """Returns the numbers of each reader's cases, so many in all."""
+    """Return the numbers of each reader's cases, so many in all."""
     weights = {name: target.files for name, target in TARGETS.items() if target.files and (not only or name in only)}
     total = sum(weights.values())
     return {name: range(max(1, round(files * weight / total))) for name, weight in weights.items()}
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
-    """Returns a line for each reader, and one for all."""
+    """Return a line for each reader, and one for all."""
     every = outcomes.values()
     whole = Outcome(
         read=sum(outcome.read for outcome in every),

@@ -111,7 +111,7 @@ def time_method(method: Method, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the config of a network of one block."""
+    """Return the config of a network of one block."""
     return {
         "model_type": "llama",
         "hidden_size": args.hidden,

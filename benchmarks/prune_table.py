@@ -93,7 +93,7 @@ def fill(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_of(args: argparse.Namespace, seed: int) -> Config:
-    """Returns the settings that all cells of a seed share."""
+    """Return the settings that all cells of a seed share."""
     return Config(
         model=args.model or find_model(),
         calibration=args.calibration,
@@ -108,12 +108,12 @@ def config_of(args: argparse.Namespace, seed: int) -> Config:
 
 
 def under(job: Job, **settings: Any) -> Job:
-    """Returns the job with other settings, of those that change neither model nor texts."""
+    """Return the job with other settings, of those that change neither model nor texts."""
     return dataclasses.replace(job, config=dataclasses.replace(job.config, **settings))
 
 
 def table(results: dict[str, Any], args: argparse.Namespace) -> str:
-    """Returns the results as a Markdown table: mean and deviation over the seeds."""
+    """Return the results as a Markdown table: mean and deviation over the seeds."""
     lines = [f"dense: {results['dense']:.2f}", "", "| method | allocation | " + " | ".join(map(str, args.sparsities))]
     lines[-1] += " |"
     lines.append("| --- " * (2 + len(args.sparsities)) + "|")

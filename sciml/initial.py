@@ -18,12 +18,12 @@ from jax import Array, random
 
 from .flow import GAMMA
 
-Kind = Literal["rand", "turb"]
+InitialState = Literal["rand", "turb"]
 HIGHEST = 4  # wave number along each axis, in periods of the square
 _EDGE = 0.01  # width of a window's rim, in sides of the square
 
 
-def random_state(key: Array, size: int, mach: float, kind: Kind = "rand") -> Array:
+def random_state(key: Array, size: int, mach: float, kind: InitialState = "rand") -> Array:
     """Return a random initial state, shape (X, Y, 4): velocity along x and y, density, pressure; JAX's default float.
 
     Both kinds add up waves of random phase with wave numbers of 1 to 4 periods, either sign, along both axes.

@@ -33,7 +33,7 @@ def linear(rank=2, rows=12, cols=8, module=Q):
 
 
 def make(folder, adapter, config=None, base=None):
-    """Returns a base, its arrays, and the folder of an adapter."""
+    """Return a base, its arrays, and the folder of an adapter."""
     arrays = {name: normal(*shape).astype(ml_dtypes.bfloat16) for name, shape in (base or BASE).items()}
     (folder / "adapter").mkdir()
     safetensors.numpy.save_file(arrays, folder / "model.safetensors")

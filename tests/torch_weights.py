@@ -10,7 +10,7 @@ from train.models import MODELS
 
 
 def from_torch(model_name: str, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns parameters and running statistics by our names; `model_name` is a key of MODELS and checks them."""
+    """Return parameters and running statistics by our names; `model_name` is a key of MODELS and checks them."""
     arrays = {}
     for name, array in state.items():
         if not name.endswith("num_batches_tracked"):
@@ -27,7 +27,7 @@ def from_torch(model_name: str, state: dict[str, np.ndarray]) -> dict[str, np.nd
 
 
 def leaves(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a model, or of gradients of it, by name."""
+    """Return the leaves of a model, or of gradients of it, by name."""
     state = nnx.state(tree) if isinstance(tree, nnx.Module) else tree
     flat, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}

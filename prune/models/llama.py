@@ -13,7 +13,7 @@ from farms_jax.errors import InputError
 
 from .attention import attend
 from .fields import MOST_BLOCKS, Fields
-from .network import Inputs, Kind, Network, Shape
+from .network import Inputs, Network, PartKind, Shape
 from .operations import ACTIVATIONS, State, embedding, linear, linear_shapes, rms_norm
 from .rope import Rope, read_rope, rotate
 
@@ -64,7 +64,7 @@ class Llama(Network):
     # Frequencies that older versions of `transformers` saved; ours come from the config.
     ignored = r".*layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
-    def _shapes(self, kind: Kind) -> dict[str, Shape]:
+    def _shapes(self, kind: PartKind) -> dict[str, Shape]:
         size, inner = self.hidden_size, self.intermediate_size
         if kind == "embed":
             return {"embed_tokens.weight": (self.vocab_size, size)}

@@ -26,7 +26,7 @@ from .operations import State, linear
 LONG = 256
 
 Part = int | Literal["embed", "head"]  # number of a block, or one of the two ends
-Kind = Literal["embed", "block", "head"]
+PartKind = Literal["embed", "block", "head"]
 Inputs = tuple[Array, ...]
 
 
@@ -45,7 +45,7 @@ class Network(ABC):
     ignored: ClassVar[str] = r"(?!)"  # pattern of tensors that checkpoints may have and the network does not need
 
     @abstractmethod
-    def _shapes(self, kind: Kind) -> dict[str, Shape]:
+    def _shapes(self, kind: PartKind) -> dict[str, Shape]:
         """Return the shapes of a part's tensors as in the checkpoint, by their names without prefix and block."""
 
     @abstractmethod

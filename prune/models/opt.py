@@ -11,7 +11,7 @@ from jax import Array
 
 from .attention import attend
 from .fields import MOST_BLOCKS, Fields
-from .network import Inputs, Kind, Network, Shape
+from .network import Inputs, Network, PartKind, Shape
 from .operations import ACTIVATIONS, State, embedding, layer_norm, linear, linear_shapes
 
 OFFSET = 2  # rows of the position embedding before the first position's, which the original kept for padding
@@ -38,7 +38,7 @@ class OPT(Network):
         ("fc2",),
     )
 
-    def _shapes(self, kind: Kind) -> dict[str, Shape]:
+    def _shapes(self, kind: PartKind) -> dict[str, Shape]:
         size, inner = self.hidden_size, self.embedding_size
         projects = inner != size
         if kind == "embed":
