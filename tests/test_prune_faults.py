@@ -215,7 +215,7 @@ PLACES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", few(PLACES, 3))
+@pytest.mark.parametrize("place", few(PLACES, 6))
 def test_no_space_on_the_way_keeps_what_is_done(place, whole, tmp_path, monkeypatch):
     module, name, number = PLACES[place]
     source = bytes_of(DATA / "llama_tiny")

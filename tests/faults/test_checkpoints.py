@@ -25,6 +25,9 @@ from farms_jax.weights import open_weights
 from train import cifar
 from train.config import Config
 
+# Orbax leaves tasks behind when it reads a damaged checkpoint, and asyncio complains of them when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def same(a, b):
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
