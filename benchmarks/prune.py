@@ -86,8 +86,15 @@ def time_method(method: Method, args: argparse.Namespace) -> dict[str, Any]:
             return pruned.tensors
 
         statistic = STATISTIC[method]
-        read = lambda part: tensors  # noqa: E731
-        run_blocks(network, read, activations, title=method, visit=visit, statistic=statistic, calibration=len(needed))
+        run_blocks(
+            network,
+            tensors.__getitem__,
+            activations,
+            title=method,
+            visit=visit,
+            statistic=statistic,
+            calibration=len(needed),
+        )
 
     blocks: list[TorchBlock] = []
 

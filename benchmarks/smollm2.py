@@ -23,7 +23,7 @@ from benchmarks._common import machine, write
 from farms_jax._sparsity import impute_alphas
 from prune.allocation import Plan
 from prune.checkpoints import Checkpoint, open_checkpoint
-from prune.forward import embed, reader, run_blocks
+from prune.forward import embed, read_part, run_blocks
 from prune.models import Network
 from prune.perplexity import losses, perplexity
 from prune.pruning import PrunedBlock, prune_blocks
@@ -105,11 +105,11 @@ def check_weights(checkpoint: Checkpoint, reference: dict[str, Any]) -> list[dic
 def check_dense(network: Network, checkpoint: Checkpoint, reference: dict[str, Any]) -> list[dict[str, Any]]:
     """Compares logits at four positions, and perplexity."""
     arrays = reference["arrays"]
-    read = reader(checkpoint.read, network)
     ids = arrays["test_ids"].astype(np.int32)
-    first = embed(network, read, ids[:1])
-    run_blocks(network, read, first, title="logits")
-    logits = np.asarray(network.head(network.to_state("head", read("head")), jnp.asarray(first.read(slice(0, 1)))))[0]
+    first = embed(network, checkpoint.read, ids[:1])
+    run_blocks(network, checkpoint.read, first, title="logits")
+    head = network.to_state("head", read_part(network, "head", checkpoint.read))
+    logits = np.asarray(network.head(head, jnp.asarray(first.read(slice(0, 1)))))[0]
     expected = arrays["dense/logits_chunk0_pos_0_1_255_511_vocab_first256"]
     difference = float(np.abs(logits[[0, 1, 255, 511], :256] - expected).max())
     found = perplexity(network, checkpoint, ids)
@@ -124,12 +124,12 @@ def check_dense(network: Network, checkpoint: Checkpoint, reference: dict[str, A
 
 def check_alphas(network: Network, checkpoint: Checkpoint, reference: dict[str, Any]) -> list[dict[str, Any]]:
     """Compares the alphas of the first 15 blocks; where the reference's own float64 differs none can be asked for."""
-    rows, read = [], reader(checkpoint.read, network)
+    rows = []
     layers = [f"model.layers.{name}" for name in reference["layer_names"][:105]]
     for key, (window, rule) in ALPHAS.items():
         tail = farms_jax.Tail("peak" if rule == "peak" else "median")
         cache = Path("runs/cache/alphas")
-        alphas = measure_alphas(network, read, window, tail, cache, key)
+        alphas = measure_alphas(network, checkpoint.read, window, tail, cache, key)
         found = impute_alphas(np.array([alphas[layer] for layer in layers]))
         expected = reference["arrays"][f"alphas/{key}/alpha"]
         exact = reference["arrays"].get(f"alphas/{key}/alpha_f64", expected)
@@ -149,7 +149,7 @@ def check_pruned(
     ratios = run["ratios"] or [run["sparsity"]] * len(layers)
     plan = Plan(run["method"], dict(zip(layers, ratios, strict=True)))
     ids, seen = (reference["arrays"][name].astype(np.int32) for name in ("test_ids", "calib_ids"))
-    removed, read = [0, 0], reader(checkpoint.read, network)
+    removed, read = [0, 0], checkpoint.read
 
     def count(block: int, pruned: PrunedBlock) -> None:
         removed[0] += sum(int((~mask).sum()) for mask in pruned.masks.values())
@@ -157,7 +157,7 @@ def check_pruned(
 
     title = f"{run['method']} {run['allocation']}"
     activations = prune_blocks(network, read, plan, count, calibration=seen, evaluation=ids, title=title)
-    nll = losses(network, network.to_state("head", read("head")), activations, ids)
+    nll = losses(network, read, activations, ids)
     found, tolerance = float(np.exp(nll.mean())), TOLERANCE[run["method"]]
     sparsity = {"sparsity": removed[0] / removed[1], "reference_sparsity": run["achieved_sparsity"]}
     twin = run.get("perplexity_rounding_twin")

@@ -22,7 +22,7 @@ from .models import Network, Part
 TOKENS = 2048  # in one call: more is no faster on CPU
 
 Tensors = dict[str, np.ndarray]
-Read = Callable[[Part], Tensors]
+Read = Callable[[str], np.ndarray]  # one tensor, by its name in the checkpoint
 Visit = Callable[[int, Tensors, Statistics], Tensors | None]
 
 
@@ -81,7 +81,7 @@ class Activations:
 
 def embed(network: Network, read: Read, ids: np.ndarray, spill: Path | None = None) -> Activations:
     """Return the inputs of the first block, (N, T, D), for tokens (N, T)."""
-    state = network.to_state("embed", read("embed"))
+    state = network.to_state("embed", read_part(network, "embed", read))
     activations = Activations((*ids.shape, network.hidden_size), spill)
     for rows in batches(len(ids), ids.shape[1]):
         activations.write(rows, np.asarray(apply_embed(network, state, jnp.asarray(ids[rows], jnp.int32))))
@@ -107,7 +107,7 @@ def run_blocks(
     """
     with tqdm(range(network.num_blocks), desc=title, unit="block") as bar:
         for block in bar:
-            tensors = read(block)
+            tensors = read_part(network, block, read)
             state = network.to_state(block, tensors)
             if visit is not None and block >= first:
                 statistics = {}
@@ -136,9 +136,9 @@ def _bar(activations: Activations, count: int, title: str) -> Iterator[slice]:
             bar.update(rows.stop - rows.start)
 
 
-def reader(read: Callable[[str], np.ndarray], network: Network) -> Read:
-    """Make a function that returns the tensors of a part, by name, from one that returns a tensor."""
-    return lambda part: {name: read(name) for name in network.tensors(part)}
+def read_part(network: Network, part: Part, read: Read) -> Tensors:
+    """Return the tensors of a part by name."""
+    return {name: read(name) for name in network.tensors(part)}
 
 
 def weights_of(network: Network, block: int, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

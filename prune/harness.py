@@ -19,7 +19,7 @@ from tqdm import tqdm
 from farms_jax.errors import InputError
 
 from .checkpoints import Checkpoint, open_checkpoint
-from .forward import reader
+from .forward import read_part
 from .models import Part, State
 from .scoring import Answer, Batch, Request, make_batches, score
 from .tokenizing import encode
@@ -72,7 +72,7 @@ class JaxLM(TemplateLM):
         self._held = {part: self._load(part) for part in parts}
 
     def _load(self, part: Part) -> State:
-        return self.network.to_state(part, reader(self._checkpoint.read, self.network)(part))
+        return self.network.to_state(part, read_part(self.network, part, self._checkpoint.read))
 
     @property
     def eot_token_id(self) -> int:

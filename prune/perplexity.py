@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from .checkpoints import Checkpoint
-from .forward import Activations, batches, embed, reader, run_blocks
+from .forward import Activations, Read, batches, embed, read_part, run_blocks
 from .models import Network, State
 
 _LOGITS = 2**24  # held in memory at once: 64 MiB
@@ -31,19 +31,18 @@ def perplexity(
 ) -> Perplexity:
     """Evaluate a model on blocks of text, (N, T) int32, with the weights of one decoder block in memory at a time."""
     start = time.perf_counter()
-    read = reader(checkpoint.read, network)
-    activations = embed(network, read, ids, spill)
-    run_blocks(network, read, activations, title=title)
-    nll = losses(network, network.to_state("head", read("head")), activations, ids)
+    activations = embed(network, checkpoint.read, ids, spill)
+    run_blocks(network, checkpoint.read, activations, title=title)
+    nll = losses(network, checkpoint.read, activations, ids)
     return Perplexity(float(np.exp(nll.mean())), nll.tolist(), time.perf_counter() - start)
 
 
-def losses(network: Network, head: State, activations: Activations, ids: np.ndarray) -> np.ndarray:
+def losses(network: Network, read: Read, activations: Activations, ids: np.ndarray) -> np.ndarray:
     """Return the mean loss in nats, (N,) float64, of the last N sequences, whose tokens are `ids` (N, T).
 
     `activations` (M, T, D), M >= N, are the outputs of the last block.
     """
-    first, found = len(activations) - len(ids), []
+    head, first, found = network.to_state("head", read_part(network, "head", read)), len(activations) - len(ids), []
     for rows in batches(len(ids), ids.shape[1]):
         x = activations.read(slice(first + rows.start, first + rows.stop))
         found.append(np.asarray(_losses(network, head, x, jnp.asarray(ids[rows], jnp.int32)), np.float64))

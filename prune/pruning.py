@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .allocation import Plan, sizes_of
 from .calibration import Statistic, Statistics
 from .config import Method
-from .forward import Activations, Read, Tensors, embed, reader, run_blocks, weights_of
+from .forward import Activations, Read, Tensors, embed, run_blocks, weights_of
 from .job import Job
 from .methods import magnitude, wanda, wanda_variant
 from .models import Network
@@ -132,10 +132,10 @@ def simulate(job: Job, plan: Plan, ids: np.ndarray, title: str) -> Simulation:
         nonlocal removed
         removed += sum(int((~mask).sum()) for mask in pruned.masks.values())
 
-    network, read = job.network, reader(job.checkpoint.read, job.network)
+    network, read = job.network, job.checkpoint.read
     activations = prune_blocks(
         network, read, plan, count, calibration=job.seen, evaluation=ids, spill=job.config.spill, title=title
     )
-    nll = losses(network, network.to_state("head", read("head")), activations, ids)
+    nll = losses(network, read, activations, ids)
     total = sum(sizes_of(network.layer_shapes()).values())
     return Simulation(float(np.exp(nll.mean())), removed / total, nll.tolist())

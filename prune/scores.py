@@ -15,7 +15,7 @@ from farms_jax.programs.cache import Cache, weights_key
 from .calibration import Statistics
 from .checkpoints import Checkpoint
 from .config import SPECTRAL, Config
-from .forward import Read, Tensors, embed, reader, run_blocks, weights_of
+from .forward import Read, Tensors, embed, read_part, run_blocks, weights_of
 from .job import Job
 from .lowest import lowest
 from .methods import wanda_scores
@@ -30,8 +30,9 @@ def spectral_alphas(job: Job, checkpoint: Checkpoint, title: str) -> dict[str, f
     if config.allocation not in SPECTRAL:
         return {}
     window = config.window(min(min(shape) for shape in network.layer_shapes().values()))
-    read = reader(checkpoint.read, network)
-    return measure_alphas(network, read, window, farms_jax.Tail(config.tail), config.out / "cache" / "alphas", title)
+    return measure_alphas(
+        network, checkpoint.read, window, farms_jax.Tail(config.tail), config.out / "cache" / "alphas", title
+    )
 
 
 def measure_alphas(
@@ -45,7 +46,7 @@ def measure_alphas(
     alphas: dict[str, float] = {}
     store = Cache(cache)
     for block in tqdm(range(network.num_blocks), desc=title, unit="block"):
-        weights = weights_of(network, block, read(block))
+        weights = weights_of(network, block, read_part(network, block, read))
         key = weights_key(weights, farms_jax.__version__, window, tail)
         measures = store.get(key)
         if measures is None:
@@ -81,7 +82,7 @@ def _score_by_activations(job: Job) -> dict[str, float]:
     def visit(block: int, tensors: Tensors, squares: Statistics) -> None:
         scores.update(activation_scores(config, weights_of(network, block, tensors), squares))
 
-    read, title = reader(job.checkpoint.read, network), f"{config.allocation} scores"
+    read, title = job.checkpoint.read, f"{config.allocation} scores"
     activations = embed(network, read, job.seen, config.spill)
     run_blocks(network, read, activations, title=title, visit=visit, statistic="squares", calibration=len(activations))
     return scores

@@ -4,12 +4,11 @@ import dataclasses
 import sys
 import time
 
+import numpy as np
 from tqdm import tqdm
 
 from .allocation import Plan
-from .forward import Tensors
 from .job import Job
-from .models import Part
 from .output import Output
 from .pruning import PrunedBlock, prune_blocks
 from .record import Record
@@ -95,9 +94,10 @@ def write_pruned(job: Job, plan: Plan, record: Record, output: Output | None) ->
     if done:
         tqdm.write(f"going on: {first} of {job.network.num_blocks} blocks are written")
 
-    def read(part: Part) -> Tensors:
-        source = output if isinstance(part, int) and part < first else job.checkpoint
-        return {name: source.read(name) for name in job.network.tensors(part)}
+    written = {name for block in range(first) for name in job.network.tensors(block)}
+
+    def read(name: str) -> np.ndarray:
+        return (output if name in written else job.checkpoint).read(name)
 
     def keep(block: int, pruned: PrunedBlock) -> None:
         nonlocal last

@@ -1,5 +1,6 @@
 """Sparsities of a run: scores, budgets, N:M, and the search of epsilon."""
 
+import functools
 import json
 
 import jax
@@ -12,7 +13,7 @@ from prune_helpers import bytes_of, small_run
 import prune.run
 from farms_jax import block_of
 from prune.checkpoints import open_checkpoint
-from prune.forward import reader
+from prune.forward import read_part
 from prune.job import prepare
 from prune.output import read_masks
 from prune.perplexity import perplexity
@@ -43,7 +44,7 @@ def by_block(card, measure="sparsity"):
 
 def wanda_scores(job):
     """|W| times the norm of the input of every layer of the dense model, in float64."""
-    network, read = job.network, reader(job.checkpoint.read, job.network)
+    network, read = job.network, functools.partial(read_part, job.network, read=job.checkpoint.read)
     inputs_of, apply = jax.jit(network.inputs), jax.jit(network.block)
     x, scores = network.embed(network.to_state("embed", read("embed")), jnp.asarray(job.seen)), {}
     for block in range(network.num_blocks):

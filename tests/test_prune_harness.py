@@ -16,7 +16,7 @@ from prune_helpers import DATA, byte_tokenizer, folder_with_tokenizer
 from farms_jax.errors import InputError
 from prune import evaluate, scoring, tasks
 from prune.checkpoints import open_checkpoint
-from prune.forward import reader
+from prune.forward import read_part
 from prune.harness import JaxLM
 from prune.perplexity import perplexity
 from prune.texts import evaluation_blocks, hub
@@ -61,8 +61,7 @@ def network_of(folder):
     """A network as a plain function: ids (T,) to log-probabilities (T, V); compiled for one length."""
     checkpoint = open_checkpoint(str(folder))
     network = checkpoint.network()
-    read = reader(checkpoint.read, network)
-    states = [network.to_state(part, read(part)) for part in network.parts]
+    states = [network.to_state(part, read_part(network, part, checkpoint.read)) for part in network.parts]
 
     @jax.jit
     def logits(ids):
