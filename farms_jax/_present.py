@@ -13,6 +13,7 @@ from html import escape
 from typing import Any
 
 from farms_jax._extras import from_extra
+from farms_jax.errors import listed
 
 
 def shorten(text: str, width: int) -> str:
@@ -61,23 +62,13 @@ def by_reason(left_out: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return reasons
 
 
-def listed(names: Sequence[str], most: int) -> str:
-    """Return names in one line; of those beyond `most` only how many there are.
-
-    >>> listed(["q", "k", "v"], 2)
-    'q, k, and 1 more'
-    """
-    more = f", and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"
-
-
 def left_out_lines(left_out: Iterable[tuple[str, str]]) -> list[str]:
     """Return what was left out, one line per reason with at most three names.
 
     >>> left_out_lines([("bias", "1 axes"), ("scale", "1 axes")])
     ['left out (1 axes): bias, scale']
     """
-    return [f"left out ({reason}): {listed(names, 3)}" for reason, names in by_reason(left_out).items()]
+    return [f"left out ({reason}): {listed(names, 3, ', ')}" for reason, names in by_reason(left_out).items()]
 
 
 def html_table(

@@ -15,8 +15,7 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import one_line
+from farms_jax.errors import InputError, one_line
 
 from .harness import JaxLM
 from .texts import hub

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import one_line
+from farms_jax.errors import InputError, one_line
 
 _GAPS = 1_000_000  # most ids without a token, beside ten for each token
 

@@ -16,12 +16,12 @@ from safetensors.numpy import save_file
 
 from farms_jax import named_leaves
 from farms_jax._extras import from_extra
-from farms_jax.errors import InputError
+from farms_jax.errors import InputError, listed, one_line, printable
 from farms_jax.programs.files import atomic
-from farms_jax.weights.conversion import Shape, listed, mismatches
+from farms_jax.weights.conversion import Shape, mismatches
+from farms_jax.weights.reading import check_name
 from farms_jax.weights.safetensors_file import read_layout
 from farms_jax.weights.safetensors_source import open_safetensors
-from farms_jax.weights.sanitise import check_name, one_line, printable
 
 from .conversion import COMPONENTS, TABLE, component_of
 from .model import NAMED, ModelConfig, Params, make_network

@@ -21,8 +21,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import one_line, printable, short_repr
+from farms_jax.errors import InputError, one_line, printable, short_repr
 
 CHANNELS = ("Vx", "Vy", "density", "pressure")  # in the order DPOT was trained with
 LAYOUTS = (

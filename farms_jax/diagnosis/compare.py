@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from farms_jax._present import listed
 from farms_jax.diagnosis.columns import BY_NAME, Column, Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.layer_table import LayerTable
 from farms_jax.diagnosis.pipeline import diagnose, opened
 from farms_jax.diagnosis.table import half_width, text
-from farms_jax.errors import InputError
+from farms_jax.errors import InputError, listed
 from farms_jax.weights import WeightSource, is_lora, open_lora
 
 _Side = tuple[Diagnosis, WeightSource | None]  # no weights where only a written diagnosis is at hand
@@ -68,7 +67,7 @@ class Comparison(LayerTable):
     def closing(self) -> list[str]:
         """Return the layers that one model alone has."""
         sides = (("A", self.only_a), ("B", self.only_b))
-        return [f"only in {side}: {listed(names, 5)}" for side, names in sides if names]
+        return [f"only in {side}: {listed(names, 5, ', ')}" for side, names in sides if names]
 
 
 def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Comparison:

@@ -11,13 +11,14 @@ from typing import Any
 import matplotlib as mpl
 
 from farms_jax._figures import NAMED_TICKS
-from farms_jax._present import by_reason, listed
+from farms_jax._present import by_reason
 from farms_jax.diagnosis import figures
 from farms_jax.diagnosis.columns import BY_NAME, Column, Row
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import MEANINGS, SEVERITY, attention, counts, severity
 from farms_jax.diagnosis.svg import STYLE, inline_svg
 from farms_jax.diagnosis.table import MISSING, number, text, with_interval
+from farms_jax.errors import listed
 
 _PRINTED = 24  # layers that need attention most, whose spectra are printed on paper
 _NAMED = 200  # left-out arrays that are named for one reason
@@ -239,7 +240,7 @@ def _details(row: Row, drawing: str) -> str:
 
 
 def _left_out(left_out: Sequence[tuple[str, str]]) -> str:
-    parts = [(f"{reason} ({len(names)})", listed(names, _NAMED)) for reason, names in by_reason(left_out).items()]
+    parts = [(f"{reason} ({len(names)})", listed(names, _NAMED, ", ")) for reason, names in by_reason(left_out).items()]
     return f'<section class="out"><h2>Left out</h2>{_definitions(parts)}</section>' if parts else ""
 
 

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from farms_jax._axes import FLAX_AXES, Axes
 from farms_jax._layers import select_layers
 from farms_jax._names import matching, named_leaves, natural_key
-from farms_jax._present import listed
 from farms_jax.diagnosis.columns import Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.measure import Measured, in_groups, measure
@@ -24,7 +23,7 @@ from farms_jax.diagnosis.resampling import rank_flips
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import status_of
-from farms_jax.errors import InputError
+from farms_jax.errors import InputError, listed
 from farms_jax.programs.cache import Cache, weights_key
 from farms_jax.programs.environment import installed_versions
 from farms_jax.weights import WeightSource, open_weights
@@ -174,7 +173,7 @@ def _hashed(source: WeightSource, names: list[str], settings: Settings, *, progr
         layers.append(_Layer(name, digest, key, 4 * weight.size, float(weight.size) * min(rows, cols)))
     if bad:
         raise InputError(
-            f"{source.path}: NaN or Inf in {listed(bad, 10)}; "
+            f"{source.path}: NaN or Inf in {listed(bad, 10, ', ')}; "
             "take an earlier checkpoint, or leave the layers out with --exclude"
         )
     return layers

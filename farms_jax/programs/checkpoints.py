@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from farms_jax.errors import InputError
+from farms_jax.errors import InputError, one_line
 from farms_jax.programs.files import damaged_files, write_checksums, write_json
 
 _ARRAYS, _PARTIAL_EPOCH = "default", "partial_epoch.json"
@@ -106,9 +106,8 @@ class Checkpoints:
         try:
             found = self._checkpointer.restore(checkpoint.resolve(), args=ocp.args.Composite(**{_ARRAYS: abstract}))
         except Exception as error:  # which one depends on what differs
-            why = " ".join(str(error).split())[:300]
             raise InputError(
-                f"--resume: the checkpoint {checkpoint} is not of these settings ({why}); start anew"
+                f"--resume: the checkpoint {checkpoint} is not of these settings ({one_line(error)}); start anew"
             ) from error
         partial_epoch = checkpoint / _PARTIAL_EPOCH
         sums = json.loads(partial_epoch.read_text(encoding="utf-8")) if partial_epoch.is_file() else {}

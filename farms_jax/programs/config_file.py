@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from farms_jax.errors import InputError
+from farms_jax.errors import InputError, one_line
 from farms_jax.programs.files import write_json
 
 # What reading JSON or CSV of another shape raises.
@@ -38,12 +38,6 @@ def read_config(run: Path, kind: type[T]) -> tuple[T, dict[str, Any]]:
     except PARSE_ERRORS as error:
         why = one_line(error)
         raise InputError(f"--resume {run}: {path} is damaged or of another version ({why}); start anew") from error
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of an error on one line of printable letters."""
-    text = " ".join(str(error).split())[:300]
-    return text if text.isprintable() else ascii(text)
 
 
 def _restored(value: Any, kind: Any) -> Any:

@@ -21,9 +21,9 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from farms_jax.errors import InputError
+from farms_jax.errors import InputError, one_line
 from farms_jax.programs.checkpoints import Checkpoints, Progress
-from farms_jax.programs.config_file import PARSE_ERRORS, one_line
+from farms_jax.programs.config_file import PARSE_ERRORS
 from farms_jax.programs.files import atomic
 from farms_jax.programs.locking import locked
 from farms_jax.programs.stopping import Stopped
@@ -136,9 +136,8 @@ class SeedDirectory:
         try:
             return list(parse(path.read_text(encoding="utf-8").splitlines(keepends=True)))
         except PARSE_ERRORS as error:
-            why = one_line(error)
             raise InputError(
-                f"{path} is damaged ({why}); --resume puts it back as the last checkpoint has it"
+                f"{path} is damaged ({one_line(error)}); --resume puts it back as the last checkpoint has it"
             ) from error
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from farms_jax.weights.sanitise import printable, short_repr
+from farms_jax.errors import printable, short_repr
 
 Shape = tuple[int, ...]
 
@@ -103,10 +103,3 @@ def mismatches(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> dic
         elif tuple(shape) != tuple(expected[name]):
             faults[name] = f"of another shape: {name} is {short_repr(list(shape))}, must be {list(expected[name])}"
     return faults
-
-
-def listed(faults: Iterable[str], limit: int = 10) -> str:
-    """Join faults into one line that names the first `limit` of them."""
-    faults = list(faults)
-    more = f"; and {len(faults) - limit} more" if len(faults) > limit else ""
-    return "; ".join(faults[:limit]) + more

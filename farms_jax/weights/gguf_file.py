@@ -14,9 +14,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from farms_jax._extras import from_extra
-from farms_jax.errors import InputError
-from farms_jax.weights.reading import DOWNLOAD_AGAIN, os_errors_named, read_bytes
-from farms_jax.weights.sanitise import check_name, is_valid_shape, one_line, printable, short_repr
+from farms_jax.errors import InputError, one_line, printable, short_repr
+from farms_jax.weights.reading import DOWNLOAD_AGAIN, check_name, is_valid_shape, os_errors_named, read_bytes
 
 # The format's own numbers for types of values, as codes of `struct`; text and array stand between them.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from farms_jax.errors import InputError
+from farms_jax.errors import InputError, printable, short_repr
 from farms_jax.weights.conversion import Shape
 from farms_jax.weights.reading import TensorInfo, read_json
 from farms_jax.weights.safetensors_source import open_safetensors
-from farms_jax.weights.sanitise import printable, short_repr
 from farms_jax.weights.source import WeightSource
 
 ADAPTER_CONFIG = "adapter_config.json"

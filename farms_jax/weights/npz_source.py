@@ -11,9 +11,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 from farms_jax._axes import FLAX_AXES
-from farms_jax.errors import InputError
-from farms_jax.weights.reading import TensorInfo, os_errors_named
-from farms_jax.weights.sanitise import is_valid_shape, one_line, printable, short_repr
+from farms_jax.errors import InputError, one_line, printable, short_repr
+from farms_jax.weights.reading import TensorInfo, is_valid_shape, os_errors_named
 from farms_jax.weights.source import WeightSource
 
 _REMEDY = "write it again with numpy.savez"

@@ -1,18 +1,20 @@
-"""Shared by the readers of all formats: descriptions of tensors, raw bytes, JSON."""
+"""Shared by the readers of all formats: descriptions of tensors and checks of them, raw bytes, JSON."""
 
 import contextlib
 import json
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import one_line
+from farms_jax.errors import InputError, one_line, short_repr
 
 DOWNLOAD_AGAIN = "download it again"
+_MAX_NAME = 500  # characters; GGUF allows 64, nested optimiser states have 200
+_MAX_AXES = 64  # numpy's
+_MAX_BYTES = 2**63
 
 
 class TensorInfo(NamedTuple):
@@ -25,6 +27,22 @@ class TensorInfo(NamedTuple):
     def nbytes(self) -> int:
         """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def check_name(name: str, where: str) -> None:
+    """Refuse a tensor's name that tables and messages cannot show; `where` names the file."""
+    if len(name) > _MAX_NAME or not name.isprintable():
+        raise InputError(
+            f"{where}: a tensor is called {short_repr(name)}, which is no name (printable, at most {_MAX_NAME} "
+            "characters); download or write it again"
+        )
+
+
+def is_valid_shape(shape: Sequence[int], itemsize: int) -> bool:
+    """Return whether an array can have a shape on any machine; the limits hold for empty arrays too."""
+    if len(shape) > _MAX_AXES or any(size >= _MAX_BYTES for size in shape):
+        return False
+    return math.prod(size for size in shape if size) * itemsize < _MAX_BYTES
 
 
 @contextlib.contextmanager

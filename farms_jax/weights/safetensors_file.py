@@ -20,9 +20,15 @@ import ml_dtypes
 import numpy as np
 
 from farms_jax._extras import from_extra
-from farms_jax.errors import InputError
-from farms_jax.weights.reading import DOWNLOAD_AGAIN, TensorInfo, os_errors_named, read_bytes
-from farms_jax.weights.sanitise import check_name, is_valid_shape, one_line, short_repr
+from farms_jax.errors import InputError, one_line, short_repr
+from farms_jax.weights.reading import (
+    DOWNLOAD_AGAIN,
+    TensorInfo,
+    check_name,
+    is_valid_shape,
+    os_errors_named,
+    read_bytes,
+)
 
 # Widest last: the format's own writer lays files out from the end of this table to its start, so that every tensor is
 # aligned to its items.

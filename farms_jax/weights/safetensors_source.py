@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from farms_jax._axes import TORCH_AXES
-from farms_jax.errors import InputError
-from farms_jax.weights.conversion import listed
+from farms_jax.errors import InputError, listed, printable, short_repr
 from farms_jax.weights.reading import DOWNLOAD_AGAIN, read_json
 from farms_jax.weights.safetensors_file import read_layout, read_tensor
-from farms_jax.weights.sanitise import printable, short_repr
 from farms_jax.weights.source import WeightSource
 
 WEIGHTS = "model.safetensors"

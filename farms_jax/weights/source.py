@@ -9,9 +9,8 @@ import numpy as np
 
 from farms_jax._axes import Axes
 from farms_jax._names import natural_key
-from farms_jax.errors import InputError
-from farms_jax.weights.reading import TensorInfo
-from farms_jax.weights.sanitise import check_name, printable
+from farms_jax.errors import InputError, printable
+from farms_jax.weights.reading import TensorInfo, check_name
 from farms_jax.weights.skipped import not_weights
 
 

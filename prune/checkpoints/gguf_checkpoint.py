@@ -5,8 +5,7 @@ from typing import Any
 
 from farms_jax.programs.files import write_json
 from farms_jax.weights.gguf_file import read_gguf
-from farms_jax.weights.gguf_names import ROPE_FACTORS
-from farms_jax.weights.gguf_source import GGUFSource
+from farms_jax.weights.gguf_source import ROPE_FACTORS, GGUFSource
 from farms_jax.weights.safetensors_file import FileLayout, make_layout
 from farms_jax.weights.safetensors_source import WEIGHTS
 

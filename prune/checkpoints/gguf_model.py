@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from farms_jax.errors import InputError
-from farms_jax.weights.gguf_names import ROPE_FACTORS, architecture_of, same_in_all_blocks
-from farms_jax.weights.sanitise import short_repr
+from farms_jax.errors import InputError, short_repr
+from farms_jax.weights.gguf_source import ROPE_FACTORS, architecture_of, same_in_all_blocks
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import short_repr
+from farms_jax.errors import InputError, short_repr
 
 from ..tokenizing import check_tokenizer, tokenizer_faults
 

@@ -4,8 +4,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import short_repr
+from farms_jax.errors import InputError, short_repr
 
 MOST_BLOCKS = 10_000  # ten times as deep as any network that was published
 _MOST = 2**31 - 1  # of any size: products of two, the sizes of arrays, must fit in 63 bits

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from farms_jax.errors import InputError
-from farms_jax.weights.conversion import Shape, listed, mismatches
+from farms_jax.errors import InputError, listed
+from farms_jax.weights.conversion import Shape, mismatches
 
 from .operations import State, linear
 

@@ -9,8 +9,7 @@ from collections.abc import Generator
 from typing import Any
 
 from farms_jax._extras import from_extra
-from farms_jax.errors import InputError
-from farms_jax.weights.sanitise import one_line
+from farms_jax.errors import InputError, one_line
 
 _SECONDS = 5.0  # until the hub counts as unreachable
 

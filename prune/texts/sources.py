@@ -13,9 +13,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from farms_jax._extras import from_extra
-from farms_jax.errors import InputError
+from farms_jax.errors import InputError, one_line, printable, short_repr
 from farms_jax.programs import files
-from farms_jax.weights.sanitise import one_line, printable, short_repr
 
 from . import hub
 

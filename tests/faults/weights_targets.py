@@ -167,19 +167,19 @@ def _gguf_numbers(file: Any, path: Any) -> list[tuple[int, int]]:
 def _msgpack_numbers(file: Any, path: Any) -> list[tuple[int, int]]:
     import msgpack
 
-    from farms_jax.weights import msgpack_file
+    from farms_jax.weights import msgpack_source
 
     found: list[tuple[int, int]] = []
-    original = msgpack_file._Reader._peek
+    original = msgpack_source._Reader._peek
 
-    def peek(self: msgpack_file._Reader, position: int, count: int) -> bytes:
+    def peek(self: msgpack_source._Reader, position: int, count: int) -> bytes:
         # First bytes of values, headers of extensions, and the shapes and dtypes that follow them.
         found.extend([(position, 1), (position + 1, min(count, 4))])
         found.extend((position + i, 1) for i in range(2, min(count, 20)))
         return original(self, position, count)
 
-    with mock.patch.object(msgpack_file._Reader, "_peek", peek):
-        msgpack_file._Reader(msgpack, file, path).value()
+    with mock.patch.object(msgpack_source._Reader, "_peek", peek):
+        msgpack_source._Reader(msgpack.Unpacker, file, path).value()
     return [(start, size) for start, size in found if start + size <= path.stat().st_size]
 
 
