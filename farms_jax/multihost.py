@@ -75,31 +75,27 @@ def analyze(
         RuntimeError: another process failed in another way.
     """
 
-    def choose() -> tuple[Any, str]:
+    def read() -> tuple[Any, tuple[str, list[str]]]:
         layers, grids, left_out = select_layers(_local_leaves(params), window, tail, axes, exclude)
         shown = [(name, tuple(leaf.shape), str(leaf.dtype)) for name, leaf in layers]
         common = sorted((key, value) for key, value in settings.items() if key != "mesh")
-        return (layers, grids, left_out), repr((shown, left_out, window, tail, axes, common))
-
-    (layers, grids, left_out), given = _collective(choose)
-    if len(set(given)) > 1:
-        raise ValueError("multihost.analyze: the processes were given different models or settings; give all the same")
-    owners = _assign([_cost(leaf, grid, axes) for (_, leaf), grid in zip(layers, grids, strict=True)])
-    own = [layers[layer] for layer in np.flatnonzero(owners == jax.process_index())]
-
-    def read() -> tuple[dict[str, Any], list[str]]:
+        owners = _assign([_cost(leaf, grid, axes) for (_, leaf), grid in zip(layers, grids, strict=True)])
+        own = [layers[layer] for layer in np.flatnonzero(owners == jax.process_index())]
         weights = {name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for name, leaf in own}
-        return weights, not_finite(list(weights.items()))
+        kept = [name for name, _ in layers], left_out, weights
+        return kept, (repr((shown, left_out, window, tail, axes, common)), not_finite(list(weights.items())))
 
     # Before anything is solved, which takes long: the other processes would learn of an error only at its end.
-    weights, bad = _collective(read)
-    raise_if_not_finite([name for name, _ in layers if any(name in names for names in bad)])
+    (names, left_out, weights), found = _collective(read)
+    if len({given for given, _ in found}) > 1:
+        raise ValueError("multihost.analyze: the processes were given different models or settings; give all the same")
+    raise_if_not_finite([name for name in names if any(name in bad for _, bad in found)])
 
     def measure() -> tuple[None, LayerReport]:
         return None, jax.device_get(_analyze.analyze(weights, window=window, tail=tail, axes=axes, **settings))
 
     _, reports = _collective(measure)
-    return _merge([name for name, _ in layers], left_out, reports)
+    return _merge(names, left_out, reports)
 
 
 def _local_leaves(params: Any) -> list[tuple[str, Any]]:

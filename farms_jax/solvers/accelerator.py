@@ -20,12 +20,15 @@ def batched_spectra(stacks: Sequence[Array], grids: Sequence[Grid], *, svd: bool
 
     They are eigenvalues of Gram matrices, or squared singular values by `svd`; zeros for a stack with NaN or Inf.
     """
-    values = _batched_windows(stacks, grids, svd=svd, max_batch_bytes=max_batch_bytes)
+    values = batched_windows(stacks, tuple(grids), svd=svd, max_batch_bytes=max_batch_bytes)
     return [jnp.sort(grid.pool(flat), axis=-1) for flat, grid in zip(values, grids, strict=True)]
 
 
-def _batched_windows(stacks: Sequence[Array], grids: Sequence[Grid], *, svd: bool, max_batch_bytes: int) -> list[Array]:
-    """Return eigenvalues (K * W, n) window by window, each row ascending."""
+@functools.partial(jax.jit, static_argnames=("grids", "svd", "max_batch_bytes"))
+def batched_windows(
+    stacks: Sequence[Array], grids: tuple[Grid, ...], *, svd: bool, max_batch_bytes: int
+) -> list[Array]:
+    """Return eigenvalues (K * W, n) window by window, each row ascending; compiled for each selection of layers."""
     by_layer: dict[int, Array] = {}
     for layers in _groups(stacks, grids):
         located = _locate([stacks[i].shape for i in layers], [grids[i] for i in layers])
@@ -35,6 +38,19 @@ def _batched_windows(stacks: Sequence[Array], grids: Sequence[Grid], *, svd: boo
         ends = np.cumsum([len(stacks[i]) * len(grids[i].starts) for i in layers])
         by_layer.update(zip(layers, jnp.split(values, ends[:-1]), strict=True))
     return [by_layer[i] for i in range(len(grids))]
+
+
+def part_of_windows(stack: Array, grid: Grid, number: Array, count: int, *, svd: bool, max_batch_bytes: int) -> Array:
+    """Return eigenvalues (ceil(K * W / count), n) of part `number`, int32, of `count` equal parts of a layer's windows.
+
+    Past the end they are those of the last window again, so that all parts have one shape.
+    """
+    total = len(stack) * len(grid.starts)
+    size = -(-total // count)
+    padded = [jnp.pad(part, (0, size * count - total), mode="edge") for part in _locate([stack.shape], [grid])]
+    own = [lax.dynamic_slice_in_dim(part, number * size, size) for part in padded]
+    flat = _finite_or_zero(stack).reshape(-1)
+    return _solve_windows(flat, own, _oriented(grid), svd=svd, max_batch_bytes=max_batch_bytes)
 
 
 def _finite_or_zero(stack: Array) -> Array:
@@ -94,12 +110,12 @@ def _gram_eigenvalues(windows: Array) -> Array:
     if gram.shape[-1] == 1:
         return gram[..., 0].real
     # XLA has no tridiagonal reduction for TPU.
-    values = lax.platform_dependent(gram, tpu=jnp.linalg.eigvalsh, default=_by_bisection)
+    values = lax.platform_dependent(gram, tpu=jnp.linalg.eigvalsh, default=_eigenvalues_by_bisection)
     floor = values[:, -1:] * (values.shape[-1] * jnp.finfo(values.dtype).eps)
     return jnp.where(values > floor, values, 0)
 
 
-def _by_bisection(gram: Array) -> Array:
+def _eigenvalues_by_bisection(gram: Array) -> Array:
     _, diagonal, off_diagonal, _ = lax.linalg.tridiagonal(gram)
     return jax.vmap(functools.partial(eigh_tridiagonal, eigvals_only=True))(diagonal, off_diagonal)
 
@@ -108,22 +124,3 @@ def _singular_values_squared(windows: Array) -> Array:
     values = jnp.linalg.svd(windows, compute_uv=False)[:, ::-1]
     floor = values[:, -1:] * (values.shape[-1] ** 0.5 * jnp.finfo(values.dtype).eps)
     return jnp.where(values > floor, values, 0) ** 2
-
-
-@functools.partial(jax.jit, static_argnames=("grid", "svd", "max_batch_bytes"))
-def device_windows(stack: Array, grid: Grid, *, svd: bool, max_batch_bytes: int) -> Array:
-    """Return eigenvalues (K * W, n) of one layer's stack, window by window; compiled for each shape of a layer."""
-    return _batched_windows([stack], [grid], svd=svd, max_batch_bytes=max_batch_bytes)[0]
-
-
-def part_of_windows(stack: Array, grid: Grid, number: Array, count: int, *, svd: bool, max_batch_bytes: int) -> Array:
-    """Return eigenvalues (ceil(K * W / count), n) of part `number`, int32, of `count` equal parts of a layer's windows.
-
-    Past the end they are those of the last window again, so that all parts have one shape.
-    """
-    total = len(stack) * len(grid.starts)
-    size = -(-total // count)
-    padded = [jnp.pad(part, (0, size * count - total), mode="edge") for part in _locate([stack.shape], [grid])]
-    own = [lax.dynamic_slice_in_dim(part, number * size, size) for part in padded]
-    flat = _finite_or_zero(stack).reshape(-1)
-    return _solve_windows(flat, own, _oriented(grid), svd=svd, max_batch_bytes=max_batch_bytes)

@@ -30,13 +30,9 @@ class _Layer(NamedTuple):
 
     stack: np.ndarray
     grid: Grid
+    dtype: np.dtype  # to compute in, real or complex
     values: np.ndarray  # (K * W, n)
     runs: list[gram_matrices.Run]  # windows that share a Gram matrix; empty where each has its own
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a number, which may be solved in double precision."""
-        return 16 if np.iscomplexobj(self.stack) else 8
 
     @property
     def window_cost(self) -> float:
@@ -44,15 +40,14 @@ class _Layer(NamedTuple):
 
     @property
     def largest_run(self) -> int:
-        """Bytes of the largest product that windows share."""
-        sizes = (gram_matrices.bytes_of_run(run, self.grid, self.itemsize) for run in self.runs)
-        return max(sizes, default=0)
+        """Bytes of the largest product that windows share, and of a copy of one window's block of it."""
+        return max((self.dtype.itemsize * (run.size**2 + self.grid.gram_rows**2) for run in self.runs), default=0)
 
     def window_bytes(self, most_copied: int | None = None) -> int:
         """Bytes of a window's Gram matrix and of a copy of the window, or of `most_copied` of its entries."""
         entries = self.grid.rows * self.grid.cols
         copied = entries if most_copied is None else min(entries, most_copied)
-        return self.itemsize * (copied + self.grid.gram_rows**2)
+        return self.dtype.itemsize * (copied + self.grid.gram_rows**2)
 
 
 class _Task(NamedTuple):
@@ -69,7 +64,7 @@ def spectra(stacks: Sequence[np.ndarray], grids: Sequence[Grid], *, solver: str,
     """Return pooled eigenvalues (D, E), ascending, of every layer, in its precision; see `window_spectra`."""
 
     def pool(values: np.ndarray, stack: np.ndarray, grid: Grid) -> np.ndarray:
-        return np.sort(grid.pool(values.astype(_real(stack.dtype), copy=False)), axis=-1)
+        return np.sort(grid.pool(values.astype(np.finfo(stack.dtype).dtype, copy=False)), axis=-1)
 
     values = window_spectra(stacks, grids, solver=solver, max_bytes=max_bytes)
     return _in_threads(cores(), pool, values, stacks, grids)
@@ -85,17 +80,15 @@ def window_spectra(
     `"gram64"` solves and returns all in float64; `"svd"` squares singular values in the stack's precision. `max_bytes`
     bounds the windows and Gram matrices alive at once, over all threads, down to one window at a time.
     """
-    if solver == "svd":
-        return solve(stacks, grids, max_bytes, gram=False)
-    if solver == "gram64":
-        return solve(stacks, grids, max_bytes, gram=True, precision=np.float64)
-    flat = solve(stacks, grids, max_bytes, gram=True)
-    coarse = [i for i, grid in enumerate(grids) if flat[i].dtype != np.float64 and _is_coarse(grid.pool(flat[i]))]
+    found = solve(stacks, grids, solver=solver, max_bytes=max_bytes)
+    if solver != "gram":
+        return found
+    coarse = [i for i, grid in enumerate(grids) if found[i].dtype != np.float64 and _is_coarse(grid.pool(found[i]))]
     if coarse:
         fine = [stacks[i] for i in coarse], [grids[i] for i in coarse]
-        for i, values in zip(coarse, window_spectra(*fine, solver="gram64", max_bytes=max_bytes), strict=True):
-            flat[i] = values.astype(flat[i].dtype)
-    return flat
+        for i, values in zip(coarse, solve(*fine, solver="gram64", max_bytes=max_bytes), strict=True):
+            found[i] = values.astype(found[i].dtype)
+    return found
 
 
 def _is_coarse(values: np.ndarray) -> bool:
@@ -104,20 +97,10 @@ def _is_coarse(values: np.ndarray) -> bool:
     return bool((np.partition(values, middle)[:, middle] < COARSE * values.max(-1)).any())
 
 
-def _real(dtype: np.dtype) -> np.dtype:
-    return np.finfo(dtype).dtype
-
-
-def solve(
-    stacks: Sequence[np.ndarray],
-    grids: Sequence[Grid],
-    max_bytes: int,
-    *,
-    gram: bool,
-    precision: type[np.floating] | None = None,
-) -> list[np.ndarray]:
-    """Return what `window_spectra` does, in one pass: by Gram matrices, in `precision` or the stack's, or by SVD."""
-    layers = [_layer(stack, grid, max_bytes, gram, precision) for stack, grid in zip(stacks, grids, strict=True)]
+def solve(stacks: Sequence[np.ndarray], grids: Sequence[Grid], *, solver: str, max_bytes: int) -> list[np.ndarray]:
+    """Return what `window_spectra` does, in one pass: `"gram"` leaves the layers that are not exact as they are."""
+    gram = solver != "svd"
+    layers = [_layer(stack, grid, solver, max_bytes) for stack, grid in zip(stacks, grids, strict=True)]
     # A Gram matrix of one large window needs no copy of all of it, only of a few columns in another precision.
     copied = gram_matrices.BLOCK_ENTRIES if gram else None
     needed = max((max(layer.window_bytes(copied), layer.largest_run) for layer in layers), default=1)
@@ -129,29 +112,30 @@ def solve(
         workers = max(1, min(workers, len(tasks)))
     # BLAS gets the cores that are left without a worker, for lack of memory or of large windows.
     threads = cores() // workers
-    solve_task = functools.partial(_solve_task, gram=gram, precision=precision, one_thread=threads == 1)
+    solve_task = functools.partial(_solve_task, gram=gram, one_thread=threads == 1)
     with _SOLVING, _blas().limit(limits=threads, user_api="blas"):
         _in_threads(workers, solve_task, tasks)
     return [layer.values for layer in layers]
 
 
-def _layer(stack: np.ndarray, grid: Grid, max_bytes: int, gram: bool, precision: type[np.floating] | None) -> _Layer:
-    values = np.zeros((len(stack) * len(grid.starts), grid.gram_rows), precision or _real(stack.dtype))
-    layer = _Layer(stack, grid, values, gram_matrices.shared_runs(grid) if gram else [])
+def _layer(stack: np.ndarray, grid: Grid, solver: str, max_bytes: int) -> _Layer:
+    dtype = np.result_type(stack.dtype, np.float64) if solver == "gram64" else stack.dtype
+    values = np.zeros((len(stack) * len(grid.starts), grid.gram_rows), np.finfo(dtype).dtype)
+    layer = _Layer(stack, grid, dtype, values, [] if solver == "svd" else gram_matrices.shared_runs(grid))
     # A product that would be larger than the bound is not shared.
     return layer if layer.largest_run <= max_bytes else layer._replace(runs=[])
 
 
-def _solve_task(task: _Task, *, gram: bool, precision: type[np.floating] | None, one_thread: bool) -> None:
-    stack, grid, values, _ = task.layer
+def _solve_task(task: _Task, *, gram: bool, one_thread: bool) -> None:
+    stack, grid, dtype, values, _ = task.layer
     if task.run is not None:
         matrix = stack[task.first // len(grid.starts)]
-        found = gram_matrices.run_eigenvalues(matrix, task.run, grid, precision, one_thread=one_thread)
+        found = gram_matrices.run_eigenvalues(matrix, task.run, grid, dtype, one_thread=one_thread)
         values[task.first + task.run.windows] = found
         return
     windows = cut_windows(stack, grid, task.first, task.last)
     if gram:
-        found = gram_matrices.gram_eigenvalues(windows, precision, one_thread=one_thread)
+        found = gram_matrices.gram_eigenvalues(windows, dtype, one_thread=one_thread)
     else:
         found = _singular_values_squared(windows)
     values[task.first : task.last] = found

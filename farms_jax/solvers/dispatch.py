@@ -93,14 +93,10 @@ def window_eigenvalues(
         return cpu.window_spectra(on_host, grids, solver=solver, max_bytes=max_batch_bytes)
     double = solver == "gram64"
     with jax.enable_x64(True) if double else contextlib.nullcontext():
-        # One call for each layer: it is compiled for each shape of a layer, not for each selection of layers.
-        values = [
-            accelerator.device_windows(
-                jnp.asarray(stack, np.result_type(stack.dtype, np.float64) if double else None),
-                grid,
-                svd=solver == "svd",
-                max_batch_bytes=max_batch_bytes,
-            )
-            for stack, grid in zip(stacks, grids, strict=True)
-        ]
+        values: list[Array] = []
+        for stack, grid in zip(stacks, grids, strict=True):
+            array = jnp.asarray(stack, np.result_type(stack.dtype, np.float64) if double else None)
+            # One call for each layer: it is compiled for each shape of a layer, not for each selection of layers.
+            settings = {"svd": solver == "svd", "max_batch_bytes": max_batch_bytes}
+            values += accelerator.batched_windows([array], (grid,), **settings)
         return [np.asarray(part) for part in values]

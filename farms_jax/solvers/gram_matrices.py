@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from farms_jax._windows import Grid
 from farms_jax.solvers import two_stage
@@ -20,13 +21,18 @@ _NEAR_BEST = 1.1  # times the least cost: a shorter run within it takes less mem
 
 
 class Run(NamedTuple):
-    """Windows of a dense matrix that share one product."""
+    """Windows of a dense matrix that share a product: they have the same columns, or the same rows `by_columns`."""
 
     windows: np.ndarray  # their numbers in the grid, int, ascending
-    rows: slice  # that they cover together
-    cols: slice
-    by_columns: bool  # they have the same rows and differ in their columns; else the reverse
-    offsets: np.ndarray  # of their first rows, or columns, within those covered, int
+    by_columns: bool
+    own: slice  # rows that they cover together; columns `by_columns`
+    common: slice  # columns, or rows, of each of them
+    offsets: np.ndarray  # of their first rows, or columns, within `own`, int
+
+    @property
+    def size(self) -> int:
+        """Rows of the product."""
+        return int(self.own.stop - self.own.start)
 
 
 def shared_runs(grid: Grid) -> list[Run]:
@@ -66,29 +72,25 @@ def _runs(grid: Grid, rows: np.ndarray, cols: np.ndarray, length: int, *, by_col
         common = slice(common_start, common_start + common_size)
         for part in parts:
             own = slice(starts[part[0]], starts[part[-1]] + size)
-            covered = (common, own) if by_columns else (own, common)
-            yield Run(windows[part], *covered, by_columns, offsets=starts[part] - own.start)
+            yield Run(windows[part], by_columns, own, common, offsets=starts[part] - own.start)
 
 
-def run_eigenvalues(
-    matrix: np.ndarray, run: Run, grid: Grid, precision: type[np.floating] | None, *, one_thread: bool
-) -> np.ndarray:
+def run_eigenvalues(matrix: np.ndarray, run: Run, grid: Grid, dtype: DTypeLike, *, one_thread: bool) -> np.ndarray:
     """Return eigenvalues (W, n), real, not negative, each row ascending, of a run's windows of a matrix (R, C).
 
-    `precision` is the one to compute in, `None` the matrix's own. Where BLAS is held to `one_thread`, large windows are
-    reduced in two stages.
+    They are computed in `dtype`. Where BLAS is held to `one_thread`, large windows are reduced in two stages.
     """
-    covered = matrix[run.rows, run.cols]
-    gram = _grams((covered.T if run.by_columns else covered)[None], precision)[0]
+    matrix = matrix.T if run.by_columns else matrix
+    gram = _grams(matrix[None, run.own, run.common], dtype)[0]
     size = grid.gram_rows
     # One after the other: the reduction overwrites them, and they overlap.
     blocks = (gram[start : start + size, start : start + size] for start in run.offsets)
     return np.concatenate([_eigenvalues(np.array(block[None], order="C"), one_thread=one_thread) for block in blocks])
 
 
-def gram_eigenvalues(windows: np.ndarray, precision: type[np.floating] | None, *, one_thread: bool) -> np.ndarray:
+def gram_eigenvalues(windows: np.ndarray, dtype: DTypeLike, *, one_thread: bool) -> np.ndarray:
     """Return eigenvalues (W, r) of windows (W, r, c) with r <= c, each row ascending; see `run_eigenvalues`."""
-    return _eigenvalues(_grams(windows, precision), one_thread=one_thread)
+    return _eigenvalues(_grams(windows, dtype), one_thread=one_thread)
 
 
 def _eigenvalues(grams: np.ndarray, *, one_thread: bool) -> np.ndarray:
@@ -99,18 +101,11 @@ def _eigenvalues(grams: np.ndarray, *, one_thread: bool) -> np.ndarray:
     return np.where(values > floor, values, 0)
 
 
-def _grams(windows: np.ndarray, precision: type[np.floating] | None) -> np.ndarray:
-    """Return Gram matrices (W, r, r), upper triangles only; a few columns at a time are copied to another precision."""
-    dtype = np.result_type(windows.dtype, precision) if precision else windows.dtype
+def _grams(windows: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """Return Gram matrices (W, r, r), upper triangles only; a few columns at a time are copied to another dtype."""
     count, rows, cols = windows.shape
     grams = np.zeros((count, rows, rows), dtype)
-    width = cols if windows.dtype == dtype else max(_MIN_BLOCK, BLOCK_ENTRIES // (count * rows))
+    width = cols if windows.dtype == grams.dtype else max(_MIN_BLOCK, BLOCK_ENTRIES // (count * rows))
     for first in range(0, cols, width):
-        add_products(grams, windows[:, :, first : first + width].astype(dtype, copy=False))
+        add_products(grams, windows[:, :, first : first + width].astype(grams.dtype, copy=False))
     return grams
-
-
-def bytes_of_run(run: Run, grid: Grid, itemsize: int) -> int:
-    """Return the bytes of the product that a run's windows share, and of one window's block of it."""
-    covered = run.cols if run.by_columns else run.rows
-    return itemsize * (int(covered.stop - covered.start) ** 2 + grid.gram_rows**2)

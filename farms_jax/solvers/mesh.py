@@ -41,7 +41,11 @@ def common_mesh(weights: Sequence[Any], mesh: Mesh | None) -> Mesh | None:
         ValueError: two weights lie on different devices, or one on others than the mesh's.
     """
     other = "another weight" if mesh is None else "`mesh`"
-    for own in filter(None, map(_mesh_of, weights)):
+    for weight in weights:
+        sharding = None if isinstance(weight, Tracer) else getattr(weight, "sharding", None)
+        own = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        if not isinstance(own, Mesh) or own.size == 1:
+            continue
         mesh = mesh or own
         if set(own.devices.flat) != set(mesh.devices.flat):
             raise ValueError(
@@ -53,16 +57,6 @@ def common_mesh(weights: Sequence[Any], mesh: Mesh | None) -> Mesh | None:
 
 def _devices(mesh: Mesh) -> str:
     return f"{mesh.size} devices ({', '.join(str(device) for device in mesh.devices.flat[:4])}, ...)"
-
-
-def _mesh_of(weight: Any) -> Mesh | None:
-    """Return the mesh of several devices on which a concrete array lies, or `None`."""
-    if isinstance(weight, Tracer) or not isinstance(weight, jax.Array):
-        return None
-    sharding = weight.sharding
-    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
-        return None
-    return sharding.mesh if sharding.mesh.size > 1 else None
 
 
 def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh, options: Options) -> list[Array]:
@@ -211,9 +205,7 @@ def _write_eigenvalues(
 
     def solve() -> np.ndarray:
         own = grid._replace(starts=tuple(grid.starts[window] for window in windows))
-        precision = np.float64 if options.solver == "gram64" else None
-        bound, gram = options.max_batch_bytes, options.solver != "svd"
-        return cpu.solve([stack[positions]], [own], bound, gram=gram, precision=precision)[0]
+        return cpu.solve([stack[positions]], [own], solver=options.solver, max_bytes=options.max_batch_bytes)[0]
 
     digest = hashlib.sha256(weight.view(np.uint8)).digest()
     found = _solved_once((digest, grid, options), len(mesh.local_devices), solve)

@@ -41,11 +41,12 @@ def _reduce_to_band(matrix: np.ndarray, width: int) -> None:
     for first in range(0, rows - width - 1, width):
         below = first + width
         v, t = _qr(matrix[below:, first:below], rows)
-        rest = matrix[below:, below:]
-        product = _symmetric_product(rest, np.asfortranarray(v @ t), rows)
+        rest, vt = matrix[below:, below:], np.asfortranarray(v @ t)
+        product = np.zeros_like(v)
+        call(cython_blas, "dsymm", b"L", b"L", *v.shape, _ONE, rest, rows, vt, len(v), _ONE, product, len(v))
         # Q = I - v t v^T turns the rest into rest - v w^T - w v^T.
-        w = product - v @ (t.T @ (v.T @ product) / 2)
-        _subtract_products(rest, v, np.asfortranarray(w), rows)
+        w = np.asfortranarray(product - v @ (t.T @ (v.T @ product) / 2))
+        call(cython_blas, "dsyr2k", b"L", b"N", *v.shape, -_ONE, v, len(v), w, len(v), _ONE, rest, rows)
 
 
 def _qr(panel: np.ndarray, leading: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,20 +58,6 @@ def _qr(panel: np.ndarray, leading: int) -> tuple[np.ndarray, np.ndarray]:
     t = np.zeros((count, count), order="F")
     call(cython_lapack, "dlarft", b"F", b"C", rows, count, v, rows, scales, t, count)
     return v, t
-
-
-def _symmetric_product(lower: np.ndarray, right: np.ndarray, leading: int) -> np.ndarray:
-    """Return the product of a symmetric matrix, given by its lower triangle, and another."""
-    rows, cols = right.shape
-    product = np.zeros_like(right)
-    call(cython_blas, "dsymm", b"L", b"L", rows, cols, _ONE, lower, leading, right, rows, _ONE, product, rows)
-    return product
-
-
-def _subtract_products(lower: np.ndarray, v: np.ndarray, w: np.ndarray, leading: int) -> None:
-    """Subtract v w^T + w v^T from a lower triangle, in place."""
-    rows, cols = v.shape
-    call(cython_blas, "dsyr2k", b"L", b"N", rows, cols, -_ONE, v, rows, w, rows, _ONE, lower, leading)
 
 
 def _band_eigenvalues(matrix: np.ndarray, width: int) -> np.ndarray:
