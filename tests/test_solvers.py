@@ -1,11 +1,11 @@
 """Eigenvalue solvers against float64: the errors that the docstring of `analyze` states."""
 
 import contextlib
+import functools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import few
 
 from farms_jax._axes import FLAX_AXES
 from farms_jax._windows import Grid, Window, make_grid
@@ -21,6 +21,7 @@ TOLERANCES = {  # relative, of the largest eigenvalue over an eigenvalue
 }
 
 
+@functools.cache
 def problem(kind):
     """Stacks and grids of several shapes, and their float64 eigenvalues; of complex ones the last stack is real."""
     rng = np.random.default_rng(0)
@@ -103,15 +104,19 @@ def batched(stacks, grids, *, solver="svd", max_batch_bytes=2**30):
     return accelerator.batched_spectra(arrays, grids, svd=solver == "svd", max_batch_bytes=max_batch_bytes)
 
 
-BATCHED = few([(kind, "gram") for kind in KINDS[:3]], 3)  # each compiles for ten seconds
-
-
-@pytest.mark.parametrize(("kind", "solver"), [*BATCHED, *((kind, "svd") for kind in KINDS)])
-def test_errors_in_batches(kind, solver):
-    stacks, grids, expected = problem(kind)
+@pytest.mark.parametrize(
+    ("kind", "solver", "layers"),
+    [
+        ("complex normal", "gram", [0, 5]),  # complex and real; every shape of window compiles for two seconds
+        pytest.param("heavy", "gram", range(5), marks=pytest.mark.slow),
+        ("complex heavy", "svd", range(6)),
+    ],
+)
+def test_errors_in_batches(kind, solver, layers):
+    stacks, grids, expected = ([part[i] for i in layers] for part in problem(kind))
     found = batched(stacks, grids, solver=solver)
     check(found, expected, TOLERANCES[solver])
-    if solver == "gram" and "heavy" not in kind:
+    if kind == "complex normal":
         check_upper_half(found, expected)
 
 
@@ -124,13 +129,14 @@ def test_small_batches_change_nothing():
         np.testing.assert_allclose(c, d, rtol=1e-10)  # products are shared where memory allows it
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(np.float32, 8), (np.complex64, 16)])  # a number may be solved in float64
-def test_window_memory_is_bounded(dtype, size):
+@pytest.mark.parametrize(("dtype", "solver"), [(np.float32, "gram"), (np.complex64, "gram64")])
+def test_window_memory_is_bounded(dtype, solver):
     stack = np.zeros((1, 600, 600), dtype)
     grid = make_grid(Window(rows=100, per_axis=20), stack.shape, is_kernel=False)  # 400 windows: 16 MB in float32
-    layer = cpu._Layer(stack, grid, np.zeros((400, 100)), [])
+    layer = cpu._layer(stack, grid, solver, 10**6)._replace(runs=[])
+    size = np.dtype(dtype).itemsize * (2 if solver == "gram64" else 1)
     largest = max((task.last - task.first) * size * 2 * 100 * 100 for task in cpu._tasks([layer], 2, 10**6))
-    assert largest <= 10**6
+    assert 10**6 / 2 < largest <= 10**6
 
 
 @pytest.mark.parametrize(("windows", "rows", "threads"), [(1, 1024, 4), (2, 1024, 2), (9, 1024, 1), (1, 64, 1)])
@@ -148,11 +154,11 @@ def test_cores_without_a_large_window_go_to_blas(windows, rows, threads, monkeyp
     monkeypatch.setattr(cpu, "_in_threads", lambda workers, function, *arguments: None)
     stack = np.zeros((windows, rows, rows), np.float32)
     grid = make_grid(None, stack.shape, is_kernel=False)
-    cpu.solve([stack], [grid], 2**30, gram=True)
+    cpu.solve([stack], [grid], solver="gram", max_bytes=2**30)
     assert given == [(threads, "blas")]
 
 
-@pytest.mark.parametrize("rows", [1, 2, 24, 25, 26, 49, 97])
+@pytest.mark.parametrize("rows", [1, 2, 25, 26, 97])
 def test_two_stages_find_all_eigenvalues(rows):
     rng = np.random.default_rng(rows)
     heavy, low = rng.standard_t(1.5, (rows, rows)), rng.standard_normal((rows, 1))
@@ -168,7 +174,6 @@ def test_two_stages_find_all_eigenvalues(rows):
     ("solver", "dtype", "matrices", "taken"),
     [
         ("gram64", np.float32, 3, True),
-        ("gram64", np.float64, 3, True),
         ("gram64", np.float32, 1, False),  # BLAS has both cores
         ("gram64", np.complex64, 3, False),
         ("gram", np.float32, 3, False),
@@ -201,17 +206,18 @@ def test_the_solver_is_chosen_by_platform_and_by_what_the_fit_needs():
         chosen("gram64", True)
 
 
-def test_accelerators_solve_in_batches(monkeypatch):
-    monkeypatch.setattr(accelerator, "batched_spectra", lambda stacks, grids, **settings: settings)
-    grids = [make_grid(None, (1, 6, 6), is_kernel=False)]
-    options = dispatch.Options(FLAX_AXES, "gpu", "svd", 9)
-    assert dispatch.pooled_eigenvalues([jnp.ones((6, 6))], grids, options) == {"svd": True, "max_batch_bytes": 9}
+def test_an_accelerator_solves_the_weights_of_a_network():
+    weights = [np.random.default_rng(0).standard_normal((6, cols)).astype(np.float32) for cols in (6, 8)]
+    grids = [make_grid(None, (1, *weight.T.shape), is_kernel=False) for weight in weights]
+    # One window at a time: on CPU batches may wait forever.
+    found = dispatch.pooled_eigenvalues(weights, grids, dispatch.Options(FLAX_AXES, "gpu", "svd", 1))
+    for values, weight in zip(found, weights, strict=True):
+        np.testing.assert_allclose(values[0], np.linalg.svd(weight, compute_uv=False)[::-1] ** 2, rtol=1e-4)
 
 
 def test_nan_gives_zeros_in_its_own_layer_only():
     stacks, grids, _ = problem("normal")
-    broken = [stacks[0].copy(), *stacks[1:]]
-    broken[0][0, 3, 3] = np.nan
+    broken = [np.where(stacks[0] > 1, np.nan, stacks[0]), *stacks[1:]]
     clean = batched(stacks, grids)
     for found in (batched(broken, grids), cpu.spectra(broken, grids, solver="svd", max_bytes=2**20)):
         np.testing.assert_array_equal(found[0], 0)
