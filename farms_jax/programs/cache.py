@@ -1,5 +1,6 @@
 """Results kept by the hash of the weights they were made from, so that only what changed is measured again."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -37,11 +38,7 @@ def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_checksum(content: Any) -> dict[str, Any]:
-    """Return what `with_checksum` was given.
-
-    Raises:
-        ValueError: the content, read from a file, is something else or was changed.
-    """
+    """Return what `with_checksum` was given; a ValueError where the content is something else or was changed."""
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     rest = {name: value for name, value in content.items() if name != "sha256"}
@@ -54,12 +51,11 @@ def _sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
 class Cache:
     """A folder of JSON objects by key; without a folder, nothing is kept."""
 
-    def __init__(self, folder: Path | None) -> None:
-        """Use a folder, made when something is kept."""
-        self.folder = folder
+    folder: Path | None
 
     def get(self, key: str) -> dict[str, Any] | None:
         """Return the object of a key; `None` where there is none, or it is damaged."""

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +89,13 @@ class Checkpoints:
         self._remove_drafts()  # left by a process that was killed
         try:
             _check_space(self._folder, progress.state)
-            self._fill(part, progress.state, progress.partial_epoch, lines)
+            arrays = ocp.args.Composite(**{_ARRAYS: ocp.args.StandardSave(progress.state)})
+            self._checkpointer.save(part.resolve(), args=arrays)
+            if progress.partial_epoch:
+                write_json(part / _PARTIAL_EPOCH, progress.partial_epoch)
+            for file in lines:
+                shutil.copyfile(file, part / file.name)
+            write_checksums(part)
         except Exception as error:  # any kind: Orbax reports a full disk as a ValueError
             self._remove_drafts()  # frees the space they take
             why = " ".join(str(error).split())[-300:]
@@ -112,15 +118,6 @@ class Checkpoints:
         partial_epoch = checkpoint / _PARTIAL_EPOCH
         sums = json.loads(partial_epoch.read_text(encoding="utf-8")) if partial_epoch.is_file() else {}
         return Progress(found[_ARRAYS], int(checkpoint.name), sums)
-
-    def _fill(self, part: Path, state: Any, partial_epoch: Mapping[str, float], lines: Iterable[Path]) -> None:
-        arrays = ocp.args.StandardSave(state)
-        self._checkpointer.save(part.resolve(), args=ocp.args.Composite(**{_ARRAYS: arrays}))
-        if partial_epoch:
-            write_json(part / _PARTIAL_EPOCH, {name: float(value) for name, value in partial_epoch.items()})
-        for file in lines:
-            shutil.copyfile(file, part / file.name)
-        write_checksums(part)
 
     def _by_step(self) -> list[Path]:
         found = (child for child in self._folder.iterdir() if child.name.isdecimal())

@@ -11,16 +11,10 @@ from farms_jax.programs.exits import reported, run_and_end
 
 
 class Command(NamedTuple):
-    """A program that `farms` runs.
+    """A program that `farms` runs."""
 
-    Attributes:
-        module: Module in `farms_jax` with a function `main(name)`, which reads the command line.
-        extra: Extra that the module's imports come with.
-        summary: What the program does.
-    """
-
-    module: str
-    extra: str
+    module: str  # in `farms_jax`, with a function `main(name)` that reads the command line
+    extra: str  # which the module's imports come with
     summary: str
 
 
@@ -39,13 +33,7 @@ COMMANDS = {
 
 
 def run(module: str, extra: str, name: str) -> None:
-    """Import a program and run it.
-
-    Args:
-        module: Name of its module.
-        extra: Extra that the module's imports come with.
-        name: What the program is called in its messages.
-    """
+    """Import a program and run it, called `name` in its messages."""
     with reported(name), from_extra(extra):
         importlib.import_module(module).main(name)
 
@@ -54,27 +42,15 @@ def launch(module: str, extra: str) -> NoReturn:
     """Run the program that `python -m MODULE` names, and end the process.
 
     A program calls it above its other imports: below them, a package that is missing would have ended in a traceback.
-
-    Args:
-        module: Name of its module.
-        extra: Extra that the module's imports come with.
     """
     run_and_end(functools.partial(run, module, extra, module))
 
 
 def run_command(command: str) -> None:
-    """Run a command of `farms`.
-
-    Args:
-        command: One of `COMMANDS`.
-    """
-    _find_programs()
-    module, extra, _ = COMMANDS[command]
-    run(f"farms_jax.{module}", extra, f"farms {command}")
-
-
-def _find_programs() -> None:
-    """Let a checkout that is not installed find `farms_jax.train` in train/, which lies beside farms_jax/ there."""
+    """Run one of `COMMANDS`."""
     package = Path(farms_jax.__file__).parent
+    # In a checkout that is not installed, `farms_jax.train` is in train/, which lies beside farms_jax/ there.
     if not (package / "train").is_dir() and (package.parent / "train").is_dir():
         farms_jax.__path__.append(str(package.parent))
+    module, extra, _ = COMMANDS[command]
+    run(f"farms_jax.{module}", extra, f"farms {command}")

@@ -23,11 +23,7 @@ _ZSH = "autoload -U bashcompinit && bashcompinit\n"
 
 
 def main(name: str) -> None:
-    """Print the script.
-
-    Args:
-        name: What the program is called in its messages.
-    """
+    """Print the script; `name` is what the program is called in its messages."""
     parser = argparse.ArgumentParser(
         prog=name,
         description="Print a script that completes the commands of farms, the options of those whose packages are "

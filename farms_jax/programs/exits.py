@@ -32,7 +32,7 @@ def reported(program: str, when_stopped: str = "") -> Generator[None]:
         sys.exit(2)
     except Stopped as stopped:
         sys.stderr.write(f"\n{program}: stopped by {stopped}{when_stopped}\n")
-        sys.exit(stopped.status)
+        sys.exit(128 + stopped.signal)  # as a shell reports it
 
 
 def run_and_end(main: Callable[[], object]) -> NoReturn:

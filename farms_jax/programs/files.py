@@ -40,7 +40,9 @@ def atomic(path: Path, *, shared: bool = False) -> Generator[Path, None, None]:
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part" if shared else f"{path.name}.part")
     try:
         yield part
-        _flush_to_disk(part)
+        # Written now: else, after a power cut, the name may exist and hold nothing.
+        with part.open("r+b") as file:  # Windows refuses to flush what is open for reading alone
+            os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         if error.filename in {None, str(part)}:  # a full disk, met in writing, does not say where
@@ -48,12 +50,6 @@ def atomic(path: Path, *, shared: bool = False) -> Generator[Path, None, None]:
         raise
     finally:
         part.unlink(missing_ok=True)
-
-
-def _flush_to_disk(path: Path) -> None:
-    """Have the system write a file now; else, after a power cut, its name may exist and hold nothing."""
-    with path.open("r+b") as file:  # Windows refuses to flush what is open for reading alone
-        os.fsync(file.fileno())
 
 
 def reserve(file: int, size: int) -> None:

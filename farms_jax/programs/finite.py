@@ -24,49 +24,39 @@ from farms_jax._names import named_leaves
 Call = Callable[..., Any]
 
 
-def call(model: Callable[..., Any], *inputs: Any) -> Any:
+def call(model: Call, *inputs: Any) -> Any:
     """Call a network: what a loss does but for `first_not_finite`, which looks inside."""
     return model(*inputs)
 
 
-class Recorder:
-    """Call a network and keep what its modules return.
+def recorded_call(outputs: list[tuple[str, Any]], model: nnx.Module, *inputs: Any) -> Any:
+    """Return the output of a network, and append that of each module with its name, such as `layer1/0/conv1`.
 
-    Attributes:
-        outputs: pairs of a module's name, such as `layer1/0/conv1`, and what it returned, in the order in which the
-            calls end: a layer comes before the block that it is in.
+    `outputs` has them in the order in which the calls end: a layer before the block that it is in. `nnx.capture` keeps
+    outputs too, but not their order. As there, what is changed is the modules' classes, because Python looks for
+    `__call__` nowhere else.
     """
+    names = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(model)}
+    kinds = {kind for _, module in nnx.iter_modules(model) for kind in type(module).__mro__}
+    calls = {kind: vars(kind)["__call__"] for kind in kinds if "__call__" in vars(kind)}
 
-    def __init__(self) -> None:
-        """Begin without outputs."""
-        self.outputs: list[tuple[str, Any]] = []
-
-    def __call__(self, model: nnx.Module, *inputs: Any) -> Any:
-        """Return the outputs of the network.
-
-        `nnx.capture` keeps outputs too, but not their order. As there, what is changed is the modules' classes, because
-        Python looks for `__call__` nowhere else.
-        """
-        names = {id(module): "/".join(map(str, path)) for path, module in nnx.iter_modules(model)}
-        kinds = {kind for _, module in nnx.iter_modules(model) for kind in type(module).__mro__}
-        calls = {kind: vars(kind)["__call__"] for kind in kinds if "__call__" in vars(kind)}
-        try:
-            for kind, plain in calls.items():
-                kind.__call__ = self._keeping(plain, names)
-            return model(*inputs)
-        finally:
-            for kind, plain in calls.items():
-                kind.__call__ = plain
-
-    def _keeping(self, plain: Callable[..., Any], names: dict[int, str]) -> Callable[..., Any]:
+    def recording(plain: Call) -> Call:
         @functools.wraps(plain)
-        def kept(module: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        def recorded(module: nnx.Module, *args: Any, **kwargs: Any) -> Any:
             output = plain(module, *args, **kwargs)
             if id(module) in names:
-                self.outputs.append((names[id(module)], output))
+                outputs.append((names[id(module)], output))
             return output
 
-        return kept
+        return recorded
+
+    try:
+        for kind, plain in calls.items():
+            kind.__call__ = recording(plain)
+        return model(*inputs)
+    finally:
+        for kind, plain in calls.items():
+            kind.__call__ = plain
 
 
 def norm(gradients: Any) -> jax.Array:
@@ -86,10 +76,10 @@ def first_not_finite(
     modules: list[str] = []
 
     def forward(params: Any, *inputs: Any) -> tuple[jax.Array, list[jax.Array]]:
-        recorder = Recorder()
-        loss = loss_of(params, *inputs, call=recorder)
-        modules.extend(name for name, _ in recorder.outputs)
-        return loss, [_is_finite(output) for _, output in recorder.outputs]
+        outputs: list[tuple[str, Any]] = []
+        loss = loss_of(params, *inputs, call=functools.partial(recorded_call, outputs))
+        modules.extend(name for name, _ in outputs)
+        return loss, [_is_finite(output) for _, output in outputs]
 
     loss, are_finite = jax.device_get(jit(forward)(params, *inputs))
     for name, weight in _in_order(params, modules):

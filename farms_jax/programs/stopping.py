@@ -10,8 +10,6 @@ from collections.abc import Callable, Generator
 from types import FrameType
 from typing import Any
 
-_ENDED = 128  # a shell's exit status of a program that a signal ended, less the signal
-
 
 class Stopped(KeyboardInterrupt):
     """The program was asked to stop by a signal, whose number is `signal`."""
@@ -21,18 +19,11 @@ class Stopped(KeyboardInterrupt):
         super().__init__(signal.Signals(number).name + advice)
         self.signal = number
 
-    @property
-    def status(self) -> int:
-        """Exit status: 130 after Ctrl-C, 143 after SIGTERM."""
-        return _ENDED + self.signal
-
 
 class StopRequest:
     """Whether a stop was asked for while it was held back."""
 
-    def __init__(self) -> None:
-        """Begin with nothing asked for."""
-        self._number: int | None = None
+    _number: int | None = None  # of the signal that asked
 
     def __bool__(self) -> bool:
         """Return whether to stop at the next step."""
@@ -44,7 +35,6 @@ class StopRequest:
             raise Stopped(self._number)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        del frame
         if self._number is not None:  # twice: whoever asks will not wait
             raise Stopped(number)
         self._number = number
@@ -61,7 +51,6 @@ def stop_signals_raise() -> Generator[None]:
     asked: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        del frame
         asked.append(number)
         raise Stopped(number)
 
