@@ -21,7 +21,7 @@ from farms_jax.programs.files import atomic
 from farms_jax.weights.conversion import Shape, mismatches
 from farms_jax.weights.reading import check_name
 from farms_jax.weights.safetensors_file import read_layout
-from farms_jax.weights.safetensors_source import open_safetensors
+from farms_jax.weights.safetensors_source import SafetensorsSource
 
 from .conversion import COMPONENTS, TABLE, component_of
 from .model import NAMED, ModelConfig, Params, make_network
@@ -39,7 +39,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a .safetensors or .pth checkpoint")
     if path.suffix == ".safetensors":
-        source = open_safetensors(path)
+        source = SafetensorsSource(path)
         raw = {name: source.read(name) for name in source.tensors}
     elif path.suffix in {".pth", ".pt"}:
         raw = _read_torch(path)

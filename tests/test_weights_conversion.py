@@ -26,7 +26,6 @@ def test_layouts_go_both_ways():
     array = np.arange(120).reshape(2, 3, 4, 5)
     assert CONV.to_ours(array).shape == (4, 5, 3, 2)
     np.testing.assert_array_equal(CONV.to_theirs(CONV.to_ours(array)), array)
-    assert CONV.their_shape((4, 5, 3, 2)) == (2, 3, 4, 5)
     row = Row("w", "w", Layout(2, lambda a: a[0], lambda a: a[None]))
     assert row.to_ours(np.zeros((1, 3))).shape == (3,)
     assert row.to_ours(np.zeros(3)).shape == (3,)  # of another rank: left as it is, for the check of shapes

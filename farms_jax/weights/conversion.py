@@ -16,8 +16,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from farms_jax.errors import printable, short_repr
 
 Shape = tuple[int, ...]
@@ -29,10 +27,6 @@ class Layout(NamedTuple):
     rank: int | None  # axes of the checkpoint's array; None: any number
     to_ours: Callable[[Any], Any]
     to_theirs: Callable[[Any], Any]
-
-    def their_shape(self, shape: Shape) -> Shape:
-        """Return the checkpoint's shape of an array with this shape in our parameters."""
-        return self.to_theirs(np.broadcast_to(np.float32(0), shape)).shape
 
 
 def transposed(*order: int) -> Layout:

@@ -127,21 +127,17 @@ def _read(cursor: _Cursor, *, long_arrays: bool) -> GGUFFile:
         entries[name] = (dims[::-1], cursor.number("I"), cursor.number("Q"))
     if len(entries) != tensor_count:
         raise InputError(f"{path}: two tensors have the same name; {DOWNLOAD_AGAIN}")
-    start = _aligned(cursor.file.tell(), metadata, path)
-    tensors = {
-        name: _tensor(path, name, shape, kind, start + offset, cursor.size)
-        for name, (shape, kind, offset) in entries.items()
-    }
-    return GGUFFile(path, metadata, tensors)
-
-
-def _aligned(position: int, metadata: dict[str, Any], path: Path) -> int:
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0:
         raise InputError(
             f"{path}: general.alignment {short_repr(alignment)} is not a positive number; {DOWNLOAD_AGAIN}"
         )
-    return -(-position // alignment) * alignment
+    start = -(-cursor.file.tell() // alignment) * alignment
+    tensors = {
+        name: _tensor(path, name, shape, kind, start + offset, cursor.size)
+        for name, (shape, kind, offset) in entries.items()
+    }
+    return GGUFFile(path, metadata, tensors)
 
 
 def _package(path: Path) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from farms_jax.errors import InputError, printable, short_repr
 from farms_jax.weights.conversion import Shape
 from farms_jax.weights.reading import TensorInfo, read_json
-from farms_jax.weights.safetensors_source import open_safetensors
+from farms_jax.weights.safetensors_source import SafetensorsSource
 from farms_jax.weights.source import WeightSource
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -38,13 +38,13 @@ class LoraSource(WeightSource):
     def __init__(self, base: WeightSource, path: Path) -> None:
         """Match the adapter in a folder to the open model that it was trained on, which is closed with this source."""
         self._base, self._config = base, read_json(path / ADAPTER_CONFIG, "give the folder of a PEFT adapter")
-        _check_kind(path, self._config)
+        self._alphas = _read_alphas(path / ADAPTER_CONFIG, self._config)
         if not (path / _ADAPTER).is_file():
             raise InputError(
                 f"{path / _ADAPTER}: no such file; one in .bin is pickled and never loaded: load it with PEFT and "
                 "save it again with save_pretrained(..., safe_serialization=True)"
             )
-        self._adapter = open_safetensors(path / _ADAPTER)
+        self._adapter = SafetensorsSource(path / _ADAPTER)
         self._factors: dict[str, dict[str, str]] = {}  # name in the model -> "A", "B" -> name in the adapter
         self._replaced: dict[str, str] = {}  # name in the model -> name in the adapter
         for name in self._adapter.tensors:
@@ -73,7 +73,9 @@ class LoraSource(WeightSource):
         a, b = (self._adapter.read(self._factors[name][part]).astype(_FLOAT32) for part in "AB")
         delta = b.reshape(len(b), -1) @ a.reshape(len(a), -1)
         delta = delta.T if self._is_transposed(name) else delta.reshape(weight.shape)
-        return weight.astype(_FLOAT32) + np.float32(self._scale(name, len(a))) * delta
+        alpha = next(alpha for rule, alpha in self._alphas if rule.fullmatch(name.removesuffix(".weight")))
+        scale = alpha / math.sqrt(len(a)) if self._config.get("use_rslora") else alpha / len(a)
+        return weight.astype(_FLOAT32) + np.float32(scale) * delta
 
     def _place(self, name: str) -> None:
         """Find the tensor of the model that a tensor of the adapter replaces or adds to."""
@@ -126,12 +128,6 @@ class LoraSource(WeightSource):
             f"that it was trained on ({self._trained_on})"
         )
 
-    def _scale(self, target: str, rank: int) -> float:
-        module, patterns = target.removesuffix(".weight"), self._config.get("alpha_pattern") or {}
-        matching = (alpha for pattern, alpha in patterns.items() if re.fullmatch(_at_the_end(pattern), module))
-        alpha = next(matching, self._config["lora_alpha"])
-        return alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank
-
 
 def open_lora(base: WeightSource, adapter: str | Path) -> LoraSource:
     """Open a PEFT adapter's folder on the open model that it was trained on; see `LoraSource`."""
@@ -146,37 +142,33 @@ def _fit(shape: Shape, a: Shape, b: Shape, *, transposed: bool) -> bool:
     return shape == (inputs, outputs) if transposed else (shape[0], math.prod(shape[1:])) == (outputs, inputs)
 
 
-def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
-    where = path / ADAPTER_CONFIG
+def _read_alphas(path: Path, config: Mapping[str, Any]) -> list[tuple[re.Pattern[str], float]]:
+    """Return patterns of module names with their alpha, of which the first that fits counts; the last fits all.
+
+    Raises:
+        InputError: The adapter is of another kind than LoRA, or the patterns are damaged.
+    """
     if config.get("peft_type") != "LORA":
         raise InputError(
-            f"{where}: an adapter of the kind {printable(str(config.get('peft_type')))}, only LORA is known; {_MERGE}"
+            f"{path}: an adapter of the kind {printable(str(config.get('peft_type')))}, only LORA is known; {_MERGE}"
         )
     if config.get("use_dora"):
-        raise InputError(f"{where}: DoRA rescales rows besides, which is not known here; {_MERGE}")
+        raise InputError(f"{path}: DoRA rescales rows besides, which is not known here; {_MERGE}")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise InputError(f"{where}: alpha_pattern {short_repr(patterns)} is no table; save the adapter again")
-    for pattern, alpha in {"": config.get("lora_alpha"), **patterns}.items():
-        if not _is_number(alpha) or not _is_pattern(pattern):
+        raise InputError(f"{path}: alpha_pattern {short_repr(patterns)} is no table; save the adapter again")
+    alphas = []
+    for pattern, alpha in [*patterns.items(), (".*", config.get("lora_alpha"))]:
+        try:
+            # PEFT's rule: a key matches the end of a module's name, after a dot.
+            rule = re.compile(rf"(.*\.)?({pattern})")
+        except (re.error, OverflowError, RecursionError):
+            rule = None
+        is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) <= _LARGEST
+        if rule is None or not is_number:
             raise InputError(
-                f"{where}: lora_alpha or alpha_pattern has {short_repr(pattern)}: {short_repr(alpha)}; save the "
+                f"{path}: lora_alpha or alpha_pattern has {short_repr(pattern)}: {short_repr(alpha)}; save the "
                 "adapter again"
             )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
-
-
-def _is_pattern(text: str) -> bool:
-    try:
-        re.compile(_at_the_end(text))
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
-
-
-def _at_the_end(pattern: str) -> str:
-    """Return PEFT's rule as one pattern: a key matches the end of a module's name, after a dot."""
-    return rf"(.*\.)?({pattern})"
+        alphas.append((rule, alpha))
+    return alphas

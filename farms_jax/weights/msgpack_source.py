@@ -36,17 +36,10 @@ _HEAD = 2048  # bytes; more than an array's shape and dtype take
 
 
 class _ArrayAt(NamedTuple):
-    """An array, or a piece of one, whose bytes begin at `start` of the file."""
+    """An array and its bytes in the file."""
 
     info: TensorInfo
-    start: int
-
-
-class _Pieces(NamedTuple):
-    """An array and its pieces one after the other."""
-
-    info: TensorInfo
-    pieces: tuple[_ArrayAt, ...]
+    pieces: tuple[tuple[int, int], ...]  # (first byte, size)
 
 
 class MsgpackSource(WeightSource):
@@ -54,32 +47,31 @@ class MsgpackSource(WeightSource):
 
     def __init__(self, path: Path) -> None:
         """Walk the file's tree."""
-        self._arrays = dict(_named_arrays(_read_tree(path), (), str(path)))
+        self._arrays = dict(_named_arrays(_read_tree(path), "", str(path)))
         tensors = {name: array.info for name, array in self._arrays.items()}
         super().__init__(path, path.stem, "msgpack", FLAX_AXES, tensors)
 
     def _read(self, name: str) -> np.ndarray:
         info, pieces = self._arrays[name]
         array, done = np.empty(info.nbytes, np.uint8), 0
-        for piece in pieces:
-            read_bytes(self.path, piece.start, array[done : done + piece.info.nbytes], name)
-            done += piece.info.nbytes
+        for start, size in pieces:
+            read_bytes(self.path, start, array[done : done + size], name)
+            done += size
         return array.view(info.dtype).reshape(info.shape)
 
 
-def _named_arrays(tree: Mapping[str, Any], path: tuple[str, ...], where: str) -> Iterator[tuple[str, _Pieces]]:
+def _named_arrays(tree: Mapping[str, Any], prefix: str, where: str) -> Iterator[tuple[str, _ArrayAt]]:
     for key, value in tree.items():
-        here = (*path, key)
-        name = "/".join(here)
+        name = f"{prefix}{key}"
         if isinstance(value, _ArrayAt):
-            yield name, _Pieces(value.info, (value,))
+            yield name, value
         elif isinstance(value, dict) and _PIECES in value:
             yield name, _joined(value, f"{where}: {printable(name)}")
         elif isinstance(value, dict):
-            yield from _named_arrays(value, here, where)
+            yield from _named_arrays(value, f"{name}/", where)
 
 
-def _joined(node: Mapping[str, Any], where: str) -> _Pieces:
+def _joined(node: Mapping[str, Any], where: str) -> _ArrayAt:
     """Join the pieces of an array; an InputError where they do not fit together."""
     shape, pieces = _values_in_order(node.get("shape")), _values_in_order(node.get("chunks"))
     are_sizes = all(type(size) is int and size >= 0 for size in shape)
@@ -92,7 +84,7 @@ def _joined(node: Mapping[str, Any], where: str) -> _Pieces:
         raise InputError(
             f"{where}: its pieces have {found} entries, its shape {short_repr(shape)} another number; {_REMEDY}"
         )
-    return _Pieces(TensorInfo(dtypes.pop(), shape), pieces)
+    return _ArrayAt(TensorInfo(dtypes.pop(), shape), tuple(piece.pieces[0] for piece in pieces))
 
 
 def _values_in_order(node: Any) -> tuple[Any, ...]:
@@ -185,7 +177,7 @@ class _Reader:
             raise ValueError(
                 f"an array of shape {short_repr(info.shape)} and {info.dtype} has {end - start} bytes with its shape"
             )
-        return _ArrayAt(info, end - info.nbytes)
+        return _ArrayAt(info, ((end - info.nbytes, info.nbytes),))
 
 
 def _dtype(name: Any) -> np.dtype[Any]:

@@ -12,11 +12,11 @@ from farms_jax.weights.msgpack_source import MsgpackSource
 from farms_jax.weights.npz_source import NpzSource
 from farms_jax.weights.orbax_source import open_orbax
 from farms_jax.weights.runs import model_of
-from farms_jax.weights.safetensors_source import open_safetensors, open_safetensors_folder
+from farms_jax.weights.safetensors_source import SafetensorsSource, open_safetensors_folder
 from farms_jax.weights.source import WeightSource
 
 _READERS: dict[str, Callable[[Path], WeightSource]] = {
-    ".safetensors": open_safetensors,
+    ".safetensors": SafetensorsSource,
     ".gguf": GGUFSource,
     ".npz": NpzSource,
     ".msgpack": MsgpackSource,

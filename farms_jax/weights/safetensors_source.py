@@ -1,7 +1,7 @@
 """Safetensors as weights: one file, a folder with one model, shards with an index as Hugging Face lays them out."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,47 +18,33 @@ _SHARD = re.compile(r"(?P<start>.*)-(?P<number>\d+)-of-(?P<count>\d+)\.safetenso
 
 
 class SafetensorsSource(WeightSource):
-    """Weights in safetensors files of one folder; `layouts` has the layout of each file by its name."""
+    """Weights in safetensors files of one folder.
 
-    def __init__(self, path: Path, filenames: Iterable[str]) -> None:
-        """Read the headers of a model's files, which lie in the folder `path`, or of the one file `path`."""
+    Attributes:
+        layouts: File name -> where everything is in the file.
+        file_of: Tensor -> file name.
+    """
+
+    def __init__(self, path: Path, filenames: Iterable[str] = ()) -> None:
+        """Read the headers of a model's files in the folder `path`; or of the file `path`, without `filenames`."""
         self._folder = path if path.is_dir() else path.parent
-        self.layouts = {filename: read_layout(self._folder / filename) for filename in filenames}
-        self._file_of: dict[str, str] = {}
+        self.layouts = {filename: read_layout(self._folder / filename) for filename in filenames or [path.name]}
+        self.file_of: dict[str, str] = {}
         for filename, layout in self.layouts.items():
             for name in layout.tensors:
-                if name in self._file_of:
+                if name in self.file_of:
                     raise InputError(
-                        f"{self._folder}: {name} is in two shards, {self._file_of[name]} and {filename}; "
+                        f"{self._folder}: {name} is in two shards, {self.file_of[name]} and {filename}; "
                         "download them again"
                     )
-                self._file_of[name] = filename
+                self.file_of[name] = filename
         tensors = {name: entry.info for layout in self.layouts.values() for name, entry in layout.tensors.items()}
         name = path.resolve().name if path == self._folder else path.stem
         super().__init__(path, name, "safetensors", TORCH_AXES, tensors)
 
     def _read(self, name: str) -> np.ndarray:
-        filename = self._file_of[name]
+        filename = self.file_of[name]
         return read_tensor(self._folder / filename, name, self.layouts[filename].tensors[name])
-
-    def disagreements(self, weight_map: Mapping[str, str]) -> list[str]:
-        """Compare the files with an index's table, tensor -> file name; return what to say of each difference."""
-        missing = [
-            f"{printable(name)} (not in {printable(filename)})"
-            for name, filename in weight_map.items()
-            if self._file_of.get(name) != filename
-        ]
-        unlisted = [
-            f"{printable(name)} (in {printable(filename)}, not in the index)"
-            for name, filename in self._file_of.items()
-            if name not in weight_map
-        ]
-        return missing + unlisted
-
-
-def open_safetensors(path: Path) -> SafetensorsSource:
-    """Open one file."""
-    return SafetensorsSource(path, [path.name])
 
 
 def open_indexed(path: Path) -> SafetensorsSource:
@@ -69,26 +55,34 @@ def open_indexed(path: Path) -> SafetensorsSource:
         if not (path.parent / filename).is_file():
             raise InputError(f"{path.parent / filename}: this shard is missing, {path.name} names it; {DOWNLOAD_AGAIN}")
     source = SafetensorsSource(path.parent, filenames)
-    if faults := source.disagreements(weight_map):
+    faults = [
+        f"{printable(name)} (not in {printable(filename)})"
+        for name, filename in weight_map.items()
+        if source.file_of.get(name) != filename
+    ]
+    faults += [
+        f"{printable(name)} (in {printable(filename)}, not in the index)"
+        for name, filename in source.file_of.items()
+        if name not in weight_map
+    ]
+    if faults:
         raise InputError(f"{path}: it disagrees with its shards: {listed(faults)}; download all")
     return source
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
+    """Return an index's table, tensor -> file name."""
     weight_map = read_json(path, DOWNLOAD_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: it has no weight_map; {DOWNLOAD_AGAIN}")
     for name, filename in weight_map.items():
-        # A name with a folder in it would make an export write outside its own.
-        if not isinstance(filename, str) or Path(filename).name != filename or not _is_valid_filename(filename):
+        # A name with a folder in it would make an export write outside its own; most file systems allow 255 bytes.
+        is_plain = isinstance(filename, str) and Path(filename).name == filename and filename.isprintable()
+        if not is_plain or len(filename.encode()) > 255:
             raise InputError(
                 f"{path}: {printable(name)} is in {short_repr(filename)}, no plain file name; {DOWNLOAD_AGAIN}"
             )
     return weight_map
-
-
-def _is_valid_filename(name: str) -> bool:
-    return name.isprintable() and len(name.encode()) <= 255  # the limit of most file systems
 
 
 def open_safetensors_folder(path: Path, filenames: Iterable[str]) -> SafetensorsSource | None:

@@ -35,13 +35,10 @@ def not_weights(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Return name -> reason of those arrays that are no weights; parts of a name are separated by `/` or `.`."""
     paths = {name: tuple(re.split(r"[/.]", name)) for name in tensors}
     shapes = {path: tensors[name].shape for name, path in paths.items()}
-    counted = {path[:-1] for name, path in paths.items() if path[-1] == "count" and _is_count(tensors[name])}
+    integers = {name for name, info in tensors.items() if info.shape == () and info.dtype.kind in "iu"}
+    counted = {path[:-1] for name, path in paths.items() if path[-1] == "count" and name in integers}
     mirrors = _mirrors(shapes)
     return {name: reason for name, path in paths.items() if (reason := _reason(path, counted, mirrors)) is not None}
-
-
-def _is_count(info: TensorInfo) -> bool:
-    return info.shape == () and info.dtype.kind in "iu"
 
 
 def _reason(path: _Path, counted: Iterable[_Path], mirrors: Mapping[_Path, str]) -> str | None:
