@@ -1,6 +1,8 @@
 """Settings of all tests."""
 
+import dataclasses
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,6 +30,33 @@ def compiled_so_far():
     if (now := _PROCESS.memory_info().rss) > _resident + MOST_GROWTH:
         _drop_compiled_programs()
         _resident = now  # freed memory is used again, but seldom given back
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The job of a finished pruning run, Wanda by FARMS on a small LLaMA, and what the run said; only to be read."""
+    from prune_helpers import small_run
+
+    from prune.job import prepare
+    from prune.run import run
+
+    job = prepare(small_run(tmp_path_factory.mktemp("run")))
+    return job, run(job)
+
+
+@pytest.fixture(scope="session")
+def finished(finished_run):
+    """The job of the finished run; only to be read."""
+    return finished_run[0]
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    """A job for the same run in a place of its own, to be damaged."""
+    from prune.job import prepare
+
+    shutil.copytree(finished.config.out, tmp_path / "out")
+    return prepare(dataclasses.replace(finished.config, out=tmp_path / "out"))
 
 
 def _drop_compiled_programs():

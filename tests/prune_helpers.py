@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from prune.config import Config
+from prune.forward import apply_block, apply_embed
 from prune.models import make_network
 from tests.weights_helpers import close_gguf
 
@@ -57,6 +58,19 @@ def weights_of(name):
     return safetensors.numpy.load_file(DATA / name / "model.safetensors")
 
 
+def state_of(network, part, tensors):
+    """State of a part, from all tensors of the model."""
+    return network.to_state(part, {name: tensors[name] for name in network.tensors(part)})
+
+
+def logits_of(network, tensors, ids):
+    """Logits (B, T, V) of the whole network, block by block."""
+    x = apply_embed(network, state_of(network, "embed", tensors), ids)
+    for block in range(network.num_blocks):
+        x = apply_block(network, state_of(network, block, tensors), x)
+    return np.asarray(network.head(state_of(network, "head", tensors), x))
+
+
 def write_folder(folder, tensors, *, config="llama_tiny", shards=1):
     """A Hugging Face folder, written by the format's own package; sharded with an index where asked for."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,35 +89,25 @@ def write_folder(folder, tensors, *, config="llama_tiny", shards=1):
     return folder
 
 
-GGUF_MODULES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def gguf_name(name):
-    """Name in a GGUF file of a Hugging Face tensor."""
-    ends = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    module, kind = name.rsplit(".", 1)
-    if module in ends:
-        return f"{ends[module]}.{kind}"
-    _, _, block, module = module.split(".", 3)
-    return f"blk.{block}.{GGUF_MODULES[module]}.{kind}"
+def written_back(checkpoint):
+    """Bytes of each weight file of an export: headers from shards(), values from read()."""
+    files = {}
+    for filename, layout in checkpoint.shards().items():
+        content = bytearray(layout.size)
+        content[: len(layout.header)] = layout.header
+        for name, entry in layout.tensors.items():
+            content[entry.start : entry.stop] = checkpoint.read(name).tobytes()
+        files[filename] = bytes(content)
+    return files
 
 
 def interleave_heads(array, heads):
     """Rows of a query or key projection as llama.cpp wants them: the two halves of each head in turns."""
     halves = array.reshape(heads, 2, -1, *array.shape[1:])
     return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(array.shape)
+
+
+HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 
 
 def gguf_metadata(config, architecture="llama"):
@@ -115,9 +119,7 @@ def gguf_metadata(config, architecture="llama"):
         "feed_forward_length": config["intermediate_size"],
         "attention.head_count": config["num_attention_heads"],
         "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.key_length": config["head_dim"],
-        "attention.value_length": config["head_dim"],
-        "rope.dimension_count": config["head_dim"],
+        **dict.fromkeys(HEAD_SIZES, config["head_dim"]),
         "rope.freq_base": float(config["rope_parameters"]["rope_theta"]),
         "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
     }
@@ -133,12 +135,15 @@ def write_gguf(path, tensors, metadata, *, architecture="llama", heads=(4, 2), k
     for key, value in metadata.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add.get(type(value), writer.add_array)(key, value)
+    # Its names are those of every architecture here.
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 8)
     permuted = dict(zip(("q_proj", "k_proj"), heads, strict=True)) if architecture == "llama" else {}
     for name, array in tensors.items():
         if (count := permuted.get(name.split(".")[-2])) is not None:
             array = interleave_heads(array, count)
         kind = (kinds or {}).get(name, gguf.GGMLQuantizationType.F32)
-        writer.add_tensor(gguf_name(name), gguf.quants.quantize(array, kind), raw_dtype=kind)
+        own_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(own_name, gguf.quants.quantize(array, kind), raw_dtype=kind)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     close_gguf(writer)
@@ -217,26 +222,21 @@ def bytes_of(folder):
 
 
 def write_random_llama(folder, *, blocks, hidden, intermediate):
-    """A float32 LLaMA with random weights, written tensor by tensor so that the writer never holds the model."""
+    """A float32 LLaMA with random weights, in a file for each part."""
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": blocks, "head_dim": 32}
     heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), hidden // 32)
     config = config_of("llama_tiny", **sizes, **heads, tie_word_embeddings=True)
-    network = make_network(config)
-    shapes = {name: shape for part in network.parts for name, shape in network.tensors(part).items()}
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    content, random = json.dumps(header).encode(), np.random.default_rng(0)
-    noise = {shape: random.standard_normal(shape, np.float32) for shape in set(shapes.values())}
-    folder.mkdir(parents=True, exist_ok=True)
+    network, random, weight_map = make_network(config), np.random.default_rng(0), {}
+    folder.mkdir()
+    for part in network.parts:
+        shapes = {name: shape for name, shape in network.tensors(part).items() if name not in weight_map}
+        tensors = {
+            name: random.standard_normal(shape, np.float32) * shape[-1] ** -0.5 for name, shape in shapes.items()
+        }
+        safetensors.numpy.save_file(tensors, folder / f"{part}.safetensors")
+        weight_map |= dict.fromkeys(tensors, f"{part}.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(content).to_bytes(8, "little") + content)
-        for number, shape in enumerate(shapes.values()):
-            scale, mean = (0.1, 1.0) if len(shape) == 1 else (shape[1] ** -0.5, 0.0)
-            # Rolled, so that no two blocks are the same.
-            file.write(scale * np.roll(noise[shape], number) + np.float32(mean))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
 
 
@@ -259,13 +259,13 @@ def card_of(path):
     return json.loads((path / "run.json").read_text())
 
 
-def without_times(card):
-    return {key: value for key, value in card.items() if "seconds" not in key and key != "peak_memory_bytes"}
-
-
 def assert_same_run(path, expected):
-    """Byte for byte the same model and table, and the same card but for times."""
+    """Byte for byte the same model and table, and the same card but for times and memory."""
     assert bytes_of(path / "model") == bytes_of(expected / "model")
     assert (path / "layers.csv").read_bytes() == (expected / "layers.csv").read_bytes()
-    assert without_times(card_of(path)) == without_times(card_of(expected))
+    cards = [card_of(run) for run in (path, expected)]
+    for card in cards:
+        for key in [key for key in card if "seconds" in key or key == "peak_memory_bytes"]:
+            del card[key]
+    assert cards[0] == cards[1]
     assert not (path / "model.part").exists()

@@ -1,17 +1,17 @@
 """Sparsities of a run: scores, budgets, N:M, and the search of epsilon."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import few
-from prune_helpers import bytes_of, small_run
+from prune_helpers import bytes_of, card_of, small_run
 
 import prune.run
 from farms_jax import block_of
+from prune.allocation import sparsities
 from prune.checkpoints import open_checkpoint
 from prune.forward import read_part
 from prune.job import prepare
@@ -21,22 +21,25 @@ from prune.run import run
 from prune.scores import score_layers
 
 
-def card_of(config):
-    """Card and run directory of a run, made where it is not there yet."""
+def run_of(config):
+    """Card and run directory of a run."""
     job = prepare(config)
     run(job)
-    return json.loads((job.path / "run.json").read_text()), job.path
+    return card_of(job.path), job.path
 
 
-def by_block(card, measure="sparsity"):
-    """Mean over the weights of each block, and over all."""
-    rows = card["allocation"]["layers"]
-    blocks = {row["block"]: [other for other in rows if other["block"] == row["block"]] for row in rows}
+def allocated(folder, *, epsilon, **settings):
+    """Scores of blocks and their sparsities, without pruning."""
+    job = prepare(small_run(folder, method="magnitude", **settings))
+    scores, shapes = score_layers(job), job.network.layer_shapes()
+    found = sparsities(job.config, scores, shapes, epsilon)
+    blocks = {block_of(layer): [other for other in shapes if block_of(other) == block_of(layer)] for layer in shapes}
+    return (np.array([np.mean([values[n] for n in names]) for names in blocks.values()]) for values in (scores, found))
 
-    def mean(rows):
-        return np.average([row[measure] for row in rows], weights=[row["weights"] for row in rows])
 
-    return np.array([mean(rows) for rows in blocks.values()]), mean(rows)
+def mean_of(rows, measure="sparsity"):
+    """Mean over the weights of layers, rows of a card."""
+    return np.average([row[measure] for row in rows], weights=[row["weights"] for row in rows])
 
 
 # --- Scores ----------------------------------------------------------------------------------------------------------
@@ -61,53 +64,47 @@ def wanda_scores(job):
 
 
 @pytest.mark.parametrize("model", few(["llama_tiny", "opt_tiny"], 2))
-@pytest.mark.parametrize("granularity", ["block", "layer"])
-def test_scores_of_owl_and_dlp(model, granularity, tmp_path):
-    settings = {"granularity": granularity, "method": "magnitude"}
-    owl, dlp = (prepare(small_run(tmp_path, model, allocation=name, **settings)) for name in ("owl", "dlp"))
-    expected, outliers, medians = wanda_scores(owl), score_layers(owl), score_layers(dlp)
-    assert list(outliers) == list(medians) == list(owl.network.layer_shapes())
+def test_scores_of_owl_and_dlp(model, tmp_path):
+    jobs = {
+        (name, by): prepare(small_run(tmp_path, model, allocation=name, granularity=by, method="magnitude"))
+        for name in ("owl", "dlp")
+        for by in ("block", "layer")
+    }
+    expected, found = wanda_scores(jobs["owl", "block"]), {key: score_layers(job) for key, job in jobs.items()}
     for layer in expected:
         block = [other for other in expected if block_of(other) == block_of(layer)]
-        together = np.concatenate([expected[other].ravel() for other in ([layer], block)[granularity == "block"]])
-        # Up to two scores may be so near to five times the mean that rounding decides.
-        share = (together > 5 * together.mean()).mean()
-        assert outliers[layer] == pytest.approx(-100 * share, abs=201 / together.size)
-        middle = np.sort(together)[(together.size - 1) // 2]
-        assert medians[layer] == pytest.approx(middle, rel=1e-5)
-    groups = len(expected) if granularity == "layer" else dlp.network.num_blocks
-    assert len({round(value, 9) for value in medians.values()}) == groups
+        for by, layers in (("block", block), ("layer", [layer])):
+            together = np.concatenate([expected[other].ravel() for other in layers])
+            # Up to two scores may be so near to five times the mean that rounding decides.
+            share = (together > 5 * together.mean()).mean()
+            assert found["owl", by][layer] == pytest.approx(-100 * share, abs=201 / together.size)
+            middle = np.sort(together)[(together.size - 1) // 2]
+            assert found["dlp", by][layer] == pytest.approx(middle, rel=1e-5)
+    for scores in found.values():
+        assert list(scores) == list(jobs["owl", "block"].network.layer_shapes())
+    counts = [len({round(value, 9) for value in found["dlp", by].values()}) for by in ("block", "layer")]
+    assert counts == [jobs["owl", "block"].network.num_blocks, len(expected)]
 
 
 @pytest.mark.parametrize("allocation", ["owl", "dlp"])
 def test_sparsities_of_owl_and_dlp(allocation, tmp_path):
     """The published rule: shares to keep, stretched to twice epsilon, moved to the mean that is asked for."""
-    card, _ = card_of(small_run(tmp_path, allocation=allocation, method="magnitude", sparsity=0.6, epsilon="0.1"))
-    scores, _ = by_block(card, "score")
+    scores, found = allocated(tmp_path, allocation=allocation, sparsity=0.6, epsilon=0.1)
     keep = -scores if allocation == "owl" else 1 - scores / scores.sum()
     keep = (keep - keep.min()) / (keep.max() - keep.min()) * 2 * 0.1
-    expected = 1 - (keep - keep.mean() + (1 - 0.6))
-    found, mean = by_block(card)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert mean == pytest.approx(0.6, abs=1e-9)
+    np.testing.assert_allclose(found, 1 - (keep - keep.mean() + (1 - 0.6)), atol=1e-6)
     assert found.max() - found.min() == pytest.approx(0.2)
 
 
 def test_atp_is_an_arithmetic_progression(tmp_path):
-    card, _ = card_of(small_run(tmp_path, allocation="atp", method="magnitude", sparsity=0.7, epsilon="0.12"))
-    found, mean = by_block(card)
+    _, found = allocated(tmp_path, allocation="atp", sparsity=0.7, epsilon=0.12)
     np.testing.assert_allclose(found, [0.58, 0.66, 0.74, 0.82], atol=1e-9)
-    assert mean == pytest.approx(0.7, abs=1e-9)
 
 
 @pytest.mark.parametrize("allocation", ["farms", "alphapruning"])
 def test_alphas_are_stretched_around_one_and_scaled_to_the_budget(allocation, tmp_path):
-    card, _ = card_of(small_run(tmp_path, allocation=allocation, method="magnitude", epsilon="0.4"))
-    rows = card["allocation"]["layers"]
-    blocks = list(dict.fromkeys(row["block"] for row in rows))
-    alphas = np.array([np.mean([row["alpha"] for row in rows if row["block"] == block]) for block in blocks])
+    alphas, found = allocated(tmp_path, allocation=allocation, epsilon=0.4)
     relative = 0.6 + 0.8 * (alphas - alphas.min()) / (alphas.max() - alphas.min())
-    found, _ = by_block(card)
     np.testing.assert_allclose(found, 0.5 * relative / relative.mean(), atol=1e-9)
 
 
@@ -118,9 +115,9 @@ def test_alphas_are_stretched_around_one_and_scaled_to_the_budget(allocation, tm
 def test_the_budget_is_met_exactly_and_reached_to_the_method_s_rounding(granularity, tmp_path):
     # So high that some layers would lose more than all.
     settings = {"granularity": granularity, "sparsity": 0.85, "epsilon": "0.5"}
-    card, path = card_of(small_run(tmp_path, method="magnitude", **settings))
+    card, path = run_of(small_run(tmp_path, method="magnitude", **settings))
     rows, masks = card["allocation"]["layers"], read_masks(path / "model")
-    assert by_block(card)[1] == pytest.approx(0.85, abs=1e-9)
+    assert mean_of(rows) == pytest.approx(0.85, abs=1e-9)
     assert max(row["sparsity"] for row in rows) == pytest.approx(0.998)
     for block in {row["block"] for row in rows}:
         asked = {row["sparsity"] for row in rows if row["block"] == block}
@@ -132,7 +129,7 @@ def test_the_budget_is_met_exactly_and_reached_to_the_method_s_rounding(granular
     assert card["sparsity"]["reached"] == pytest.approx(0.85, abs=3 * len(rows) / sum(masks[m].size for m in masks))
 
     # Wanda takes whole numbers from every row: as near as they come to the same.
-    card, path = card_of(small_run(tmp_path, method="wanda", **settings))
+    card, path = run_of(small_run(tmp_path, method="wanda", **settings))
     masks = read_masks(path / "model")
     for row, exact in zip(card["allocation"]["layers"], rows, strict=True):
         _, inputs = masks[row["layer"]].shape
@@ -140,15 +137,14 @@ def test_the_budget_is_met_exactly_and_reached_to_the_method_s_rounding(granular
         assert removed == {round(inputs * row["sparsity"])}
         assert abs(row["sparsity"] - exact["sparsity"]) < 2 / inputs  # its rounding, and what full layers leave
     rounding = max(mask.shape[0] for mask in masks.values()) / 2 / sum(mask.size for mask in masks.values())
-    assert by_block(card)[1] == pytest.approx(0.85, abs=rounding)
+    assert mean_of(card["allocation"]["layers"]) == pytest.approx(0.85, abs=rounding)
     assert card["sparsity"]["reached"] == pytest.approx(0.85, abs=rounding)
 
 
 def test_the_reference_s_budget_removes_less(tmp_path):
-    card, _ = card_of(small_run(tmp_path, method="magnitude", sparsity=0.85, epsilon="0.5", budget="reference"))
-    found, mean = by_block(card)
+    _, found = allocated(tmp_path, sparsity=0.85, epsilon=0.5, budget="reference")
     assert found.max() == pytest.approx(0.998)
-    assert mean < 0.845
+    assert found.mean() < 0.845  # blocks are of one size
 
 
 # --- N:M -------------------------------------------------------------------------------------------------------------
@@ -156,7 +152,7 @@ def test_the_reference_s_budget_removes_less(tmp_path):
 
 @pytest.mark.parametrize("method", few(["wanda", "magnitude", "sparsegpt"], 3))
 def test_uniform_groups_have_exactly_n_of_m(method, tmp_path):
-    card, path = card_of(small_run(tmp_path, method=method, allocation="uniform", groups="2:4"))
+    card, path = run_of(small_run(tmp_path, method=method, allocation="uniform", groups="2:4"))
     for layer, mask in read_masks(path / "model").items():
         assert ((~mask).reshape(-1, 4).sum(1) == 2).all(), layer
     assert card["sparsity"] == {"asked": 0.5, "reached": 0.5}
@@ -164,16 +160,16 @@ def test_uniform_groups_have_exactly_n_of_m(method, tmp_path):
 
 @pytest.mark.parametrize("granularity", ["block", "layer"])
 def test_mixed_groups_share_one_budget(granularity, tmp_path):
-    card, path = card_of(small_run(tmp_path, granularity=granularity, groups="4:8", sparsity=0.45, epsilon="0.4"))
+    card, path = run_of(small_run(tmp_path, granularity=granularity, groups="4:8", sparsity=0.45, epsilon="0.4"))
     rows, masks = card["allocation"]["layers"], read_masks(path / "model")
     for row in rows:
         count, size = map(int, row["groups"].split(":"))
         assert size == 8
         assert row["sparsity"] == count / 8
         assert ((~masks[row["layer"]]).reshape(-1, 8).sum(1) == count).all(), row["layer"]
-    found, mean = by_block(card)
+    mean = mean_of(rows)
     assert mean == card["sparsity"]["reached"]
-    assert len(set(found)) > 2
+    assert len({row["sparsity"] for row in rows}) > 2
     # Half a step, of 1/8, of the largest unit that has one N.
     weights = sum(row["weights"] for row in rows)
     unit = weights / 4 if granularity == "block" else max(row["weights"] for row in rows)
@@ -186,13 +182,13 @@ def test_mixed_groups_share_one_budget(granularity, tmp_path):
 @pytest.mark.slow
 def test_auto_takes_the_epsilon_of_the_lowest_perplexity_on_held_out_text(tmp_path):
     config = small_run(tmp_path, epsilon="auto")
-    card, path = card_of(config)
+    card, path = run_of(config)
     found = card["allocation"]["epsilon"]
     assert set(found["trials"]) == {"0.0", "0.1", "0.2", "0.3", "0.4", "0.5"}
     assert found["value"] == float(min(found["trials"], key=found["trials"].get))
     assert len(set(found["trials"].values())) == 6
     # The same as with that number given, and the trial is what the model that was written gives on the held-out text.
-    given, other = card_of(small_run(tmp_path, epsilon=str(found["value"])))
+    _, other = run_of(small_run(tmp_path, epsilon=str(found["value"])))
     assert bytes_of(other / "model") == bytes_of(path / "model")
     job = prepare(config)
     assert (card["calibration"]["count"], len(job.seen), len(job.unseen)) == (10, 8, 2)
@@ -200,16 +196,15 @@ def test_auto_takes_the_epsilon_of_the_lowest_perplexity_on_held_out_text(tmp_pa
     assert found["trials"][str(found["value"])] == pytest.approx(value, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", few(["wanda", "sparsegpt"], 2))
-def test_statistics_never_see_the_held_out_text(method, tmp_path, monkeypatch):
+def test_statistics_never_see_the_held_out_text(tmp_path, monkeypatch):
     monkeypatch.setattr(prune.run, "EPSILONS_SHIFT", (0.1,))
-    config = small_run(tmp_path, method=method, allocation="owl", epsilon="auto")
+    config = small_run(tmp_path, allocation="owl", epsilon="auto")
     ids = np.load(tmp_path / "calibration.npy").ravel()[:400].reshape(10, 40)
     np.save(tmp_path / "calibration.npy", ids)
-    first, path = card_of(config)
+    first, path = run_of(config)
     ids[8:] = (ids[8:] * 7 + 3) % 256
     np.save(tmp_path / "calibration.npy", ids)
-    second, other = card_of(config)
+    second, other = run_of(config)
     assert path != other
     assert first["allocation"]["epsilon"]["trials"] != second["allocation"]["epsilon"]["trials"]
     assert first["allocation"]["layers"] == second["allocation"]["layers"]

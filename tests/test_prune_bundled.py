@@ -32,12 +32,11 @@ def test_the_tokenizer_fits_weights_and_texts():
     config = json.loads((BUNDLED / "config.json").read_text())
     assert len(tokenizer) == config["vocab_size"]
     assert tokenizer.eos_token_id == config["eos_token_id"]
-    texts = [(BUNDLED / name).read_text() for name in ("heldout.txt", "calibration.txt")]
-    for text in texts:
+    heldout, calibration = ((BUNDLED / name).read_text() for name in ("heldout.txt", "calibration.txt"))
+    for text in (heldout, calibration):
         ids = tokenizer(text)["input_ids"]
         assert len(ids) >= 3 * 256
         assert tokenizer.decode(ids) == text
-    heldout, calibration = texts
     assert not set(heldout.splitlines()) & {line for line in calibration.splitlines() if len(line) > 40}
 
 

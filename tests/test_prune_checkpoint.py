@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from prune_helpers import DATA, weights_of, write_folder
+from prune_helpers import DATA, config_of, weights_of, write_folder, written_back
 
 from farms_jax.errors import InputError
 from prune.checkpoints import open_checkpoint, open_tokenizer
@@ -16,91 +16,64 @@ from prune.checkpoints import open_checkpoint, open_tokenizer
 INDEX = "model.safetensors.index.json"
 
 
-def written_back(checkpoint):
-    """Bytes of each file of an export: headers from shards(), values from read()."""
-    files = {}
-    for filename, layout in checkpoint.shards().items():
-        content = bytearray(layout.size)
-        content[: len(layout.header)] = layout.header
-        for name, entry in layout.tensors.items():
-            content[entry.start : entry.stop] = checkpoint.read(name).tobytes()
-        files[filename] = bytes(content)
-    return files
+@pytest.fixture
+def folder(tmp_path):
+    """A model in three shards."""
+    return write_folder(tmp_path / "model", weights_of("llama_tiny"), shards=3)
 
 
-@pytest.mark.parametrize("name", ["llama_tiny_bias", "opt_tiny"])
-def test_fixture_folders_come_back_byte_for_byte(name):
-    checkpoint = open_checkpoint(str(DATA / name))
-    assert checkpoint.name == name
-    assert checkpoint.config == json.loads((DATA / name / "config.json").read_text())
-    assert written_back(checkpoint) == {"model.safetensors": (DATA / name / "model.safetensors").read_bytes()}
-    expected = weights_of(name)
-    assert checkpoint.tensors == {key: (array.dtype, array.shape) for key, array in expected.items()}
-    for key, array in expected.items():
-        np.testing.assert_array_equal(checkpoint.read(key), array)
-
-
-@pytest.mark.parametrize(("dtype", "shards"), [(np.float16, 1), (ml_dtypes.bfloat16, 3)])
-def test_every_dtype_and_layout_comes_back_byte_for_byte(tmp_path, dtype, shards):
-    tensors = {name: array.astype(dtype) for name, array in weights_of("llama_tiny_tied").items()}
-    folder = write_folder(tmp_path / "model", tensors, shards=shards)
+@pytest.mark.parametrize(
+    ("model", "dtype", "shards"),
+    [("llama_tiny_bias", np.float32, 1), ("opt_tiny", np.float16, 2), ("llama_tiny_tied", ml_dtypes.bfloat16, 3)],
+)
+def test_a_folder_comes_back_byte_for_byte(tmp_path, model, dtype, shards):
+    tensors = {name: array.astype(dtype) for name, array in weights_of(model).items()}
+    folder = write_folder(tmp_path / "model", tensors, config=model, shards=shards)
     checkpoint = open_checkpoint(str(folder))
-    assert written_back(checkpoint) == {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+    assert (checkpoint.name, checkpoint.config) == ("model", config_of(model))
+    assert checkpoint.tensors == {name: (array.dtype, array.shape) for name, array in tensors.items()}
     for name, array in tensors.items():
-        assert checkpoint.read(name).dtype == array.dtype == checkpoint.tensors[name].dtype
-        np.testing.assert_array_equal(checkpoint.read(name), array)
+        np.testing.assert_array_equal(checkpoint.read(name), array, strict=True)
+    files = {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+    assert written_back(checkpoint) == files
+    assert checkpoint.sha256() == hashlib.sha256(b"".join(files.values())).hexdigest()
 
 
-def test_links_are_followed(tmp_path):
-    source = write_folder(tmp_path / "blobs", weights_of("opt_tiny"), config="opt_tiny", shards=2)
+def test_links_are_followed(tmp_path, folder):
     (tmp_path / "snapshot").mkdir()
-    for path in source.iterdir():
+    for path in folder.iterdir():
         (tmp_path / "snapshot" / path.name).symlink_to(path)
     linked = open_checkpoint(str(tmp_path / "snapshot"))
-    assert written_back(linked) == written_back(open_checkpoint(str(source)))
+    assert written_back(linked) == written_back(open_checkpoint(str(folder)))
     linked.copy_sidecars(tmp_path / "export")
     assert not (tmp_path / "export" / "config.json").is_symlink()
 
 
-def test_sha256_is_that_of_the_files_in_order_of_name(tmp_path):
-    single = open_checkpoint(str(DATA / "llama_tiny"))
-    assert single.sha256() == hashlib.sha256((DATA / "llama_tiny" / "model.safetensors").read_bytes()).hexdigest()
-    folder = write_folder(tmp_path / "model", weights_of("opt_tiny"), config="opt_tiny", shards=3)
-    together = b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
-    assert open_checkpoint(str(folder)).sha256() == hashlib.sha256(together).hexdigest()
-
-
-def add_sidecars(folder):
-    """Files beside the weights, of odd bytes, and some that must not be copied."""
-    kept = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "merges.txt")
+def test_sidecars_are_copied_verbatim(tmp_path, folder):
+    kept = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "merges.txt"]
     for filename in (*kept, "README.md", "modeling_own.py", "pytorch_model.bin"):
         (folder / filename).write_bytes(f"{filename} \r\n é".encode())
-    return kept
-
-
-@pytest.mark.parametrize("shards", [1, 2])
-def test_sidecars_are_copied_verbatim(tmp_path, shards):
-    folder = write_folder(tmp_path / "model", weights_of("llama_tiny"), shards=shards)
-    kept = {*add_sidecars(folder), "config.json"} | ({INDEX} if shards > 1 else set())
     open_checkpoint(str(folder)).copy_sidecars(tmp_path / "made" / "export")
     found = {path.name: path.read_bytes() for path in (tmp_path / "made" / "export").iterdir()}
-    assert found == {filename: (folder / filename).read_bytes() for filename in kept}
+    assert found == {filename: (folder / filename).read_bytes() for filename in (*kept, "config.json", INDEX)}
 
 
-def test_a_weight_file_stands_for_its_folder():
+def test_a_weight_file_stands_for_its_folder(folder):
     checkpoint = open_checkpoint(str(DATA / "llama_tiny" / "model.safetensors"))
-    assert checkpoint.name == "llama_tiny"
-    assert checkpoint.path == DATA / "llama_tiny"
+    assert (checkpoint.name, checkpoint.path) == ("llama_tiny", DATA / "llama_tiny")
+    safetensors.numpy.save_file({"a": np.zeros(1)}, folder / "adapter.safetensors")
+    with pytest.raises(InputError, match=r"adapter\.safetensors: its folder's weights are model-00001-of-00003\.safe"):
+        open_checkpoint(str(folder / "adapter.safetensors"))
 
 
 # Damage to a folder of three shards: what is done, what the error says.
 
 
-SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+SHARD = "model-00002-of-00003.safetensors"
 
 
 def cut_shard(folder):
-    (folder / SHARDS[1]).write_bytes((folder / SHARDS[1]).read_bytes()[:-1])
+    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-1])
 
 
 def list_tensor(name, filename):
@@ -132,11 +105,10 @@ def pickle_weights(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / SHARDS[1]).unlink(), "model-00002-of-00003.safetensors: this shard is missing"),
-        (cut_shard, "model-00002-of-00003.safetensors: .*truncated"),
-        (list_tensor("model.extra.weight", SHARDS[0]), r"index.json: .*model.extra.weight \(not in model-00001"),
+        (lambda folder: (folder / SHARD).unlink(), f"{SHARD}: this shard is missing"),
+        (cut_shard, f"{SHARD}: .*truncated"),
+        (list_tensor("model.extra.weight", SHARD), rf"index.json: .*model.extra.weight \(not in {SHARD}"),
         (list_tensor("lm_head.weight", None), r"index.json: .*lm_head.weight \(in model-00001.*not in the index"),
-        (list_tensor("lm_head.weight", SHARDS[2]), r"index.json: .*lm_head.weight \(not in model-00003"),
         (list_tensor("lm_head.weight", "../other"), r"lm_head.weight is in '\.\./other', no plain file name"),
         (list_tensor("lm_head.weight", "a" * 300), "lm_head.weight is in 'aaa.*aaa', no plain file name"),
         (list_tensor("lm_head.weight", "a\nb"), r"lm_head.weight is in 'a\\nb', no plain file name"),
@@ -148,26 +120,19 @@ def pickle_weights(folder):
         (pickle_weights, r"pickles \(pytorch_model\.bin\).*never loaded.*save_pretrained"),
     ],
 )
-def test_a_damaged_folder_is_one_clear_error(tmp_path, damage, message):
-    folder = write_folder(tmp_path / "model", weights_of("llama_tiny"), shards=3)
-    open_checkpoint(str(folder))
+def test_a_damaged_folder_is_one_clear_error(folder, damage, message):
     damage(folder)
     with pytest.raises(InputError, match=f"{message}.*(download|give)") as caught:
         open_checkpoint(str(folder))
-    assert str(tmp_path) in str(caught.value)
+    assert str(folder) in str(caught.value)
     assert str(caught.value).isprintable()
 
 
-def test_a_file_cut_after_opening_is_one_clear_error(tmp_path):
-    folder = write_folder(tmp_path / "model", weights_of("llama_tiny"))
+def test_a_file_cut_after_opening_is_one_clear_error(folder):
     checkpoint = open_checkpoint(str(folder))
-    *_, last = checkpoint.shards()["model.safetensors"].tensors
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-8])
+    *_, last = checkpoint.shards()[SHARD].tensors
+    cut_shard(folder)
     with pytest.raises(InputError, match=rf"ends inside {last}: truncated; download it again"):
-        checkpoint.read(last)
-    path.unlink()
-    with pytest.raises(InputError, match="cannot be read"):
         checkpoint.read(last)
 
 
@@ -187,13 +152,6 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         open_checkpoint(str(path))
 
 
-def test_a_file_beside_the_weights_is_refused(tmp_path):
-    folder = write_folder(tmp_path / "model", weights_of("llama_tiny"))
-    safetensors.numpy.save_file({"a": np.zeros(1)}, folder / "adapter.safetensors")
-    with pytest.raises(InputError, match=r"adapter\.safetensors: its folder's weights are model\.safetensors"):
-        open_checkpoint(str(folder / "adapter.safetensors"))
-
-
 def test_a_hub_name_is_downloaded_without_pickles_and_code(monkeypatch):
     asked = {}
 
@@ -206,10 +164,9 @@ def test_a_hub_name_is_downloaded_without_pickles_and_code(monkeypatch):
     assert checkpoint.name == "owner/small-model@v1.0"
     assert checkpoint.config["model_type"] == "llama"
     assert (asked["repository"], asked["revision"]) == ("owner/small-model", "v1.0")
-    patterns = asked["allow_patterns"]
     listed = ("config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin", "modeling_own.py", "x.pt")
-    wanted = list(huggingface_hub.utils.filter_repo_objects(listed, allow_patterns=patterns))
-    assert wanted == ["config.json", "model-00001-of-00002.safetensors"]
+    wanted = huggingface_hub.utils.filter_repo_objects(listed, allow_patterns=asked["allow_patterns"])
+    assert list(wanted) == ["config.json", "model-00001-of-00002.safetensors"]
 
 
 @pytest.mark.parametrize("opens", [open_checkpoint, open_tokenizer])
@@ -222,9 +179,15 @@ def test_an_unreachable_hub_is_one_clear_error(monkeypatch, opens):
         opens("owner/model")
 
 
+# Tokenizers.
+
+
 def test_a_folder_without_a_tokenizer_names_the_flag():
     with pytest.raises(InputError, match=r"llama_tiny: there is no tokenizer.*--tokenizer PATH"):
         open_checkpoint(str(DATA / "llama_tiny")).tokenizer()
+
+
+GPT2 = {"tokenizer_class": "GPT2Tokenizer"}
 
 
 @pytest.mark.parametrize(
@@ -234,15 +197,12 @@ def test_a_folder_without_a_tokenizer_names_the_flag():
         ({"vocab.json": {"a": 0, "b": 10**9, "ab": 1}}, "tokens have ids up to 1000000000"),
         ({"vocab.json": {"a": 0, "b": 1}}, ""),  # Rust code that fails: its error is not an `Exception`
         ({"tokenizer.json": {}, "tokenizer_config.json": {}}, ""),
-        (
-            {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "model_max_length": "long"}},
-            "'int' and 'str'",
-        ),
+        ({"tokenizer_config.json": GPT2 | {"model_max_length": "long"}}, "'int' and 'str'"),
         ({"tokenizer_config.json": {"tokenizer_class": "a\nb"}}, ""),  # told in several lines
     ],
 )
 def test_a_tokenizer_that_cannot_be_used_is_one_clear_error(tmp_path, changes, message):
-    files = {"vocab.json": {"a": 0, "b": 1, "ab": 2}, "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}}
+    files = {"vocab.json": {"a": 0, "b": 1, "ab": 2}, "tokenizer_config.json": GPT2}
     for name, content in (files | changes).items():
         (tmp_path / name).write_text(json.dumps(content))
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
@@ -251,8 +211,7 @@ def test_a_tokenizer_that_cannot_be_used_is_one_clear_error(tmp_path, changes, m
     assert str(caught.value).isprintable()
 
 
-def test_code_of_a_folder_is_never_run(tmp_path):
-    folder = write_folder(tmp_path / "model", weights_of("llama_tiny"))
+def test_code_of_a_folder_is_never_run(folder):
     (folder / "own.py").write_text("raise SystemExit('ran')")
     settings = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from helpers import few
 from lm_eval.api.instance import Instance
-from prune_helpers import DATA, byte_tokenizer, folder_with_tokenizer
+from prune_helpers import DATA, byte_tokenizer, config_of, folder_with_tokenizer, logits_of, weights_of
 
 from farms_jax.errors import InputError
 from prune import evaluate, scoring, tasks
 from prune.checkpoints import open_checkpoint
-from prune.forward import read_part
 from prune.harness import JaxLM
+from prune.models import make_network
 from prune.perplexity import perplexity
 from prune.texts import evaluation_blocks, hub
 
 TASKS = DATA / "tasks"
-LLAMA = DATA / "llama_tiny"
+LETTER = (TASKS / "local_letter.yaml").read_text()
 TOLERANCE = 1e-4  # of a log-likelihood, absolute, per token
 
 
@@ -56,52 +56,32 @@ def log_softmax(logits):
     return below - np.log(np.exp(below).sum(-1, keepdims=True))
 
 
-@functools.cache
-def network_of(folder):
-    """A network as a plain function: ids (T,) to log-probabilities (T, V); compiled for one length."""
-    checkpoint = open_checkpoint(str(folder))
-    network = checkpoint.network()
-    states = [network.to_state(part, read_part(network, part, checkpoint.read)) for part in network.parts]
-
-    @jax.jit
-    def logits(ids):
-        x = network.embed(states[0], ids[None])
-        for state in states[1:-1]:
-            x = network.block(state, x)
-        return network.head(states[-1], x)[0]
-
-    @functools.cache
-    def logprobs(ids):
-        padded = np.zeros(128, np.int32)
-        padded[: len(ids)] = ids
-        return log_softmax(logits(padded))[: len(ids)]
-
-    return logprobs
-
-
-def log_probabilities(folder, ids):
-    return network_of(folder)(tuple(ids))
-
-
-def plain(folder, context, continuation):
-    """Log-likelihood of a continuation, token by token."""
-    ids = [*context, *continuation]
-    logprobs = log_probabilities(folder, ids[:-1])
-    return sum(logprobs[len(context) + i - 1, token] for i, token in enumerate(continuation))
-
-
 def encode(text):
     return byte_tokenizer()(text)["input_ids"]
+
+
+@functools.cache
+def log_probabilities(ids):
+    """Log-probabilities (T, V) behind ids (T,), by the plain network; it is compiled for one length."""
+    padded = np.zeros((1, 128), np.int32)
+    padded[0, : len(ids)] = ids
+    network = make_network(config_of("llama_tiny"))
+    return log_softmax(logits_of(network, weights_of("llama_tiny"), padded)[0, : len(ids)])
+
+
+def plain(context, continuation):
+    """Log-likelihood of a continuation, token by token."""
+    logprobs = log_probabilities((*context, *continuation[:-1]))
+    return sum(logprobs[len(context) + i - 1, token] for i, token in enumerate(continuation))
 
 
 def ask(lm, context, continuation):
     return lm.loglikelihood([Instance("loglikelihood", {}, (context, continuation), 0)], disable_tqdm=True)[0]
 
 
-def splits(ids):
-    """Requests of several lengths from the reference's sequences: row, start and end of the continuation."""
-    ends = (2, 9, 30, ids.shape[1])
-    return [(row, start, end) for row in range(2) for end in ends for start in sorted({1, end // 2, end - 1})]
+def score_ids(lm, *requests):
+    """Answers to pairs of a context and a continuation, in token ids."""
+    return lm._loglikelihood_tokens([(None, *request) for request in requests], disable_tqdm=True)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +89,10 @@ def splits(ids):
 )
 def test_scores_are_the_references_whatever_the_batches(reference, folder, settings):
     ids, logprobs = reference
-    cuts = splits(ids)
-    requests = [(None, ids[row, :start].tolist(), ids[row, start:end].tolist()) for row, start, end in cuts]
-    answers = JaxLM(str(folder), **settings)._loglikelihood_tokens(requests, disable_tqdm=True)
+    ends = (2, 9, 30, ids.shape[1])
+    cuts = [(row, start, end) for row in range(2) for end in ends for start in sorted({1, end // 2, end - 1})]
+    requests = [(ids[row, :start].tolist(), ids[row, start:end].tolist()) for row, start, end in cuts]
+    answers = score_ids(JaxLM(str(folder), **settings), *requests)
     for (row, start, end), (score, greedy) in zip(cuts, answers, strict=True):
         steps = logprobs[row, start - 1 : end - 1]
         expected = steps[np.arange(end - start), ids[row, start:end]].sum()
@@ -119,13 +100,13 @@ def test_scores_are_the_references_whatever_the_batches(reference, folder, setti
         assert greedy == (steps.argmax(-1) == ids[row, start:end]).all()
 
 
-def test_greedy_is_true_for_what_greedy_decoding_gives(reference, lm, folder):
+def test_greedy_is_true_for_what_greedy_decoding_gives(reference, lm):
     context = reference[0][0, :20].tolist()
     decoded = []
     for _ in range(3):
-        decoded.append(int(log_probabilities(folder, context + decoded)[-1].argmax()))
+        decoded.append(int(log_probabilities((*context, *decoded))[-1].argmax()))
     wrong = [*decoded[:2], (decoded[2] + 1) % 256]
-    answers = lm._loglikelihood_tokens([(None, context, decoded), (None, context, wrong)], disable_tqdm=True)
+    answers = score_ids(lm, (context, decoded), (context, wrong))
     assert [greedy for _, greedy in answers] == [True, False]
 
 
@@ -138,8 +119,7 @@ def shapes(monkeypatch):
 
 
 def test_short_inputs_are_not_padded_to_the_length_of_long_ones(lm, shapes):
-    requests = [(None, [1] * length, [2]) for length in (36, 5, 40, 16)]
-    lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    score_ids(lm, *(([1] * length, [2]) for length in (36, 5, 40, 16)))
     assert shapes == [(2, 64), (2, 16)]
 
 
@@ -151,15 +131,18 @@ def test_an_input_that_occurs_twice_goes_through_the_network_once(lm, shapes):
         np.testing.assert_allclose(answer[0], ask(lm, *pair)[0], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(("context", "continuation"), [("It is  ", "so"), ("It is", "  so")])
-def test_spaces_at_the_end_of_a_context_belong_to_the_continuation(context, continuation, lm, folder):
-    expected = plain(folder, encode("It is"), encode("  so"))
-    np.testing.assert_allclose(ask(lm, context, continuation)[0], expected, atol=TOLERANCE * 4)
-
-
-def test_without_context_a_text_follows_the_first_token(lm, folder):
-    expected = plain(folder, [byte_tokenizer().bos_token_id], encode("so"))
-    np.testing.assert_allclose(ask(lm, "", "so")[0], expected, atol=TOLERANCE * 2)
+@pytest.mark.parametrize(
+    ("context", "continuation", "as_ids"),
+    [
+        # Spaces at the end of a context belong to the continuation.
+        ("It is  ", "so", (encode("It is"), encode("  so"))),
+        ("It is", "  so", (encode("It is"), encode("  so"))),
+        # Without context a text follows the first token.
+        ("", "so", ([byte_tokenizer().bos_token_id], encode("so"))),
+    ],
+)
+def test_context_and_continuation_are_cut_as_by_lm_eval(context, continuation, as_ids, lm):
+    np.testing.assert_allclose(ask(lm, context, continuation)[0], plain(*as_ids), atol=TOLERANCE * 4)
 
 
 def test_a_first_token_is_put_once_or_not_at_all(folder):
@@ -169,15 +152,14 @@ def test_a_first_token_is_put_once_or_not_at_all(folder):
     assert bare.tok_encode("so") == encode("so")
     begun = tokenizer.decode([tokenizer.bos_token_id]) + "so"
     assert given.tok_encode(begun) == tokenizer(begun, add_special_tokens=False)["input_ids"]
-    expected = plain(folder, [255, *encode("so")], encode(" it"))
+    expected = plain([255, *encode("so")], encode(" it"))
     np.testing.assert_allclose(ask(given, "so", " it")[0], expected, atol=1e-3)
 
 
 def test_input_that_is_too_long_loses_its_start(folder, caplog):
     context, continuation = encode("a long context of many letters"), encode(" end")
-    short = JaxLM(str(folder), max_length=10)
-    answers = short._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)
-    np.testing.assert_allclose(answers[0][0], plain(folder, context[-7:], continuation), atol=TOLERANCE * 4)
+    [(found, _)] = score_ids(JaxLM(str(folder), max_length=10), (context, continuation))
+    np.testing.assert_allclose(found, plain(context[-7:], continuation), atol=TOLERANCE * 4)
     assert "1 of 1 inputs are longer than 10 tokens" in caplog.text
 
 
@@ -186,12 +168,12 @@ def test_whole_texts_are_scored_token_by_token_once(folder):
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
     found = JaxLM(str(folder), max_length=10).loglikelihood_rolling(requests, disable_tqdm=True)
     bos, ids = byte_tokenizer().bos_token_id, encode(texts[0])
-    expected = plain(folder, [bos], ids[:10])
+    expected = plain([bos], ids[:10])
     for start in range(10, len(ids), 10):
         end = min(start + 10, len(ids))  # as many tokens before as fit
-        expected += plain(folder, ids[end - 11 : start], ids[start:end])
+        expected += plain(ids[end - 11 : start], ids[start:end])
     np.testing.assert_allclose(found[0], expected, atol=TOLERANCE * len(ids))
-    np.testing.assert_allclose(found[1], plain(folder, [bos], encode("short")), atol=TOLERANCE * 5)
+    np.testing.assert_allclose(found[1], plain([bos], encode("short")), atol=TOLERANCE * 5)
     assert found[2] == 0
 
 
@@ -205,35 +187,31 @@ def choices_of(task):
     return list(zip(prompts, choices, [row["answer"] for row in examples], strict=True))
 
 
-def plain_accuracies(folder, task):
+def plain_accuracies(task):
     likeliest, normed = [], []
     for context, choices, answer in choices_of(task):
-        scores = np.array([plain(folder, encode(context), encode(choice)) for choice in choices])
+        scores = np.array([plain(encode(context), encode(choice)) for choice in choices])
         letters = np.array([len(choice) - 1 for choice in choices])  # without the space before
         likeliest.append(scores.argmax() == answer)
         normed.append((scores / letters).argmax() == answer)
     return np.mean(likeliest), np.mean(normed)
 
 
-def test_a_local_task_gives_the_plain_likelihoods_and_accuracies(lm, folder, monkeypatch, tmp_path):
+def test_a_local_task_gives_the_plain_likelihoods_and_accuracies(lm, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # data files are found beside the task file
     loaded = tasks.load_tasks(["local_choice", "local_letter"], TASKS)
     scores = {(score.task, score.metric): score for score in tasks.zero_shot(lm, loaded)}
-    accuracy, normed = plain_accuracies(folder, "local_choice")
+    accuracy, normed = plain_accuracies("local_choice")
     assert scores["local_choice", "acc"].value == accuracy
     assert scores["local_choice", "acc_norm"].value == normed
-    assert scores["local_letter", "acc"].value == plain_accuracies(folder, "local_letter")[0]
+    assert scores["local_letter", "acc"].value == plain_accuracies("local_letter")[0]
     assert scores["local_choice", "acc"].examples == 8
     np.testing.assert_allclose(scores["local_choice", "acc"].stderr, np.sqrt(accuracy * (1 - accuracy) / 7))
     found = [instance.resps[0][0] for instance in loaded["local_choice"].instances]
     examples = choices_of("local_choice")
-    expected = [plain(folder, encode(context), encode(c)) for context, choices, _ in examples for c in choices]
+    expected = [plain(encode(context), encode(c)) for context, choices, _ in examples for c in choices]
     np.testing.assert_allclose(found, expected, atol=TOLERANCE * 30)
-
-
-def test_a_limit_takes_the_first_examples(lm):
-    loaded = tasks.load_tasks(["local_letter"], TASKS)
-    assert [score.examples for score in tasks.zero_shot(lm, loaded, limit=3)] == [3]
+    assert [score.examples for score in tasks.zero_shot(lm, {"local_letter": loaded["local_letter"]}, limit=3)] == [3]
 
 
 def test_the_class_is_registered_with_lm_eval():
@@ -243,8 +221,7 @@ def test_the_class_is_registered_with_lm_eval():
 
 
 def test_tasks_that_cannot_be_loaded_say_what_to_do(tmp_path):
-    on_the_hub = (TASKS / "local_letter.yaml").read_text().replace("json\n", "owner/of_the_hub\n")
-    (tmp_path / "hub.yaml").write_text(on_the_hub)
+    (tmp_path / "hub.yaml").write_text(LETTER.replace("json\n", "owner/of_the_hub\n"))
     shutil.copy(TASKS / "local_choice.yaml", tmp_path)  # without its data
     for name in ("local_letter", "local_choice"):
         with pytest.raises(InputError, match=rf"--tasks {name}: cannot be loaded \(.*\); .* --tasks-dir FOLDER"):
@@ -269,7 +246,7 @@ def test_a_task_that_nobody_has_is_refused(monkeypatch):
 
 
 def test_tasks_that_generate_text_are_refused_before_anything_is_computed(tmp_path, lm):
-    written = (TASKS / "local_letter.yaml").read_text().replace("multiple_choice", "generate_until")
+    written = LETTER.replace("multiple_choice", "generate_until")
     written = written.replace("doc_to_target: label", 'doc_to_target: "{{label}}"').replace("acc\n", "exact_match\n")
     (tmp_path / "task.yaml").write_text(written)
     shutil.copy(TASKS / "local_letter.jsonl", tmp_path)
@@ -293,12 +270,10 @@ def test_requests_that_cannot_be_scored_are_refused(lm, context, continuation, m
         lm._loglikelihood_tokens([(("a", "b"), context, continuation)], disable_tqdm=True)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"max_length": 0}, {"max_length": 513}, {"batch_tokens": 0}, {"stream_tokens": 0}]
-)
-def test_settings_out_of_range_are_refused(folder, settings):
-    with pytest.raises(InputError, match="must be"):
-        JaxLM(str(folder), **settings)
+def test_settings_out_of_range_are_refused(folder):
+    for settings in ({"max_length": 0}, {"max_length": 513}, {"batch_tokens": 0}, {"stream_tokens": 0}):
+        with pytest.raises(InputError, match="must be"):
+            JaxLM(str(folder), **settings)
 
 
 def test_a_tokenizer_without_a_first_token_is_refused_by_name(folder):
@@ -337,7 +312,7 @@ def test_the_program_prints_and_writes_perplexity_and_accuracies(folder, tmp_pat
     samples = evaluation_blocks(str(text), byte_tokenizer(), length=100, vocab_size=256)
     expected = perplexity(checkpoint.network(), checkpoint, samples.ids).value
     assert f"perplexity of {text}: {expected:.4f}   (8 blocks of 100 tokens)" in out
-    accuracies = [plain_accuracies(folder, task)[0] for task in ("local_choice", "local_letter")]
+    accuracies = [plain_accuracies(task)[0] for task in ("local_choice", "local_letter")]
     rows = [line.split() for line in out.splitlines()]
     assert ["mean", "acc", f"{np.mean(accuracies):.4f}"] in rows
     assert not any(row[:2] == ["mean", "acc_norm"] for row in rows)  # only one of the two has it
@@ -351,7 +326,7 @@ def test_the_program_prints_and_writes_perplexity_and_accuracies(folder, tmp_pat
 
 def test_token_files_need_no_tokenizer(tmp_path, capsys):
     np.save(tmp_path / "ids.npy", np.arange(200).reshape(2, 100))
-    status, out, _ = run_program(capsys, LLAMA, "--text", tmp_path / "ids.npy", "--length", 100)
+    status, out, _ = run_program(capsys, DATA / "llama_tiny", "--text", tmp_path / "ids.npy", "--length", 100)
     assert status == 0 and "2 blocks of 100 tokens" in out
 
 

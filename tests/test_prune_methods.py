@@ -17,24 +17,26 @@ TIED = RNG.choice(np.array([0.0, 1e-38, 0.5, 1.0, 1.0000001, 3e38], np.float32),
 PLAIN = RNG.gamma(0.5, 1.0, (9, 40)).astype(np.float32)
 
 
-@pytest.mark.parametrize("scores", [TIED, PLAIN], ids=["tied", "plain"])
+@pytest.fixture(params=[TIED, PLAIN], ids=["tied", "plain"])
+def scores(request):
+    return request.param
+
+
 def test_lowest_takes_all_up_to_the_kth(scores):
     ordered = np.sort(scores.ravel())
     for position in (0, 1, scores.size // 2, scores.size - 1):
         np.testing.assert_array_equal(lowest(jnp.asarray(scores), position), scores <= ordered[position])
 
 
-@pytest.mark.parametrize("scores", [TIED, PLAIN], ids=["tied", "plain"])
 def test_lowest_of_rows_is_a_stable_sort(scores):
     order = np.argsort(scores, axis=1, kind="stable")
-    for count in (0, 1, 10, scores.shape[1]):
+    for count in (0, 10, scores.shape[1]):
         expected = np.zeros(scores.shape, bool)
         np.put_along_axis(expected, order[:, :count], True, axis=1)
         np.testing.assert_array_equal(lowest_of_rows(jnp.asarray(scores), count), expected)
 
 
-@pytest.mark.parametrize("scores", [TIED, PLAIN], ids=["tied", "plain"])
-@pytest.mark.parametrize(("count", "group"), few([(2, 4), (4, 8), (0, 4), (1, 2), (8, 8)], 3))
+@pytest.mark.parametrize(("count", "group"), few([(2, 4), (0, 4), (8, 8)], 3))
 def test_lowest_of_groups_is_a_stable_sort_of_each(scores, count, group):
     groups = scores.reshape(-1, group)
     expected = np.zeros(groups.shape, bool)
@@ -44,8 +46,7 @@ def test_lowest_of_groups_is_a_stable_sort_of_each(scores, count, group):
 
 
 def test_minus_zero_is_the_lowest():
-    scores = jnp.array([[1.0, -0.0, 2.0]])
-    np.testing.assert_array_equal(lowest_of_rows(scores, 1), [[False, True, False]])
+    np.testing.assert_array_equal(lowest_of_rows(jnp.array([[1.0, -0.0, 2.0]]), 1), [[False, True, False]])
 
 
 @pytest.mark.parametrize("case", few(FIXTURE["cases"], 4), ids=lambda case: f"{case['case']}-{case['layer']}")
@@ -100,7 +101,7 @@ def test_sparsity_zero_removes_nothing():
     np.testing.assert_array_equal(found, weight)
 
 
-@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.77])
+@pytest.mark.parametrize("sparsity", [0.1, 0.77])
 def test_counts_are_rounded_as_in_the_reference(sparsity):
     weight = jnp.asarray(ARRAYS["layer_48x300/W"])
     assert int((~magnitude(weight, sparsity)).sum()) == int(48 * 300 * sparsity) + 1
@@ -121,7 +122,7 @@ def test_groups_of_every_row():
         np.testing.assert_array_equal(np.asarray(kept[i]).reshape(-1, 6).argmax(1), largest)
 
 
-@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.6])
+@pytest.mark.parametrize("sparsity", [0.2, 0.6])
 def test_variant_reaches_the_sparsity_with_rows_that_differ(sparsity):
     weight = jnp.asarray(ARRAYS["layer_48x300/W"])
     removed = ~np.asarray(wanda_variant(weight, jnp.asarray(ARRAYS["layer_48x300/scaler_row"]), sparsity))

@@ -15,10 +15,15 @@ from prune.methods import Groups
 from prune.models import make_network
 from prune.pruning import STATISTIC, prune_block
 from prune.scores import measure_alphas
-from tests.helpers import DATA, few, load_cases
+from tests.helpers import DATA, load_cases
 
-MODELS = ("llama_tiny", "opt_tiny")
-TAGS = [(model, tag) for model in MODELS for tag in load_cases(model)[0]["pruning"]["runs"]]
+FAST = [("llama_tiny", f"{method}_farms") for method in ("magnitude", "wanda", "sparsegpt")]
+FAST += [("opt_tiny", "wanda_farms")]
+RUNS = [
+    pytest.param(model, tag, marks=() if (model, tag) in FAST else pytest.mark.slow)
+    for model in ("llama_tiny", "opt_tiny")
+    for tag in load_cases(model)[0]["pruning"]["runs"]
+]
 
 
 @functools.cache
@@ -78,7 +83,7 @@ def prune(model, tag):
     return masks, weights, seen, np.asarray(logits)
 
 
-@pytest.mark.parametrize(("model", "tag"), few(TAGS, 3))
+@pytest.mark.parametrize(("model", "tag"), RUNS)
 def test_pruned_as_the_reference(model, tag):
     settings, arrays = load_cases(model)
     masks, weights, _, logits = prune(model, tag)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from prune_helpers import logits_of
 from transformers import AutoTokenizer
 
 from experiments._corpus import END, clean, encode, read_corpus, train_tokenizer
@@ -85,12 +86,8 @@ def test_training_differentiates_the_network_that_is_pruned(config):
     params = from_tensors(network, tensors)
     for name, array in to_tensors(network, params).items():
         np.testing.assert_array_equal(array, tensors[name])
-    states = {part: network.to_state(part, {n: tensors[n] for n in network.tensors(part)}) for part in network.parts}
     ids = jnp.arange(32, dtype=jnp.int32).reshape(2, 16)
-    x = network.embed(states["embed"], ids)
-    for block in range(network.num_blocks):
-        x = network.block(states[block], x)
-    logs = jax.nn.log_softmax(network.head(states["head"], x))
+    logs = jax.nn.log_softmax(logits_of(network, tensors, ids))
     expected = -np.take_along_axis(np.asarray(logs)[:, :-1], np.asarray(ids)[:, 1:, None], axis=-1).mean()
     assert float(evaluation_loss(network, params, ids)) == pytest.approx(expected, rel=1e-5)
 

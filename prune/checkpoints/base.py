@@ -1,5 +1,6 @@
 """A checkpoint of any format, with the names, orientation and config of Hugging Face."""
 
+import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -9,26 +10,24 @@ from typing import Any
 import numpy as np
 
 from farms_jax.programs import files
-from farms_jax.weights import TensorInfo, WeightSource
+from farms_jax.weights import WeightSource
 from farms_jax.weights.safetensors_file import FileLayout
 
 from ..models import Network, make_network
+
+# Before transformers is imported: without torch it would advise to install it.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 class Checkpoint(ABC):
     """A model to prune: its weights (linears are (out, in)), config and tokenizer, and the layout of a copy."""
 
     def __init__(
-        self,
-        source: WeightSource,
-        config: Mapping[str, Any],
-        tensors: Mapping[str, TensorInfo],
-        paths: tuple[Path, ...],
-        name: str | None = None,
+        self, source: WeightSource, config: Mapping[str, Any], files: tuple[Path, ...], name: str | None = None
     ) -> None:
-        """Put a checkpoint together; `tensors` are those of the source that belong to the model."""
+        """Keep opened weights with their files and config."""
         self.source, self.path, self.name = source, source.path, name or source.name
-        self.config, self.tensors, self.files = dict(config), dict(tensors), paths
+        self.config, self.tensors, self.files = dict(config), dict(source.tensors), files
 
     def read(self, name: str) -> np.ndarray:
         """Read one tensor in its stored dtype and shape; an InputError where that is impossible."""

@@ -1,6 +1,5 @@
 """Hugging Face folders: config, safetensors in one file or in shards with an index, tokenizer."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,7 @@ class FolderCheckpoint(Checkpoint):
         """Open a folder; an InputError where a file is missing or damaged, or index and shards disagree."""
         config = read_json(path / "config.json", "give a Hugging Face model folder")
         source = _open_weights(path)
-        files = tuple(path / filename for filename in source.layouts)
-        super().__init__(source, config, source.tensors, files, name)
+        super().__init__(source, config, tuple(path / filename for filename in source.layouts), name)
         self._layouts = source.layouts
 
     def shards(self) -> dict[str, FileLayout]:
@@ -83,8 +81,6 @@ def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a Hugging Face folder; only files of the folder are read, and none of its code is run."""
     if not any((folder / filename).is_file() for filename in _TOKENIZERS):
         raise InputError(f"{folder}: there is no tokenizer in it; give a folder that has one with --tokenizer PATH")
-    # Without torch, transformers would advise to install it.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     with tokenizer_faults(f"{folder}: its tokenizer cannot be loaded", "give another one with --tokenizer PATH"):

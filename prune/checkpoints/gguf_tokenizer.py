@@ -4,7 +4,6 @@ Two kinds exist: byte-level BPE ("gpt2"), whose file names the rule that cuts te
 ("llama"), whose file has a score per token instead of a list of merges.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,30 +43,36 @@ _OTHER = "give its tokenizer as a Hugging Face folder with --tokenizer PATH"
 
 def make_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
     """Make a `PreTrainedTokenizerFast` from a file's metadata, long arrays included; `where` names the file."""
-    makers = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = metadata.get("tokenizer.ggml.model")
-    if not isinstance(kind, str) or kind not in makers:
-        raise InputError(
-            f"{where}: tokenizer.ggml.model {short_repr(kind)} is not one of {', '.join(makers)}; {_OTHER}"
-        )
+    if kind not in ("gpt2", "llama"):
+        raise InputError(f"{where}: tokenizer.ggml.model {short_repr(kind)} is not one of gpt2, llama; {_OTHER}")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or len(set(tokens)) != len(tokens):
         raise InputError(f"{where}: tokenizer.ggml.tokens is missing, or has a token twice; {_OTHER}")
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     with tokenizer_faults(f"{where}: its tokenizer is damaged", _OTHER):
-        tokenizer, add_bos = makers[kind](metadata, tokens, types, where)
-        _add_tokens(tokenizer, tokens, types)
-        special = {role: tokens[number] for role, number in _special_ids(metadata).items()}
+        if kind == "gpt2":
+            tokenizer, add_bos = _byte_level(metadata, tokens, where)
+        else:
+            tokenizer, add_bos = _sentencepiece(metadata, tokens, types, where), True
+        # These are matched in any text before it is cut.
+        tokenizer.add_tokens([
+            AddedToken(token, normalized=False, special=kind == _CONTROL)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in {_CONTROL, _USER_DEFINED}
+        ])
+        special = {}
+        for role, name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+            if (number := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+                special[f"{role}_token"] = tokens[number]
         _add_ends(tokenizer, special, metadata, add_bos=add_bos)
         wrapped = _wrap(tokenizer, special, metadata)
         check_tokenizer(wrapped)
     return wrapped
 
 
-def _byte_level(
-    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], where: str
-) -> tuple[Tokenizer, bool]:
-    del types
+def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> tuple[Tokenizer, bool]:
+    """Return the tokenizer, and whether texts get a first BOS by default."""
     rule = metadata.get("tokenizer.ggml.pre")
     if not isinstance(rule, str) or rule not in _WORDS:
         raise InputError(f"{where}: tokenizer.ggml.pre {short_repr(rule)} is not one of {', '.join(_WORDS)}; {_OTHER}")
@@ -88,9 +93,7 @@ def _byte_level(
     return tokenizer, words.add_bos
 
 
-def _sentencepiece(
-    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], where: str
-) -> tuple[Tokenizer, bool]:
+def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], where: str) -> Tokenizer:
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise InputError(f"{where}: tokenizer.ggml.scores is missing or too short; {_OTHER}")
@@ -116,7 +119,7 @@ def _sentencepiece(
         decoders.Fuse(),
         *([decoders.Strip(" ", 1, 0)] if prefix else []),
     ])
-    return tokenizer, True
+    return tokenizer
 
 
 def _merges_of_scores(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
@@ -130,23 +133,6 @@ def _merges_of_scores(tokens: Sequence[str], scores: Sequence[float], types: Seq
     ]
     merges.sort(key=lambda merge: merge[0])
     return [(left, right) for _, left, right in merges]
-
-
-def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
-    """Add the tokens that are matched in any text before it is cut; control tokens are special."""
-    kinds = list(zip(tokens, types, strict=True))
-    tokenizer.add_special_tokens([
-        AddedToken(token, normalized=False, special=True) for token, kind in kinds if kind == _CONTROL
-    ])
-    tokenizer.add_tokens([
-        AddedToken(token, normalized=False, special=False) for token, kind in kinds if kind == _USER_DEFINED
-    ])
-
-
-def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
-    roles = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    found = {role: metadata.get(f"tokenizer.ggml.{key}_token_id") for key, role in roles.items()}
-    return {f"{role}_token": number for role, number in found.items() if number is not None}
 
 
 def _add_ends(tokenizer: Tokenizer, special: Mapping[str, str], metadata: Mapping[str, Any], *, add_bos: bool) -> None:
@@ -164,8 +150,6 @@ def _add_ends(tokenizer: Tokenizer, special: Mapping[str, str], metadata: Mappin
 
 
 def _wrap(tokenizer: Tokenizer, special: Mapping[str, str], metadata: Mapping[str, Any]) -> Any:
-    # Without torch, transformers would advise to install it.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 
     wrapped = PreTrainedTokenizerFast(

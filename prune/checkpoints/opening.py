@@ -17,14 +17,10 @@ _TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "spiece.
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Open a model, after a check of its headers; its weights are not read.
+    """Return a model, opened after a check of its headers; its weights are not read.
 
-    Args:
-        model: Hugging Face folder, safetensors file in one, GGUF file, or hub name "OWNER/NAME", which is downloaded;
-            "OWNER/NAME@REVISION" takes another branch, tag or commit than the default one.
-
-    Returns:
-        The checkpoint.
+    `model` is a Hugging Face folder, a safetensors file in one, a GGUF file, or a name on the hub, which is downloaded:
+    "OWNER/NAME", or "OWNER/NAME@REVISION" for another branch, tag or commit than the default one.
 
     Raises:
         InputError: There is no such model, it cannot be downloaded, or it is damaged.

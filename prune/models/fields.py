@@ -64,10 +64,6 @@ class Fields:
         if name in self and self.content[name] != harmless:
             raise InputError(f"{self.where}: `{name}` is {short_repr(self.content[name])}: {why}")
 
-    def is_null(self, name: str) -> bool:
-        """Return whether the field is given as null."""
-        return name in self.content and self.content[name] is None
-
     def error(self, name: str, expected: str, value: Any) -> InputError:
         """Return the InputError for a value that is not as expected."""
         return InputError(f"{self.where}: `{name}` must be {expected}, got {short_repr(value)}")

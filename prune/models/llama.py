@@ -11,30 +11,21 @@ from jax import Array
 
 from farms_jax.errors import InputError
 
-from .attention import attend
 from .fields import MOST_BLOCKS, Fields
 from .network import Inputs, Network, PartKind, Shape
-from .operations import ACTIVATIONS, State, embedding, linear, linear_shapes, rms_norm
+from .operations import ACTIVATIONS, State, attend, embedding, linear, linear_shapes, rms_norm
 from .rope import Rope, read_rope, rotate
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
+FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """A family's values for fields that a config.json leaves out."""
-
-    max_length: int
-    num_kv_heads: int | None = None  # as many as query heads
-    head_dim: int | None = None  # hidden_size / heads
-    sliding_window: int | None = None
-
-
+_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096}
+# A family's values for fields that a config.json leaves out.
 DEFAULTS = {
-    "llama": Defaults(2048),
-    "mistral": Defaults(131072, num_kv_heads=8, sliding_window=4096),
-    "qwen2": Defaults(32768, num_kv_heads=32, sliding_window=4096),
-    "qwen3": Defaults(32768, num_kv_heads=32, head_dim=128, sliding_window=4096),
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
 }
 
 
@@ -128,18 +119,19 @@ def read_llama(config: Fields, prefix: str) -> Llama:
     defaults = DEFAULTS[model_type]
     config.raise_if_set("use_mrope", "rotation over several axes is not supported")
     heads, hidden_size = config.size("num_attention_heads"), config.size("hidden_size")
-    num_kv_heads = heads if "num_key_value_heads" in config.content else defaults.num_kv_heads or heads
-    num_kv_heads = config.size("num_key_value_heads", num_kv_heads)
+    # Null is as many as query heads, also where a field left out is another number.
+    given = "num_key_value_heads" in config.content
+    num_kv_heads = config.size("num_key_value_heads", heads if given else defaults.get("num_key_value_heads", heads))
     if heads % num_kv_heads:
         raise config.error("num_key_value_heads", f"a divisor of `num_attention_heads` ({heads})", num_kv_heads)
-    if "head_dim" not in config and not defaults.head_dim and hidden_size % heads:
+    if "head_dim" not in config and "head_dim" not in defaults and hidden_size % heads:
         raise config.error("hidden_size", f"a multiple of `num_attention_heads` ({heads})", hidden_size)
-    head_dim = config.size("head_dim", defaults.head_dim or hidden_size // heads)
+    head_dim = config.size("head_dim", defaults.get("head_dim", hidden_size // heads))
     if head_dim % 2:
         raise config.error("head_dim", "even", head_dim)
     has_bias = config.flag("attention_bias", False) if model_type in {"llama", "qwen3"} else False
     num_blocks = config.size("num_hidden_layers", most=MOST_BLOCKS)
-    max_length = config.size("max_position_embeddings", defaults.max_length)
+    max_length = config.size("max_position_embeddings", defaults["max_position_embeddings"])
     return Llama(
         prefix=prefix,
         vocab_size=config.size("vocab_size"),
@@ -158,15 +150,18 @@ def read_llama(config: Fields, prefix: str) -> Llama:
         mlp_bias=config.flag("mlp_bias", False) if model_type == "llama" else False,
         qk_norm=model_type == "qwen3",
         tied=config.flag("tie_word_embeddings", False),
-        windows=_windows(config, model_type, num_blocks, defaults.sliding_window),
+        windows=_windows(config, model_type, num_blocks),
     )
 
 
-def _windows(config: Fields, model_type: str, num_blocks: int, default: int | None) -> tuple[int | None, ...]:
+def _windows(config: Fields, model_type: str, num_blocks: int) -> tuple[int | None, ...]:
     """Return the width of each block's sliding window."""
     if model_type == "llama":
         return (None,) * num_blocks
-    window = None if config.is_null("sliding_window") else config.size("sliding_window", default)
+    default = DEFAULTS[model_type]["sliding_window"]
+    # Null is no window here, not a field left out.
+    is_null = config.content.get("sliding_window", default) is None
+    window = None if is_null else config.size("sliding_window", default)
     if model_type == "mistral":
         return (window,) * num_blocks
     if not config.flag("use_sliding_window", False):
@@ -174,9 +169,9 @@ def _windows(config: Fields, model_type: str, num_blocks: int, default: int | No
     first = config.size("max_window_layers", 28, least=0)
     types = config.content.get("layer_types")
     if types is None:
-        types = [LAYER_TYPES[window is not None and block >= first] for block in range(num_blocks)]
+        types = [FULL if window is None or block < first else SLIDING for block in range(num_blocks)]
     if not isinstance(types, list) or len(types) != num_blocks or any(kind not in LAYER_TYPES for kind in types):
         raise config.error("layer_types", f"a list of {num_blocks} of {', '.join(LAYER_TYPES)}", types)
-    if window is None and LAYER_TYPES[1] in types:
-        raise InputError(f"{config.where}: `layer_types` has {LAYER_TYPES[1]}, but `use_sliding_window` is not true")
-    return tuple(window if kind == LAYER_TYPES[1] else None for kind in types)
+    if window is None and SLIDING in types:
+        raise InputError(f"{config.where}: `layer_types` has {SLIDING}, but `use_sliding_window` is not true")
+    return tuple(window if kind == SLIDING else None for kind in types)

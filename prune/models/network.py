@@ -90,7 +90,10 @@ class Network(ABC):
 
     def tensors(self, part: Part) -> dict[str, Shape]:
         """Return the shapes of a part's tensors by name, as in the checkpoint; a tied head has the embedding."""
-        return {self._full_name(part, name): shape for name, shape in self._sorted_shapes(part).items()}
+        inside = self._shapes("block" if isinstance(part, int) else part)
+        prefix = f"{self.prefix}layers.{part}." if isinstance(part, int) else self.prefix
+        # Sorted, because written blocks are hashed in this order: it must not change with the code.
+        return {name if name == "lm_head.weight" else prefix + name: inside[name] for name in sorted(inside)}
 
     def check(self, found: Mapping[str, Shape]) -> None:
         """Compare the shapes of all tensors of a checkpoint, by name, with those that the network needs.
@@ -112,10 +115,10 @@ class Network(ABC):
         Raises:
             InputError: tensors are unknown, missing or of another shape.
         """
-        _compare(self.tensors(part), {name: array.shape for name, array in tensors.items()})
-        state = {}
-        for name in self._sorted_shapes(part):
-            array = tensors[self._full_name(part, name)]
+        expected, state = self.tensors(part), {}
+        _compare(expected, {name: array.shape for name, array in tensors.items()})
+        for full_name in expected:
+            array, name = tensors[full_name], full_name.removeprefix(self.prefix).removeprefix(f"layers.{part}.")
             is_linear = array.ndim == 2 and not name.startswith("embed_")
             # A copy, so that the caller's array may be freed or changed.
             state[name] = jnp.array(array.T if is_linear else array, jnp.float32)
@@ -159,15 +162,6 @@ class Network(ABC):
         if len(x) == 1 or x.shape[1] < LONG:
             return function(x)
         return lax.platform_dependent(x, cpu=one_by_one, default=function)
-
-    def _sorted_shapes(self, part: Part) -> dict[str, Shape]:
-        # Sorted, because written blocks are hashed in this order: it must not change with the code.
-        return dict(sorted(self._shapes("block" if isinstance(part, int) else part).items()))
-
-    def _full_name(self, part: Part, name: str) -> str:
-        if name == "lm_head.weight":
-            return name
-        return self.prefix + (f"layers.{part}.{name}" if isinstance(part, int) else name)
 
 
 def _exactly(function: Callable[[State, Array], Any], state: State, x: Array) -> Any:

@@ -9,6 +9,9 @@ from jax import Array, lax
 
 State = dict[str, Array]
 
+CHUNK = 128  # queries that meet their keys at once
+CHUNKS = 16  # at most: each is compiled on its own
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": jax.nn.gelu,
@@ -51,3 +54,50 @@ def layer_norm(state: State, name: str, x: Array, epsilon: float) -> Array:
     if f"{name}.weight" in state:
         return centred * (factor * state[f"{name}.weight"]) + state[f"{name}.bias"]
     return centred * factor
+
+
+def attend(query: Array, key: Array, value: Array, window: Array | None = None) -> Array:
+    """Return causal attention, (B, T, K * G * H), heads side by side.
+
+    Args:
+        query: (B, T, K, G, H): G query heads for each of K key heads, with H features.
+        key: (B, T, K, H).
+        value: (B, T, K, H).
+        window: number of positions that a query sees, its own included, a float scalar; `None` or infinity: all.
+    """
+    query = (query * query.shape[-1] ** -0.5).transpose(0, 2, 3, 1, 4)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    windows = () if window is None else (window,)
+    mixed = lax.platform_dependent(query, key, value, *windows, cpu=_attend_by_heads, default=_attend_in_chunks)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape[0], query.shape[3], -1)
+
+
+def _attend_by_heads(query, key, value, *window):
+    # Head after head, because XLA's products with a batch axis are two to four times slower on CPU than those without.
+    heads = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (query, key, value))
+    return lax.map(lambda head: _attend_in_chunks(*head, *window), heads).reshape(query.shape)
+
+
+def _attend_in_chunks(query, key, value, window=None):
+    """Return (..., G, T, H) for a query of this shape and key and value (..., T, H).
+
+    A chunk of queries meets the keys up to its last position only: half of the work for long sequences, and a small
+    piece of the scores at a time.
+    """
+    length = query.shape[-2]
+    size = max(CHUNK, -(-length // CHUNKS))
+    chunks = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        behind = jnp.arange(start, stop)[:, None] - jnp.arange(stop)
+        seen = behind >= 0
+        if window is not None:
+            seen &= behind < window
+        scores = jnp.einsum("...gth,...sh->...gts", query[..., start:stop, :], key[..., :stop, :])
+        scores = jnp.where(seen, scores, -jnp.inf)
+        # Any shift gives the same weights, so that none has a gradient.
+        weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        # Divided by their sum behind the product, where there are fewer numbers.
+        mixed = jnp.einsum("...gts,...sh->...gth", weights, value[..., :stop, :])
+        chunks.append(mixed / weights.sum(axis=-1, keepdims=True))
+    return jnp.concatenate(chunks, axis=-2)

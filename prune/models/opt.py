@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array
 
-from .attention import attend
 from .fields import MOST_BLOCKS, Fields
 from .network import Inputs, Network, PartKind, Shape
-from .operations import ACTIVATIONS, State, embedding, layer_norm, linear, linear_shapes
+from .operations import ACTIVATIONS, State, attend, embedding, layer_norm, linear, linear_shapes
 
 OFFSET = 2  # rows of the position embedding before the first position's, which the original kept for padding
 EPSILON = 1e-5  # of the norms

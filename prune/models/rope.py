@@ -39,14 +39,11 @@ class Rope:
         if self.kind == "linear":
             return frequencies / np.float32(self.factor)
         if self.kind == "llama3":
-            return self._llama3(frequencies)
+            turns = self.original_length * frequencies / np.float32(2 * math.pi)  # in the original context
+            # 0 for low frequencies, 1 for high ones, linear in the number of turns between.
+            share = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+            return ((1 - share) * frequencies / self.factor + share * frequencies).astype(np.float32)
         return frequencies
-
-    def _llama3(self, frequencies: np.ndarray) -> np.ndarray:
-        turns = self.original_length * frequencies / np.float32(2 * math.pi)  # in the original context
-        # 0 for low frequencies, 1 for high ones, linear in the number of turns between.
-        share = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
-        return ((1 - share) * frequencies / self.factor + share * frequencies).astype(np.float32)
 
 
 def read_rope(config: Fields, max_length: int) -> Rope:

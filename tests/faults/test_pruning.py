@@ -1,6 +1,7 @@
 """Pruning under faults: one process per run, stops by signals, and damage on the disk between two processes."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import few
-from prune_helpers import DATA, Killed, assert_same_run, bytes_of, command, small_run
+from prune_helpers import DATA, Killed, assert_same_run, bytes_of, command
 
 import prune.pruning
 import prune.record
@@ -42,17 +43,9 @@ def killed_at(block):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run that nothing stopped."""
-    job = prepare(small_run(tmp_path_factory.mktemp("whole")))
-    run(job)
-    return job
-
-
-@pytest.fixture(scope="module")
-def half(whole, tmp_path_factory):
+def half(finished, tmp_path_factory):
     """The output of a run whose process ended at its last block."""
-    config = dataclasses.replace(whole.config, out=tmp_path_factory.mktemp("half"))
+    config = dataclasses.replace(finished.config, out=tmp_path_factory.mktemp("half"))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(prune.pruning, "prune_block", killed_at(BLOCKS - 1))
         run(prepare(config))
@@ -64,13 +57,6 @@ def stopped(half, tmp_path):
     """A job that goes on with it, in a place of its own to be damaged."""
     shutil.copytree(half.out, tmp_path / "out")
     return prepare(dataclasses.replace(half, out=tmp_path / "out"))
-
-
-@pytest.fixture
-def finished(whole, tmp_path):
-    """The finished run in a place of its own, to be damaged."""
-    shutil.copytree(whole.config.out, tmp_path / "out")
-    return prepare(dataclasses.replace(whole.config, out=tmp_path / "out"))
 
 
 @pytest.fixture
@@ -110,21 +96,21 @@ def test_a_second_process_is_refused_and_destroys_nothing(changes, stopped):
     assert bytes_of(stopped.config.out) == before
 
 
-def test_fresh_removes_all_but_the_lock_that_it_holds(finished, whole, monkeypatch):
+def test_fresh_removes_all_but_the_lock_that_it_holds(finished_copy, finished, monkeypatch):
     seen = []
     prune_block = prune.pruning.prune_block
 
     def look(*arguments):
-        with pytest.raises(InputError, match="another process"), locked(finished.path):
+        with pytest.raises(InputError, match="another process"), locked(finished_copy.path):
             pytest.fail("held twice")
-        seen.append(sorted(path.name for path in finished.path.iterdir()))
+        seen.append(sorted(path.name for path in finished_copy.path.iterdir()))
         return prune_block(*arguments)
 
     monkeypatch.setattr(prune.pruning, "prune_block", look)
-    (finished.path / "model" / "mine.txt").write_text("of an earlier run")
-    run(prepare(dataclasses.replace(finished.config, fresh=True)))
+    (finished_copy.path / "model" / "mine.txt").write_text("of an earlier run")
+    run(prepare(dataclasses.replace(finished_copy.config, fresh=True)))
     assert seen == [[".lock", "model.part", "progress.json"]] * BLOCKS
-    assert bytes_of(finished.path / "model") == bytes_of(whole.path / "model")
+    assert bytes_of(finished_copy.path / "model") == bytes_of(finished.path / "model")
 
 
 def test_two_processes_may_measure_the_same_weights(tmp_path):
@@ -146,8 +132,8 @@ def test_two_processes_may_measure_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize(("number", "status"), few([(signal.SIGTERM, 143), (signal.SIGINT, 130)], 2))
 @pytest.mark.parametrize("when", ["in a block", "after its weights are written"])
-def test_a_stop_costs_the_block_alone(number, status, when, whole, tmp_path, monkeypatch, capsys, pruned):
-    config = dataclasses.replace(whole.config, out=tmp_path / "out")
+def test_a_stop_costs_the_block_alone(number, status, when, finished, tmp_path, monkeypatch, capsys, pruned):
+    config = dataclasses.replace(finished.config, out=tmp_path / "out")
     module, name = {"in a block": (prune.pruning, "prune_block")}.get(when, (prune.record.Record, "put"))
     call = getattr(module, name)
 
@@ -166,12 +152,10 @@ def test_a_stop_costs_the_block_alone(number, status, when, whole, tmp_path, mon
     pruned.clear()
     llama.main()
     assert pruned == [2, 3]
-    assert_same_run(prepare(config).path, whole.path)
+    assert_same_run(prepare(config).path, finished.path)
 
 
 # --- Damaged between two processes -----------------------------------------------------------------------------------
-
-WEIGHTS = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize(
@@ -183,18 +167,18 @@ WEIGHTS = "model.layers.1.mlp.up_proj.weight"
         ("model.safetensors", "model.layers.3.mlp.up_proj.weight", 3),  # not written yet
     ],
 )
-def test_pruning_goes_on_from_the_block_before_a_damaged_one(file, tensor, first, stopped, whole, pruned, capsys):
+def test_pruning_goes_on_from_the_block_before_a_damaged_one(file, tensor, first, stopped, finished, pruned, capsys):
     path = stopped.path / "model.part" / file
     flip(path, place_of(path, tensor))
     run(stopped)
     assert pruned == list(range(first, BLOCKS))
     warning = f"{stopped.path / 'model.part'}: block {first} is not as it was written; pruning goes on from there"
     assert (warning in capsys.readouterr().err) == (first < 3)
-    assert_same_run(stopped.path, whole.path)
+    assert_same_run(stopped.path, finished.path)
 
 
 @pytest.mark.parametrize("damage", few(["cut", "grow", "remove", "header"], 4))
-def test_a_cut_off_weight_file_costs_what_was_lost(damage, stopped, whole, pruned, capsys):
+def test_a_cut_off_weight_file_costs_what_was_lost(damage, stopped, finished, pruned, capsys):
     path = stopped.path / "model.part" / "masks.safetensors"
     if damage == "cut":  # masks lie in it in the order of the blocks
         os.truncate(path, place_of(path, "model.layers.1.mlp.up_proj"))
@@ -207,28 +191,22 @@ def test_a_cut_off_weight_file_costs_what_was_lost(damage, stopped, whole, prune
     run(stopped)
     assert pruned == list(range({"cut": 1, "remove": 0}.get(damage, 3), BLOCKS))
     assert f"{path} was missing or cut off; what is lost is made again" in capsys.readouterr().err
-    assert_same_run(stopped.path, whole.path)
+    assert_same_run(stopped.path, finished.path)
 
 
-@pytest.mark.usefixtures("pruned")
-def test_tensors_outside_the_blocks_are_looked_at_too(stopped, whole):
-    path = stopped.path / "model.part" / "model.safetensors"
-    flip(path, place_of(path, "model.embed_tokens.weight"))
-    run(stopped)
-    assert_same_run(stopped.path, whole.path)
-
-
-def test_what_a_killed_process_left_half_written_is_not_part_of_the_model(stopped, whole):
+def test_what_is_outside_the_blocks_is_looked_at_too(stopped, finished):
     part = stopped.path / "model.part"
+    flip(part / "model.safetensors", place_of(part / "model.safetensors", "model.embed_tokens.weight"))
+    # What a killed process left half written is not part of the model.
     (part / "config.json.part").write_text("{")
     (part / "tmpdraft").mkdir()
     (part / "tmpdraft" / "tokenizer.json").write_text("{")
     run(stopped)
-    assert_same_run(stopped.path, whole.path)
+    assert_same_run(stopped.path, finished.path)
 
 
-def test_a_finished_model_has_checksums(whole):
-    sums = whole.path / "model" / CHECKSUMS
+def test_a_finished_model_has_checksums(finished):
+    sums = finished.path / "model" / CHECKSUMS
     done = subprocess.run(["sha256sum", "-c", CHECKSUMS], cwd=sums.parent, capture_output=True, text=True, check=True)
     assert done.stdout == "config.json: OK\nmasks.safetensors: OK\nmodel.safetensors: OK\n"
 
@@ -236,23 +214,23 @@ def test_a_finished_model_has_checksums(whole):
 @pytest.mark.parametrize(
     ("name", "place"), few([("model.safetensors", 0.7), ("masks.safetensors", 0.9), (CHECKSUMS, 5)], 3)
 )
-def test_a_finished_model_that_is_damaged_is_named(name, place, finished, whole, pruned):
-    path = finished.path / "model" / name
+def test_a_finished_model_that_is_damaged_is_named(name, place, finished_copy, finished, pruned):
+    path = finished_copy.path / "model" / name
     flip(path, place)
-    before = bytes_of(finished.path)
+    before = bytes_of(finished_copy.path)
     named = path if name != CHECKSUMS else path.with_name("config.json")  # the line of which is no longer right
     with pytest.raises(InputError, match=rf"^{named}: damaged, or changed .*; remove .*model, and the same command"):
-        run(finished)
-    assert bytes_of(finished.path) == before  # whose change it was is not for the program to say
+        run(finished_copy)
+    assert bytes_of(finished_copy.path) == before  # whose change it was is not for the program to say
     shutil.rmtree(path.parent)
-    run(finished)
+    run(finished_copy)
     assert pruned == list(range(BLOCKS))
-    assert_same_run(finished.path, whole.path)
+    assert_same_run(finished_copy.path, finished.path)
 
 
 @pytest.mark.parametrize("damage", ["digit", "cut", "empty", "list", "text", "checksum"])
-def test_a_damaged_record_is_never_believed(damage, finished):
-    path = finished.path / "progress.json"
+def test_a_damaged_record_is_never_believed(damage, finished_copy):
+    path = finished_copy.path / "progress.json"
     content = path.read_bytes()
     at = content.index(b'"perplexity": ') + len(b'"perplexity": ')
     other = bytes([content[at] ^ 1])  # another digit: valid JSON of another number
@@ -267,40 +245,36 @@ def test_a_damaged_record_is_never_believed(damage, finished):
         }[damage]
     )
     with pytest.raises(InputError, match=r"progress\.json is damaged \(.*\); start anew with --fresh$"):
-        run(finished)
-    assert (finished.path / "model" / "model.safetensors").exists()
+        run(finished_copy)
+    assert (finished_copy.path / "model" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("content", [None, "]"])
-def test_the_card_is_written_again_from_the_record(content, finished, monkeypatch):
-    path = finished.path / "run.json"
+def test_the_card_is_written_again_from_the_record(content, finished_copy, monkeypatch):
+    path = finished_copy.path / "run.json"
     before = path.read_bytes()
     path.unlink() if content is None else path.write_text(content)
     monkeypatch.setattr(prune.run, "make_card", lambda *_: pytest.fail("with the versions of today"))
-    run(finished)
+    run(finished_copy)
     assert path.read_bytes() == before
 
 
-def damaged_entries(folder, damage):
-    for path in folder.glob("*.json"):
+def test_damaged_alphas_are_measured_again(finished, tmp_path, monkeypatch):
+    config = dataclasses.replace(finished.config, out=tmp_path / "out", dry_run=True)
+    entries = sorted(shutil.copytree(finished.config.out / "cache", config.out / "cache").glob("alphas/*.json"))
+    for path, damage in zip(entries, itertools.cycle(["another number", "cut off", "empty"]), strict=False):
         content = path.read_text()
         at = content.index('"alpha": ') + len('"alpha": ')
-        wrong = content[:at] + str((int(content[at]) + 1) % 9 + 1) + content[at + 1 :]
-        path.write_text({"digit": wrong, "cut": content[:at], "empty": ""}[damage])
-
-
-@pytest.mark.parametrize("damage", ["digit", "cut", "empty"])
-def test_damaged_alphas_are_measured_again(damage, whole, tmp_path, monkeypatch):
-    config = dataclasses.replace(whole.config, out=tmp_path / "out", dry_run=True)
-    shutil.copytree(whole.config.out / "cache", config.out / "cache")
-    damaged_entries(config.out / "cache" / "alphas", damage)
+        digit = str((int(content[at]) + 1) % 9 + 1)
+        changed = {"another number": content[:at] + digit + content[at + 1 :], "cut off": content[:at], "empty": ""}
+        path.write_text(changed[damage])
     analysed = []
     analyze = prune.scores.farms_jax.analyze
     monkeypatch.setattr(prune.scores.farms_jax, "analyze", lambda *a, **k: analysed.append(1) or analyze(*a, **k))
     run(prepare(config))
     assert len(analysed) == BLOCKS
-    stages = [json.loads((prepare(c).path / "progress.json").read_text()) for c in (config, whole.config)]
-    assert stages[0]["alphas"] == stages[1]["alphas"]
+    records = [json.loads((prepare(c).path / "progress.json").read_text()) for c in (config, finished.config)]
+    assert records[0]["alphas"] == records[1]["alphas"]
     analysed.clear()
     run(prepare(dataclasses.replace(config, allocation="alphapruning")))  # another analysis: nothing of it is there
     run(prepare(dataclasses.replace(config, method="magnitude")))  # the same one, by what was written again

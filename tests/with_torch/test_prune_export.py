@@ -1,7 +1,6 @@
 """Pruned models in `transformers` on torch: they load, score the same perplexity, and are as sparse."""
 
 import hashlib
-import json
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from prune_helpers import (
     byte_level_metadata,
     byte_tokenizer,
+    card_of,
     config_of,
     folder_with_tokenizer,
     gguf_metadata,
@@ -69,7 +69,7 @@ def test_export_scores_the_same_on_torch(name, settings, tmp_path):
     config = small_run(tmp_path, SOURCES[name](tmp_path), text=str(text), calibration=str(text), **settings)
     job = prepare(config)
     run(job)
-    card = json.loads((job.path / "run.json").read_text())
+    card = card_of(job.path)
 
     tokenizer = AutoTokenizer.from_pretrained(job.path / "model")
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][0]

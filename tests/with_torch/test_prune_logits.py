@@ -2,33 +2,24 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from prune_helpers import logits_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prune.models import make_network
 
-SIZES = {
+COMMON = {
     "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 3,
-    "vocab_size": 50,
-    "max_position_embeddings": 64,
-}
-OPT_SIZES = {
-    "hidden_size": 32,
-    "ffn_dim": 48,
     "num_attention_heads": 4,
     "num_hidden_layers": 3,
     "vocab_size": 50,
     "max_position_embeddings": 64,
-    "word_embed_proj_dim": 32,
 }
+SIZES = COMMON | {"intermediate_size": 48, "num_key_value_heads": 2}
+OPT_SIZES = COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -74,21 +65,6 @@ def save_model(folder, model_type, settings, dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def logits_of(config, folder, ids):
-    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    network = make_network(config, tensors)
-    network.check({name: array.shape for name, array in tensors.items()})
-
-    def state(part):
-        return network.to_state(part, {name: tensors[name] for name in network.tensors(part)})
-
-    block = jax.jit(network.block)
-    x = network.embed(state("embed"), ids)
-    for number in range(network.num_blocks):
-        x = block(state(number), x)
-    return np.asarray(network.head(state("head"), x))
-
-
 def older_form(config):
     """The same config as older versions wrote it."""
     rope = config.pop("rope_parameters", None)
@@ -101,33 +77,34 @@ def older_form(config):
     return config
 
 
-def assert_logits_equal(ours, model, ids):
+def assert_logits_equal(config, folder, model):
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    network = make_network(config, tensors)
+    network.check({name: array.shape for name, array in tensors.items()})
+    ids = np.random.default_rng(0).integers(0, 50, (2, 19), dtype=np.int32)
     with torch.no_grad():
         expected = model(torch.from_numpy(ids).long()).logits.numpy()
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    found = logits_of(network, tensors, ids)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits(case, tmp_path):
-    model_type, settings = CASES[case]
-    model = save_model(tmp_path, model_type, settings)
+    model = save_model(tmp_path, *CASES[case])
     config = json.loads((tmp_path / "config.json").read_text())
-    ids = np.random.default_rng(0).integers(0, 50, (2, 19), dtype=np.int32)
-    assert_logits_equal(logits_of(config, tmp_path, ids), model, ids)
-    assert_logits_equal(logits_of(older_form(config), tmp_path, ids), model, ids)
+    assert_logits_equal(config, tmp_path, model)
+    network = make_network(config)
+    assert make_network(older_form(config)) == network
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_of_half_precision_weights(dtype, tmp_path):
     model = save_model(tmp_path, "llama", SIZES, dtype)
-    config = json.loads((tmp_path / "config.json").read_text())
-    ids = np.random.default_rng(0).integers(0, 50, (2, 19), dtype=np.int32)
-    assert_logits_equal(logits_of(config, tmp_path, ids), model, ids)
+    assert_logits_equal(json.loads((tmp_path / "config.json").read_text()), tmp_path, model)
 
 
 @pytest.mark.parametrize("case", ["llama-linear", "llama-llama3"])
 def test_frequencies(case, tmp_path):
-    model_type, settings = CASES[case]
-    model = save_model(tmp_path, model_type, settings)
+    model = save_model(tmp_path, *CASES[case])
     network = make_network(json.loads((tmp_path / "config.json").read_text()))
     np.testing.assert_allclose(network.rope.frequencies(8), model.model.rotary_emb.inv_freq, rtol=1e-6)

@@ -63,36 +63,28 @@ def test_the_dense_blocks_are_the_references(reference, dense):
     np.testing.assert_allclose(logits, reference[1]["llama_tiny/logits"][:1], atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "tag", ["magnitude_uniform", "magnitude_farms", "wanda_uniform", "wanda_farms", "wanda_2_4", "wanda_4_8"]
-)
-def test_masks_are_the_references(tag, reference, dense):
-    blocks = pruned_model(tag, reference, dense)
-    for number, block in enumerate(blocks):
-        for name in LINEARS:
-            weight = block.get_parameter(f"{name}.weight").detach().numpy()
-            keep = reference[1][f"prune/{tag}/keep/{number}.{name}"]
-            before = dense[f"model.layers.{number}.{name}.weight"]
-            np.testing.assert_array_equal(weight, np.where(keep, before, 0), err_msg=f"{number}.{name}")
-    logits = logits_of(blocks, reference[1]["llama_tiny/ids"][:1], dense)
-    np.testing.assert_allclose(logits, reference[1][f"prune/{tag}/logits"], atol=1e-4)
+MASKS = ["magnitude_uniform", "magnitude_farms", "wanda_uniform", "wanda_farms", "wanda_2_4", "wanda_4_8"]
 
 
-@pytest.mark.parametrize("tag", ["sparsegpt_farms", "sparsegpt_2_4"])
-def test_sparsegpt_weights_are_the_references(tag, reference, dense):
-    # A near tie that rounding decides (2:4 has one, in the last layer) changes the rest of its row.
-    blocks = pruned_model(tag, reference, dense)
-    other_rows = 0
+@pytest.mark.parametrize("tag", [*MASKS, "sparsegpt_farms", "sparsegpt_2_4"])
+def test_weights_are_the_references(tag, reference, dense):
+    blocks, arrays, other_rows = pruned_model(tag, reference, dense), reference[1], 0
     for number, block in enumerate(blocks):
         for name in LINEARS:
-            weight = block.get_parameter(f"{name}.weight").detach().numpy()
-            expected = reference[1][f"prune/{tag}/weight/{number}.{name}"]
-            same = ((weight == 0) == (expected == 0)).all(axis=1)
-            other_rows += np.sum(~same)
-            np.testing.assert_allclose(weight[same], expected[same], atol=2e-5, err_msg=f"{number}.{name}")
+            weight, layer = block.get_parameter(f"{name}.weight").detach().numpy(), f"{number}.{name}"
+            if tag in MASKS:
+                expected = np.where(arrays[f"prune/{tag}/keep/{layer}"], dense[f"model.layers.{layer}.weight"], 0)
+                np.testing.assert_array_equal(weight, expected, err_msg=layer)
+            else:
+                # A near tie that rounding decides (2:4 has one, in the last layer) changes the rest of its row.
+                expected = arrays[f"prune/{tag}/weight/{layer}"]
+                same = ((weight == 0) == (expected == 0)).all(axis=1)
+                other_rows += np.sum(~same)
+                np.testing.assert_allclose(weight[same], expected[same], atol=2e-5, err_msg=layer)
     assert other_rows <= 2
-    logits = logits_of(blocks, reference[1]["llama_tiny/ids"][:1], dense)
-    np.testing.assert_allclose(logits, reference[1][f"prune/{tag}/logits"], atol=2e-2 if other_rows else 2e-4)
+    logits = logits_of(blocks, arrays["llama_tiny/ids"][:1], dense)
+    atol = 1e-4 if tag in MASKS else 2e-2 if other_rows else 2e-4
+    np.testing.assert_allclose(logits, arrays[f"prune/{tag}/logits"], atol=atol)
 
 
 def test_without_outputs_nothing_but_the_weights_changes(reference, dense):
