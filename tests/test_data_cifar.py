@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from helpers import write_tar
 
-from train import download
-from train.cifar_archive import SOURCES
+from train import cifar_archive
+from train.cifar_archive import RETRIES, SOURCES
 from train.data import DataError, load
 
 RECORDS = {"cifar10": (100, 20), "cifar100": (200, 100)}  # training and test records of the synthetic archives
@@ -248,13 +248,13 @@ def test_download(dataset, server, tmp_path):
 
 
 def test_a_broken_connection_is_tried_again(server, tmp_path):
-    server.breaks = [70_000] * download.RETRIES
+    server.breaks = [70_000] * RETRIES
     load("cifar100", data_dir=tmp_path)
-    assert server.asked == download.RETRIES + 1
+    assert server.asked == RETRIES + 1
 
 
 def test_a_connection_that_always_breaks_leaves_no_file(server, tmp_path):
-    server.breaks = [1000] * (download.RETRIES + 1)
+    server.breaks = [1000] * (RETRIES + 1)
     with pytest.raises(DataError, match="IncompleteRead"):
         load("cifar100", data_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["cifar-100-binary.tar.gz.lock"]
@@ -267,7 +267,7 @@ def test_other_content_is_refused(server, tmp_path):
     assert not list(tmp_path.glob("*.gz"))
 
 
-@pytest.mark.parametrize(("status", "attempts"), [(404, 1), (503, download.RETRIES + 1)])
+@pytest.mark.parametrize(("status", "attempts"), [(404, 1), (503, RETRIES + 1)])
 def test_server_errors(status, attempts, server, tmp_path):
     server.status = status
     with pytest.raises(DataError, match=str(status)):
@@ -283,7 +283,7 @@ def test_runs_at_once_download_once(server, tmp_path):
 
 
 def test_silent_server_counts_as_offline(tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "TIMEOUT", (0.2, 0.2))
+    monkeypatch.setattr(cifar_archive, "TIMEOUT", (0.2, 0.2))
     with socket.create_server(("127.0.0.1", 0)) as sock:
         _patch(monkeypatch, "cifar100", url=f"http://127.0.0.1:{sock.getsockname()[1]}/cifar-100-binary.tar.gz")
         images = load("auto", data_dir=tmp_path)

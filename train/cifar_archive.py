@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pooch
+import requests
+from filelock import FileLock
 
-from .download import DownloadError, download
 from .sources import SIZE, DataError, Images, open_tar
 
+TIMEOUT = (10.0, 30.0)  # seconds to connect, and without a byte
+RETRIES = 2
 _PIXELS = 3 * SIZE * SIZE  # bytes of one image in a record, channel-major
 
 _Split = tuple[np.ndarray, np.ndarray]  # images, uint8 (N, 32, 32, 3), and labels, int32 (N,)
@@ -82,34 +85,31 @@ SOURCES = {
 
 
 class Unavailable(DataError):
-    """No source has the data set: `reasons` says what was tried, `remedy` what to do."""
+    """No source has the data set."""
 
     def __init__(self, name: str, reasons: str, remedy: str):
-        """Compose the text shown to the user."""
+        """Say what was tried (`reasons`), and what to do (`remedy`)."""
         super().__init__(
             f"dataset={name!r} is neither on this machine nor could it be downloaded.\n{reasons}\n{remedy}\n"
             "`--dataset digits` works offline."
         )
-        self.reasons = reasons
-        self.remedy = remedy
+        self.reasons, self.remedy = reasons, remedy
 
 
 def load_cifar(name: str, data_dir: Path) -> Images:
-    """Return CIFAR-10 or CIFAR-100 from the first source that has it, in the order of the binary archive.
-
-    `data_dir` holds the archive or its extracted files; a download goes there too.
+    """Return a data set from the first source that has it; a download goes into `data_dir`.
 
     Raises:
-        Unavailable: no source has the data set. A damaged file in `data_dir` is a plain `DataError`: it is not passed
-            over.
+        Unavailable: no source has it. A damaged file in `data_dir` is a plain `DataError`: it is not passed over.
     """
     source, reasons = SOURCES[name], []
     splits = _read_local(source, data_dir, reasons) or _read_tfds(name, reasons)
     if splits is None:
         try:
-            archive = download(source.url, data_dir, source.md5)
-        except DownloadError as error:
-            reasons.append(f"- Download of {source.url} failed: {error}.")
+            archive = _download(source, data_dir)
+        except (OSError, ValueError, NotImplementedError) as error:  # pooch's checksum error is a ValueError
+            kind = "" if isinstance(error, _FinalError) else f"{type(error).__name__}: "
+            reasons.append(f"- Download of {source.url} failed: {kind}{error}.")
             remedy = f"Fetch {source.url} by hand and put it into {data_dir} (as {data_dir / source.archive})."
             raise Unavailable(name, "\n".join(reasons), remedy) from error
         splits = _read_archive(source, archive)
@@ -137,32 +137,32 @@ def _read_local(source: Source, data_dir: Path, reasons: list[str]) -> _Splits |
             raise DataError(
                 f"{folder}: missing {', '.join(missing)}. Extract {source.archive} again, or delete the directory."
             )
-    reason = f"- {data_dir} holds neither {source.archive} nor its extracted directory {source.folder}."
     if pickled := [data_dir / entry for entry in source.pickled if (data_dir / entry).exists()]:
-        reason = (
+        reasons.append(
             f"- {pickled[0]} is the pickled Python version, which is never read (unpickling runs the code in the "
             f"file); the binary version {source.archive} is not there."
         )
-    reasons.append(reason)
+    else:
+        reasons.append(f"- {data_dir} holds neither {source.archive} nor its extracted directory {source.folder}.")
     return None
 
 
 def _read_archive(source: Source, archive: Path) -> _Splits:
-    wanted = set(source.train_files + source.test_files)
-    files: dict[str, bytes] = {}
+    wanted = {*source.train_files, *source.test_files}
+    files = {}
     with open_tar(archive, f"Fetch {source.url} again.") as tar:
         for member in tar:
             name = Path(member.name).name
             stream = tar.extractfile(member) if name in wanted else None
             if stream is not None:
                 files[name] = stream.read()
-    if missing := sorted(wanted - set(files)):
+    if missing := sorted(wanted - files.keys()):
         raise DataError(f"{archive}: missing {', '.join(missing)}. Fetch {source.url} again.")
     return _decode(source, files, archive)
 
 
 def _decode(source: Source, files: dict[str, bytes], where: Path) -> _Splits:
-    """Decode the record files, given as bytes by name; `where` is named in errors."""
+    """Decode record files, given as bytes by name; `where` is named in errors."""
 
     def decode(names: tuple[str, ...], total: int) -> _Split:
         parts = [_records(source, files[name], total // len(names), f"{where}: {name}") for name in names]
@@ -173,8 +173,7 @@ def _decode(source: Source, files: dict[str, bytes], where: Path) -> _Splits:
 
 
 def _records(source: Source, content: bytes, count: int, where: str) -> _Split:
-    """Decode one file of `count` records."""
-    # A record: label bytes, then 3072 bytes red, green, blue, row by row.
+    """Decode one file of `count` records: label bytes, then 3072 bytes red, green, blue, row by row."""
     length = source.label_bytes + _PIXELS
     if len(content) != count * length:
         raise DataError(
@@ -214,3 +213,35 @@ def _tfds_split(examples: Any) -> _Split:
     ordered = sorted(examples, key=lambda example: example["id"])
     images = np.stack([np.asarray(example["image"], np.uint8) for example in ordered])
     return images, np.asarray([example["label"] for example in ordered], np.int32)
+
+
+class _FinalError(OSError):
+    """A download failed in a way that another try would not change; the text says all."""
+
+
+def _download(source: Source, directory: Path) -> Path:
+    """Return the path of the archive, downloaded if need be; pooch checks it, retries, and names only a whole file."""
+    name = source.archive
+    directory.mkdir(parents=True, exist_ok=True)
+    remote = pooch.create(
+        directory, base_url="", registry={name: f"md5:{source.md5}"}, urls={name: source.url}, retry_if_failed=RETRIES
+    )
+    with FileLock(directory / f"{name}.lock"):  # runs that are started together download once
+        # pooch passes these arguments by position, but its type hint names them otherwise.
+        return Path(remote.fetch(name, downloader=_fetch))  # pyright: ignore[reportArgumentType]
+
+
+def _fetch(url: str, output_file: Any, pooch_of_file: Any) -> None:
+    """Download as pooch does, but give up at once on an offline machine or a missing file."""
+    # "identity": a server that labels a .tar.gz as gzip-encoded would have it unpacked on the way.
+    headers = {"Accept-Encoding": "identity"}
+    fetch = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT, headers=headers)
+    try:
+        fetch(url, output_file, pooch_of_file)
+    except (requests.ConnectionError, requests.Timeout) as error:
+        raise _FinalError(f"no connection ({error})") from error
+    except requests.HTTPError as error:
+        answer = error.response
+        if answer is None or answer.status_code >= 500:
+            raise
+        raise _FinalError(f"the server answered {answer.status_code} {answer.reason}") from error

@@ -33,10 +33,6 @@ def _convolve(x, kernel, padding, window_strides=(1, 1), **dilations):
     return lax.conv_general_dilated(x, kernel, window_strides, padding, dimension_numbers=numbers, **dilations)
 
 
-def _conv2d_forward(x, kernel, stride):
-    return conv2d(x, kernel, stride), (x, kernel)
-
-
 def _conv2d_backward(stride, saved, dy):
     def plain(x, kernel, dy):
         return jax.vjp(partial(plain_conv2d, stride=stride), x, kernel)[1](dy)
@@ -52,7 +48,10 @@ def conv2d_gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array, *, stride: 
     step more than twenty times slower.
     """
     if kernel.shape[0] == 1:
-        return _pointwise_gradients(x, kernel, dy, stride)
+        dx = _convolve(dy, kernel.transpose(0, 1, 3, 2), [(0, 0)] * 2)
+        edges = [(0, (n - 1) % stride, stride - 1) for n in x.shape[1:3]]
+        dx = lax.pad(dx, jnp.zeros((), dx.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+        return dx, jnp.einsum("nhwi,nhwo->io", x[:, ::stride, ::stride], dy)[None, None]
     if stride == 1:
         dx = _convolve(dy, jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2), [(1, 1)] * 2)
     else:
@@ -62,13 +61,6 @@ def conv2d_gradients(x: jax.Array, kernel: jax.Array, dy: jax.Array, *, stride: 
     padding = [(1, 1 - (n - 1) % stride) for n in x.shape[1:3]]
     dk = _convolve(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), padding, rhs_dilation=(stride, stride))
     return dx, dk.transpose(1, 2, 0, 3)
-
-
-def _pointwise_gradients(x, kernel, dy, stride):
-    edges = [(0, (n - 1) % stride, stride - 1) for n in x.shape[1:3]]
-    dx = _convolve(dy, kernel.transpose(0, 1, 3, 2), [(0, 0)] * 2)
-    dx = lax.pad(dx, jnp.zeros((), dx.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
-    return dx, jnp.einsum("nhwi,nhwo->io", x[:, ::stride, ::stride], dy)[None, None]
 
 
 def _strided_input_gradient(kernel, dy):
@@ -86,7 +78,7 @@ def _strided_input_gradient(kernel, dy):
     return squares.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, inputs)
 
 
-conv2d.defvjp(_conv2d_forward, _conv2d_backward)
+conv2d.defvjp(lambda x, kernel, stride: (conv2d(x, kernel, stride), (x, kernel)), _conv2d_backward)
 
 
 @jax.custom_vjp

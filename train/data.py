@@ -17,14 +17,13 @@ from .cifar_archive import Unavailable, load_cifar
 from .image_folder import load_folder
 from .sources import SIZE, DataError, Images
 
-__all__ = ["CHOICES", "DataError", "Images", "load"]
+__all__ = ["DataError", "Images", "load"]
 
-CHOICES = ("auto", "cifar100", "cifar10", "digits", "folder:PATH")
 _DIGITS = "digits (scikit-learn, 32x32 RGB)"
 
 
 def load(dataset: str, *, data_dir: Path | None = None, limit_train: int | None = None) -> Images:
-    """Load a data set by name. A named data set is never replaced by another one.
+    """Return a data set by name; a named one is never replaced by another.
 
     Args:
         dataset: "cifar100" or "cifar10": from the binary archive in `data_dir`, from TensorFlow Datasets if prepared
@@ -34,15 +33,13 @@ def load(dataset: str, *, data_dir: Path | None = None, limit_train: int | None 
         data_dir: Directory of the archives, of downloads and of decoded images; the user's cache directory if None.
         limit_train: Number of training images to keep, spread evenly over the classes; all if None.
 
-    Returns:
-        The data set.
-
     Raises:
-        DataError: If the data set cannot be had, is damaged, or has fewer than `limit_train` training images, or an
-            argument is not one of the documented values.
+        DataError: the data set cannot be had, is damaged, or has fewer than `limit_train` training images, or an
+            argument is none of the documented values.
     """
-    if dataset not in CHOICES[:-1] and not (dataset.startswith("folder:") and dataset != "folder:"):
-        raise DataError(f"dataset must be one of {', '.join(CHOICES)}, got {dataset!r}.")
+    folder = dataset.startswith("folder:") and dataset != "folder:"
+    if not folder and dataset not in {"auto", "cifar100", "cifar10", "digits"}:
+        raise DataError(f"dataset must be one of auto, cifar100, cifar10, digits, folder:PATH, got {dataset!r}.")
     if limit_train is not None and (type(limit_train) is not int or limit_train < 1):
         raise DataError(f"limit_train must be None or an integer >= 1, got {limit_train!r}.")
     directory = Path(pooch.os_cache("farms_jax") if data_dir is None else data_dir).expanduser()
@@ -52,7 +49,7 @@ def load(dataset: str, *, data_dir: Path | None = None, limit_train: int | None 
         images = _auto(directory)
     elif dataset == "digits":
         images = _digits()
-    elif dataset.startswith("folder:"):
+    elif folder:
         images = load_folder(dataset, directory)
     else:
         images = load_cifar(dataset, directory)
@@ -69,7 +66,7 @@ def _auto(directory: Path) -> Images:
             f"classes. Its accuracies say nothing about CIFAR-100.\n{error.reasons}\n"
             f"For CIFAR-100: {error.remedy} Use `--dataset digits` to silence this notice."
         )
-    return replace(_digits(), notice=notice)
+        return replace(_digits(), notice=notice)
 
 
 def _digits() -> Images:

@@ -1,6 +1,7 @@
 """Images laid out as `split/class/name.jpg`, in a directory or in tar archives.
 
-The decoded arrays are kept in a cache file that is rebuilt when a source file changes or the cache is damaged.
+The decoded arrays are kept in a cache file, which is rebuilt when name, size or time of a source file changes, or when
+it is damaged.
 """
 
 import hashlib
@@ -30,24 +31,23 @@ _log = logging.getLogger(__name__)
 
 
 class _File(NamedTuple):
-    """One image that is not decoded yet; `content` is its bytes, or the path that holds them."""
+    """One image that is not decoded yet."""
 
     split: str
     label: str
     name: str
-    where: str
-    content: bytes | Path
+    where: str  # for errors
+    content: io.BytesIO | Path
 
 
 def load_folder(name: str, cache_dir: Path) -> Images:
-    """Return the images of "folder:PATH", sorted by class and file name; `cache_dir` keeps the decoded arrays.
+    """Return the images of "folder:PATH", sorted by class and file name.
 
     PATH is a directory with `train/class/*.jpg` and `test/class/*.jpg` (or `val`; jpg, jpeg or png), a tar archive of
     such a directory, or a directory of such archives.
 
     Raises:
-        DataError: the path or the training split is missing, a split is empty, the classes of the splits differ, or an
-            image cannot be read.
+        DataError: the path or a split is missing, the splits have other classes, or an image cannot be read.
     """
     path = Path(name.removeprefix("folder:")).expanduser().resolve()
     if not path.exists():
@@ -55,10 +55,12 @@ def load_folder(name: str, cache_dir: Path) -> Images:
     archives = _find_archives(path)
     sources = archives or _find_images(path)
     cache = cache_dir / f"folder-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.npz"
-    key = _cache_key(path, sources)
+    stats = [(str(source), (stat := source.stat()).st_size, stat.st_mtime_ns) for source in sources]
+    key = hashlib.sha256(json.dumps([_FORMAT, SIZE, str(path), stats]).encode()).hexdigest()
     images = _read_cache(cache, key, name)
     if images is None:
-        files = _stream(archives) if archives else _walk(path, sources)
+        in_folder = (_File(source.parts[-3], source.parts[-2], source.name, str(source), source) for source in sources)
+        files = _read_archives(archives) if archives else in_folder
         images = _assemble(name, path, _decode(files, total=None if archives else len(sources)))
         _write_cache(cache, key, images)
     return images
@@ -93,13 +95,7 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(_IMAGES) and not name.startswith(".")
 
 
-def _walk(path: Path, sources: list[Path]) -> Iterator[_File]:
-    for source in sources:
-        split, label, name = source.relative_to(path).parts
-        yield _File(split, label, name, str(source), source)
-
-
-def _stream(archives: list[Path]) -> Iterator[_File]:
+def _read_archives(archives: list[Path]) -> Iterator[_File]:
     """Yield the images of tar archives, whose paths end in split/class/name."""
     for archive in archives:
         with open_tar(archive, "Copy or pack it again.") as tar:
@@ -110,7 +106,7 @@ def _stream(archives: list[Path]) -> Iterator[_File]:
                 stream = tar.extractfile(member) if member.isreg() else None
                 if stream is None:
                     raise DataError(f"{archive}: {member.name} must be a plain file, got a link. Pack it anew.")
-                yield _File(split, label, name, f"{archive}: {member.name}", stream.read())
+                yield _File(split, label, name, f"{archive}: {member.name}", io.BytesIO(stream.read()))
 
 
 def _decode(files: Iterable[_File], total: int | None) -> dict[tuple[str, str, str], np.ndarray]:
@@ -118,7 +114,7 @@ def _decode(files: Iterable[_File], total: int | None) -> dict[tuple[str, str, s
     decoded = {}
     # One after another: threads gained nothing on images as small as these (0.2 ms each, once for every data set).
     for file in tqdm(files, total=total, desc="decoding", unit=" images"):
-        key = (file.split, file.label, file.name)
+        key = file.split, file.label, file.name
         if key in decoded:
             raise DataError(f"{file.where}: {'/'.join(key)} occurs twice. Keep one of the two.")
         decoded[key] = _pixels(file)
@@ -128,7 +124,7 @@ def _decode(files: Iterable[_File], total: int | None) -> dict[tuple[str, str, s
 def _pixels(file: _File) -> np.ndarray:
     """Decode one image to uint8 (32, 32, 3), resized if it has another size."""
     try:
-        with Image.open(io.BytesIO(file.content) if isinstance(file.content, bytes) else file.content) as image:
+        with Image.open(file.content) as image:
             rgb = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{file.where}: not a readable image ({error}). Replace or delete it.") from error
@@ -156,12 +152,6 @@ def _assemble(name: str, path: Path, decoded: dict[tuple[str, str, str], np.ndar
         arrays.append(np.stack([decoded[key] for key in keys[split]]))
         arrays.append(np.asarray([number[label] for _, label, _ in keys[split]], np.int32))
     return Images(name, *arrays, class_names=tuple(number))
-
-
-def _cache_key(path: Path, sources: list[Path]) -> str:
-    """Return a hash of what the cache depends on: names, sizes and times of all source files."""
-    stats = [(str(source), (stat := source.stat()).st_size, stat.st_mtime_ns) for source in sources]
-    return hashlib.sha256(json.dumps([_FORMAT, SIZE, str(path), stats]).encode()).hexdigest()
 
 
 def _read_cache(cache: Path, key: str, name: str) -> Images | None:

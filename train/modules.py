@@ -76,18 +76,14 @@ class BatchNorm(nnx.Module):
             return (x * factor + (self.bias[...] - self.mean[...] * factor)).astype(x.dtype)
         y, mean, var = batch_norm(x, self.scale[...], self.bias[...])
         count = x.size // x.shape[-1]
-        self._remember(self.mean, mean)
-        self._remember(self.var, var * (count / (count - 1)))
+        for running, new in ((self.mean, mean), (self.var, var * (count / (count - 1)))):
+            running[...] = (1 - MOMENTUM) * running[...] + MOMENTUM * lax.stop_gradient(new)
         return y
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Let `nnx.view` choose the statistics, as it does for Flax's own layer."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
-
-    @staticmethod
-    def _remember(running: nnx.BatchStat, new: jax.Array) -> None:
-        running[...] = (1 - MOMENTUM) * running[...] + MOMENTUM * lax.stop_gradient(new)
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:

@@ -29,18 +29,17 @@ class ResNet(nnx.Module):
         self, depth: int, num_classes: int, width: float = 1.0, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs
     ) -> None:
         """Draw the parameters; `width` is a factor on all channels, `dtype` the type to compute in."""
-        block = Bottleneck if depth >= 50 else BasicBlock
+        block = _Bottleneck if depth >= 50 else _BasicBlock
         base = round(64 * width)
         self.conv1 = Conv(3, base, 3, dtype=dtype, rngs=rngs)
         self.bn1 = BatchNorm(base)
         inputs = base
         for stage, blocks in enumerate(STAGES[depth]):
-            planes = base * 2**stage
             layer = nnx.List([])
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
-                layer.append(block(inputs, planes, stride, dtype=dtype, rngs=rngs))
-                inputs = planes * block.expansion
+                layer.append(block(inputs, base * 2**stage, stride, dtype=dtype, rngs=rngs))
+                inputs = base * 2**stage * block.expansion
             setattr(self, f"layer{stage + 1}", layer)
         self.linear = Linear(inputs, num_classes, dtype=dtype, rngs=rngs)
 
@@ -53,13 +52,12 @@ class ResNet(nnx.Module):
         return self.linear(x.mean((1, 2)))
 
 
-class BasicBlock(nnx.Module):
+class _BasicBlock(nnx.Module):
     """Two 3 x 3 convolutions and a shortcut."""
 
-    expansion = 1
+    expansion = 1  # of the channels, from `planes` to the output
 
     def __init__(self, inputs: int, planes: int, stride: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs) -> None:
-        """Draw the parameters."""
         self.conv1 = Conv(inputs, planes, 3, stride=stride, dtype=dtype, rngs=rngs)
         self.bn1 = BatchNorm(planes)
         self.conv2 = Conv(planes, planes, 3, dtype=dtype, rngs=rngs)
@@ -67,18 +65,16 @@ class BasicBlock(nnx.Module):
         self.shortcut = _shortcut(inputs, planes, stride, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return (N, H / stride, W / stride, planes) for x (N, H, W, inputs)."""
         y = jax.nn.relu(self.bn1(self.conv1(x)))
         return _join(self.bn2(self.conv2(y)), x, self.shortcut)
 
 
-class Bottleneck(nnx.Module):
+class _Bottleneck(nnx.Module):
     """1 x 1, 3 x 3 and 1 x 1 convolutions and a shortcut; the 3 x 3 one has the stride."""
 
     expansion = 4
 
     def __init__(self, inputs: int, planes: int, stride: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs) -> None:
-        """Draw the parameters."""
         self.conv1 = Conv(inputs, planes, 1, dtype=dtype, rngs=rngs)
         self.bn1 = BatchNorm(planes)
         self.conv2 = Conv(planes, planes, 3, stride=stride, dtype=dtype, rngs=rngs)
@@ -88,7 +84,6 @@ class Bottleneck(nnx.Module):
         self.shortcut = _shortcut(inputs, 4 * planes, stride, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return (N, H / stride, W / stride, 4 * planes) for x (N, H, W, inputs)."""
         y = jax.nn.relu(self.bn1(self.conv1(x)))
         y = jax.nn.relu(self.bn2(self.conv2(y)))
         return _join(self.bn3(self.conv3(y)), x, self.shortcut)
@@ -102,7 +97,7 @@ def _shortcut(inputs: int, outputs: int, stride: int, *, dtype: DTypeLike | None
 
 
 def _join(y: jax.Array, x: jax.Array, shortcut: nnx.List) -> jax.Array:
-    """Add the shortcut of x to y, both (N, H, W, C) then."""
+    """Add the shortcut of x (N, H, W, C) to y (N, H / stride, W / stride, C')."""
     for module in shortcut:
         x = module(x)
     return jax.nn.relu(y + x)

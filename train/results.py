@@ -15,7 +15,7 @@ Rows = list[dict[str, Any]]
 def summarise(metrics: dict[int, Rows]) -> dict[str, Any]:
     """Return last and best test accuracy of each seed, in per cent, with mean and standard deviation (0 for one seed).
 
-    `metrics` are the lines of `metrics.jsonl` by seed.
+    Here and below, `metrics` are the lines of `metrics.jsonl` by seed, and `layers` those of `layers.csv`.
     """
     seeds = {
         seed: {
@@ -47,7 +47,7 @@ def table(summary: dict[str, Any], data: str, run: Path, plots: list[Path]) -> s
 
 
 def plot_run(run: Path, metrics: dict[int, Rows], layers: dict[int, Rows], title: str) -> list[Path]:
-    """Return the files of a run's plots, drawn from the lines of `metrics.jsonl` and `layers.csv` by seed."""
+    """Draw the plots of a run, and return their files."""
     figures = {
         "learning_curves.png": _learning_curves(metrics, title),
         "layers.png": layer_plots.layer_history(next(iter(layers.values())), title),  # the first seed's

@@ -61,13 +61,10 @@ def check_same_data(images: Images, before: dict[str, Any]) -> None:
 
 
 def train_run(run: Path, config: Config, images: Images) -> str:
-    """Return a table of the results of all seeds; they, a summary and plots are written to the run directory.
-
-    Raises:
-        InputError: the images do not fill one batch, or a loss is not finite.
-    """
+    """Return a table of the results of all seeds; they, a summary and plots are written to the run directory."""
     functions = make_functions(config, images)
-    title = _title(config, images)
+    selection = " + LS" if config.layer_selection and config.tb != "none" else ""
+    title = f"{config.model} x{config.width} on {images.name}, tb={config.tb}{selection}, {config.epochs} epochs"
     for line in filter(None, (images.notice, f"{title} -> {run}")):
         tqdm.write(line)
     metrics, layers = {}, {}
@@ -79,11 +76,6 @@ def train_run(run: Path, config: Config, images: Images) -> str:
     summary = summarise(metrics)
     write_json(run / "summary.json", {"data": images.name, "model": config.model, "tb": config.tb, **summary})
     return table(summary, images.name, run, plots)
-
-
-def _title(config: Config, images: Images) -> str:
-    selection = " + LS" if config.layer_selection and config.tb != "none" else ""
-    return f"{config.model} x{config.width} on {images.name}, tb={config.tb}{selection}, {config.epochs} epochs"
 
 
 class Functions(NamedTuple):
@@ -100,11 +92,7 @@ class Functions(NamedTuple):
 
 
 def make_functions(config: Config, images: Images) -> Functions:
-    """Return the functions that train on the images; each compiles at its first call.
-
-    Raises:
-        InputError: the images do not fill one batch, or a batch cannot be split evenly over the devices.
-    """
+    """Return the functions that train on the images, which have to fill a batch; each compiles at its first call."""
     assert config.batch_size is not None
     count = len(images.train_labels)
     if count < config.batch_size:
@@ -114,8 +102,8 @@ def make_functions(config: Config, images: Images) -> Functions:
     normalise = Normalise(*map(jnp.asarray, images.mean_and_std))
     mesh = make_mesh(config.devices, config.batch_size)
     return Functions(
-        network,
-        optimizer,
+        network=network,
+        optimizer=optimizer,
         steps=make_steps(network, optimizer, normalise, config, mesh),
         fault=make_fault(network, normalise, config),
         evaluate=make_evaluate(network, normalise, mesh),
@@ -129,11 +117,8 @@ def make_refresh(config: Config) -> Callable[[TrainState], Refreshed]:
     """Return `refresh(state)`, which measures the layers and sets their rates; without TempBalance it only measures."""
     model = MODELS[config.model]
     follow = {"name": model.follow, "order": model.follow_order, "none": None}[config.norms]
-    scale_of = jax.jit(
-        functools.partial(
-            farms_jax.lr_scale, low=config.low or 1.0, high=config.high or 1.0, mapping=config.mapping, follow=follow
-        )
-    )
+    rates = {"low": config.low or 1.0, "high": config.high or 1.0, "mapping": config.mapping, "follow": follow}
+    scale_of = jax.jit(functools.partial(farms_jax.lr_scale, **rates))
 
     def refresh(state: TrainState) -> Refreshed:
         report = farms_jax.analyze(state.params, window=config.window_of_run(), tail=farms_jax.Tail(config.tail))
@@ -147,12 +132,7 @@ def make_refresh(config: Config) -> Callable[[TrainState], Refreshed]:
 
 
 def train_seed(directory: SeedDirectory, seed: int, config: Config, images: Images, functions: Functions) -> TrainState:
-    """Return the final state of one network, trained from where its directory stands.
-
-    Raises:
-        InputError: a loss or a gradient is not finite; the state before that step is the last checkpoint then.
-        Stopped: by Ctrl-C or SIGTERM; there is a checkpoint of the step where it came.
-    """
+    """Return the final state of one network, trained from where its directory stands; see `run_epochs`."""
     assert config.epochs is not None
     init_key, run_key = jax.random.split(jax.random.key(seed))
     params, stats = jax.jit(functions.network.init)(init_key)

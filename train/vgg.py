@@ -7,6 +7,8 @@ References:
     Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, arXiv:1409.1556.
 """
 
+from collections.abc import Iterator
+
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
@@ -30,9 +32,9 @@ class VGG(nnx.Module):
     ) -> None:
         """Draw the parameters; `width` is a factor on all channels, rounded down, `dtype` the type to compute in."""
         self.features = nnx.Dict({})
-        self.stages: tuple[tuple[int, ...], ...] = _positions(CONVOLUTIONS[depth])
+        self.stages = CONVOLUTIONS[depth]
         inputs = 3
-        for positions, channels in zip(self.stages, CHANNELS, strict=True):
+        for positions, channels in zip(_positions(self.stages), CHANNELS, strict=True):
             outputs = int(channels * width)
             for position in positions:
                 self.features[f"conv_{position}"] = Conv(inputs, outputs, 3, bias=True, dtype=dtype, rngs=rngs)
@@ -42,7 +44,7 @@ class VGG(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return logits (N, num_classes) for images x (N, 32, 32, 3)."""
-        for positions in self.stages:
+        for positions in _positions(self.stages):
             for position in positions:
                 x = self.features[f"conv_{position}"](x)
                 x = jax.nn.relu(self.features[f"bn_{position}"](x))
@@ -51,10 +53,9 @@ class VGG(nnx.Module):
         return self.linear(x.reshape(x.shape[0], -1))
 
 
-def _positions(convolutions: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Number the convolutions from 1, a pooling after each stage taking a number too: (2, 2) -> ((1, 2), (4, 5))."""
-    stages, first = [], 1
-    for count in convolutions:
-        stages.append(tuple(range(first, first + count)))
+def _positions(stages: tuple[int, ...]) -> Iterator[range]:
+    """Number the convolutions from 1, a pooling after each stage taking a number too: (2, 2) -> 1, 2 and 4, 5."""
+    first = 1
+    for count in stages:
+        yield range(first, first + count)
         first += count + 1
-    return tuple(stages)
