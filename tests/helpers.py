@@ -65,6 +65,13 @@ def window_of(case):
     )
 
 
+def lines_of(folder):
+    """What a training wrote of its epochs and layers, without times."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timeless = [{key: value for key, value in line.items() if "seconds" not in key} for line in metrics]
+    return timeless, (folder / "layers.csv").read_text().splitlines()
+
+
 def report_of(*, names, num_params=None, **columns):
     """A report of layers with these measures; those not given are ones."""
     ones = np.ones(len(names))

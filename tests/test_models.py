@@ -14,7 +14,7 @@ from flax import nnx
 from helpers import few
 
 from tests.torch_weights import from_torch, leaves, load
-from train import cpu_gradients
+from train import cpu_gradients, resnet
 from train.models import MODELS
 
 DATA = Path(__file__).parent / "data"
@@ -121,24 +121,25 @@ def test_rules_on_names(case):
         assert all(flat[n].shape[0] == flat[target].shape[-1] for n, target in targets.items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet50", "vgg19"])
-def test_deeper_networks_run(name):
+@pytest.mark.parametrize(("name", "num_params"), [("resnet50", 23_705_252), ("vgg19", 20_086_692)])
+def test_deeper_networks(name, num_params):
+    """Their parameters are as many as those of the same networks in PyTorch."""
+
     def build_and_run(x):
-        model = MODELS[name].build(num_classes=7, width=0.0625, rngs=nnx.Rngs(0))
-        model.train()
-        return model(x)
+        model = MODELS[name].build(num_classes=100, rngs=nnx.Rngs(0))
+        return model(x), nnx.state(model, nnx.Param)
 
-    logits = jax.jit(build_and_run)(jnp.ones((2, 32, 32, 3)))
-    assert logits.shape == (2, 7)
-    assert np.isfinite(logits).all()
+    logits, params = jax.eval_shape(build_and_run, jnp.ones((2, 32, 32, 3)))
+    assert logits.shape == (2, 100)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == num_params
 
 
-@pytest.mark.slow
-def test_bfloat16_keeps_float32_parameters():
-    model = MODELS["resnet18"].build(num_classes=10, width=0.0625, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    model.train()
-    assert nnx.jit(lambda model, x: model(x))(model, jnp.ones((2, 32, 32, 3))).dtype == jnp.bfloat16
+def test_bottlenecks_in_bfloat16_keep_float32_parameters(monkeypatch):
+    monkeypatch.setitem(resnet.STAGES, 50, (1, 1, 1, 1))
+    model = MODELS["resnet50"].build(num_classes=10, width=0.0625, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    logits = nnx.jit(lambda model, x: model(x))(model, jnp.ones((2, 32, 32, 3)))
+    assert logits.dtype == jnp.bfloat16
+    assert np.isfinite(logits.astype(jnp.float32)).all()
     assert all(leaf.dtype == jnp.float32 for leaf in leaves(model).values())
 
 

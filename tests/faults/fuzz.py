@@ -3,7 +3,7 @@
     python -m tests.faults.fuzz gguf --seed 1 --case 1234 --keep FOLDER    # one mutant again, with its traceback
 
 A case is a target (`targets.py`), a seed and a number: its mutant depends on nothing else. The child reads mutants one
-after the other and writes down the number of each first, so that a crash is laid to its file. A case fails where the
+after the other and reports each, so that a crash is laid to the file after the last report. A case fails where the
 reader raises anything but an `InputError` of one printable line; where it ends the process; where it takes longer than
 SECONDS of processor time, or waits for ever; and where it takes more memory than MEMORY besides what was there.
 """
@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from random import Random
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 5.0  # of processor time for one file; most take milliseconds
@@ -34,7 +34,11 @@ MEMORY = 128 << 20  # bytes that reading a file of a few kB may add to what is r
 _WAIT = 600.0  # seconds for one file, where it takes no processor time: a lock that nobody gives back
 _ADDRESSES = 1 << 30  # bytes that one file may ask for, whether it uses them or not
 _MOST_CRASHES = 20  # then the rest is not worth its time
-_LAST_WORDS = 15  # lines
+_LAST_WORDS = 15  # lines of a crashed child's stderr
+_ENVIRONMENT = {
+    **{"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"},
+    **{"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+}
 
 
 class Failure(NamedTuple):
@@ -87,36 +91,26 @@ def _run(cases: Mapping[str, range], seed: int, folder: Path, outcomes: dict[str
     task = json.dumps({"cases": numbers, "seed": seed, "folder": str(folder)})
     with (folder / "stderr").open("wb") as stderr:
         command = [sys.executable, "-m", "tests.faults.fuzz", "--child", task]
-        child = subprocess.run(command, cwd=ROOT, env=_environment(), stdout=-1, stderr=stderr, check=False)
-    now: dict[str, Any] = {}
+        environment = {**os.environ, **_ENVIRONMENT}
+        child = subprocess.run(command, cwd=ROOT, env=environment, stdout=-1, stderr=stderr, check=False)
+    target, case, outcome = "", 0, Outcome()
     for line in map(json.loads, child.stdout.decode().splitlines()):
-        outcome = outcomes[line["target"]]
-        if "what" in line:
-            outcome.failures.append(Failure(line["target"], seed, line["case"], line["what"]))
-        else:
-            _add(outcome, line)
+        if "target" in line:
+            target, case, outcome = line["target"], cases[line["target"]].start, outcomes[line["target"]]
+            continue
+        outcome.read += line["found"] is None
+        outcome.refused += line["found"] == ""
+        outcome.seconds += line["seconds"]
+        outcome.slowest = max(outcome.slowest, line["seconds"])
+        if line["found"]:
+            outcome.failures.append(Failure(target, seed, case, line["found"]))
+        case += 1
     if child.returncode == 0:
         return None
     words = "\n    ".join((folder / "stderr").read_text(errors="replace").splitlines()[-_LAST_WORDS:])
-    with contextlib.suppress(OSError):
-        now = json.loads((folder / "now").read_text())
-    if "case" not in now:
-        raise RuntimeError(f"the child ended before its first case ({now}), with status {child.returncode}:\n{words}")
-    _add(outcomes[now["target"]], now)
-    return Failure(now["target"], seed, now["case"], f"the process ended with status {child.returncode}: {words}")
-
-
-def _add(outcome: Outcome, line: Mapping[str, Any]) -> None:
-    outcome.read += line["read"]
-    outcome.refused += line["refused"]
-    outcome.seconds += line["seconds"]
-    outcome.slowest = max(outcome.slowest, line["slowest"])
-
-
-def _environment() -> dict[str, str]:
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    return {**os.environ, **quiet, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
+    if not target or case == cases[target].stop:
+        raise RuntimeError(f"the child ended before its first case, with status {child.returncode}:\n{words}")
+    return Failure(target, seed, case, f"the process ended with status {child.returncode}: {words}")
 
 
 # In the child
@@ -202,39 +196,22 @@ def _child(cases: Mapping[str, list[int]], seed: int, folder: str) -> None:
     warnings.simplefilter("ignore")
     faulthandler.enable()
     faulthandler.register(signal.SIGPROF, chain=True)  # says where, then ends the process
-    with (Path(folder) / "now").open("w+b", buffering=0) as now:
-        for name, (start, stop) in cases.items():
-            _tell(now, target=name)
-            _limit_addresses(None)
-            samples = Samples(name, Path(folder))
-            for root in samples.roots:
-                samples.target.read(root)  # this also brings in what is imported late
-            _limit_addresses(_ADDRESSES)
-            _read_all(samples, seed, range(start, stop), now, report)
-            shutil.rmtree(Path(folder) / name)
-
-
-def _read_all(samples: Samples, seed: int, cases: range, now: IO[bytes], report: IO[str]) -> None:
-    counts, start = {"read": 0, "refused": 0, "slowest": 0.0, "seconds": 0.0}, time.process_time()
-    for case in cases:
-        begun = time.process_time()
-        _tell(now, target=samples.name, case=case, **counts)
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        faulthandler.dump_traceback_later(_WAIT, exit=True)
-        found = _one(samples, seed, case)
-        counts["slowest"] = max(counts["slowest"], time.process_time() - begun)
-        counts["seconds"] = time.process_time() - start
-        counts["read"] += found is None
-        counts["refused"] += found == ""
-        if found:
-            report.write(json.dumps({"target": samples.name, "case": case, "what": found}) + "\n")
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    faulthandler.cancel_dump_traceback_later()
-    report.write(json.dumps({"target": samples.name, **counts}) + "\n")
-
-
-def _tell(now: IO[bytes], **facts: Any) -> None:
-    os.pwrite(now.fileno(), json.dumps(facts).ljust(250).encode(), 0)
+    for name, numbers in cases.items():
+        _limit_addresses(None)
+        samples = Samples(name, Path(folder))
+        for root in samples.roots:
+            samples.target.read(root)  # this also brings in what is imported late
+        _limit_addresses(_ADDRESSES)
+        report.write(json.dumps({"target": name}) + "\n")
+        for case in range(*numbers):
+            begun = time.process_time()
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            faulthandler.dump_traceback_later(_WAIT, exit=True)
+            found = _one(samples, seed, case)
+            report.write(json.dumps({"found": found, "seconds": time.process_time() - begun}) + "\n")
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        faulthandler.cancel_dump_traceback_later()
+        shutil.rmtree(Path(folder) / name)
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ from tests.faults.target import TEXT, Target, both, new_folder
 def _configs(folder: Path) -> list[Path]:
     import safetensors.numpy
 
-    from prune.models import make_network
     from tests.prune_helpers import FOLDERS, QWEN, config_of
 
     eights = ("hidden_size", "intermediate_size", "ffn_dim", "word_embed_proj_dim")
@@ -29,12 +28,18 @@ def _configs(folder: Path) -> list[Path]:
     given |= {f"qwen{number}": QWEN | sizes | {"model_type": f"qwen{number}"} for number in (2, 3)}
     given["mistral"] = QWEN | sizes | {"model_type": "mistral"}
     for name, config in given.items():
-        network = make_network(config)
-        shapes = {key: shape for part in network.parts for key, shape in network.tensors(part).items()}
-        root, tensors = new_folder(folder, name), {key: np.zeros(s, np.float16) for key, s in shapes.items()}
-        safetensors.numpy.save_file(tensors, root / "model.safetensors")
+        root = new_folder(folder, name)
+        safetensors.numpy.save_file(tensors_of(config, np.float16), root / "model.safetensors")
         (root / "config.json").write_text(json.dumps(config))
     return [folder / name for name in given]
+
+
+def tensors_of(config: dict[str, Any], dtype: type) -> dict[str, np.ndarray]:
+    """All tensors of a network, filled with ones."""
+    from prune.models import make_network
+
+    network = make_network(config)
+    return {name: np.ones(shape, dtype) for part in network.parts for name, shape in network.tensors(part).items()}
 
 
 def _read_config(path: Path) -> None:
@@ -70,16 +75,15 @@ def _tokenizers(folder: Path) -> list[Path]:
         normalization_rule_name="identity",
         minloglevel=2,
     )
-    (root := new_folder(folder, "pieces")).joinpath("tokenizer.model").write_bytes(model.getvalue())
-    (root / "config.json").write_text('{"model_type": "llama"}')
-    (root / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
-    (root := new_folder(folder, "gpt2")).joinpath("vocab.json").write_text(
-        '{"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}'
-    )
-    (root / "merges.txt").write_text("#version: 0.2\na b\n")
-    (root / "added_tokens.json").write_text('{"<extra>": 4, "<more>": 5}')
-    (root / "special_tokens_map.json").write_text('{"pad_token": "<extra>", "additional_special_tokens": ["<more>"]}')
-    (root / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "unk_token": "<|endoftext|>"}')
+    pieces, gpt2 = new_folder(folder, "pieces"), new_folder(folder, "gpt2")
+    (pieces / "tokenizer.model").write_bytes(model.getvalue())
+    (pieces / "config.json").write_text('{"model_type": "llama"}')
+    (pieces / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
+    (gpt2 / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}')
+    (gpt2 / "merges.txt").write_text("#version: 0.2\na b\n")
+    (gpt2 / "added_tokens.json").write_text('{"<extra>": 4, "<more>": 5}')
+    (gpt2 / "special_tokens_map.json").write_text('{"pad_token": "<extra>", "additional_special_tokens": ["<more>"]}')
+    (gpt2 / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "unk_token": "<|endoftext|>"}')
     return [folder / name for name in ("bytes", "bytes", "words", "unigram", "pieces", "gpt2")]
 
 
@@ -89,10 +93,10 @@ def _read_tokenizer(path: Path) -> None:
     encode(open_tokenizer(str(path)))
 
 
-def make_network(checkpoint: Any) -> None:
+def read_network(checkpoint: Any) -> None:
+    """Do as `checkpoint.network()`, but without the shapes of its tensors, which JAX needs 50 ms for."""
     from prune.models import make_network
 
-    # `checkpoint.network()` without the shapes of its tensors, which JAX needs 50 ms for.
     network = make_network(checkpoint.config, checkpoint.tensors)
     network.layer_name(0, network.linears[0])
 
@@ -162,11 +166,10 @@ def _parquet(folder: Path) -> list[Path]:
 def _read_text(path: Path) -> None:
     from prune.texts import calibration_samples, evaluation_blocks
 
-    arguments: Any = {"length": 20, "vocab_size": 256}
     tokenizer = _tokenizer()
     both(
-        lambda: calibration_samples(str(path), tokenizer, count=2, seed=0, **arguments),
-        lambda: evaluation_blocks(str(path), tokenizer, limit=3, **arguments),
+        lambda: calibration_samples(str(path), tokenizer, count=2, seed=0, length=20, vocab_size=256),
+        lambda: evaluation_blocks(str(path), tokenizer, limit=3, length=20, vocab_size=256),
     )
 
 

@@ -41,20 +41,11 @@ def state_after(done, **partial_epoch):
     return Progress(jax.tree.map(lambda leaf: leaf + done, STATE), done, partial_epoch)
 
 
-def line_of(epoch):
-    row = {"epoch": epoch, "layer": "dense/kernel", "alpha": 2.0 + epoch, "lr_scale": 1.0, "learning_rate": 0.1}
-    return {"epoch": epoch, "test_accuracy": epoch / 10}, [row]
-
-
-def train_toy(folder, epochs):
-    with SeedDirectory(folder) as directory:
-        for epoch in range(epochs):
-            metrics, layers = line_of(epoch)
-            directory.append_layers(layers)
-            directory.append_metrics(metrics)
-            directory.save_best(state_after(10 * (epoch + 1)))
-            directory.save(state_after(10 * (epoch + 1)))
-    return folder
+METRICS = [{"epoch": epoch, "test_accuracy": epoch / 10} for epoch in range(3)]
+LAYERS = [
+    {"epoch": epoch, "layer": "dense/kernel", "alpha": 2.0 + epoch, "lr_scale": 1.0, "learning_rate": 0.1}
+    for epoch in range(3)
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +53,19 @@ def toy(tmp_path_factory):
     """A run of one seed, three epochs of ten steps long."""
     run = tmp_path_factory.mktemp("toy") / "run"
     write_config(run, Config(), {})
-    train_toy(run / "seed1", 3)
+    with SeedDirectory(run / "seed1") as directory:
+        for epoch, (metrics, row) in enumerate(zip(METRICS, LAYERS, strict=True), 1):
+            directory.append_layers([row])
+            directory.append_metrics(metrics)
+            directory.save_best(state_after(10 * epoch))
+            directory.save(state_after(10 * epoch))
     return run
+
+
+@pytest.fixture
+def seed(toy, tmp_path):
+    """Its seed's directory in a place of its own, to be damaged."""
+    return shutil.copytree(toy / "seed1", tmp_path / "seed1")
 
 
 def flip(path):
@@ -73,14 +75,10 @@ def flip(path):
 
 
 def halve(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    os.truncate(path, path.stat().st_size // 2)
 
 
-def empty(path):
-    path.write_bytes(b"")
-
-
-DAMAGE = pytest.mark.parametrize("damage", few([flip, halve, empty, Path.unlink], 4))
+DAMAGE = pytest.mark.parametrize("damage", few([flip, halve, Path.unlink], 3))
 
 
 def files_of(checkpoint):
@@ -97,8 +95,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(toy, tmp_path,
         damage(seed / last / file)
         with SeedDirectory(seed) as directory:
             assert same(directory.restore(STATE), state_after(20))
-            assert [line["epoch"] for line in directory.metrics()] == [0, 1]
-            assert [row["epoch"] for row in directory.layers()] == [0, 1]
+            assert (directory.metrics(), directory.layers()) == (METRICS[:2], LAYERS[:2])
             directory.save(state_after(30))
             assert same(directory.restore(STATE), state_after(30))
         error = capsys.readouterr().err
@@ -107,8 +104,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(toy, tmp_path,
         assert sorted(path.name for path in (seed / last).parent.iterdir()) == ["20", "30"]
 
 
-def test_without_a_whole_checkpoint_a_run_does_not_go_on(toy, tmp_path):
-    seed = shutil.copytree(toy / "seed1", tmp_path / "seed1")
+def test_without_a_whole_checkpoint_a_run_does_not_go_on(seed):
     last = seed / "checkpoints" / "last"
     (last / "20" / "SHA256SUMS").unlink()
     flip(last / "30" / "default" / "_METADATA")
@@ -118,8 +114,7 @@ def test_without_a_whole_checkpoint_a_run_does_not_go_on(toy, tmp_path):
     assert sorted(path.name for path in last.iterdir()) == ["20", "30"]
 
 
-def test_what_a_killed_process_left_half_written_is_not_there(toy, tmp_path):
-    seed = shutil.copytree(toy / "seed1", tmp_path / "seed1")
+def test_what_a_killed_process_left_half_written_is_not_there(seed):
     last = seed / "checkpoints" / "last"
     for name in ("40.part", "10.old.part", "40.part.orbax-checkpoint-tmp"):
         shutil.copytree(last / "30", last / name)
@@ -138,9 +133,8 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path):
         directory.save(Progress(noise, 10, {}))
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         try:
-            with pytest.raises(
-                InputError, match=r"last/20: cannot be written \(.*\); make room, then --resume"
-            ) as error:
+            message = r"last/20: cannot be written \(.*\); make room, then --resume"
+            with pytest.raises(InputError, match=message) as error:
                 directory.save(Progress(noise, 20, {}))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -151,21 +145,19 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path):
         assert directory.restore(noise).done == 20
 
 
-def test_lines_are_those_of_the_checkpoint(toy, tmp_path):
-    seed = shutil.copytree(toy / "seed1", tmp_path / "seed1")
+def test_lines_are_those_of_the_checkpoint(seed):
     with (seed / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3}\n{"epoch": 4, "los')  # of a later epoch, and killed while writing
     flip(seed / "layers.csv")
     with SeedDirectory(seed) as directory:
         assert directory.restore(STATE).done == 30
-        assert directory.metrics() == [line_of(epoch)[0] for epoch in range(3)]
-        assert directory.layers() == [line_of(epoch)[1][0] for epoch in range(3)]
+        assert (directory.metrics(), directory.layers()) == (METRICS, LAYERS)
 
 
 def test_lines_without_a_checkpoint_are_dropped(tmp_path):
     with SeedDirectory(tmp_path) as directory:
-        directory.append_layers(line_of(0)[1])
-        directory.append_metrics(line_of(0)[0])
+        directory.append_layers(LAYERS)
+        directory.append_metrics(METRICS[0])
         assert directory.restore(STATE) == (STATE, 0, {})
         assert directory.metrics() == directory.layers() == []
 
@@ -180,19 +172,18 @@ def test_a_checkpoint_of_other_settings_is_refused(toy):
 
 
 @DAMAGE
-@pytest.mark.parametrize("inside", [".", "seed1/checkpoints/best", "seed1/checkpoints/best/30"])
-def test_a_damaged_best_checkpoint_is_named_where_it_is_read(toy, tmp_path, damage, inside):
-    best = toy / "seed1" / "checkpoints" / "best" / "30"
-    with open_weights(toy / inside) as source:
-        np.testing.assert_array_equal(
-            source.read("params/dense/kernel"), state_after(30).state["params"]["dense"]["kernel"]
-        )
-    for number, file in enumerate(file for file in files_of(best) if file.name != "SHA256SUMS"):
+def test_a_damaged_best_checkpoint_is_named_where_it_is_read(toy, tmp_path, damage):
+    best = Path("seed1", "checkpoints", "best", "30")
+    places = Path(), best.parent, best  # what may be opened
+    for place in places:
+        with open_weights(toy / place) as source:
+            kernel = source.read("params/dense/kernel")
+        np.testing.assert_array_equal(kernel, STATE["params"]["dense"]["kernel"] + 30)
+    for number, file in enumerate(file for file in files_of(toy / best) if file.name != "SHA256SUMS"):
         run = shutil.copytree(toy, tmp_path / str(number))
-        path = run / best.relative_to(toy) / file
-        damage(path)
-        with pytest.raises(InputError, match=f"^{path}: missing or damaged") as error:
-            open_weights(run / inside)
+        damage(run / best / file)
+        with pytest.raises(InputError, match=f"^{run / best / file}: missing or damaged") as error:
+            open_weights(run / places[number % 3])
         assert "\n" not in str(error.value)
 
 

@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 
 from tests.faults import mutations
-from tests.faults.model_targets import encode, make_network
+from tests.faults.model_targets import encode, read_network, tensors_of
 from tests.faults.target import Target, both
 
 
@@ -23,7 +23,7 @@ def small_arrays() -> dict[str, np.ndarray]:
     import ml_dtypes
 
     rng = np.random.default_rng(0)
-    arrays: dict[str, np.ndarray] = {
+    return {
         "layers/2/kernel": rng.normal(size=(6, 4)).astype(np.float32),
         "layers/10/kernel": rng.normal(size=(3, 2, 5, 4)).astype(np.float32),
         "half": np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3),
@@ -31,7 +31,6 @@ def small_arrays() -> dict[str, np.ndarray]:
         "step": np.asarray(7, np.int32),
         "none": np.zeros((0, 3), np.float32),
     }
-    return arrays
 
 
 def read_weights(path: Path) -> None:
@@ -72,54 +71,28 @@ def _gguf(folder: Path) -> list[Path]:
     from tests.prune_helpers import byte_level_metadata, gguf_metadata, write_gguf
     from tests.weights_helpers import write
 
-    config = {
-        **dict.fromkeys(("num_hidden_layers", "num_key_value_heads"), 1),
-        **{"num_attention_heads": 2, "head_dim": 4, "hidden_size": 8, "intermediate_size": 32, "rms_norm_eps": 1e-5},
-        **{"max_position_embeddings": 64, "rope_parameters": {"rope_theta": 10000.0}},
-    }
-    tensors = {name: np.ones(shape, np.float32) for name, shape in _llama_shapes(config, vocab=40).items()}
+    config = {"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config |= {"head_dim": 4, "hidden_size": 8, "intermediate_size": 32, "vocab_size": 40, "rms_norm_eps": 1e-5}
+    config |= {"max_position_embeddings": 64, "rope_parameters": {"rope_theta": 1e4}, "tie_word_embeddings": True}
+    tensors = tensors_of(config, np.float32)
     merges, tokens = ["a b", "ab c"], [*map(chr, range(97, 110)), "ab", "abc"]
-    paths = [folder / f"{name}.gguf" for name in ("bytes", "pieces", "qwen")]
-    write_gguf(
-        paths[0],
-        tensors,
-        gguf_metadata(config) | byte_level_metadata("llama-bpe", merges, tokens),
-        heads=(2, 1),
-        kinds={"model.layers.0.mlp.down_proj.weight": Kind.Q8_0, "model.embed_tokens.weight": Kind.F16},
-        extra={"rope_freqs.weight": np.ones(2, np.float32)},
-    )
-    write_gguf(paths[1], tensors, gguf_metadata(config) | _pieces(), heads=(2, 1))
-    write_gguf(
-        paths[2],
-        tensors,
-        gguf_metadata(config, "qwen2") | byte_level_metadata("qwen2", merges, tokens),
-        architecture="qwen2",
-    )
-    return [*paths, write("gguf", folder, {"a/b": np.ones((2, 3), np.float32), "c": np.ones(5, np.float16)})]
-
-
-def _llama_shapes(config: dict[str, Any], vocab: int) -> dict[str, tuple[int, ...]]:
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    keys = config["num_key_value_heads"] * config["head_dim"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, width), "model.norm.weight": (width,)}
-    for block in range(config["num_hidden_layers"]):
-        inside: dict[str, tuple[int, ...]] = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (width,))
-        inside |= {"self_attn.q_proj": (width, width), "self_attn.o_proj": (width, width)}
-        inside |= {"self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width)}
-        inside |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
-        shapes |= {f"model.layers.{block}.{name}.weight": shape for name, shape in inside.items()}
-    return shapes
+    metadata = gguf_metadata(config) | byte_level_metadata("llama-bpe", merges, tokens)
+    kinds = {"model.layers.0.mlp.down_proj.weight": Kind.Q8_0, "model.embed_tokens.weight": Kind.F16}
+    extra = {"rope_freqs.weight": np.ones(2, np.float32)}
+    qwen = gguf_metadata(config, "qwen2") | byte_level_metadata("qwen2", merges, tokens)
+    return [
+        write_gguf(folder / "bytes.gguf", tensors, metadata, heads=(2, 1), kinds=kinds, extra=extra),
+        write_gguf(folder / "pieces.gguf", tensors, gguf_metadata(config) | _pieces(), heads=(2, 1)),
+        write_gguf(folder / "qwen.gguf", tensors, qwen, architecture="qwen2"),
+        write("gguf", folder, {"a/b": np.ones((2, 3), np.float32), "c": np.ones(5, np.float16)}),
+    ]
 
 
 def _pieces() -> dict[str, Any]:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(4)), "▁", "a", "b", "ab", "▁ab"]
-    facts = {
-        "model": "llama",
-        "tokens": tokens,
-        "scores": [float(-number) for number in range(len(tokens))],
-        "token_type": [2, 3, 3, 6, 6, 6, 6, *[1] * 5],
-        **{"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "add_bos_token": True},
-    }
+    facts = {"model": "llama", "tokens": tokens, "scores": [float(-number) for number in range(len(tokens))]}
+    facts |= {"token_type": [2, 3, 3, 6, 6, 6, 6, *[1] * 5], "add_bos_token": True}
+    facts |= {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return {f"tokenizer.ggml.{key}": value for key, value in facts.items()}
 
 
@@ -132,7 +105,7 @@ def _read_gguf(path: Path) -> None:
         checkpoint = open_checkpoint(str(path))
         for name, info in checkpoint.tensors.items():
             assert checkpoint.read(name).shape == info.shape
-        both(lambda: encode(checkpoint.tokenizer()), lambda: make_network(checkpoint))
+        both(lambda: encode(checkpoint.tokenizer()), lambda: read_network(checkpoint))
 
     both(lambda: read_weights(path), as_checkpoint)
 
