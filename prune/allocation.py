@@ -18,12 +18,12 @@ class Plan:
 
     method: Method
     sparsity: Mapping[str, float]  # by layer
-    groups: Mapping[str, Groups] | None = None  # N:M by layer, instead of its sparsity; None: unstructured
+    groups: Mapping[str, Groups] = dataclasses.field(default_factory=dict)  # N:M by layer, instead of its sparsity
     damping: float = 0.01  # that SparseGPT tries first
 
     def asked(self, layer: str) -> float:
         """Return the sparsity asked of a layer: N / M where it has groups."""
-        return self.groups[layer].sparsity if self.groups else self.sparsity[layer]
+        return self.groups[layer].sparsity if layer in self.groups else self.sparsity[layer]
 
 
 def sizes_of(shapes: Shapes) -> dict[str, int]:
@@ -32,10 +32,7 @@ def sizes_of(shapes: Shapes) -> dict[str, int]:
 
 
 def sparsities(config: Config, scores: Mapping[str, float], shapes: Shapes, epsilon: float) -> dict[str, float]:
-    """Return the sparsity of each layer, in the order of `shapes`.
-
-    `scores` are by layer, and not used for uniform; `epsilon` is half the range of sparsities.
-    """
+    """Return the sparsity of each layer, in the order of `shapes`; the uniform allocation needs no `scores`."""
     if config.allocation == "uniform":
         return dict.fromkeys(shapes, config.target)
     return allocate_sparsity(
@@ -56,7 +53,7 @@ def plan_of(config: Config, sparsity: Mapping[str, float], shapes: Shapes) -> Pl
     a whole number of weights from every row. Both are rounded so that the global budget is kept; with the reference's
     budget Wanda rounds down, as the reference does.
     """
-    pattern, groups = config.groups_of(), None
+    pattern, groups = config.groups_of(), {}
     if pattern and config.allocation == "uniform":
         groups = dict.fromkeys(sparsity, pattern)
     elif pattern:
@@ -66,11 +63,8 @@ def plan_of(config: Config, sparsity: Mapping[str, float], shapes: Shapes) -> Pl
     elif config.method == "wanda" and config.budget == "exact":
         inputs = {layer: columns for layer, (_, columns) in shapes.items()}
         removed = round_to_groups(sparsity, sizes_of(shapes), group=inputs)
-        sparsity = {layer: _fraction(count, inputs[layer]) for layer, count in removed.items()}
+        sparsity = {layer: count / inputs[layer] for layer, count in removed.items()}
+        for layer, count in removed.items():
+            if int(inputs[layer] * sparsity[layer]) < count:  # 29 / 100 * 100 is 28.999999999999996
+                sparsity[layer] = math.nextafter(sparsity[layer], 1)
     return Plan(config.method, sparsity, groups, config.damping)
-
-
-def _fraction(count: int, whole: int) -> float:
-    """Return the float that gives back the count: 29 / 100 * 100 is 28.999999999999996."""
-    fraction = count / whole
-    return fraction if int(whole * fraction) == count else math.nextafter(fraction, 1)

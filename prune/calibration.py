@@ -26,11 +26,9 @@ def input_statistics(
     of the sum over tokens of x^2, (in,); `"hessian"` is 2 / sequences * sum of x x^T, (in, in). Linears that share an
     input share the array.
     """
-    shapes = network.tensors(block)
-    sums = []
-    for group in network.input_groups:
-        size = shapes[f"{network.layer_name(block, group[0])}.weight"][1]
-        sums.append(jnp.zeros((size,) if statistic == "squares" else (size, size), jnp.float32))
+    shapes = network.layer_shapes()
+    sizes = [shapes[network.layer_name(block, group[0])][1] for group in network.input_groups]
+    sums = [jnp.zeros((size,) if statistic == "squares" else (size, size), jnp.float32) for size in sizes]
     for x in batches:
         sums = _accumulate(network, statistic, state, x, sums)
     if statistic == "hessian":
@@ -46,16 +44,14 @@ def input_statistics(
 # The sums are donated: Hessians are the largest arrays of a run, and two of each would have to fit.
 @functools.partial(jax.jit, static_argnames=("network", "statistic"), donate_argnames="sums")
 def _accumulate(network: Network, statistic: Statistic, state: State, x: Array, sums: list[Array]) -> list[Array]:
-    inputs = network.inputs(state, x)
-    sum_of = _sum_of_squares if statistic == "squares" else _sum_of_products
-    return [total + sum_of(inputs[group[0]]) for group, total in zip(network.input_groups, sums, strict=True)]
+    all_inputs = network.inputs(state, x)
+    inputs = [all_inputs[group[0]] for group in network.input_groups]
+    if statistic == "squares":
+        return [total + jnp.square(x).sum((0, 1)) for total, x in zip(sums, inputs, strict=True)]
+    return [total + _upper_products(x) for total, x in zip(sums, inputs, strict=True)]
 
 
-def _sum_of_squares(x: Array) -> Array:
-    return jnp.square(x).sum((0, 1))
-
-
-def _sum_of_products(x: Array) -> Array:
+def _upper_products(x: Array) -> Array:
     """Return x^T x, right in the upper triangle alone: a band of its rows at a time."""
     x = x.reshape(-1, x.shape[-1])
     size = -(-x.shape[1] // _BANDS)

@@ -9,6 +9,7 @@ from farms_jax import Window
 from farms_jax.errors import InputError
 
 from .methods import Groups
+from .models import Network
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -22,7 +23,7 @@ EPSILON: dict[Allocation, float] = {"alphapruning": 0.3, "farms": 0.3, "owl": 0.
 # Tried by --epsilon auto; 0 is the uniform allocation.
 EPSILONS_SCALE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 EPSILONS_SHIFT = (0.0, 0.03, 0.06, 0.1, 0.15, 0.2)
-# Settings that change no number, so that a run given again with others of them is the same run.
+# Settings that change no number: a run given again with others of them is the same run.
 _NO_NUMBERS = ("out", "spill", "dry_run", "fresh", "baseline")
 
 
@@ -122,11 +123,7 @@ class Config:
         return groups.sparsity if groups else 0.5
 
     def half_range(self) -> float | None:
-        """Return epsilon as a number, 0 for an allocation that has none; `None` where it is to be searched.
-
-        Raises:
-            InputError: it is neither a number in [0, 1) nor auto.
-        """
+        """Return epsilon as a number, 0 for an allocation that has none; `None` where it is to be searched."""
         try:
             given = None if self.epsilon in {None, "auto"} else float(str(self.epsilon))
         except ValueError:
@@ -140,11 +137,7 @@ class Config:
         return EPSILON[self.allocation] if given is None else given
 
     def groups_of(self) -> Groups | None:
-        """Return N:M as numbers.
-
-        Raises:
-            InputError: it does not read N:M with 0 < N < M.
-        """
+        """Return N:M as numbers, `None` without `--groups`."""
         if self.groups is None:
             return None
         match = re.fullmatch(r"(\d+):(\d+)", self.groups)
@@ -164,16 +157,19 @@ class Config:
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in _NO_NUMBERS}
 
 
-def resolve(config: Config, max_length: int) -> Config:
-    """Return the config with a sparsity, text sources and a length, which depend on the model.
-
-    Raises:
-        InputError: the length is beyond the model's.
-    """
+def resolve(config: Config, network: Network) -> Config:
+    """Return the config with a sparsity, text sources and a length; InputError where the network cannot have them."""
     bundled = config.model is None
-    length = config.length or min(2048, max_length)
-    if length > max_length:
-        raise InputError(f"--length {length} is more than the {max_length} positions of the model")
+    length = config.length or min(2048, network.max_length)
+    if length > network.max_length:
+        raise InputError(f"--length {length} is more than the {network.max_length} positions of the model")
+    groups = config.groups_of()
+    for layer, (_, inputs) in network.layer_shapes().items():
+        if groups and inputs % groups.size:
+            raise InputError(
+                f"--groups {config.groups}: the {inputs} inputs of {layer} are no multiple of {groups.size}; "
+                "choose an M that divides them"
+            )
     return dataclasses.replace(
         config,
         sparsity=config.target,

@@ -15,9 +15,9 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tyro
@@ -30,12 +30,8 @@ from farms_jax.programs.exits import reported
 from farms_jax.programs.files import write_json
 
 from .checkpoints import Checkpoint, choose_tokenizer, open_checkpoint
-from .models import Network
 from .perplexity import perplexity
-from .texts import Samples, are_token_ids, evaluation_blocks, tokenizer_fingerprint
-
-if TYPE_CHECKING:
-    from .tasks import Score
+from .texts import are_token_ids, evaluation_blocks, tokenizer_fingerprint
 
 _LENGTH = 2048  # the papers' blocks
 _PACKAGES = ("farms-jax", "jax", "numpy", "transformers", "tokenizers", "datasets", "lm-eval")
@@ -81,18 +77,17 @@ class Config:
             raise InputError("nothing to evaluate; give --text SOURCE, --tasks NAMES, or both")
         if self.tasks is not None and not self.task_names():
             raise InputError("--tasks is empty; give names with commas between, or paper")
-        if self.json is not None and (self.json.is_dir() or not _writable(self.json.parent)):
-            raise InputError(f"--json {self.json}: is a folder, or in one that cannot be written to; give another file")
+        if self.json is not None:
+            # The file's folder, or the nearest that exists above it.
+            folder = next(path for path in self.json.absolute().parents if path.exists())
+            if self.json.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+                raise InputError(
+                    f"--json {self.json}: is a folder, or in one that cannot be written to; give another file"
+                )
 
     def task_names(self) -> list[str]:
         """Return the names in `--tasks`."""
         return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
-
-
-def _writable(folder: Path) -> bool:
-    """Return whether files can be made in a folder, or where it does not exist in the nearest one above it."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK)
 
 
 def main(name: str = "prune.evaluate") -> None:
@@ -117,7 +112,15 @@ def run(config: Config) -> dict[str, Any]:
     network = checkpoint.network()
     needed = config.tasks is not None or not are_token_ids(config.text or "")
     tokenizer = choose_tokenizer(checkpoint, config.tokenizer, needed=needed)
-    samples = None if config.text is None else _samples(config, config.text, network, tokenizer)
+    samples = None
+    if config.text is not None:
+        length = min(_LENGTH, network.max_length) if config.length is None else config.length
+        if length > network.max_length:
+            raise InputError(
+                f"--length {length}: the model has positions for {network.max_length} tokens; give no more"
+            )
+        common = {"special_tokens": config.special_tokens, "vocab_size": network.vocab_size}
+        samples = evaluation_blocks(config.text, tokenizer, length=length, limit=config.limit, **common)
     score_tasks = None if config.tasks is None else _load_tasks(config, checkpoint, tokenizer)
     result: dict[str, Any] = {
         "config": dataclasses.asdict(config),
@@ -133,32 +136,12 @@ def run(config: Config) -> dict[str, Any]:
         numbers = {"value": found.value, "seconds": found.seconds, "nll": found.nll}
         result["perplexity"] = {**numbers, **samples.record}
     if score_tasks is not None:
-        start = time.perf_counter()
-        scores = score_tasks()
-        result["tasks"] = {
-            "scores": [score._asdict() for score in scores],
-            "mean": means(scores),
-            "seconds": time.perf_counter() - start,
-        }
+        result["tasks"] = score_tasks()
     return result
 
 
-def _samples(config: Config, text: str, network: Network, tokenizer: Any) -> Samples:
-    length = min(_LENGTH, network.max_length) if config.length is None else config.length
-    if length > network.max_length:
-        raise InputError(f"--length {length}: the model has positions for {network.max_length} tokens; give no more")
-    return evaluation_blocks(
-        text,
-        tokenizer,
-        length=length,
-        limit=config.limit,
-        special_tokens=config.special_tokens,
-        vocab_size=network.vocab_size,
-    )
-
-
-def _load_tasks(config: Config, checkpoint: Checkpoint, tokenizer: Any) -> "Callable[[], list[Score]]":
-    """Load the tasks; return the function that loads the model and scores it on them."""
+def _load_tasks(config: Config, checkpoint: Checkpoint, tokenizer: Any) -> Callable[[], dict[str, Any]]:
+    """Load the tasks; return the function that loads the model, scores it on them, and returns a JSON-ready result."""
     with from_extra("lm-eval", "--tasks"):
         from . import harness, tasks
     # It warns of defaults that its own task files leave out.
@@ -166,7 +149,8 @@ def _load_tasks(config: Config, checkpoint: Checkpoint, tokenizer: Any) -> "Call
     names = [task for name in config.task_names() for task in (tasks.PAPER_TASKS if name == "paper" else [name])]
     loaded = tasks.load_tasks(list(dict.fromkeys(names)), config.tasks_dir)
 
-    def score() -> "list[Score]":
+    def score() -> dict[str, Any]:
+        start = time.perf_counter()
         lm = harness.JaxLM(
             checkpoint,
             tokenizer=tokenizer,
@@ -174,18 +158,14 @@ def _load_tasks(config: Config, checkpoint: Checkpoint, tokenizer: Any) -> "Call
             stream_tokens=config.stream_tokens,
             special_tokens=config.special_tokens,
         )
-        return tasks.zero_shot(lm, loaded, config.limit)
+        scores = tasks.zero_shot(lm, loaded, config.limit)
+        return {
+            "scores": [score._asdict() for score in scores],
+            "mean": tasks.means(scores),
+            "seconds": time.perf_counter() - start,
+        }
 
     return score
-
-
-def means(scores: "Sequence[Score]") -> dict[str, float]:
-    """Return the mean over tasks of each metric that all of them have; for the paper's seven, `acc`."""
-    values: dict[str, dict[str, float]] = {}
-    for score in scores:
-        values.setdefault(score.metric, {})[score.task] = score.value
-    tasks = {score.task for score in scores}
-    return {name: float(np.mean(list(found.values()))) for name, found in values.items() if len(found) == len(tasks)}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -35,11 +35,7 @@ class Activations:
     """N sequences of hidden states, (N, T, D) float32, read and written in slices along N."""
 
     def __init__(self, shape: tuple[int, int, int], spill: Path | None = None) -> None:
-        """Take the room for them: in memory, or in a file in the folder `spill` that is gone when the program ends.
-
-        Raises:
-            InputError: the folder cannot be written to, or has too little space.
-        """
+        """Reserve memory, or a file in the folder `spill` that is gone when the program ends."""
         self.shape = shape
         self._row = 4 * shape[1] * shape[2]
         self._file = None
@@ -83,7 +79,7 @@ def embed(network: Network, read: Read, ids: np.ndarray, spill: Path | None = No
     """Return the inputs of the first block, (N, T, D), for tokens (N, T)."""
     state = network.to_state("embed", read_part(network, "embed", read))
     activations = Activations((*ids.shape, network.hidden_size), spill)
-    for rows in batches(len(ids), ids.shape[1]):
+    for rows in batches(len(ids), ids.shape[1], "embed"):
         activations.write(rows, np.asarray(apply_embed(network, state, jnp.asarray(ids[rows], jnp.int32))))
     return activations
 
@@ -105,6 +101,7 @@ def run_blocks(
     computed with the tensors that it returns, if any. `statistic` says which, see `input_statistics`; they are of the
     block as it was read, over the first `calibration` sequences.
     """
+    length = activations.shape[1]
     with tqdm(range(network.num_blocks), desc=title, unit="block") as bar:
         for block in bar:
             tensors = read_part(network, block, read)
@@ -112,26 +109,22 @@ def run_blocks(
             if visit is not None and block >= first:
                 statistics = {}
                 if statistic:
-                    seen = (activations.read(rows) for rows in _bar(activations, calibration, f"{block}, statistics"))
+                    calibrated = batches(calibration, length, f"block {block}, statistics")
+                    seen = (activations.read(rows) for rows in calibrated)
                     statistics = input_statistics(network, block, state, seen, calibration, statistic)
                 changed = visit(block, tensors, statistics)
                 if changed is not None:
                     state = network.to_state(block, changed)
-            for rows in _bar(activations, len(activations), str(block)):
+            for rows in batches(len(activations), length, f"block {block}"):
                 activations.write(rows, np.asarray(apply_block(network, state, activations.read(rows))))
 
 
-def batches(count: int, length: int) -> Iterator[slice]:
-    """Yield slices of sequences to compute at once, from 0 to `count`."""
+def batches(count: int, length: int, title: str) -> Iterator[slice]:
+    """Yield slices of sequences to compute at once, from 0 to `count`, under a bar that only a terminal shows."""
     size = max(1, TOKENS // length)
-    for at in range(0, count, size):
-        yield slice(at, min(at + size, count))
-
-
-def _bar(activations: Activations, count: int, title: str) -> Iterator[slice]:
-    """Yield batches under a progress bar of sequences, shown only on a terminal."""
-    with tqdm(total=count, desc=f"block {title}", unit="sample", leave=False, disable=None) as bar:
-        for rows in batches(count, activations.shape[1]):
+    with tqdm(total=count, desc=title, unit="sample", leave=False, disable=None) as bar:
+        for at in range(0, count, size):
+            rows = slice(at, min(at + size, count))
             yield rows
             bar.update(rows.stop - rows.start)
 

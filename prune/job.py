@@ -58,17 +58,12 @@ class Job:
 
 
 def prepare(config: Config) -> Job:
-    """Return the job for settings as given on the command line.
-
-    Raises:
-        InputError: the model, a text or a setting cannot be used.
-    """
+    """Return the job for settings as given on the command line; InputError where a setting or an input is unusable."""
     config.check()
     checkpoint = open_checkpoint(config.model or str(BUNDLED))
     network = checkpoint.network()
-    config = resolve(config, network.max_length)
+    config = resolve(config, network)
     assert config.length and config.calibration and config.text
-    _check_groups(config, network)
     in_ids = are_token_ids(config.calibration, config.text)
     tokenizer = choose_tokenizer(checkpoint, config.tokenizer, needed=not in_ids)
     common = {"length": config.length, "special_tokens": config.special_tokens, "vocab_size": network.vocab_size}
@@ -79,30 +74,18 @@ def prepare(config: Config) -> Job:
     return Job(config, checkpoint, network, calibration, evaluation, tokenizer, _hash(checkpoint))
 
 
-def _check_groups(config: Config, network: Network) -> None:
-    groups = config.groups_of()
-    if groups is None:
-        return
-    for layer, (_, inputs) in network.layer_shapes().items():
-        if inputs % groups.size:
-            raise InputError(
-                f"--groups {config.groups}: the {inputs} inputs of {layer} are no multiple of {groups.size}; "
-                "choose an M that divides them"
-            )
-
-
 def _hash(checkpoint: Checkpoint) -> str:
     """Return the hash of all tensors, whatever files they are in; InputError where one is not finite."""
     digest, bad = hashlib.sha256(), []
-    total = sum(int(np.prod(info.shape)) for info in checkpoint.tensors.values())
-    with tqdm(total=total, desc="check weights", unit="", unit_scale=True, leave=False) as bar:
+    total = sum(info.nbytes for info in checkpoint.tensors.values())
+    with tqdm(total=total, desc="check weights", unit="B", unit_scale=True, leave=False) as bar:
         for name in sorted(checkpoint.tensors):
             tensor = checkpoint.read(name)
             digest.update(repr([name, str(tensor.dtype), tensor.shape]).encode())
             digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
             if not np.isfinite(tensor).all():
                 bad.append(name)
-            bar.update(tensor.size)
+            bar.update(tensor.nbytes)
     if bad:
         more = f", and {len(bad) - 8} more" if len(bad) > 8 else ""
         raise InputError(

@@ -19,7 +19,7 @@ import numpy as np
 from farms_jax.errors import InputError
 from farms_jax.programs.files import CHECKSUMS, damaged_files, reserve, write_checksums
 from farms_jax.weights import TensorInfo
-from farms_jax.weights.safetensors_file import Entry, FileLayout, make_layout, read_layout, read_tensor
+from farms_jax.weights.safetensors_file import Entry, make_layout, read_layout, read_tensor
 
 from .checkpoints import Checkpoint
 
@@ -28,12 +28,7 @@ _REMEDY = "free space, or name another --out; what was written so far is kept, a
 
 
 class Output:
-    """The folder of a pruned model, finished or being written.
-
-    Attributes:
-        finished: Whether the folder has its final name, and all its weight files.
-        begun: Whether a stopped run left an unfinished folder.
-    """
+    """The folder of a pruned model, finished or being written."""
 
     def __init__(
         self, folder: Path, checkpoint: Checkpoint, layers: Mapping[str, tuple[int, int]], tokenizer: Any = None
@@ -41,14 +36,18 @@ class Output:
         """Plan the files for (out, in) layers that get masks; nothing is written yet."""
         self._checkpoint, self._tokenizer = checkpoint, tokenizer
         self._folder, self._part = folder, folder.with_name(f"{folder.name}.part")
-        self._layouts = {**checkpoint.shards(), MASKS: _mask_layout(layers)}
+        # Masks as numpy.packbits writes them: eight inputs to a byte, the first in its highest bit.
+        masks = {name: TensorInfo(np.dtype(np.uint8), (out, -(-inputs // 8))) for name, (out, inputs) in layers.items()}
+        inputs = json.dumps({name: shape[1] for name, shape in layers.items()})
+        mask_layout = make_layout(masks, {"format": "packbits", "inputs": inputs})
+        self._layouts = {**checkpoint.shards(), MASKS: mask_layout}
         self._places: dict[str, tuple[Path, Entry]] = {
             name: (self._part / filename, entry)
             for filename, layout in self._layouts.items()
             for name, entry in layout.tensors.items()
         }
-        self.finished = not self._incomplete_files(folder)
-        self.begun = self._part.is_dir()
+        self.finished = not self._incomplete_files(folder)  # it has its final name, and all its weight files
+        self.begun = self._part.is_dir()  # by an earlier run that was stopped
 
     def check(self) -> None:
         """Compare the finished folder's files with their checksums; an InputError names those that differ."""
@@ -60,47 +59,45 @@ class Output:
             )
 
     def lay_out(self, *, keep: bool) -> list[Path]:
-        """Reserve the space of all files, and write all but the weights; what a stopped run wrote is kept.
-
-        Args:
-            keep: Whether the unfinished folder holds something that is worth its space.
-
-        Returns:
-            Weight files that a stopped run left missing or cut off; they exist again, without what was lost.
-
-        Raises:
-            InputError: There is no space or no right to write; a folder with nothing worth keeping is removed.
-        """
+        """Reserve all files and write all but the weights; return weight files that a stopped run left damaged."""
         incomplete = self._incomplete_files(self._part) if self.begun else []
         try:
             self._part.mkdir(parents=True, exist_ok=True)
-            self._remove_sidecars()
-            self._copy_sidecars()
+            self._write_sidecars()
             for filename, layout in self._layouts.items():
-                _reserve(self._part / filename, layout)
+                path = self._part / filename
+                path.touch()
+                with path.open("r+b") as file:
+                    file.truncate(min(path.stat().st_size, layout.size))  # a damaged file may be too long
+                    reserve(file.fileno(), layout.size)
+                    file.write(layout.header)
         except OSError as error:
-            if not keep:
+            if not keep:  # nothing in the folder is worth its space
                 shutil.rmtree(self._part, ignore_errors=True)
             size = sum(layout.size for layout in self._layouts.values())
             raise InputError(_no_room(self._part, size, error)) from error
         return incomplete
 
     def _incomplete_files(self, folder: Path) -> list[Path]:
-        return [
-            folder / filename
-            for filename, layout in self._layouts.items()
-            if not _is_laid_out(folder / filename, layout)
-        ]
+        """Return the weight files that are missing, or have another size or header than planned."""
+        incomplete = []
+        for filename, layout in self._layouts.items():
+            path = folder / filename
+            if not path.is_file() or path.stat().st_size != layout.size:
+                incomplete.append(path)
+                continue
+            with path.open("rb") as file:
+                if file.read(len(layout.header)) != layout.header:
+                    incomplete.append(path)
+        return incomplete
 
-    def _remove_sidecars(self) -> None:
-        """Remove all but the weights, of which a killed process may have left a part: it is written anew."""
+    def _write_sidecars(self) -> None:
+        """Write all but the weights anew: a killed process may have left a part of a file."""
         for path in self._part.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name not in self._layouts:
                 path.unlink()
-
-    def _copy_sidecars(self) -> None:
         try:
             self._checkpoint.copy_sidecars(self._part, self._tokenizer)
         except (InputError, OSError):
@@ -111,23 +108,14 @@ class Output:
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
     def write(self, tensors: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray] | None = None) -> str:
-        """Write tensors and masks at their offsets, through to the disk.
-
-        Args:
-            tensors: Name in the checkpoint -> array; written in its stored dtype.
-            masks: Layer -> (out, in), True where a weight is kept; they go into a file of their own.
-
-        Returns:
-            SHA-256 of what was written, for `holds`.
-
-        Raises:
-            InputError: The disk is full or failing.
-        """
+        """Write tensors and masks, (out, in) and True where kept, through to the disk; return their SHA-256."""
         packed = {name: np.packbits(mask, axis=1) for name, mask in (masks or {}).items()}
-        stored = {name: _bytes(array, self._places[name][1]) for name, array in {**tensors, **packed}.items()}
         files: dict[Path, list[str]] = {}
-        for name in stored:
-            files.setdefault(self._places[name][0], []).append(name)
+        stored: dict[str, memoryview] = {}
+        for name, array in {**tensors, **packed}.items():
+            path, entry = self._places[name]
+            files.setdefault(path, []).append(name)
+            stored[name] = np.ascontiguousarray(array, entry.info.dtype).reshape(-1).view(np.uint8).data
         for path, names in files.items():
             try:
                 with path.open("r+b") as file:
@@ -146,10 +134,6 @@ class Output:
             return _sha256((name, self._read(name)) for name in names) == sha256
         except OSError:  # the disk has lost this part
             return False
-
-    def copy(self, names: Iterable[str]) -> list[str]:
-        """Write tensors as they are in the source, one at a time; return the SHA-256 of each."""
-        return [self.write({name: self._checkpoint.read(name)}) for name in names]
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor that was written."""
@@ -185,32 +169,6 @@ def read_masks(folder: Path) -> dict[str, np.ndarray]:
         name: np.unpackbits(read_tensor(path, name, entry), axis=1, count=inputs[name]).astype(bool)
         for name, entry in layout.tensors.items()
     }
-
-
-def _mask_layout(layers: Mapping[str, tuple[int, int]]) -> FileLayout:
-    # As numpy.packbits writes them: eight inputs to a byte, the first in its highest bit.
-    infos = {name: TensorInfo(np.dtype(np.uint8), (out, -(-inputs // 8))) for name, (out, inputs) in layers.items()}
-    inputs = {name: shape[1] for name, shape in layers.items()}
-    return make_layout(infos, {"format": "packbits", "inputs": json.dumps(inputs)})
-
-
-def _is_laid_out(path: Path, layout: FileLayout) -> bool:
-    if not path.is_file() or path.stat().st_size != layout.size:
-        return False
-    with path.open("rb") as file:
-        return file.read(len(layout.header)) == layout.header
-
-
-def _reserve(path: Path, layout: FileLayout) -> None:
-    path.touch()
-    with path.open("r+b") as file:
-        file.truncate(min(path.stat().st_size, layout.size))  # a damaged file may be too long
-        reserve(file.fileno(), layout.size)
-        file.write(layout.header)
-
-
-def _bytes(array: np.ndarray, entry: Entry) -> memoryview:
-    return np.ascontiguousarray(array, entry.info.dtype).reshape(-1).view(np.uint8).data
 
 
 def _sha256(contents: Iterable[tuple[str, bytes | memoryview]]) -> str:

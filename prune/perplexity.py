@@ -43,7 +43,7 @@ def losses(network: Network, read: Read, activations: Activations, ids: np.ndarr
     `activations` (M, T, D), M >= N, are the outputs of the last block.
     """
     head, first, found = network.to_state("head", read_part(network, "head", read)), len(activations) - len(ids), []
-    for rows in batches(len(ids), ids.shape[1]):
+    for rows in batches(len(ids), ids.shape[1], "losses"):
         x = activations.read(slice(first + rows.start, first + rows.stop))
         found.append(np.asarray(_losses(network, head, x, jnp.asarray(ids[rows], jnp.int32)), np.float64))
     return np.concatenate(found)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from tqdm import tqdm
 
 from .allocation import Plan, sizes_of
@@ -48,44 +47,34 @@ class Simulation:
 def prune_block(network: Network, block: int, tensors: Tensors, statistics: Statistics, plan: Plan) -> PrunedBlock:
     """Return a block with its linears pruned, as it will be stored: weights are rounded to the stored dtype.
 
-    `tensors` are the block's, as stored; `statistics` those that the plan's method needs, see `STATISTIC`.
-
-    Raises:
-        InputError: a Hessian cannot be factorised.
+    `tensors` are the block's, as stored; `statistics` those that the plan's method needs, see `STATISTIC`. A Hessian
+    that cannot be factorised is an InputError.
     """
     pruned = PrunedBlock(dict(tensors), {}, {})
     factors: dict[int, Factor] = {}  # by identity: layers that share an input share its Hessian
     for layer, weight in weights_of(network, block, tensors).items():
+        given, values = jnp.asarray(weight), weight
+        sparsity, groups = plan.sparsity[layer], plan.groups.get(layer)
         if plan.method == "sparsegpt":
             hessian = statistics[layer]
             if id(hessian) not in factors:
-                factors[id(hessian)] = _factor(hessian, plan.damping, layer)
-            factor = factors[id(hessian)]
-            groups = plan.groups[layer] if plan.groups else None
-            updated, kept = sparsegpt(jnp.asarray(weight), factor, plan.sparsity[layer], groups)
-            mask, new = np.asarray(kept), np.asarray(updated).astype(weight.dtype)
-            pruned.damping[layer] = factor.damping
+                factors[id(hessian)] = factor = factorise(hessian, plan.damping, layer)
+                if factor.damping > plan.damping:
+                    tqdm.write(
+                        f"{layer}: the Hessian needed a damping of {factor.damping:g} instead of {plan.damping:g}"
+                    )
+            pruned.damping[layer] = factors[id(hessian)].damping
+            updated, kept = sparsegpt(given, factors[id(hessian)], sparsity, groups)
+            values = np.asarray(updated).astype(weight.dtype)
+        elif plan.method == "wanda":
+            kept = wanda(given, statistics[layer], sparsity, groups)
+        elif plan.method == "wanda_variant":
+            kept = wanda_variant(given, statistics[layer], sparsity)
         else:
-            mask = np.asarray(_mask(plan, layer, jnp.asarray(weight), statistics))
-            new = np.where(mask, weight, np.zeros((), weight.dtype))
-        pruned.tensors[f"{layer}.weight"], pruned.masks[layer] = new, mask
+            kept = magnitude(given, sparsity, groups)
+        mask = pruned.masks[layer] = np.asarray(kept)
+        pruned.tensors[f"{layer}.weight"] = np.where(mask, values, np.zeros((), weight.dtype))
     return pruned
-
-
-def _mask(plan: Plan, layer: str, weight: Array, statistics: Statistics) -> Array:
-    sparsity, groups = plan.sparsity[layer], plan.groups[layer] if plan.groups else None
-    if plan.method == "magnitude":
-        return magnitude(weight, sparsity, groups)
-    if plan.method == "wanda":
-        return wanda(weight, statistics[layer], sparsity, groups)
-    return wanda_variant(weight, statistics[layer], sparsity)
-
-
-def _factor(hessian: Array, damping: float, layer: str) -> Factor:
-    factor = factorise(hessian, damping, layer)
-    if factor.damping > damping:
-        tqdm.write(f"{layer}: the Hessian needed a damping of {factor.damping:g} instead of {damping:g}")
-    return factor
 
 
 def prune_blocks(
@@ -104,10 +93,7 @@ def prune_blocks(
 
     `keep` is called with the number of each block and the pruned block; those before `first` are pruned already. The
     statistics are of `calibration`, tokens (M, T), which methods without any leave out; `evaluation` (N, T) travels
-    behind, so that its outputs are the last N.
-
-    Raises:
-        InputError: a Hessian cannot be factorised.
+    behind, so that its outputs are the last N. A Hessian that cannot be factorised is an InputError.
     """
     statistic = STATISTIC[plan.method]
     seen = calibration if statistic else calibration[:0]
@@ -126,11 +112,10 @@ def prune_blocks(
 
 def simulate(job: Job, plan: Plan, ids: np.ndarray, title: str) -> Simulation:
     """Prune without writing anything, and evaluate on tokens (N, T) on the way: no pruned block is kept."""
-    removed = 0
+    removed = []
 
     def count(block: int, pruned: PrunedBlock) -> None:
-        nonlocal removed
-        removed += sum(int((~mask).sum()) for mask in pruned.masks.values())
+        removed.extend(int((~mask).sum()) for mask in pruned.masks.values())
 
     network, read = job.network, job.checkpoint.read
     activations = prune_blocks(
@@ -138,4 +123,4 @@ def simulate(job: Job, plan: Plan, ids: np.ndarray, title: str) -> Simulation:
     )
     nll = losses(network, read, activations, ids)
     total = sum(sizes_of(network.layer_shapes()).values())
-    return Simulation(float(np.exp(nll.mean())), removed / total, nll.tolist())
+    return Simulation(float(np.exp(nll.mean())), sum(removed) / total, nll.tolist())

@@ -30,14 +30,7 @@ Result = TypeVar("Result")
 
 @contextlib.contextmanager
 def opened(path: Path, *, fresh: bool = False) -> Generator["Record"]:
-    """Open a run's directory for this process alone, as long as the `with` block lasts; `fresh` empties it first.
-
-    Yields:
-        The record.
-
-    Raises:
-        InputError: another process is at work there, the directory cannot be written to, or its record is damaged.
-    """
+    """Open the record in a run's directory, for this process alone; `fresh` empties the directory first."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(path))
@@ -50,18 +43,15 @@ class Record:
     """Results of the finished stages of one run, by name; the one place where they turn into JSON and back."""
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
-        """Read the record in a directory that this process holds; `fresh` removes all there but the lock.
-
-        Raises:
-            InputError: the record is damaged, or a file cannot be removed.
-        """
+        """Read the record in a directory that this process holds; `fresh` removes all there but the lock."""
         self.path = path
         self._file = path / "progress.json"
+        self._stages: dict[str, Any] = {}
         if fresh:
-            _empty(path, first=self._file)
+            self._remove_all()
         try:
-            content = self._file.read_text(encoding="utf-8") if self._file.exists() else None
-            self._stages = {} if content is None else without_checksum(json.loads(content))
+            if self._file.exists():
+                self._stages = without_checksum(json.loads(self._file.read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{self._file} is damaged ({error}); start anew with --fresh") from error
 
@@ -85,11 +75,11 @@ class Record:
         return max(peak_memory(), self.get("peak_memory_bytes", 0))
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return the content under a name, as JSON reads it; the default where there is none."""
+        """Return the result under a name, as JSON reads it."""
         return self._stages.get(name, default)
 
     def put(self, name: str, result: Any) -> None:
-        """Put a result on record; a full disk is an `InputError`."""
+        """Put a result on record; a full disk is an InputError."""
         # Through JSON, so that this process goes on with exactly what a resumed one would read.
         before, self._stages[name] = self._stages.get(name), json.loads(json.dumps(result, default=_encode))
         if self._stages[name] != before or not self._file.exists():
@@ -100,6 +90,20 @@ class Record:
         if gone := set(names) & set(self._stages):
             self._stages = {name: result for name, result in self._stages.items() if name not in gone}
             self._save()
+
+    def _remove_all(self) -> None:
+        """Remove all but the lock that is held: first the record, which would tell of files that are half gone."""
+        try:
+            self._file.unlink(missing_ok=True)
+            for path in self.path.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != ".lock":
+                    path.unlink()
+        except OSError as error:
+            raise InputError(
+                f"--fresh: cannot empty {self.path} ({error}); remove it, or name another --out"
+            ) from error
 
     def _save(self) -> None:
         try:
@@ -112,16 +116,3 @@ class Record:
 
 def _encode(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)
-
-
-def _empty(path: Path, first: Path) -> None:
-    """Remove all but the lock that is held; `first` goes first, as the record of files that would be half gone."""
-    try:
-        first.unlink(missing_ok=True)
-        for inside in path.iterdir():
-            if inside.is_dir() and not inside.is_symlink():
-                shutil.rmtree(inside)
-            elif inside.name != ".lock":
-                inside.unlink()
-    except OSError as error:
-        raise InputError(f"--fresh: cannot empty {path} ({error}); remove it, or name another --out") from error

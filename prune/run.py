@@ -14,16 +14,15 @@ from farms_jax.errors import InputError
 from farms_jax.programs.files import write_json
 
 from .allocation import plan_of, sparsities
-from .card import layer_rows, make_card, write_layers
 from .checkpoints import Checkpoint, open_checkpoint
 from .config import EPSILONS_SCALE, EPSILONS_SHIFT, SPECTRAL
 from .job import Job
 from .perplexity import Perplexity, perplexity
 from .pruning import Simulation, simulate
 from .record import Record, opened
+from .results import allocation_table, layer_rows, make_card, results_table, write_layers
 from .scores import score_layers, spectral_alphas
 from .sparsity_plots import plot_run
-from .tables import allocation_table, results_table
 from .writing import lay_out, write_pruned, written_blocks
 
 
@@ -31,7 +30,7 @@ def run(job: Job) -> str:
     """Return tables of the results, and their paths; resume where an earlier run of the same command stopped.
 
     Raises:
-        InputError: an input is found unusable, the disk is full, or another process is at the run; finished work stays.
+        InputError: an input is unusable, the disk is full, or another process is at the run; finished work stays.
     """
     config = job.config
     # A dry run prunes nothing, and so must not take away what was pruned.
@@ -67,7 +66,9 @@ def _run(job: Job, record: Record) -> str:
 
     uniform = None
     if config.baseline == "uniform":
-        uniform = record.stage("uniform", lambda: _prune_uniformly(job), Simulation)
+        same = plan_of(dataclasses.replace(config, allocation="uniform"), dict.fromkeys(shapes, config.target), shapes)
+        ids = job.evaluation.ids
+        uniform = record.stage("uniform", lambda: simulate(job, same, ids, "prune uniformly"), Simulation)
     record.stage("blocks", lambda: write_pruned(job, plan, record, output))
     blocks = written_blocks(record)
 
@@ -91,10 +92,7 @@ def _evaluate(job: Job, checkpoint: Checkpoint, title: str) -> Perplexity:
 
 
 def find_epsilon(job: Job, scores: Mapping[str, float], record: Record) -> float:
-    """Return half the range of sparsities; searched, where it is `auto`, on calibration text held out for it.
-
-    The record keeps the perplexity of each trial.
-    """
+    """Return half the range of sparsities; `auto` is searched on held-out calibration text, each trial on record."""
     config, shapes = job.config, job.network.layer_shapes()
     given = config.half_range()
     if given is not None:
@@ -107,9 +105,3 @@ def find_epsilon(job: Job, scores: Mapping[str, float], record: Record) -> float
             record.put("trials", trials)
     tqdm.write("held-out perplexity by epsilon: " + ", ".join(f"{k}: {v:.4g}" for k, v in trials.items()))
     return float(min(trials, key=lambda epsilon: (math.isnan(trials[epsilon]), trials[epsilon])))
-
-
-def _prune_uniformly(job: Job) -> Simulation:
-    config, shapes = dataclasses.replace(job.config, allocation="uniform"), job.network.layer_shapes()
-    plan = plan_of(config, sparsities(config, {}, shapes, 0.0), shapes)
-    return simulate(job, plan, job.evaluation.ids, "prune uniformly")

@@ -14,7 +14,7 @@ from farms_jax.programs.cache import Cache, weights_key
 
 from .calibration import Statistics
 from .checkpoints import Checkpoint
-from .config import SPECTRAL, Config
+from .config import SPECTRAL
 from .forward import Read, Tensors, embed, read_part, run_blocks, weights_of
 from .job import Job
 from .lowest import lowest
@@ -76,20 +76,7 @@ def score_layers(job: Job, alphas: dict[str, float] | None = None) -> dict[str, 
 
 
 def _score_by_activations(job: Job) -> dict[str, float]:
-    """Run the calibration sequences through the dense model, and score block by block."""
-    config, network, scores = job.config, job.network, {}
-
-    def visit(block: int, tensors: Tensors, squares: Statistics) -> None:
-        scores.update(activation_scores(config, weights_of(network, block, tensors), squares))
-
-    read, title = job.checkpoint.read, f"{config.allocation} scores"
-    activations = embed(network, read, job.seen, config.spill)
-    run_blocks(network, read, activations, title=title, visit=visit, statistic="squares", calibration=len(activations))
-    return scores
-
-
-def activation_scores(config: Config, weights: Tensors, squares: Statistics) -> dict[str, float]:
-    """Return scores of a block's layers, by Wanda's scores in the dense model; high means unimportant.
+    """Return scores by Wanda's scores in the dense model, over the calibration sequences; high means unimportant.
 
     OWL takes minus the percentage of scores above five times their mean; DLP takes their median (its paper; its
     code takes the mean). The granularity says whether over the block together, or layer by layer.
@@ -98,11 +85,21 @@ def activation_scores(config: Config, weights: Tensors, squares: Statistics) -> 
         Yin et al., Outlier Weighed Layerwise Sparsity, ICML 2024; Chen et al., DLP: Dynamic Layerwise Pruning in
         Large Language Models, ICML 2025.
     """
+    config, network, scores = job.config, job.network, {}
     summary = _outliers if config.allocation == "owl" else _median
-    scores = {layer: wanda_scores(jnp.asarray(weight), squares[layer]) for layer, weight in weights.items()}
-    if config.granularity == "layer":
-        return {layer: float(summary(score.ravel())) for layer, score in scores.items()}
-    return dict.fromkeys(scores, float(summary(jnp.concatenate([score.ravel() for score in scores.values()]))))
+
+    def visit(block: int, tensors: Tensors, squares: Statistics) -> None:
+        weights = weights_of(network, block, tensors).items()
+        found = {layer: wanda_scores(jnp.asarray(weight), squares[layer]).ravel() for layer, weight in weights}
+        if config.granularity == "block":
+            scores.update(dict.fromkeys(found, float(summary(jnp.concatenate(list(found.values()))))))
+        else:
+            scores.update({layer: float(summary(values)) for layer, values in found.items()})
+
+    read, title = job.checkpoint.read, f"{config.allocation} scores"
+    activations = embed(network, read, job.seen, config.spill)
+    run_blocks(network, read, activations, title=title, visit=visit, statistic="squares", calibration=len(activations))
+    return scores
 
 
 @jax.jit

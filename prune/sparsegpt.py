@@ -26,16 +26,13 @@ class Factor(NamedTuple):
 
     upper: Array  # (in, in) upper Cholesky factor of the inverse of the damped Hessian
     dead: Array  # (in,) bool, inputs that were zero in the whole calibration
-    damping: float  # added to the diagonal, relative to its mean
+    damping: float  # that was needed, relative to the mean of the diagonal
 
 
 def factorise(hessian: Array, damping: float = 0.01, layer: str = "the layer") -> Factor:
-    """Factorise the inverse of a Hessian (in, in), see `prune.calibration`; dead inputs get 1 on the diagonal.
+    """Return the factor of a Hessian (in, in), see `prune.calibration`; dead inputs get 1 on the diagonal.
 
     `damping` is added to the diagonal, relative to its mean, and raised tenfold until the factorisation succeeds.
-
-    Returns:
-        The factor, with the damping that was needed.
 
     Raises:
         InputError: no damping up to ten times the mean helps: the calibration holds NaN, Inf or nothing.
@@ -148,19 +145,10 @@ def _right_of(u: Array, stop: Array, errors: Array) -> Array:
 def _do_tile(
     tile: Array, removed: Array, u: Array, d: Array, count: int, part: int, group: int
 ) -> tuple[Array, Array, Array]:
-    """Remove weights of one block of columns; a few columns at a time, which stay in the cache meanwhile.
+    """Return one block of columns with weights removed, the mask of the removed, and the errors, each (block, out).
 
-    Args:
-        tile: (block, out) weights.
-        removed: (block, out) bool; with groups chosen here.
-        u: (block, block) of the upper factor.
-        d: (block,) its diagonal, 1 for padding.
-        count: N of N:M.
-        part: columns at a time, divides the block.
-        group: M, divides the part; or 0.
-
-    Returns:
-        The tile with its later columns updated, the removed weights, and the errors (block, out).
+    `part` columns are done at a time, which stay in the cache meanwhile. `removed`, bool, is chosen here if `group`
+    (M) is not 0; `u` (block, block) is the block of the upper factor, and `d` its diagonal, 1 for padding.
     """
 
     def do_part(p: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -176,7 +164,7 @@ def _do_tile(
 
 
 def _do_columns(tile: Array, removed: Array, u: Array, d: Array, count: int, group: int) -> tuple[Array, Array, Array]:
-    """Remove weights column by column; arguments and results as those of `_do_tile`, for a part of it."""
+    """Remove weights column by column; arguments and results are those of `_do_tile`, for a part of it."""
 
     def choose(i: Array, tile: Array, removed: Array) -> Array:
         here = functools.partial(lax.dynamic_slice_in_dim, start_index=i, slice_size=group)

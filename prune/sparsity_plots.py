@@ -6,18 +6,15 @@ from typing import Literal
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from farms_jax._figures import figure
 from farms_jax.programs import layer_plots
 
-from .card import LayerRow
+from .results import LayerRow
 
 
 def plot_run(run: Path, rows: Sequence[LayerRow], title: str) -> list[Path]:
-    """Return the plots, drawn into the directory of a run.
-
-    They are `sparsity.png` (paper, Figure 13) and, where alphas were measured, `alphas.png` (Figure 10).
-    """
+    """Draw `sparsity.png` (paper, Figure 13) and, where alphas were measured, `alphas.png` (Figure 10) into a run."""
     figures = {"sparsity.png": _sparsity(rows, title)}
     if rows[0].alpha_after is not None:
         figures["alphas.png"] = _alphas(rows, title)
@@ -25,8 +22,7 @@ def plot_run(run: Path, rows: Sequence[LayerRow], title: str) -> list[Path]:
 
 
 def _sparsity(rows: Sequence[LayerRow], title: str) -> Figure:
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axis = figure.subplots()
+    drawing, (axis,) = figure(title, 1, size=(8, 4))
     blocks: dict[str, list[LayerRow]] = {}
     for row in rows:
         blocks.setdefault(row.block, []).append(row)
@@ -35,11 +31,9 @@ def _sparsity(rows: Sequence[LayerRow], title: str) -> Figure:
     ranges = [[row.sparsity for row in inside] for inside in blocks.values()]
     axis.fill_between(range(len(blocks)), [*map(min, ranges)], [*map(max, ranges)], alpha=0.2, lw=0)
     axis.axhline(_mean(rows, "sparsity"), color="gray", lw=0.8, label="all blocks")
-    axis.set(xlabel="block", ylabel="fraction of weights removed", title=title)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="block", ylabel="fraction of weights removed")
     axis.legend(fontsize=8)
-    axis.grid(alpha=0.25)
-    return figure
+    return drawing
 
 
 def _mean(rows: Sequence[LayerRow], field: Literal["sparsity", "reached"]) -> float:
@@ -47,14 +41,12 @@ def _mean(rows: Sequence[LayerRow], field: Literal["sparsity", "reached"]) -> fl
 
 
 def _alphas(rows: Sequence[LayerRow], title: str) -> Figure:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axis = figure.subplots()
+    drawing, (axis,) = figure(title, 1, epochs=False, size=(10, 4))
     for values, label in (([row.alpha for row in rows], "dense"), ([row.alpha_after for row in rows], "pruned")):
         axis.plot([value or np.nan for value in values], ".-", lw=0.8, ms=4, label=label)  # 0: no tail
     starts = [i for i, row in enumerate(rows) if i == 0 or row.block != rows[i - 1].block]
     step = max(1, len(starts) // 16)
     axis.set_xticks(starts[::step], [str(i) for i in range(0, len(starts), step)])
-    axis.set(xlabel="layers, by block", ylabel="alpha", title=title)
+    axis.set(xlabel="layers, by block", ylabel="alpha")
     axis.legend(fontsize=8)
-    axis.grid(alpha=0.25)
-    return figure
+    return drawing

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lm_eval.tasks
+import numpy as np
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
@@ -119,3 +120,12 @@ def zero_shot(lm: JaxLM, tasks: Mapping[str, Task], limit: int | None = None) ->
             shown = metric if kind == "none" else f"{metric} ({kind})"
             scores.append(Score(name, shown, float(row[key]), stderr if known else None, examples))
     return scores
+
+
+def means(scores: Sequence[Score]) -> dict[str, float]:
+    """Return the mean over tasks of each metric that all of them have; for the paper's seven, `acc`."""
+    values: dict[str, list[float]] = {}
+    for score in scores:
+        values.setdefault(score.metric, []).append(score.value)
+    tasks = {score.task for score in scores}
+    return {metric: float(np.mean(found)) for metric, found in values.items() if len(found) == len(tasks)}

@@ -35,10 +35,7 @@ def lay_out(job: Job, record: Record) -> Output | None:
     """Return the output, with space for the whole model and all tensors outside the blocks; `None`: it is finished.
 
     Blocks of an earlier run are read again and kept up to the first that is not as it was written; the record is cut
-    to them.
-
-    Raises:
-        InputError: the disk is full, or the finished model is not as it was written.
+    to them. A full disk, or a finished model that is not as it was written, is an InputError.
     """
     given = job.tokenizer if job.config.tokenizer else None
     output = Output(record.path / "model", job.checkpoint, job.network.layer_shapes(), given)
@@ -49,7 +46,11 @@ def lay_out(job: Job, record: Record) -> Output | None:
         record.forget("outside", "written", *_AFTER)
     for path in output.lay_out(keep=bool(written_blocks(record))):
         _warn(f"{path} was missing or cut off; what is lost is made again")
-    _copy_outside(job, record, output)
+    inside = {name for block in range(job.network.num_blocks) for name in job.network.tensors(block)}
+    outside = [name for name in job.checkpoint.tensors if name not in inside]
+    sums = record.get("outside")
+    if sums is None or not all(output.holds([name], sum_) for name, sum_ in zip(outside, sums, strict=True)):
+        record.put("outside", [output.write({name: job.checkpoint.read(name)}) for name in outside])
     written = written_blocks(record)
     good = _count_good(job, written, output)
     if good < len(written):
@@ -57,15 +58,6 @@ def lay_out(job: Job, record: Record) -> Output | None:
         record.forget(*_AFTER)
     record.put("written", written[:good])
     return output
-
-
-def _copy_outside(job: Job, record: Record, output: Output) -> None:
-    """Copy the tensors outside the blocks, unless an earlier run has."""
-    inside = {name for block in range(job.network.num_blocks) for name in job.network.tensors(block)}
-    outside = [name for name in job.checkpoint.tensors if name not in inside]
-    sums = record.get("outside")
-    if sums is None or not all(output.holds([name], sum_) for name, sum_ in zip(outside, sums, strict=True)):
-        record.put("outside", output.copy(outside))
 
 
 def _count_good(job: Job, written: list[WrittenBlock], output: Output) -> int:
@@ -82,10 +74,10 @@ def _warn(message: str) -> None:
 
 
 def write_pruned(job: Job, plan: Plan, record: Record, output: Output | None) -> None:
-    """Prune, and write and record every block when it is done, after those of an earlier run; `output` is of `lay_out`.
+    """Prune, and write and record every block when it is done, after those of an earlier run.
 
-    Raises:
-        InputError: the disk is full, or a Hessian cannot be factorised; written blocks stay.
+    `output` is from `lay_out`. A full disk, or a Hessian that cannot be factorised, is an InputError; written blocks
+    stay.
     """
     if output is None:
         return

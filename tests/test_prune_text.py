@@ -291,8 +291,6 @@ def test_a_text_that_the_tokenizer_cannot_take_is_refused(text):
 
     with pytest.raises(InputError, match=r"tokenizer cannot take this text \(unknown token, and no id .*--tokenizer"):
         blocks(text, tokenizer=fail)
-    with pytest.raises(InputError, match="text needs a tokenizer"):
-        evaluation_blocks(str(text), None, length=16, vocab_size=256)
 
 
 def test_ids_outside_the_vocabulary_are_refused(tmp_path, text):

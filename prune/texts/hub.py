@@ -48,16 +48,14 @@ def _reachable(endpoint: str) -> bool:
 
 
 def load(flag: str, name: str, *arguments: str, **keywords: Any) -> Any:
-    """Return what `datasets.load_dataset` does for the other arguments; the error names the option and the data set.
-
-    Raises:
-        InputError: the package is missing, or the data set is neither reachable nor cached.
-    """
-    remedy = f"give {flag} a file instead (text, .jsonl, .parquet, or tokens in .npy or .npz)"
+    """Call `datasets.load_dataset` with the other arguments; the error names the option and the data set."""
     with from_extra("prune", f"{flag} {name}"):
         import datasets
     try:
         with offline_where_unreachable():
             return datasets.load_dataset(*arguments, **keywords)
     except Exception as error:  # of several network libraries
-        raise InputError(f"{flag} {name}: cannot be had from the hub ({one_line(error)}); {remedy}") from error
+        raise InputError(
+            f"{flag} {name}: cannot be had from the hub ({one_line(error)}); "
+            f"give {flag} a file instead (text, .jsonl, .parquet, or tokens in .npy or .npz)"
+        ) from error

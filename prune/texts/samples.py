@@ -63,20 +63,11 @@ def calibration_samples(
     special_tokens: bool = True,
     vocab_size: int,
 ) -> Samples:
-    """Draw `count` token sequences at random positions; the same arguments give the same ones.
+    """Return samples (count, length) at random positions of a text; the same arguments give the same ones.
 
-    Args:
-        source: "wikitext2", "c4" (their training splits), or the path of a file, see `prune.texts.sources`. A token
-            file of shape (N, length) is taken as it is, from its first row on.
-        tokenizer: a tokenizer of `transformers`; `None` will do for a token file.
-        count: number of sequences.
-        length: tokens of a sequence.
-        seed: seed of the positions.
-        special_tokens: let the tokenizer add those that it adds by default, such as a first BOS.
-        vocab_size: ids must be below.
-
-    Returns:
-        Samples of shape (count, length).
+    `source` is "wikitext2", "c4" (their training splits), or the path of a file, see `prune.texts.sources`; a token
+    file of shape (N, length) is taken as it is, from its first row on, and needs no tokenizer. With `special_tokens`
+    the tokenizer, one of `transformers`, adds those that it adds by default, such as a first BOS.
 
     Raises:
         InputError: the source cannot be read, is too short, or has ids outside the vocabulary.
@@ -106,9 +97,6 @@ def evaluation_blocks(
 
     Documents, and rows of a token file, are first put into one text. Arguments are those of `calibration_samples`, but
     the source is WikiText-2's test split or the start of C4's validation split; `limit` is the most blocks taken.
-
-    Raises:
-        InputError: the source cannot be read, is shorter than one block, or has ids outside the vocabulary.
     """
     where, found = f"--text {source}", read(source, "--text")
     ids = _whole(found, _encoder(tokenizer, special_tokens, where), length, where)
@@ -148,10 +136,6 @@ def _samples(
 
 def _encoder(tokenizer: Any, special_tokens: bool, where: str) -> _Encode:
     def encode(text: str) -> np.ndarray:
-        if tokenizer is None:
-            raise InputError(
-                f"{where}: text needs a tokenizer; give a model that has one, or token ids in .npy or .npz"
-            )
         with tokenizer_faults(f"{where}: the tokenizer cannot take this text", "give another with --tokenizer PATH"):
             return tokenizing.encode(tokenizer, text, special_tokens=special_tokens)
 

@@ -76,8 +76,8 @@ def _wikitext2(flag: Flag) -> Source:
 
 def _c4(flag: Flag) -> Source:
     """Return the part of C4 that the reference uses: documents to calibrate, a joined text to evaluate."""
-    split = "train" if flag == "--calibration" else "validation"
-    shard = "en/c4-train.00000-of-01024.json.gz" if split == "train" else "en/c4-validation.00000-of-00008.json.gz"
+    split, shard = ("train", "00000-of-01024") if flag == "--calibration" else ("validation", "00000-of-00008")
+    shard = f"en/c4-{split}.{shard}.json.gz"
     documents = hub.load(flag, "c4", "allenai/c4", data_files={split: shard}, split=split)["text"]
     if split == "train":
         return Source("documents", documents, sha256=_sha256(documents))
@@ -137,9 +137,8 @@ def _read_parquet(path: Path, where: str) -> Source:
         with parquet.ParquetFile(path) as file:
             columns = {field.name: str(field.type) for field in file.schema_arrow}
             if columns.get("text") not in {"string", "large_string", "string_view"}:
-                have = ", ".join(
-                    f"{printable(name)} ({printable(kind)})" for name, kind in list(columns.items())[:_LISTED]
-                )
+                named = [f"{printable(name)} ({printable(kind)})" for name, kind in columns.items()]
+                have = ", ".join(named[:_LISTED])
                 raise InputError(f'{where}: needs a column "text" of strings, has {have}; rename the text column')
             texts = file.read(columns=["text"])["text"].to_pylist()
             return Source("documents", [text for text in texts if text is not None])
@@ -148,26 +147,21 @@ def _read_parquet(path: Path, where: str) -> Source:
 
 
 def _read_tokens(path: Path, where: str) -> Source:
-    ids = _load_ids(path, where)
-    if ids.dtype.kind not in "iu" or ids.ndim not in {1, 2} or not ids.size:
-        raise InputError(
-            f"{where}: token ids must be integers of shape (samples, length) or (tokens,), "
-            f"got {printable(str(ids.dtype))} {short_repr(ids.shape)}; save them as such"
-        )
-    return Source("tokens", (), ids)
-
-
-def _load_ids(path: Path, where: str) -> np.ndarray:
     try:
         with path.open("rb") as file:
             found = np.load(file, allow_pickle=False)
             ids = found if isinstance(found, np.ndarray) else found["ids"]
             if not isinstance(ids, np.ndarray) or (ids is found and file.read(1)):
                 raise ValueError("no array, or more than one")
-            return ids
     except OSError:
         raise
     except Exception as error:  # its type depends on where the file is damaged
         raise InputError(
             f'{where}: no token ids ({one_line(error)}); write them with numpy.save, or with numpy.savez as "ids"'
         ) from error
+    if ids.dtype.kind not in "iu" or ids.ndim not in {1, 2} or not ids.size:
+        raise InputError(
+            f"{where}: token ids must be integers of shape (samples, length) or (tokens,), "
+            f"got {printable(str(ids.dtype))} {short_repr(ids.shape)}; save them as such"
+        )
+    return Source("tokens", (), ids)

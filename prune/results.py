@@ -1,0 +1,166 @@
+"""What a run reports: a table of the allocation; after pruning `run.json`, `layers.csv` and a table of the results."""
+
+import csv
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from farms_jax import block_of
+from farms_jax.programs.environment import environment
+from farms_jax.programs.files import atomic
+
+from .allocation import Plan, Shapes, sizes_of
+from .job import Job
+from .perplexity import Perplexity
+from .pruning import Simulation
+from .record import Record
+from .writing import WrittenBlock
+
+_PACKAGES = ("farms-jax", "jax", "jaxlib", "numpy", "transformers", "tokenizers")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRow:
+    """A line of `layers.csv`; `None` where a number does not exist."""
+
+    block: str
+    layer: str
+    weights: int  # how many
+    score: float | None  # that the sparsity follows from
+    alpha: float | None  # before pruning, 0 where there is no tail
+    alpha_after: float | None
+    sparsity: float  # asked for
+    groups: str | None  # N:M
+    reached: float  # sparsity
+    damping: float | None  # that SparseGPT needed
+
+
+def allocation_table(job: Job, scores: Mapping[str, float], epsilon: float, plan: Plan) -> str:
+    """Return a table of each block's sparsity, and the size of the pruned model; `scores` may be empty."""
+    config, tensors = job.config, job.checkpoint.tensors.values()
+    sizes = sizes_of(job.network.layer_shapes())
+    blocks: dict[str, list[str]] = {}
+    for layer in sizes:
+        blocks.setdefault(block_of(layer), []).append(layer)
+    differ = any(len({plan.asked(layer) for layer in layers}) > 1 for layers in blocks.values())
+    lines = [f"\n{'block':<28} {'score':>9} {'sparsity':>9}  " + ("lowest to highest" if differ else "")]
+    for block, layers in blocks.items():
+        asked = [plan.asked(layer) for layer in layers]
+        mean = np.average(asked, weights=[sizes[layer] for layer in layers])
+        score = f"{np.mean([scores[layer] for layer in layers]):9.3f}" if scores else " " * 9
+        spread = f"{min(asked):.3f} {max(asked):.3f}" if max(asked) > min(asked) else ""
+        lines.append(f"{block:<28} {score} {mean:9.4f}  {spread}".rstrip())
+    inside, everything = sum(sizes.values()), sum(math.prod(info.shape) for info in tensors)
+    removed, stored = sum(plan.asked(layer) * sizes[layer] for layer in sizes), sum(info.nbytes for info in tensors)
+    sparse = stored - removed * stored / everything + inside / 8  # kept weights, and a bit for each weight
+    how = f", epsilon {epsilon:g}, by {config.granularity}" if config.allocation != "uniform" else ""
+    lines += [
+        f"{config.allocation}{how}: {removed / inside:.4f} of {inside / 1e6:.2f} M block weights, "
+        f"{removed / everything:.4f} of all {everything / 1e6:.2f} M",
+        f"size: {stored / 2**20:.1f} MiB dense; {sparse / 2**20:.1f} MiB with kept weights and one bit for each",
+    ]
+    return "\n".join(lines)
+
+
+def layer_rows(
+    shapes: Shapes,
+    plan: Plan,
+    scores: Mapping[str, float],
+    alphas: Mapping[str, float],
+    alphas_after: Mapping[str, float],
+    blocks: Sequence[WrittenBlock],
+) -> list[LayerRow]:
+    """Return the lines of `layers.csv`, one per layer; scores and alphas, by layer, may be empty."""
+    reached = {layer: value for block in blocks for layer, value in block.reached.items()}
+    damping = {layer: value for block in blocks for layer, value in block.damping.items()}
+    return [
+        LayerRow(
+            block=block_of(layer),
+            layer=layer,
+            weights=size,
+            score=scores.get(layer),
+            alpha=alphas.get(layer),
+            alpha_after=alphas_after.get(layer),
+            sparsity=plan.asked(layer),
+            groups="{}:{}".format(*plan.groups[layer]) if plan.groups else None,
+            reached=reached[layer],
+            damping=damping.get(layer),
+        )
+        for layer, size in sizes_of(shapes).items()
+    ]
+
+
+def write_layers(folder: Path, rows: Sequence[LayerRow]) -> None:
+    """Write `layers.csv`."""
+    with atomic(folder / "layers.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(LayerRow)])
+        writer.writeheader()
+        writer.writerows([dataclasses.asdict(row) for row in rows])
+
+
+def make_card(
+    job: Job,
+    record: Record,
+    rows: Sequence[LayerRow],
+    blocks: Sequence[WrittenBlock],
+    dense: Perplexity,
+    uniform: Simulation | None,
+    pruned: Perplexity,
+) -> dict[str, Any]:
+    """Return the content of `run.json`: everything that the numbers depend on, and the numbers."""
+    config, trials = job.config, record.get("trials")
+    reached = sum(row.weights * row.reached for row in rows) / sum(row.weights for row in rows)
+    baseline = {"uniform": uniform} if uniform else {}
+    perplexities = {"dense": dense.value} | {k: v.perplexity for k, v in baseline.items()} | {"pruned": pruned.value}
+    return {
+        "key": job.key,
+        "settings": {key: value for key, value in dataclasses.asdict(config).items() if key != "out"},
+        "model": {
+            "name": job.checkpoint.name,
+            "source": config.model or "bundled",
+            "tensors_sha256": job.weights,
+            "config": job.checkpoint.config,
+        },
+        "tokenizer_sha256": job.evaluation.record.get("tokenizer_sha256"),
+        "calibration": job.calibration.record,
+        "evaluation": job.evaluation.record,
+        **environment(*_PACKAGES),
+        "allocation": {
+            "by": config.allocation,
+            "granularity": config.granularity,
+            "epsilon": {"value": record.get("epsilon")} | ({"trials": trials} if trials else {}),
+            "layers": [dataclasses.asdict(row) for row in rows],
+        },
+        "sparsity": {"asked": config.sparsity, "reached": reached},
+        "perplexity": perplexities,
+        "nll_per_block": {name: found.nll for name, found in {"dense": dense, **baseline, "pruned": pruned}.items()},
+        "uniform_sparsity": uniform.sparsity if uniform else None,
+        "seconds": record.get("seconds"),
+        "seconds_per_block": [block.seconds for block in blocks],
+        "peak_memory_bytes": record.peak_memory(),
+    }
+
+
+def results_table(card: Mapping[str, Any], path: Path, plots: Sequence[Path]) -> str:
+    """Return a table of the results in the content of `run.json`, and the paths of all files."""
+    settings, evaluation = card["settings"], card["evaluation"]
+    sparsities = {"dense": 0.0, "uniform": card["uniform_sparsity"], "pruned": card["sparsity"]["reached"]}
+    lines = [
+        f"\nperplexity on {evaluation['source']} ({evaluation['count']} blocks of {evaluation['length']} tokens), "
+        f"{settings['method']}",
+        f"{'allocation':<14} {'sparsity':>9} {'perplexity':>11}",
+    ]
+    for name, value in card["perplexity"].items():
+        label = settings["allocation"] if name == "pruned" else name
+        lines.append(f"{label:<14} {sparsities[name]:9.4f} {value:11.4f}")
+    lines += [
+        f"time: {sum(card['seconds'].values()):.1f} s, of it pruning {sum(card['seconds_per_block']):.1f} s; "
+        f"peak memory {card['peak_memory_bytes'] / 2**20:.0f} MiB",
+        f"model: {path / 'model'}",
+        f"run: {path} (run.json, layers.csv, {', '.join(plot.name for plot in plots)})",
+    ]
+    return "\n".join(lines)
