@@ -2,5 +2,5 @@
 
 The way from weights to masks: `job` opens and checks everything; `run` goes through the stages from top to bottom,
 each kept by `record`; `scores` measures the layers, `allocation` turns scores into a plan, `pruning` follows it block
-by block (`forward`, `calibration`, `methods`, `sparsegpt`), `writing` puts every block on disk; `results` sums it up.
+by block (`forward`, `methods`, `sparsegpt`), `writing` puts every block on disk; `results` sums it up.
 """

@@ -115,7 +115,7 @@ class Output:
         for name, array in {**tensors, **packed}.items():
             path, entry = self._places[name]
             files.setdefault(path, []).append(name)
-            stored[name] = np.ascontiguousarray(array, entry.info.dtype).reshape(-1).view(np.uint8).data
+            stored[name] = _bytes(np.ascontiguousarray(array, entry.info.dtype))
         for path, names in files.items():
             try:
                 with path.open("r+b") as file:
@@ -131,23 +131,17 @@ class Output:
     def holds(self, names: Iterable[str], sha256: str | None) -> bool:
         """Return whether the files still hold what one `write` wrote, its tensors and then its masks, in order."""
         try:
-            return _sha256((name, self._read(name)) for name in names) == sha256
-        except OSError:  # the disk has lost this part
+            return _sha256((name, _bytes(self.read(name))) for name in names) == sha256
+        except InputError:  # the disk has lost this part
             return False
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor that was written."""
-        dtype, shape = self._places[name][1].info
-        return np.frombuffer(self._read(name), dtype).reshape(shape)
-
-    def _read(self, name: str) -> bytes:
         path, entry = self._places[name]
-        with path.open("rb") as file:
-            file.seek(entry.start)
-            return file.read(entry.stop - entry.start)
+        return read_tensor(path, name, entry)
 
-    def finish(self) -> Path:
-        """Write the checksums, give the folder its final name in place of any older one, and return its path."""
+    def finish(self) -> None:
+        """Write the checksums, and give the folder its final name in place of any older one."""
         try:
             write_checksums(self._part)
             if self._folder.exists():
@@ -157,7 +151,6 @@ class Output:
             raise InputError(
                 f"{self._part / CHECKSUMS}: cannot be written ({error.strerror or error}); {_REMEDY}"
             ) from error
-        return self._folder
 
 
 def read_masks(folder: Path) -> dict[str, np.ndarray]:
@@ -171,7 +164,11 @@ def read_masks(folder: Path) -> dict[str, np.ndarray]:
     }
 
 
-def _sha256(contents: Iterable[tuple[str, bytes | memoryview]]) -> str:
+def _bytes(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _sha256(contents: Iterable[tuple[str, memoryview]]) -> str:
     digest = hashlib.sha256()
     for name, content in contents:
         digest.update(f"{name} {len(content)} ".encode())

@@ -9,9 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .allocation import Plan, sizes_of
-from .calibration import Statistic, Statistics
 from .config import Method
-from .forward import Activations, Read, Tensors, embed, run_blocks, weights_of
+from .forward import Activations, Read, Statistic, Statistics, Tensors, embed, run_blocks, weights_of
 from .job import Job
 from .methods import magnitude, wanda, wanda_variant
 from .models import Network

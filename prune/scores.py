@@ -12,13 +12,11 @@ import farms_jax
 from farms_jax._sparsity import impute_alphas
 from farms_jax.programs.cache import Cache, weights_key
 
-from .calibration import Statistics
 from .checkpoints import Checkpoint
 from .config import SPECTRAL
-from .forward import Read, Tensors, embed, read_part, run_blocks, weights_of
+from .forward import Read, Statistics, Tensors, embed, read_part, run_blocks, weights_of
 from .job import Job
-from .lowest import lowest
-from .methods import wanda_scores
+from .methods import lowest, wanda_scores
 from .models import Network
 
 OUTLIER = 5.0  # OWL's M: an outlier is a score above this multiple of the mean

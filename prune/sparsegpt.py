@@ -13,8 +13,7 @@ from jax import Array, lax
 
 from farms_jax.errors import InputError
 
-from .lowest import lowest, lowest_of_groups
-from .methods import Groups
+from .methods import Groups, lowest, lowest_of_groups
 
 _PART = 16  # columns at a time: few enough to stay in the cache
 _LEAF = 256  # triangles up to this size are inverted by LAPACK
@@ -30,7 +29,7 @@ class Factor(NamedTuple):
 
 
 def factorise(hessian: Array, damping: float = 0.01, layer: str = "the layer") -> Factor:
-    """Return the factor of a Hessian (in, in), see `prune.calibration`; dead inputs get 1 on the diagonal.
+    """Return the factor of a Hessian (in, in), see `prune.forward`; dead inputs get 1 on the diagonal.
 
     `damping` is added to the diagonal, relative to its mean, and raised tenfold until the factorisation succeeds.
 

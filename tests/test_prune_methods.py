@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from farms_jax.errors import InputError
-from prune.lowest import lowest, lowest_of_groups, lowest_of_rows
-from prune.methods import Groups, magnitude, wanda, wanda_variant
+from prune.methods import Groups, lowest, lowest_of_groups, lowest_of_rows, magnitude, wanda, wanda_variant
 from prune.sparsegpt import factorise, sparsegpt
 from tests.helpers import few, load_cases
 

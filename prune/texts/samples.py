@@ -27,9 +27,10 @@ from .sources import Source, read
 _log = logging.getLogger(__name__)
 
 _C4_BLOCKS = 256  # of C4 that the reference evaluates on
-_JOINT = "\n\n"  # between documents that are put into one text, as between the lines of WikiText-2's test split
 
 _Encode = Callable[[str], np.ndarray]
+# Token ids (N, T), their positions, and the number of tokens in the source, or in the part of it that was read.
+_Drawn = tuple[np.ndarray, Sequence[Any], int]
 
 
 class Samples(NamedTuple):
@@ -76,7 +77,7 @@ def calibration_samples(
     if found.ids is not None and found.ids.ndim == 2 and found.ids.shape[1] == length:
         if len(found.ids) < count:
             raise InputError(f"{where}: has {len(found.ids)} sequences, {count} are asked for; ask for fewer")
-        drawn = _Drawn(found.ids[:count], list(range(count)), found.ids.size)
+        drawn = (found.ids[:count], range(count), found.ids.size)
     else:
         encode = _encoder(tokenizer, special_tokens, where)
         drawn = _draw(found, encode, np.random.default_rng(seed), count, length, where)
@@ -101,34 +102,27 @@ def evaluation_blocks(
     where, found = f"--text {source}", read(source, "--text")
     ids = _whole(found, _encoder(tokenizer, special_tokens, where), length, where)
     blocks = min(len(ids) // length, limit or len(ids), _C4_BLOCKS if source == "c4" else len(ids))
-    drawn = _Drawn(ids[: blocks * length].reshape(blocks, length), [i * length for i in range(blocks)], len(ids))
+    drawn = (ids[: blocks * length].reshape(blocks, length), range(0, blocks * length, length), len(ids))
     facts = {"source": source, "count": blocks, "length": length, "seed": None, "special_tokens": special_tokens}
     return _samples(drawn, found, tokenizer, vocab_size, where, facts)
-
-
-class _Drawn(NamedTuple):
-    """Samples as they are drawn from a source."""
-
-    ids: np.ndarray  # (N, T), any integer dtype
-    positions: Sequence[Any]
-    tokens: int  # number in the source, or in the part of it that was read
 
 
 def _samples(
     drawn: _Drawn, found: Source, tokenizer: Any, vocab_size: int, where: str, facts: dict[str, Any]
 ) -> Samples:
-    low, high = int(drawn.ids.min()), int(drawn.ids.max())
+    ids, positions, tokens = drawn
+    low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         wrong, top = (low if low < 0 else high), vocab_size - 1
         raise InputError(f"{where}: token id {wrong} is outside the model's vocabulary (0 to {top}); use its tokenizer")
-    ids = np.ascontiguousarray(drawn.ids, np.int32)
+    ids = np.ascontiguousarray(ids, np.int32)
     record = {
         **facts,
         "kind": found.kind,
         "text_sha256": found.sha256,
         "ids_sha256": hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest(),
-        "tokens": drawn.tokens,
-        "positions": list(drawn.positions),
+        "tokens": tokens,
+        "positions": list(positions),
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
     }
     return Samples(ids, record)
@@ -144,7 +138,8 @@ def _encoder(tokenizer: Any, special_tokens: bool, where: str) -> _Encode:
 
 def _whole(found: Source, encode: _Encode, length: int, where: str) -> np.ndarray:
     """Return all tokens (N,) as one text; InputError where N is below `length`."""
-    ids = encode(_JOINT.join(found.texts)) if found.ids is None else found.ids.reshape(-1)
+    # Joined as the lines of WikiText-2's test split are.
+    ids = encode("\n\n".join(found.texts)) if found.ids is None else found.ids.reshape(-1)
     if len(ids) < length:
         remedy = f"give --length {len(ids)} or less, or more text" if len(ids) > 1 else "give more text"
         raise InputError(f"{where}: has {len(ids)} tokens, fewer than one sequence of {length}; {remedy}")
@@ -159,7 +154,7 @@ def _draw(found: Source, encode: _Encode, random: np.random.Generator, count: in
         _log.warning("%s: no document is longer than %d tokens; they are put into one text", where, length)
     ids = _whole(found, encode, length, where)
     starts = random.integers(0, len(ids) - length, size=count, endpoint=True).tolist()
-    return _Drawn(np.stack([ids[start : start + length] for start in starts]), starts, len(ids))
+    return np.stack([ids[start : start + length] for start in starts]), starts, len(ids)
 
 
 def _windows_of_documents(
@@ -183,4 +178,4 @@ def _windows_of_documents(
     starts = [int(random.integers(0, len(ids) - length, endpoint=True)) for _, ids in chosen]
     windows = [ids[start : start + length] for (_, ids), start in zip(chosen, starts, strict=True)]
     positions = [[document, start] for (document, _), start in zip(chosen, starts, strict=True)]
-    return _Drawn(np.stack(windows), positions, tokens)
+    return np.stack(windows), positions, tokens
