@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import lm_eval.tasks
 import numpy as np
 from lm_eval.api.task import Task
@@ -71,7 +72,12 @@ def _load_task(manager: TaskManager, name: str) -> dict[str, Task]:
     entry, spec = manager.task_index[name], name
     keywords = (entry.cfg or {}).get("dataset_kwargs") or {}
     if entry.yaml_path is not None and "data_files" in keywords:
-        found = _beside(entry.yaml_path.parent, keywords["data_files"])
+        folder = entry.yaml_path.parent
+
+        def absolute(path: str) -> str:
+            return str((folder / path).resolve()) if (folder / path).exists() else path
+
+        found = jax.tree.map(absolute, keywords["data_files"])  # a path, or lists and dictionaries of them
         # lm-eval changes a known task only as a member of a group.
         override = {"task": name, "dataset_kwargs": {**keywords, "data_files": found}}
         spec = {"group": f"{name} with paths", "task": [override]}
@@ -83,15 +89,6 @@ def _load_task(manager: TaskManager, name: str) -> dict[str, Task]:
             f"--tasks {name}: cannot be loaded ({one_line(error)}); without internet give --tasks-dir FOLDER, "
             "a folder with a task file of that name whose data_files are on this machine"
         ) from error
-
-
-def _beside(folder: Path, value: Any) -> Any:
-    """Turn paths that exist beside a task file into absolute ones, inside lists and dicts too."""
-    if isinstance(value, Mapping):
-        return {key: _beside(folder, item) for key, item in value.items()}
-    if isinstance(value, str):
-        return str((folder / value).resolve()) if (folder / value).exists() else value
-    return [_beside(folder, item) for item in value]
 
 
 def zero_shot(lm: JaxLM, tasks: Mapping[str, Task], limit: int | None = None) -> list[Score]:

@@ -85,7 +85,6 @@ def write_pruned(job: Job, plan: Plan, record: Record, output: Output | None) ->
     first = len(done)
     if done:
         tqdm.write(f"going on: {first} of {job.network.num_blocks} blocks are written")
-
     written = {name for block in range(first) for name in job.network.tensors(block)}
 
     def read(name: str) -> np.ndarray:
