@@ -38,19 +38,12 @@ def refused(path, message):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "gguf", "npz", "msgpack"])
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda content: b"", "empty"),
-        (lambda content: content[:-100], "truncated|damaged"),
-        (lambda content: b"\xffPNG" * 50, "no GGUF file|no msgpack file|no npz archive|no safetensors file"),
-    ],
-    ids=["empty", "end missing", "another kind"],
-)
-def test_a_damaged_file(tmp_path, form, damage, message):
+def test_a_damaged_file(tmp_path, form):
     path = write(form, tmp_path, {"w": WEIGHT})
-    path.write_bytes(damage(path.read_bytes()))
-    refused(path, message)
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(path, "truncated|damaged")
+    path.write_bytes(b"\xffPNG" * 50)
+    refused(path, "no GGUF file|no msgpack file|no npz archive|no safetensors file")
 
 
 def images(folder):
@@ -142,36 +135,29 @@ def test_gone_after_it_was_opened(tmp_path, form):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", [".pt", ""])  # known by its suffix, or by its first bytes
-def test_pickles_are_never_loaded(tmp_path, suffix):
-    (path := tmp_path / f"weights{suffix}").write_bytes(pickle.dumps(Bomb()))
-    refused(path, "never loaded.*save_file")
-
-
-def test_another_kind_of_file(tmp_path):
-    (path := tmp_path / "weights.h5").write_bytes(b"\x89HDF")
-    refused(path, "not a kind of weights that can be read; give .safetensors, .gguf, .npz, .msgpack")
-
-
-LINES = ("two\nlines", r"'two\\nlines'")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("weights.pt", b"", "the file is empty"),
+        ("weights.pt", pickle.dumps(Bomb()), "never loaded.*save_file"),
+        ("weights", pickle.dumps(Bomb()), "never loaded.*save_file"),  # known by its first bytes
+        ("weights.h5", b"\x89HDF", "not a kind of weights that can be read; give .safetensors, .gguf, .npz, .msgpack"),
+    ],
+)
+def test_another_kind_of_file(tmp_path, name, content, message):
+    (path := tmp_path / name).write_bytes(content)
+    refused(path, message)
 
 
 @pytest.mark.parametrize(
     ("form", "name", "message"),
     [
-        *((form, *LINES) for form in ("safetensors", "gguf", "npz", "msgpack", "orbax-folders")),
-        ("safetensors", "\x1b[31mred", r"'\\x1b\[31mred'"),
+        *((form, "two\nlines", r"'two\\nlines'") for form in ("safetensors", "gguf", "npz", "msgpack")),
         ("safetensors", "9" * 5000, "'99999.*99999'"),
     ],
 )
 def test_a_name_that_cannot_be_shown(tmp_path, form, name, message):
-    if form == "orbax-folders":
-        path = write(form, tmp_path, {"w": WEIGHT})
-        table = (path / "_METADATA").read_text()
-        (path / "_METADATA").write_text(table.replace('"w"', json.dumps(name)))
-    else:
-        path = write(form, tmp_path, {name: WEIGHT})
-    refused(path, f"a tensor is called {message}, which is no name")
+    refused(write(form, tmp_path, {name: WEIGHT}), f"a tensor is called {message}, which is no name")
 
 
 # GGUF
@@ -221,21 +207,16 @@ HUGE = npy(WEIGHT).replace(b"(64, 64), }      ", b"(64000000, 64), }")
         ([("w.npy", HUGE.replace(b"(64000000, 64)", b"(0, 2" + b"0" * 9))], "damaged, or no npz archive"),
         ([("w.npy", HUGE.replace(b"'<f4'", b"'|V0'"))], r"its entries are \|V0, no plain numbers"),
         ([("w.npy", b"no array at all, but text")], "damaged, or no npz archive .the magic string"),
+        ([("w.npy", npy(WEIGHT), zipfile.ZIP_LZMA)], "w.npy is compressed by method 14, none of NumPy's"),
         ([], "there are no arrays in it"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_faulty_npz(tmp_path, members, message):
     with zipfile.ZipFile(path := tmp_path / "model.npz", "w") as archive:
-        for name, content in members:
-            archive.writestr(name, content)
+        for member in members:
+            archive.writestr(*member)
     refused(path, message)
-
-
-def test_an_npz_packed_in_a_way_that_has_no_bound(tmp_path):
-    with zipfile.ZipFile(path := tmp_path / "model.npz", "w", zipfile.ZIP_LZMA) as archive:
-        archive.writestr("w.npy", npy(WEIGHT))
-    refused(path, "w.npy is compressed by method 14, none of NumPy's")
 
 
 def test_an_npz_that_claims_more_than_it_can_hold(tmp_path):
@@ -330,7 +311,9 @@ def test_damaged_data_of_orbax(tmp_path, form, damage):
     refused(path, "(is missing or damaged|cannot be read)")
 
 
-NAMELESS = {"w": {"key_metadata": [{"key": ""}], "value_metadata": {"value_type": "jax.Array"}}}
+def table_of(name):
+    leaf = {"key_metadata": [{"key": name}], "value_metadata": {"value_type": "jax.Array"}}
+    return json.dumps({"tree_metadata": {"w": leaf}})
 
 
 @pytest.mark.parametrize(
@@ -341,7 +324,8 @@ NAMELESS = {"w": {"key_metadata": [{"key": ""}], "value_metadata": {"value_type"
         ('{"tree_metadata": {"w": 3}}', "not a table of Orbax"),
         ('{"tree_metadata": {}}', "there are no arrays in it"),
         # The library refuses an array in no folder before it starts.
-        (json.dumps({"tree_metadata": NAMELESS}), " is missing or damaged"),
+        (table_of(""), " is missing or damaged"),
+        (table_of("\x1b[31mred"), r"a tensor is called '\\x1b\[31mred', which is no name"),
         (None, "without _METADATA"),
     ],
 )
@@ -369,18 +353,10 @@ def test_an_orbax_array_that_would_end_the_process(tmp_path, changes, message):
     refused(path, message)
 
 
-def test_orbax_arrays_of_zeros_take_no_place(tmp_path):
-    path = write("orbax-folders", tmp_path, {"w": np.zeros((1024, 1024), np.float32)})
-    with open_weights(path) as source:
-        np.testing.assert_array_equal(source.read("w"), 0)
-
-
 def test_an_orbax_array_without_its_folder(tmp_path):
     path = write("orbax-folders", tmp_path, arrays())
     shutil.rmtree(path / "norm.scale")
-    with pytest.raises(InputError, match="norm/scale is missing or damaged.*save it again") as caught:
-        open_weights(path)
-    assert str(path) in str(caught.value)
+    refused(path, "norm/scale is missing or damaged.*save it again")
 
 
 def test_an_orbax_checkpoint_that_is_not_finished(tmp_path):

@@ -82,14 +82,10 @@ def test_a_run_of_prune_opens_at_its_model(tmp_path):
         open_weights(tmp_path / "pruned")
 
 
-def test_a_run_that_has_just_begun(tmp_path):
+def test_a_run_that_has_just_begun_and_a_folder_of_runs(tmp_path):
     run_of(tmp_path / "digits", ["seed1"], last=0)
     with pytest.raises(InputError, match="digits: a run without a checkpoint yet; wait"):
         open_weights(tmp_path / "digits")
-
-
-def test_a_folder_of_runs_is_no_run(tmp_path):
-    run_of(tmp_path / "digits", ["seed1"])
     with pytest.raises(InputError, match="there are no weights in it .digits"):
         open_weights(tmp_path)
 

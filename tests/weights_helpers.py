@@ -18,7 +18,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def arrays(separator="/"):
-    """Names in natural order, of several dtypes and ranks."""
+    """Arrays of several ranks, with their names in natural order."""
     rng = np.random.default_rng(0)
     shapes = {"layers 2 kernel": (6, 4), "layers 10 kernel": (3, 2, 5, 4), "norm scale": (8,)}
     return {name.replace(" ", separator): rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
@@ -26,11 +26,8 @@ def arrays(separator="/"):
 
 def mixed():
     """As `arrays`, with bfloat16, float64 and an array of no axes."""
-    return arrays() | {
-        "a/half": np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3),
-        "a/wide": np.arange(4.0).reshape(2, 2),
-        "step": np.asarray(7, np.int32),
-    }
+    first = {"a/half": np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3), "a/wide": np.arange(4.0).reshape(2, 2)}
+    return first | arrays() | {"step": np.asarray(7, np.int32)}
 
 
 def write(form: str, folder: Path, named, *, chunk=16) -> Path:
