@@ -55,7 +55,7 @@ class Config:
     samples: int = 128
     """Calibration sequences."""
     length: int | None = None
-    """Tokens in a sequence, for calibration and evaluation. Default: 2048, or what the model can take."""
+    """Tokens in a sequence, for calibration and evaluation. Default: 2048, or the most that the model takes."""
     seed: int = 0
     """Seed of the calibration samples."""
     text: str | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from farms_jax.errors import InputError
+from farms_jax.errors import InputError, listed
 
 from .checkpoints import Checkpoint, choose_tokenizer, open_checkpoint
 from .config import BUNDLED, Config, resolve
@@ -87,8 +87,6 @@ def _hash(checkpoint: Checkpoint) -> str:
                 bad.append(name)
             bar.update(tensor.nbytes)
     if bad:
-        more = f", and {len(bad) - 8} more" if len(bad) > 8 else ""
-        raise InputError(
-            f"{checkpoint.name}: NaN or Inf in {', '.join(bad[:8])}{more}; the checkpoint is damaged, get it again"
-        )
+        named = listed(bad, 8, ", ")
+        raise InputError(f"{checkpoint.name}: NaN or Inf in {named}; the checkpoint is damaged, get it again")
     return digest.hexdigest()

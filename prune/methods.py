@@ -63,7 +63,7 @@ def wanda_scores(weight: Array, squares: Array) -> Array:
 def wanda_variant(weight: Array, squares: Array, sparsity: float) -> Array:
     """Return the mask (out, in) that removes in each row the lowest scores that make up one share of the row's sum.
 
-    So rows differ in sparsity. The share is bisected in [0, 0.8] until the layer's sparsity is within 0.001 of the one
+    Rows differ in sparsity. The share is bisected in [0, 0.8] until the layer's sparsity is within 0.001 of the one
     asked for, as in the reference (its `use_variant`); a layer asked for more than that share can reach has less.
     """
     scores = wanda_scores(weight, squares)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from farms_jax.errors import InputError
+from farms_jax.errors import InputError, listed
 from farms_jax.programs.files import CHECKSUMS, damaged_files, reserve, write_checksums
 from farms_jax.weights import TensorInfo
 from farms_jax.weights.safetensors_file import Entry, make_layout, read_layout, read_tensor
@@ -52,10 +52,9 @@ class Output:
     def check(self) -> None:
         """Compare the finished folder's files with their checksums; an InputError names those that differ."""
         if damaged := damaged_files(self._folder):
-            named = ", ".join(map(str, damaged[:3])) + (f" and {len(damaged) - 3} more" if len(damaged) > 3 else "")
             raise InputError(
-                f"{named}: damaged, or changed since it was written; remove {self._folder}, and the same command "
-                "makes it again"
+                f"{listed(map(str, damaged), 3, ', ')}: damaged, or changed since it was written; "
+                f"remove {self._folder}, and the same command makes it again"
             )
 
     def lay_out(self, *, keep: bool) -> list[Path]:

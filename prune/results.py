@@ -2,10 +2,11 @@
 
 import csv
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +24,7 @@ from .writing import WrittenBlock
 _PACKAGES = ("farms-jax", "jax", "jaxlib", "numpy", "transformers", "tokenizers")
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerRow:
+class LayerRow(NamedTuple):
     """A line of `layers.csv`; `None` where a number does not exist."""
 
     block: str
@@ -43,9 +43,7 @@ def allocation_table(job: Job, scores: Mapping[str, float], epsilon: float, plan
     """Return a table of each block's sparsity, and the size of the pruned model; `scores` may be empty."""
     config, tensors = job.config, job.checkpoint.tensors.values()
     sizes = sizes_of(job.network.layer_shapes())
-    blocks: dict[str, list[str]] = {}
-    for layer in sizes:
-        blocks.setdefault(block_of(layer), []).append(layer)
+    blocks = {block: list(layers) for block, layers in itertools.groupby(sizes, block_of)}
     differ = any(len({plan.asked(layer) for layer in layers}) > 1 for layers in blocks.values())
     lines = [f"\n{'block':<28} {'score':>9} {'sparsity':>9}  " + ("lowest to highest" if differ else "")]
     for block, layers in blocks.items():
@@ -97,9 +95,7 @@ def layer_rows(
 def write_layers(folder: Path, rows: Sequence[LayerRow]) -> None:
     """Write `layers.csv`."""
     with atomic(folder / "layers.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(LayerRow)])
-        writer.writeheader()
-        writer.writerows([dataclasses.asdict(row) for row in rows])
+        csv.writer(file).writerows([LayerRow._fields, *rows])
 
 
 def make_card(
@@ -133,7 +129,7 @@ def make_card(
             "by": config.allocation,
             "granularity": config.granularity,
             "epsilon": {"value": record.get("epsilon")} | ({"trials": trials} if trials else {}),
-            "layers": [dataclasses.asdict(row) for row in rows],
+            "layers": [row._asdict() for row in rows],
         },
         "sparsity": {"asked": config.sparsity, "reached": reached},
         "perplexity": perplexities,

@@ -23,7 +23,7 @@ OUTLIER = 5.0  # OWL's M: an outlier is a score above this multiple of the mean
 
 
 def spectral_alphas(job: Job, checkpoint: Checkpoint, title: str) -> dict[str, float]:
-    """Return alpha by layer, 0 where there is no tail; empty where the allocation does not go by alphas."""
+    """Return alpha by layer, 0 where there is no tail; empty where the allocation does not use alphas."""
     config, network = job.config, job.network
     if config.allocation not in SPECTRAL:
         return {}

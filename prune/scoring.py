@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     positions: np.ndarray  # where its continuation is predicted (R, C), int32
     targets: np.ndarray  # its continuation (R, C), int32
     scored: np.ndarray  # False where `targets` is padding (R, C)
-    requests: list[int]  # numbers of the requests, as many as R without padding
+    requests: list[int]  # numbers of the requests: R without padding
 
 
 def make_batches(requests: Sequence[Request], max_length: int, tokens: int) -> Iterator[Batch]:

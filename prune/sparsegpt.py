@@ -1,4 +1,4 @@
-"""SparseGPT: remove weights column by column, each made up for by the columns after it.
+"""SparseGPT: remove weights column by column; the columns after each are updated to compensate for what it lost.
 
 The update of the remaining columns needs the upper Cholesky factor U of the inverse Hessian, H^-1 = U^T U. It is found
 with one factorisation: if the rows and columns of H, in reverse order, are L L^T, then U is the inverse of L reversed.
@@ -136,7 +136,7 @@ def _sparsegpt(
 
 
 def _right_of(u: Array, stop: Array, errors: Array) -> Array:
-    """Return what errors (n, out) of n columns, whose rows of U are u (n, columns), cost the columns from `stop` on."""
+    """Return what to subtract from the columns from `stop` on, for errors (n, out) of n columns with rows u of U."""
     right = jnp.where(jnp.arange(u.shape[1]) < stop, 0, u)
     return jnp.matmul(right.T, errors, precision="highest")
 

@@ -1,5 +1,6 @@
 """Plots of a pruning run: sparsity of each block, alpha of each layer before and after."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -23,12 +24,10 @@ def plot_run(run: Path, rows: Sequence[LayerRow], title: str) -> list[Path]:
 
 def _sparsity(rows: Sequence[LayerRow], title: str) -> Figure:
     drawing, (axis,) = figure(title, 1, size=(8, 4))
-    blocks: dict[str, list[LayerRow]] = {}
-    for row in rows:
-        blocks.setdefault(row.block, []).append(row)
-    axis.plot([_mean(inside, "sparsity") for inside in blocks.values()], "-", marker=".", label="asked")
-    axis.plot([_mean(inside, "reached") for inside in blocks.values()], ":", label="reached")
-    ranges = [[row.sparsity for row in inside] for inside in blocks.values()]
+    blocks = [list(block) for _, block in itertools.groupby(rows, lambda row: row.block)]
+    axis.plot([_mean(block, "sparsity") for block in blocks], "-", marker=".", label="asked")
+    axis.plot([_mean(block, "reached") for block in blocks], ":", label="reached")
+    ranges = [[row.sparsity for row in block] for block in blocks]
     axis.fill_between(range(len(blocks)), [*map(min, ranges)], [*map(max, ranges)], alpha=0.2, lw=0)
     axis.axhline(_mean(rows, "sparsity"), color="gray", lw=0.8, label="all blocks")
     axis.set(xlabel="block", ylabel="fraction of weights removed")

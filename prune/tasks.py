@@ -47,7 +47,7 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, Ta
     data_files` are looked up beside the task file first. Task files can name Python functions, which are run.
 
     Raises:
-        InputError: the folder or a task does not exist, its data cannot be had, or it generates text.
+        InputError: the folder or a task does not exist, its data cannot be loaded, or it generates text.
     """
     if folder is not None and not folder.is_dir():
         raise InputError(f"--tasks-dir {folder}: no such folder; give one that holds task files (.yaml)")

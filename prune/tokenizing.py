@@ -26,7 +26,7 @@ def check_tokenizer(tokenizer: Any) -> None:
     """Find faults that show only in use, where some of them would end the process.
 
     Raises:
-        ValueError: its ids have gaps beyond measure: `tokenizers` takes memory for all up to the highest.
+        ValueError: its ids have huge gaps: `tokenizers` allocates memory for all ids up to the highest.
     """
     ids = tokenizer.get_vocab().values()
     if max(ids, default=0) > _GAPS + 10 * len(ids):

@@ -6,21 +6,20 @@ A file's name tells its format: `.jsonl` (an object with a "text" per line), `.p
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from farms_jax._extras import from_extra
-from farms_jax.errors import InputError, one_line, printable, short_repr
+from farms_jax.errors import InputError, listed, one_line, printable, short_repr
 from farms_jax.programs import files
 
 from . import hub
 
 NAMED = ("wikitext2", "c4")
 _IDS = (".npy", ".npz")
-_LISTED = 12  # columns that an error names at most
 # The reference evaluates on the first documents of C4's validation split.
 _C4_DOCUMENTS = 1100
 
@@ -42,10 +41,10 @@ def read(source: str, flag: Flag) -> Source:
     Of a data set `--calibration` takes the training split, `--text` the one that the papers evaluate on.
 
     Raises:
-        InputError: it cannot be had, is of another format than its name says, or is empty.
+        InputError: it cannot be read, has another format than its name says, or is empty.
     """
     if source in NAMED:
-        return (_wikitext2 if source == "wikitext2" else _c4)(flag)
+        return _read_named(source, flag)
     path, where = Path(source).expanduser(), f"{flag} {source}"
     if path.is_dir():
         raise InputError(f"{where}: is a folder; give one file of it")
@@ -66,30 +65,22 @@ def are_token_ids(*sources: str) -> bool:
     return all(Path(source).suffix.lower() in _IDS for source in sources)
 
 
-def _wikitext2(flag: Flag) -> Source:
-    """Return WikiText-2, joined as the reference joins it: the training split by spaces, the test by blank lines."""
-    split, joint = ("train", " ") if flag == "--calibration" else ("test", "\n\n")
-    lines = hub.load(flag, "wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
-    text = joint.join(lines)
-    return Source("text", [text], sha256=_sha256([text]))
-
-
-def _c4(flag: Flag) -> Source:
-    """Return the part of C4 that the reference uses: documents to calibrate, a joined text to evaluate."""
-    split, shard = ("train", "00000-of-01024") if flag == "--calibration" else ("validation", "00000-of-00008")
-    shard = f"en/c4-{split}.{shard}.json.gz"
-    documents = hub.load(flag, "c4", "allenai/c4", data_files={split: shard}, split=split)["text"]
-    if split == "train":
-        return Source("documents", documents, sha256=_sha256(documents))
-    text = " ".join(documents[:_C4_DOCUMENTS])
-    return Source("text", [text], sha256=_sha256([text]))
-
-
-def _sha256(texts: Iterable[str]) -> str:
+def _read_named(name: str, flag: Flag) -> Source:
+    """Return the part of a data set that the reference uses, with lines and documents joined as there."""
+    calibrate = flag == "--calibration"
+    if name == "wikitext2":
+        split, joint = ("train", " ") if calibrate else ("test", "\n\n")
+        lines = hub.load(flag, name, "Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
+        kind, texts = "text", [joint.join(lines)]
+    else:
+        split, shard = ("train", "00000-of-01024") if calibrate else ("validation", "00000-of-00008")
+        shards = {split: f"en/c4-{split}.{shard}.json.gz"}
+        documents = hub.load(flag, name, "allenai/c4", data_files=shards, split=split)["text"]
+        kind, texts = ("documents", documents) if calibrate else ("text", [" ".join(documents[:_C4_DOCUMENTS])])
     digest = hashlib.sha256()
     for number, text in enumerate(texts):
         digest.update(("\n\n" if number else "").encode() + text.encode())
-    return digest.hexdigest()
+    return Source(kind, texts, sha256=digest.hexdigest())
 
 
 def _decode(content: bytes, where: str) -> str:
@@ -137,8 +128,7 @@ def _read_parquet(path: Path, where: str) -> Source:
         with parquet.ParquetFile(path) as file:
             columns = {field.name: str(field.type) for field in file.schema_arrow}
             if columns.get("text") not in {"string", "large_string", "string_view"}:
-                named = [f"{printable(name)} ({printable(kind)})" for name, kind in columns.items()]
-                have = ", ".join(named[:_LISTED])
+                have = listed((f"{printable(name)} ({printable(kind)})" for name, kind in columns.items()), 12, ", ")
                 raise InputError(f'{where}: needs a column "text" of strings, has {have}; rename the text column')
             texts = file.read(columns=["text"])["text"].to_pylist()
             return Source("documents", [text for text in texts if text is not None])
