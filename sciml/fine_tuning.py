@@ -61,8 +61,8 @@ def _pretrain(run: Path, experiment: Experiment, evaluate: Evaluate) -> Any:
 
 def _train(folder: Path, stage: Stage, functions: Functions, model: ModelConfig) -> Results:
     """Train one stage in its folder, and export its weights."""
-    with SeedDirectory(folder) as directory:
-        state = train_stage(directory, stage, functions)
-        results = Results(state.params, directory.metrics(), directory.layers())
+    directory = SeedDirectory(folder)
+    state = train_stage(directory, stage, functions)
+    results = Results(state.params, directory.metrics(), directory.layers())
     checkpoints.save(folder / "model.safetensors", state.params, model)
     return results

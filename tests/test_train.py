@@ -16,7 +16,6 @@ import farms_jax
 from farms_jax._figures import figure as make_figure
 from farms_jax.errors import InputError
 from farms_jax.programs import layer_plots
-from farms_jax.programs.checkpoints import Checkpoints
 from farms_jax.programs.config_file import read_config, write_config
 from farms_jax.programs.epoch_loop import layer_rows
 from farms_jax.programs.run_directory import SeedDirectory
@@ -320,7 +319,8 @@ def test_a_config_of_another_shape_is_named(text, message, tmp_path):
 )
 def test_a_damaged_line_is_named(name, text, tmp_path):
     (tmp_path / name).write_text(text)
-    with SeedDirectory(tmp_path) as directory, pytest.raises(InputError, match=f"{name} is damaged"):
+    directory = SeedDirectory(tmp_path)
+    with pytest.raises(InputError, match=f"{name} is damaged"):
         directory.metrics() if name == "metrics.jsonl" else directory.layers()
 
 
@@ -329,18 +329,10 @@ def test_layer_rows_are_read_back_to_the_last_digit(tmp_path):
         {"epoch": 0, "layer": 'ä,"b"', "alpha": 0.1 + 0.2, "lr_scale": 1e-300, "learning_rate": 0.0},
         {"epoch": 12, "layer": "c", "alpha": float("inf"), "lr_scale": 1.0, "learning_rate": 1 / 3},
     ]
-    with SeedDirectory(tmp_path) as directory:
-        directory.append_layers(rows[:1])
-        directory.append_layers(rows[1:])
-        assert directory.layers() == rows
-
-
-def test_a_seed_directory_is_closed_after_an_error(tmp_path, monkeypatch):
-    closed = []
-    monkeypatch.setattr(Checkpoints, "close", lambda self: closed.append(self))
-    with pytest.raises(KeyError), SeedDirectory(tmp_path):
-        raise KeyError
-    assert len(closed) == 2  # the last and the best
+    directory = SeedDirectory(tmp_path)
+    directory.append_layers(rows[:1])
+    directory.append_layers(rows[1:])
+    assert directory.layers() == rows
 
 
 ROWS = [

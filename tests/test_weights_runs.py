@@ -22,11 +22,11 @@ def state(value):
 
 def train(seed_folder, *, best, last):
     """Epochs, the best of which has the number `best`; 0 for none."""
-    with SeedDirectory(seed_folder) as directory:
-        for epoch in range(1, last + 1):
-            if epoch <= best:
-                directory.save_best(Progress(state(epoch), epoch, {}))
-            directory.save(Progress(state(epoch), epoch, {}))
+    directory = SeedDirectory(seed_folder)
+    for epoch in range(1, last + 1):
+        if epoch <= best:
+            directory.save_best(Progress(state(epoch), epoch, {}))
+        directory.save(Progress(state(epoch), epoch, {}))
 
 
 def run_of(folder, seeds, *, best=1, last=2):

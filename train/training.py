@@ -69,9 +69,9 @@ def train_run(run: Path, config: Config, images: Images) -> str:
         tqdm.write(line)
     metrics, layers = {}, {}
     for seed in config.seeds:
-        with SeedDirectory(run / f"seed{seed}") as directory:
-            train_seed(directory, seed, config, images, functions)
-            metrics[seed], layers[seed] = directory.metrics(), directory.layers()
+        directory = SeedDirectory(run / f"seed{seed}")
+        train_seed(directory, seed, config, images, functions)
+        metrics[seed], layers[seed] = directory.metrics(), directory.layers()
     plots = plot_run(run, metrics, layers, title)
     summary = summarise(metrics)
     write_json(run / "summary.json", {"data": images.name, "model": config.model, "tb": config.tb, **summary})

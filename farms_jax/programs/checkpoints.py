@@ -48,12 +48,6 @@ class Checkpoints:
         """Open the folder, made where there is none; the newest `keep` checkpoints stay."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._keep = folder, keep
-        # Synchronous: the arrays of a step are donated to the next one, so nothing may read them in the background.
-        self._checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-
-    def close(self) -> None:
-        """Release what Orbax holds."""
-        self._checkpointer.close()
 
     def restore(self, like: Any) -> tuple[Path | None, Progress]:
         """Return the newest checkpoint whose checksums are right, and its folder; newer ones are named and removed.
@@ -90,7 +84,8 @@ class Checkpoints:
         try:
             _check_space(self._folder, progress.state)
             arrays = ocp.args.Composite(**{_ARRAYS: ocp.args.StandardSave(progress.state)})
-            self._checkpointer.save(part.resolve(), args=arrays)
+            with _checkpointer() as checkpointer:
+                checkpointer.save(part.resolve(), args=arrays)
             if progress.partial_epoch:
                 write_json(part / _PARTIAL_EPOCH, progress.partial_epoch)
             for file in lines:
@@ -110,7 +105,8 @@ class Checkpoints:
     def _read(self, checkpoint: Path, like: Any) -> Progress:
         abstract = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
         try:
-            found = self._checkpointer.restore(checkpoint.resolve(), args=ocp.args.Composite(**{_ARRAYS: abstract}))
+            with _checkpointer() as checkpointer:
+                found = checkpointer.restore(checkpoint.resolve(), args=ocp.args.Composite(**{_ARRAYS: abstract}))
         except Exception as error:  # which one depends on what differs
             raise InputError(
                 f"--resume: the checkpoint {checkpoint} is not of these settings ({one_line(error)}); start anew"
@@ -126,6 +122,11 @@ class Checkpoints:
     def _remove_drafts(self) -> None:
         for child in self._folder.glob("*.part*"):
             shutil.rmtree(child)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    # Synchronous: the arrays of a step are donated to the next one, so nothing may read them in the background.
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
 
 def _check_space(folder: Path, state: Any) -> None:

@@ -19,7 +19,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from farms_jax.errors import InputError, one_line
 from farms_jax.programs.checkpoints import Checkpoints, Progress
@@ -48,22 +48,13 @@ def at_work(run: Path) -> Generator[None]:
 
 
 class SeedDirectory:
-    """Files of one seed's training; closed at the end of a `with` block."""
+    """Files of one seed's training."""
 
     def __init__(self, path: Path) -> None:
         """Open the directory, made where there is none."""
         self.path = path
         self._last = Checkpoints(path / "checkpoints" / "last", keep=2)  # the one before is for when it is damaged
         self._best = Checkpoints(path / "checkpoints" / "best", keep=1)
-
-    def __enter__(self) -> Self:
-        """Return the directory itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Release what the checkpoints hold."""
-        self._last.close()
-        self._best.close()
 
     def restore(self, like: Any) -> Progress:
         """Return the newest checkpoint that is not damaged, and put the lines of that moment back.

@@ -94,8 +94,8 @@ def _read_run(path: Path) -> None:
     from sciml.config import Config
 
     def lines() -> None:
-        with SeedDirectory(path / "seed0") as seed:
-            both(seed.metrics, seed.layers)
+        seed = SeedDirectory(path / "seed0")
+        both(seed.metrics, seed.layers)
 
     both(lambda: read_config(path, Config), lines)
 

@@ -53,12 +53,12 @@ def toy(tmp_path_factory):
     """A run of one seed, three epochs of ten steps long."""
     run = tmp_path_factory.mktemp("toy") / "run"
     write_config(run, Config(), {})
-    with SeedDirectory(run / "seed1") as directory:
-        for epoch, (metrics, row) in enumerate(zip(METRICS, LAYERS, strict=True), 1):
-            directory.append_layers([row])
-            directory.append_metrics(metrics)
-            directory.save_best(state_after(10 * epoch))
-            directory.save(state_after(10 * epoch))
+    directory = SeedDirectory(run / "seed1")
+    for epoch, (metrics, row) in enumerate(zip(METRICS, LAYERS, strict=True), 1):
+        directory.append_layers([row])
+        directory.append_metrics(metrics)
+        directory.save_best(state_after(10 * epoch))
+        directory.save(state_after(10 * epoch))
     return run
 
 
@@ -93,11 +93,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(toy, tmp_path,
     for number, file in enumerate(files):
         seed = shutil.copytree(toy / "seed1", tmp_path / str(number))
         damage(seed / last / file)
-        with SeedDirectory(seed) as directory:
-            assert same(directory.restore(STATE), state_after(20))
-            assert (directory.metrics(), directory.layers()) == (METRICS[:2], LAYERS[:2])
-            directory.save(state_after(30))
-            assert same(directory.restore(STATE), state_after(30))
+        directory = SeedDirectory(seed)
+        assert same(directory.restore(STATE), state_after(20))
+        assert (directory.metrics(), directory.layers()) == (METRICS[:2], LAYERS[:2])
+        directory.save(state_after(30))
+        assert same(directory.restore(STATE), state_after(30))
         error = capsys.readouterr().err
         named = re.fullmatch(rf"{seed / last}: damaged \((.*)\); going on from 20, the checkpoint before it\n", error)
         assert file.name == "SHA256SUMS" or named[1] == str(file)
@@ -109,7 +109,8 @@ def test_without_a_whole_checkpoint_a_run_does_not_go_on(seed):
     (last / "20" / "SHA256SUMS").unlink()
     flip(last / "30" / "default" / "_METADATA")
     message = f"no checkpoint is whole: {last}/30 (default/_METADATA); {last}/20 (SHA256SUMS); put these files back"
-    with SeedDirectory(seed) as directory, pytest.raises(InputError, match=re.escape(message)):
+    directory = SeedDirectory(seed)
+    with pytest.raises(InputError, match=re.escape(message)):
         directory.restore(STATE)
     assert sorted(path.name for path in last.iterdir()) == ["20", "30"]
 
@@ -119,54 +120,52 @@ def test_what_a_killed_process_left_half_written_is_not_there(seed):
     for name in ("40.part", "10.old.part", "40.part.orbax-checkpoint-tmp"):
         shutil.copytree(last / "30", last / name)
     (last / "10.old.part" / "SHA256SUMS").unlink()
-    with SeedDirectory(seed) as directory:
-        assert directory.restore(STATE).done == 30
-        directory.save(state_after(35, train_loss=0.1))
-        assert same(directory.restore(STATE), state_after(35, train_loss=0.1))
+    directory = SeedDirectory(seed)
+    assert directory.restore(STATE).done == 30
+    directory.save(state_after(35, train_loss=0.1))
+    assert same(directory.restore(STATE), state_after(35, train_loss=0.1))
     assert sorted(path.name for path in last.iterdir()) == ["30", "35"]
 
 
 def test_a_full_disk_leaves_the_checkpoints_before(tmp_path):
     noise = {"w": jnp.asarray(np.random.default_rng(0).standard_normal(100_000, dtype=np.float32))}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with SeedDirectory(tmp_path) as directory:
-        directory.save(Progress(noise, 10, {}))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        try:
-            message = r"last/20: cannot be written \(.*\); make room, then --resume"
-            with pytest.raises(InputError, match=message) as error:
-                directory.save(Progress(noise, 20, {}))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert "\n" not in str(error.value)
-        assert [path.name for path in (tmp_path / "checkpoints" / "last").iterdir()] == ["10"]
-        assert same(directory.restore(noise).state, noise)
-        directory.save(Progress(noise, 20, {}))
-        assert directory.restore(noise).done == 20
+    directory = SeedDirectory(tmp_path)
+    directory.save(Progress(noise, 10, {}))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        message = r"last/20: cannot be written \(.*\); make room, then --resume"
+        with pytest.raises(InputError, match=message) as error:
+            directory.save(Progress(noise, 20, {}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in (tmp_path / "checkpoints" / "last").iterdir()] == ["10"]
+    assert same(directory.restore(noise).state, noise)
+    directory.save(Progress(noise, 20, {}))
+    assert directory.restore(noise).done == 20
 
 
 def test_lines_are_those_of_the_checkpoint(seed):
     with (seed / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3}\n{"epoch": 4, "los')  # of a later epoch, and killed while writing
     flip(seed / "layers.csv")
-    with SeedDirectory(seed) as directory:
-        assert directory.restore(STATE).done == 30
-        assert (directory.metrics(), directory.layers()) == (METRICS, LAYERS)
+    directory = SeedDirectory(seed)
+    assert directory.restore(STATE).done == 30
+    assert (directory.metrics(), directory.layers()) == (METRICS, LAYERS)
 
 
 def test_lines_without_a_checkpoint_are_dropped(tmp_path):
-    with SeedDirectory(tmp_path) as directory:
-        directory.append_layers(LAYERS)
-        directory.append_metrics(METRICS[0])
-        assert directory.restore(STATE) == (STATE, 0, {})
-        assert directory.metrics() == directory.layers() == []
+    directory = SeedDirectory(tmp_path)
+    directory.append_layers(LAYERS)
+    directory.append_metrics(METRICS[0])
+    assert directory.restore(STATE) == (STATE, 0, {})
+    assert directory.metrics() == directory.layers() == []
 
 
 def test_a_checkpoint_of_other_settings_is_refused(toy):
-    with (
-        SeedDirectory(toy / "seed1") as directory,
-        pytest.raises(InputError, match="30 is not of these settings") as error,
-    ):
+    directory = SeedDirectory(toy / "seed1")
+    with pytest.raises(InputError, match="30 is not of these settings") as error:
         directory.restore({**STATE, "params": {"dense": {"kernel": jnp.zeros((4, 4))}}})
     assert "\n" not in str(error.value)
 

@@ -55,8 +55,8 @@ class Training(NamedTuple):
 
     def run(self, folder, **changed):
         """Train in a folder, with some of the functions changed."""
-        with SeedDirectory(folder) as directory:
-            return self.train(directory, self.functions._replace(**changed))
+        directory = SeedDirectory(folder)
+        return self.train(directory, self.functions._replace(**changed))
 
 
 def train_images(_):
@@ -239,7 +239,7 @@ def test_the_program_stops_at_a_step_and_goes_on(training, whole, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["program", "--resume", str(run)])
     training.main()
     assert f"run: {run}" in capsys.readouterr().out
-    with SeedDirectory(run / training.folder) as directory:
-        assert same(directory.restore(whole[1])[:2], (whole[1], EPOCHS * training.steps))
+    directory = SeedDirectory(run / training.folder)
+    assert same(directory.restore(whole[1])[:2], (whole[1], EPOCHS * training.steps))
     assert lines_of(run / training.folder)[0] == lines_of(whole[0])[0]
     assert (run / "alphas.png").is_file() and (run / "summary.json").is_file()
