@@ -28,7 +28,7 @@ def test_the_two_forms_of_a_config_are_one_network(name):
         # The length before the extension defaults to the positions.
         (
             "llama_tiny_rope3",
-            OLD | {"rope_scaling": LLAMA3, "rope_theta": 5e5, "max_position_embeddings": 32},
+            OLD | {"rope_scaling": LLAMA3 | {"rope_theta": 5e5}, "max_position_embeddings": 32},
             SCALED,
         ),
         ("llama_tiny", {"rope_parameters": LINEAR, "rope_theta": 7.0}, BY_FOUR),

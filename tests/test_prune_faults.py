@@ -83,11 +83,7 @@ def test_a_model_that_cannot_be_used_is_refused(changes, message, tmp_path):
         ({"sparsity": 1.2}, r"^--sparsity must be in \[0, 1\), the fraction to remove; got 1\.2$"),
         ({"sparsity": float("nan")}, r"^--sparsity .*got nan$"),
         ({"groups": "3:2"}, r"^--groups must read N:M with 0 < N < M, such as 2:4; got '3:2'$"),
-        ({"groups": "x"}, r"^--groups .*got 'x'$"),
-        (
-            {"groups": "2:7"},
-            r"^--groups 2:7: the 96 inputs of model\.layers\.0\.self_attn\.q_proj are no multiple of 7",
-        ),
+        ({"groups": "2:7"}, r"^--groups 2:7: the 96 inputs of model\.layers\.0.*q_proj are no multiple of 7"),
         ({"groups": "2:4", "sparsity": 0.75, "allocation": "uniform"}, r"^--sparsity 0\.75 is not --groups 2:4; leave"),
         ({"epsilon": "foo"}, r"^--epsilon must be a number in \[0, 1\) or auto, got 'foo'$"),
         ({"epsilon": "nan"}, r"^--epsilon must be in \[0, 1\) or auto, got nan$"),
@@ -100,7 +96,6 @@ def test_a_model_that_cannot_be_used_is_refused(changes, message, tmp_path):
         ({"length": 200}, r"^--text .*text\.npy: has 120 tokens, fewer than one sequence of 200; give --length 120"),
         ({"length": 64, "samples": 9}, r"^--calibration .*calibration\.npy: has 8 sequences, 9 are asked for"),
         ({"tokenizer": "no/such folder"}, r"^--tokenizer no/such folder: no such folder"),
-        ({"model": "no such model"}, r"^--model no such model: no such folder"),
     ],
     ids=str,
 )

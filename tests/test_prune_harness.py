@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import few
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 from prune_helpers import DATA, byte_tokenizer, config_of, folder_with_tokenizer, logits_of, weights_of
 
 from farms_jax.errors import InputError
@@ -215,8 +216,6 @@ def test_a_local_task_gives_the_plain_likelihoods_and_accuracies(lm, monkeypatch
 
 
 def test_the_class_is_registered_with_lm_eval():
-    from lm_eval.api.registry import get_model
-
     assert get_model("farms_jax") is JaxLM
 
 
@@ -270,13 +269,10 @@ def test_requests_that_cannot_be_scored_are_refused(lm, context, continuation, m
         lm._loglikelihood_tokens([(("a", "b"), context, continuation)], disable_tqdm=True)
 
 
-def test_settings_out_of_range_are_refused(folder):
+def test_a_model_class_that_cannot_be_made_or_used_is_refused(folder):
     for settings in ({"max_length": 0}, {"max_length": 513}, {"batch_tokens": 0}, {"stream_tokens": 0}):
         with pytest.raises(InputError, match="must be"):
             JaxLM(str(folder), **settings)
-
-
-def test_a_tokenizer_without_a_first_token_is_refused_by_name(folder):
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(InputError, match="neither a BOS nor an EOS token"):

@@ -2,20 +2,19 @@
 
 import functools
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import farms_jax
 from farms_jax import Tail, Window, allocate_sparsity
 from prune.allocation import Plan, sizes_of
-from prune.checkpoints import open_checkpoint
-from prune.forward import embed, read_part, run_blocks
+from prune.forward import embed, run_blocks
 from prune.methods import Groups
 from prune.models import make_network
 from prune.pruning import STATISTIC, prune_block
 from prune.scores import measure_alphas
-from tests.helpers import DATA, load_cases
+from tests.helpers import load_cases
+from tests.prune_helpers import config_of, logits_of, weights_of
 
 FAST = [("llama_tiny", f"{method}_farms") for method in ("magnitude", "wanda", "sparsegpt")]
 FAST += [("opt_tiny", "wanda_farms")]
@@ -28,42 +27,31 @@ RUNS = [
 
 @functools.cache
 def model_of(name):
-    checkpoint = open_checkpoint(str(DATA / name))
-    network = make_network(checkpoint.config, checkpoint.tensors)
-    return network, checkpoint.read
-
-
-def full_name(network, name):
-    block, linear = name.split(".", 1)
-    return network.layer_name(int(block), linear)
-
-
-def layers_of(model):
-    settings, _ = load_cases(model)
-    network, _ = model_of(model)
-    return {name: full_name(network, name) for name in settings["pruning"]["layer_names"]}
+    """Network, tensors by name, and the fixture's names of layers with ours."""
+    network = make_network(config_of(name))
+    names = load_cases(name)[0]["pruning"]["layer_names"]  # in the same order
+    return network, weights_of(name), dict(zip(names, network.layer_shapes(), strict=True))
 
 
 def plan_of(model, tag):
-    layers = layers_of(model).values()
     settings, arrays = load_cases(model)
-    kind, *rest = tag.split("_")
-    if rest and rest[0].isdigit():
-        return Plan(kind, dict.fromkeys(layers, 0.5), dict.fromkeys(layers, Groups(int(rest[0]), int(rest[1]))))
+    layers = model_of(model)[2].values()
+    method, *rest = tag.split("_")
     if rest == ["farms"]:
-        return Plan(kind, dict(zip(layers, arrays["prune/ratios"], strict=True)))
-    return Plan(
-        "wanda_variant" if rest == ["variant"] else kind, dict.fromkeys(layers, settings["pruning"]["sparsity"])
-    )
+        return Plan(method, dict(zip(layers, arrays["prune/ratios"], strict=True)))
+    uniform = dict.fromkeys(layers, settings["pruning"]["sparsity"])
+    if rest and rest[0].isdigit():
+        return Plan(method, uniform, dict.fromkeys(layers, Groups(*map(int, rest))))
+    return Plan("wanda_variant" if rest == ["variant"] else method, uniform)
 
 
 @functools.cache
 def prune(model, tag):
     """Masks, weights, statistics of all layers, and logits of the first sequence of the fixture."""
-    network, read = model_of(model)
+    network, tensors, _ = model_of(model)
     _, arrays = load_cases(model)
     ids = arrays.get("calib_ids", load_cases("llama_tiny")[1]["calib_ids"])
-    plan, masks, weights, seen = plan_of(model, tag), {}, {}, {}
+    plan, masks, weights, seen = plan_of(model, tag), {}, dict(tensors), {}
 
     def visit(block, tensors, statistics):
         pruned = prune_block(network, block, tensors, statistics, plan)
@@ -72,15 +60,10 @@ def prune(model, tag):
         seen.update(statistics)
         return pruned.tensors
 
+    read, statistic = tensors.__getitem__, STATISTIC[plan.method]
     activations = embed(network, read, ids)
-    statistic = STATISTIC[plan.method]
     run_blocks(network, read, activations, title="prune", visit=visit, statistic=statistic, calibration=len(ids))
-    first = embed(network, read, arrays[f"{model}/ids"][:1])
-    run_blocks(network, weights.__getitem__, first, title="logits")
-    logits = network.head(
-        network.to_state("head", read_part(network, "head", read)), jnp.asarray(first.read(slice(0, 1)))
-    )
-    return masks, weights, seen, np.asarray(logits)
+    return masks, weights, seen, logits_of(network, weights, arrays[f"{model}/ids"][:1])
 
 
 @pytest.mark.parametrize(("model", "tag"), RUNS)
@@ -88,7 +71,7 @@ def test_pruned_as_the_reference(model, tag):
     settings, arrays = load_cases(model)
     masks, weights, _, logits = prune(model, tag)
     stored, swapped = settings["pruning"]["runs"][tag]["stored"], 0
-    for short, layer in layers_of(model).items():
+    for short, layer in model_of(model)[2].items():
         if stored == "mask":
             np.testing.assert_array_equal(masks[layer], arrays[f"prune/{tag}/keep/{short}"], err_msg=short)
         else:
@@ -101,9 +84,8 @@ def test_pruned_as_the_reference(model, tag):
             same = ~flipped.any(axis=1)
             np.testing.assert_allclose(found[same], expected[same], atol=2e-5, err_msg=short)
     expected = arrays[f"prune/{tag}/logits"]
-    np.testing.assert_allclose(
-        logits.reshape(expected.shape), expected, atol=2e-2 if swapped else 1e-4 * expected.std()
-    )
+    atol = 2e-2 if swapped else 1e-4 * expected.std()
+    np.testing.assert_allclose(logits.reshape(expected.shape), expected, atol=atol)
     removed = sum((~mask).sum() for mask in masks.values()) / sum(mask.size for mask in masks.values())
     assert removed == pytest.approx(settings["pruning"]["runs"][tag]["sparsity"], abs=1e-9)
 
@@ -112,7 +94,7 @@ def test_statistics_equal_the_reference():
     _, arrays = load_cases("llama_tiny")
     for tag, key in (("wanda_farms", "scaler_row"), ("sparsegpt_farms", "hessian_diag")):
         _, _, seen, _ = prune("llama_tiny", tag)
-        for short, layer in layers_of("llama_tiny").items():
+        for short, layer in model_of("llama_tiny")[2].items():
             found = np.asarray(seen[layer])
             found = found if found.ndim == 1 else np.diag(found)
             np.testing.assert_allclose(found, arrays[f"prune/{tag}/{key}/{short}"], rtol=1e-4, err_msg=short)
@@ -124,11 +106,11 @@ def test_statistics_equal_the_reference():
 )
 def test_alphas_and_ratios_equal_the_reference(key, windows, rule, tmp_path):
     settings, arrays = load_cases("llama_tiny")
-    network, read = model_of("llama_tiny")
+    network, tensors, layers = model_of("llama_tiny")
     farms = settings["pruning"]["farms"]
     window = Window(farms["num_row_samples"], farms["Q_ratio"], per_axis=farms["sampling_ops_per_dim"])
-    alphas = measure_alphas(network, read, window if windows else None, Tail(rule), tmp_path, "alphas")
-    assert list(alphas) == list(layers_of("llama_tiny").values())
+    alphas = measure_alphas(network, tensors.get, window if windows else None, Tail(rule), tmp_path, "alphas")
+    assert list(alphas) == list(layers.values())
     np.testing.assert_allclose(list(alphas.values()), arrays[f"prune/alphas_{key}"], rtol=1e-3)
     if key == "farms_peak":
         found = allocate_sparsity(
@@ -142,22 +124,18 @@ def test_alphas_and_ratios_equal_the_reference(key, windows, rule, tmp_path):
 
 
 def test_alphas_are_kept_by_the_weights(tmp_path, monkeypatch):
-    network, read = model_of("llama_tiny")
-    analyses = []
-    analyze = farms_jax.analyze
+    network, tensors, _ = model_of("llama_tiny")
+    analyses, analyze = [], farms_jax.analyze
     monkeypatch.setattr(farms_jax, "analyze", lambda *a, **k: analyses.append(1) or analyze(*a, **k))
 
-    def again(read, window=None):
+    def again(tensors, window=None):
         analyses.clear()
-        found = measure_alphas(network, read, window, Tail(), tmp_path, "alphas")
+        found = measure_alphas(network, tensors.get, window, Tail(), tmp_path, "alphas")
         return len(analyses), found
 
-    count, first = again(read)
+    count, first = again(tensors)
     assert count == 4
-    assert again(read) == (0, first)
-    assert again(read, Window(48, per_axis=4))[0] == 4  # other settings
-
-    def changed(name):
-        return read(name) * np.float32(1.5 if name == network.layer_name(2, "mlp.up_proj.weight") else 1)
-
-    assert again(changed)[0] == 1  # other weights under the same name
+    assert again(tensors) == (0, first)
+    assert again(tensors, Window(48, per_axis=4))[0] == 4  # other settings
+    up = "model.layers.2.mlp.up_proj.weight"
+    assert again(tensors | {up: tensors[up] * 1.5})[0] == 1  # other weights under the same name

@@ -69,16 +69,11 @@ def _make_config(
     """
     architecture = architecture_of(metadata, where)
     facts = _Facts(metadata, architecture, where)
-    for key in _FOREIGN:
-        if facts.get(key, 0) not in (0, 1):
-            raise InputError(f"{where}: {architecture}.{key} is not supported; give a model without it")
     if "model.embed_tokens.weight" not in shapes:
         raise InputError(f"{where}: there is no tensor token_embd.weight; download it again")
     heads = facts.number("attention.head_count")
     head_dim = facts.number("attention.key_length", facts.number("embedding_length") // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if facts.number(key, head_dim) != head_dim:
-            raise InputError(f"{where}: {architecture}.{key} is not the head size {head_dim}: not supported")
+    _check_supported(facts, head_dim)
     theta = facts.real("rope.freq_base", 10000.0)
     window = facts.get("attention.sliding_window", None) if architecture == "llama" else None
     model_type = architecture if window is None else "mistral"
@@ -103,7 +98,7 @@ def _make_config(
     if model_type == "llama":
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in shapes
         config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in shapes
-    if window is not None:
+    if model_type == "mistral":
         config["sliding_window"] = window
     for role, name in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
         if (key := f"tokenizer.ggml.{name}_token_id") in metadata:
@@ -139,6 +134,16 @@ class _Facts:
                 f"{self.where}: {self.architecture}.{key} is {short_repr(value)}, no number > 0; convert the model anew"
             )
         return value
+
+
+def _check_supported(facts: _Facts, head_dim: int) -> None:
+    for key in _FOREIGN:
+        if facts.get(key, 0) not in (0, 1):
+            raise InputError(f"{facts.where}: {facts.architecture}.{key} is not supported; give a model without it")
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if facts.number(key, head_dim) != head_dim:
+            what = f"{facts.architecture}.{key} is not the head size {head_dim}"
+            raise InputError(f"{facts.where}: {what}: not supported")
 
 
 def _short(value: float) -> float:

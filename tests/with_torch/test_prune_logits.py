@@ -101,10 +101,3 @@ def test_logits(case, tmp_path):
 def test_logits_of_half_precision_weights(dtype, tmp_path):
     model = save_model(tmp_path, "llama", SIZES, dtype)
     assert_logits_equal(json.loads((tmp_path / "config.json").read_text()), tmp_path, model)
-
-
-@pytest.mark.parametrize("case", ["llama-linear", "llama-llama3"])
-def test_frequencies(case, tmp_path):
-    model = save_model(tmp_path, *CASES[case])
-    network = make_network(json.loads((tmp_path / "config.json").read_text()))
-    np.testing.assert_allclose(network.rope.frequencies(8), model.model.rotary_emb.inv_freq, rtol=1e-6)
