@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from farms_jax._axes import FLAX_AXES, Axes
+from farms_jax._axes import FLAX_AXES, Axes, is_kernel
 from farms_jax._layers import not_finite, raise_if_not_finite, select_layers
 from farms_jax._names import named_leaves, natural_key
 from farms_jax._report import METRICS, LayerReport
@@ -27,10 +27,9 @@ class _Plan(NamedTuple):
     """The static part of an analysis, hashable: jit compiles once per plan and weight shapes."""
 
     grids: tuple[Grid, ...]
-    is_kernel: tuple[bool, ...]
-    pooled: bool
+    factors: tuple[float, ...]  # on the eigenvalues of each layer
+    pooled: bool  # the divisions of a kernel make one spectrum
     tail: Tail
-    kernel_scale: float
     keep_eigenvalues: bool
     options: Options
 
@@ -118,10 +117,9 @@ def analyze(
     chosen = choose_solver(solver, platform=platform, exact=eigenvalues or needs_small_eigenvalues(tail))
     plan = _Plan(
         grids=tuple(grids),
-        is_kernel=tuple(weight.ndim == 4 for weight in weights),
+        factors=tuple(kernel_scale if is_kernel(weight) else 1.0 for weight in weights),
         pooled=window is not None and window.divisions == "pooled",
         tail=tail,
-        kernel_scale=kernel_scale,
         keep_eigenvalues=eigenvalues,
         options=Options(axes, platform, chosen, max_batch_bytes),
     )
@@ -164,7 +162,7 @@ def _measure(weights: tuple[Any, ...], plan: _Plan) -> tuple[dict[str, Array], t
 @functools.partial(jax.jit, static_argnames="plan")
 def _fit(spectra: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
     """Return what `_measure` does, given the spectra (D, E) of the layers."""
-    scaled = [e * plan.kernel_scale if kernel else e for e, kernel in zip(spectra, plan.is_kernel, strict=True)]
+    scaled = [spectrum * factor for spectrum, factor in zip(spectra, plan.factors, strict=True)]
     if plan.pooled:
         scaled = [jnp.sort(e.reshape(1, -1), axis=-1) for e in scaled]
     return _measure_spectra(scaled, plan), tuple(scaled) if plan.keep_eigenvalues else ()

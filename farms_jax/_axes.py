@@ -43,11 +43,18 @@ class Axes:
         return math.prod(positions), rows, cols
 
 
+LAYER_NDIMS = (2, 4)  # a matrix, a convolution kernel
+
 FLAX_AXES = Axes(rows=-1, cols=-2)
 """(..., inputs, outputs): Flax, Haiku."""
 
 TORCH_AXES = Axes(rows=0, cols=1)
 """(outputs, inputs, ...): Torch checkpoints, Equinox."""
+
+
+def is_kernel(weight: Any) -> bool:
+    """Tell whether a weight, anything with a shape, is a convolution kernel."""
+    return len(weight.shape) == 4
 
 
 def as_matrices(weight: Any, axes: Axes) -> Any:

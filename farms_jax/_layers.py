@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from farms_jax._axes import FLAX_AXES, Axes
+from farms_jax._axes import LAYER_NDIMS, Axes, is_kernel
 from farms_jax._names import matching
 from farms_jax._tail import Tail
 from farms_jax._windows import Grid, Window, make_grid
@@ -20,8 +20,8 @@ def select_layers(
     leaves: list[tuple[str, Any]],
     window: Window | None,
     tail: Tail,
-    axes: Axes = FLAX_AXES,
-    exclude: str | Iterable[str] = (),
+    axes: Axes,
+    exclude: str | Iterable[str],
 ) -> tuple[list[tuple[str, Any]], list[Grid], list[tuple[str, str]]]:
     """Return the (name, array) pairs that are layers, their grids, and (name, reason) of the others, in given order.
 
@@ -33,7 +33,7 @@ def select_layers(
         reason = "excluded" if name in excluded else _unfit(leaf)
         if reason is None:
             stack_shape = axes.stack_shape(leaf.shape)
-            grid = make_grid(window, stack_shape, is_kernel=len(leaf.shape) == 4)
+            grid = make_grid(window, stack_shape, is_kernel=is_kernel(leaf))
             count = grid.divisions * grid.num_eigenvalues(stack_shape[0])
             if count >= tail.min_count:
                 layers.append((name, leaf))
@@ -50,7 +50,7 @@ def _unfit(leaf: Any) -> str | None:
         return f"not an array but {type(leaf).__name__}"
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return f"dtype {leaf.dtype}, not floating point"
-    if len(leaf.shape) not in {2, 4}:
+    if len(leaf.shape) not in LAYER_NDIMS:
         return f"{len(leaf.shape)} axes: only 2-D weights and 4-D kernels are layers"
     return "empty" if 0 in leaf.shape else None
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from farms_jax import mappings
+from farms_jax._axes import LAYER_NDIMS
 from farms_jax._names import Follow, leader, module_of, named_leaves
 from farms_jax._report import METRICS, LayerReport
 
@@ -68,7 +69,7 @@ def lr_scale(
             if key in scales:
                 return scales[key]
         # A weight that is no layer of the report was left out of it: it does not follow its module as a bias does.
-        own = None if jnp.ndim(leaf) in {2, 4} else module_of(name)
+        own = None if jnp.ndim(leaf) in LAYER_NDIMS else module_of(name)
         for key in (own, leader(name, follow)):
             if key in by_module:
                 return by_module[key]

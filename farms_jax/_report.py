@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRICS = ("alpha", "ks_distance", "xmin", "largest_eigenvalue", "norm", "stable_rank", "alpha_hat", "num_eigenvalues")
-_HEADS = {
-    "alpha": "exponent of the tail; smaller is heavier",
-    "ks_distance": "Kolmogorov-Smirnov distance of the fit, in [0, 1]",
-    "xmin": "eigenvalue where the tail starts",
-    "largest_eigenvalue": "largest eigenvalue",
-    "stable_rank": "sum of the eigenvalues over the largest",
-    "num_eigenvalues": "eigenvalues of all windows",
+_SHOWN = {  # column of the table: what it is, and how its numbers are written
+    "alpha": ("exponent of the tail; smaller is heavier", ".3f"),
+    "ks_distance": ("Kolmogorov-Smirnov distance of the fit, in [0, 1]", ".3f"),
+    "xmin": ("eigenvalue where the tail starts", ".3g"),
+    "largest_eigenvalue": ("largest eigenvalue", ".3g"),
+    "stable_rank": ("sum of the eigenvalues over the largest", ".1f"),
+    "num_eigenvalues": ("eigenvalues of all windows", ""),
 }
 
 
@@ -134,7 +134,7 @@ class LayerReport:
 
     def __str__(self) -> str:
         """Return the report as a table, with the weights that were left out below it."""
-        table = text_table(["layer", *_HEADS], self._cells())
+        table = text_table(["layer", *_SHOWN], self._cells())
         return "\n".join([table, *left_out_lines(self.left_out)])
 
     def __repr__(self) -> str:
@@ -146,7 +146,8 @@ class LayerReport:
     def _repr_html_(self) -> str:
         if not self._is_concrete():
             return escape(repr(self))
-        return html_table({"layer": "full path of the weight", **_HEADS}, self._cells(), left_out_lines(self.left_out))
+        heads = {"layer": "full path of the weight"} | {name: meaning for name, (meaning, _) in _SHOWN.items()}
+        return html_table(heads, self._cells(), left_out_lines(self.left_out))
 
     def _is_concrete(self) -> bool:
         """Tell whether every measure is a concrete array of one number per layer."""
@@ -155,15 +156,10 @@ class LayerReport:
         return known and all(measure.shape == (len(self),) for measure in measures)
 
     def _cells(self) -> list[list[str]]:
-        return [
-            [
-                name,
-                f"{row['alpha']:.3f}" if row["alpha"] > 0 else "no tail",
-                f"{row['ks_distance']:.3f}",
-                f"{row['xmin']:.3g}",
-                f"{row['largest_eigenvalue']:.3g}",
-                f"{row['stable_rank']:.1f}",
-                str(row["num_eigenvalues"]),
-            ]
-            for name, row in self.to_dict().items()
-        ]
+        lines = []
+        for name, row in self.to_dict().items():
+            numbers = {column: format(row[column], spec) for column, (_, spec) in _SHOWN.items()}
+            if not row["alpha"] > 0:
+                numbers["alpha"] = "no tail"
+            lines.append([name, *numbers.values()])
+        return lines

@@ -165,7 +165,7 @@ def test_window_by_window_on_host_and_device(solver, monkeypatch):
     stacks = [RNG.standard_normal((2, 20, 31)).astype(np.float32), RNG.standard_normal((1, 12, 12)).astype(np.float32)]
     windows = (Window(rows=8, per_axis=2), None)
     grids = [make_grid(one, stack.shape, is_kernel=False) for one, stack in zip(windows, stacks, strict=True)]
-    options = {"solver": solver, "max_batch_bytes": 3000}
+    options = {"solver": solver, "max_bytes": 3000}
     host = dispatch.window_eigenvalues(stacks, grids, platform="cpu", **options)
     device = dispatch.window_eigenvalues(stacks, grids, platform="gpu", **options)
     for stack, grid, ours, theirs in zip(stacks, grids, host, device, strict=True):

@@ -99,9 +99,9 @@ def test_layers_with_a_far_spike_are_solved_again_in_float64(monkeypatch, coarse
     check_upper_half([plain, spiked], [exact(matrix, grid) for matrix in (bulk, bulk + spike)])
 
 
-def batched(stacks, grids, *, solver="svd", max_batch_bytes=2**30):
+def batched(stacks, grids, *, solver="svd", max_bytes=2**30):
     arrays = [jnp.asarray(stack) for stack in stacks]
-    return accelerator.batched_spectra(arrays, grids, svd=solver == "svd", max_batch_bytes=max_batch_bytes)
+    return accelerator.spectra(arrays, grids, solver=solver, max_bytes=max_bytes)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_errors_in_batches(kind, solver, layers):
 
 def test_small_batches_change_nothing():
     stacks, grids, _ = problem("normal")
-    whole, small = batched(stacks, grids), batched(stacks, grids, max_batch_bytes=1)
+    whole, small = batched(stacks, grids), batched(stacks, grids, max_bytes=1)
     host = [cpu.spectra(stacks, grids, solver="gram64", max_bytes=size) for size in (1, 2**30)]
     for a, b, c, d in zip(whole, small, *host, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)

@@ -139,9 +139,7 @@ def test_whole_numbers_of_each_row_keep_the_global_budget():
 @pytest.mark.parametrize(
     ("name", "block"),
     [
-        ("model.layers.12.mlp.up_proj.weight", "model.layers.12"),
         ("model.decoder.layers.3.fc1", "model.decoder.layers.3"),
-        ("blocks/0/attention/kernel", "blocks/0"),
         ("layer1.0.conv2.weight", "layer1.0"),
         ("conv1/kernel", "conv1/kernel"),
         ("lm_head.weight", "lm_head.weight"),

@@ -47,11 +47,6 @@ def test_documented_grid():
     assert sorted({j for _, j in grid.starts}) == [0, 16, 32, 48]
 
 
-def test_stride_and_single_position():
-    assert make_grid(Window(rows=4, stride=3), (1, 11, 4), is_kernel=False).starts == ((0, 0), (3, 0), (6, 0))
-    assert make_grid(Window(rows=4, per_axis=1), (1, 11, 9), is_kernel=False).starts == ((0, 0),)
-
-
 def test_kernel_divisions_ignore_the_matrix_grid():
     for window in (Window(), Window(rows=3, stride=1), Window(per_axis=2)):
         grid = make_grid(window, (9, 48, 20), is_kernel=True)

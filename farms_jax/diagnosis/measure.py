@@ -128,7 +128,7 @@ def _window_solver(tail: Tail) -> Solver:
 
 def _eigenvalues(stacks: list[np.ndarray], grids: list[Grid], solver: Solver, settings: Settings) -> list[np.ndarray]:
     platform = jax.default_backend()
-    return window_eigenvalues(stacks, grids, platform=platform, solver=solver, max_batch_bytes=settings.max_batch_bytes)
+    return window_eigenvalues(stacks, grids, platform=platform, solver=solver, max_bytes=settings.max_batch_bytes)
 
 
 def _measured(layer: _Layer, values: _Values, shuffled: np.ndarray | None, settings: Settings) -> Measured:

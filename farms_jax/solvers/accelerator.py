@@ -15,32 +15,31 @@ from jax.scipy.linalg import eigh_tridiagonal
 from farms_jax._windows import Grid
 
 
-def batched_spectra(stacks: Sequence[Array], grids: Sequence[Grid], *, svd: bool, max_batch_bytes: int) -> list[Array]:
+def spectra(stacks: Sequence[Array], grids: Sequence[Grid], *, solver: str, max_bytes: int) -> list[Array]:
     """Return pooled eigenvalues (D, E), ascending, of stacks (K, R, C) of one precision, real or complex.
 
-    They are eigenvalues of Gram matrices, or squared singular values by `svd`; zeros for a stack with NaN or Inf.
+    They are eigenvalues of Gram matrices, or squared singular values by `"svd"`, in the stacks' precision; zeros for a
+    stack with NaN or Inf.
     """
-    values = batched_windows(stacks, tuple(grids), svd=svd, max_batch_bytes=max_batch_bytes)
+    values = window_spectra(stacks, tuple(grids), solver=solver, max_bytes=max_bytes)
     return [jnp.sort(grid.pool(flat), axis=-1) for flat, grid in zip(values, grids, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnames=("grids", "svd", "max_batch_bytes"))
-def batched_windows(
-    stacks: Sequence[Array], grids: tuple[Grid, ...], *, svd: bool, max_batch_bytes: int
-) -> list[Array]:
+@functools.partial(jax.jit, static_argnames=("grids", "solver", "max_bytes"))
+def window_spectra(stacks: Sequence[Array], grids: tuple[Grid, ...], *, solver: str, max_bytes: int) -> list[Array]:
     """Return eigenvalues (K * W, n) window by window, each row ascending; compiled for each selection of layers."""
     by_layer: dict[int, Array] = {}
     for layers in _groups(stacks, grids):
         located = _locate([stacks[i].shape for i in layers], [grids[i] for i in layers])
         flat = jnp.concatenate([_finite_or_zero(stacks[i]).reshape(-1) for i in layers])
         shape = _oriented(grids[layers[0]])
-        values = _solve_windows(flat, located, shape, svd=svd, max_batch_bytes=max_batch_bytes)
+        values = _solve_windows(flat, located, shape, solver=solver, max_bytes=max_bytes)
         ends = np.cumsum([len(stacks[i]) * len(grids[i].starts) for i in layers])
         by_layer.update(zip(layers, jnp.split(values, ends[:-1]), strict=True))
     return [by_layer[i] for i in range(len(grids))]
 
 
-def part_of_windows(stack: Array, grid: Grid, number: Array, count: int, *, svd: bool, max_batch_bytes: int) -> Array:
+def part_of_windows(stack: Array, grid: Grid, number: Array, count: int, *, solver: str, max_bytes: int) -> Array:
     """Return eigenvalues (ceil(K * W / count), n) of part `number`, int32, of `count` equal parts of a layer's windows.
 
     Past the end they are those of the last window again, so that all parts have one shape.
@@ -50,7 +49,7 @@ def part_of_windows(stack: Array, grid: Grid, number: Array, count: int, *, svd:
     padded = [jnp.pad(part, (0, size * count - total), mode="edge") for part in _locate([stack.shape], [grid])]
     own = [lax.dynamic_slice_in_dim(part, number * size, size) for part in padded]
     flat = _finite_or_zero(stack).reshape(-1)
-    return _solve_windows(flat, own, _oriented(grid), svd=svd, max_batch_bytes=max_batch_bytes)
+    return _solve_windows(flat, own, _oriented(grid), solver=solver, max_bytes=max_bytes)
 
 
 def _finite_or_zero(stack: Array) -> Array:
@@ -87,14 +86,14 @@ def _locate(shapes: Sequence[tuple[int, ...]], grids: Sequence[Grid]) -> tuple[A
 
 
 def _solve_windows(
-    flat: Array, located: Sequence[Array], shape: tuple[int, int], *, svd: bool, max_batch_bytes: int
+    flat: Array, located: Sequence[Array], shape: tuple[int, int], *, solver: str, max_bytes: int
 ) -> Array:
     """Return eigenvalues (W, r) of windows of shape (r, c) with r <= c, in batches that fit the memory bound."""
     rows, cols = shape
     count = located[0].size
-    solve = _singular_values_squared if svd else _gram_eigenvalues
+    solve = _singular_values_squared if solver == "svd" else _gram_eigenvalues
     # A window, its Gram matrix, and the solver's copy of that.
-    batch = max(1, min(count, max_batch_bytes // (flat.itemsize * (rows * cols + 2 * rows * rows))))
+    batch = max(1, min(count, max_bytes // (flat.itemsize * (rows * cols + 2 * rows * rows))))
 
     def one_batch(windows: tuple[Array, Array, Array]) -> Array:
         start, down, across = (part[:, None, None] for part in windows)

@@ -23,7 +23,7 @@ class Options(NamedTuple):
     axes: Axes
     platform: str  # "cpu" solves on the host; any other in batches, on the device
     solver: Solver  # chosen, not "auto"
-    max_batch_bytes: int  # bound on the bytes of windows and Gram matrices alive at once
+    max_bytes: int  # bound on the bytes of windows and Gram matrices alive at once
 
 
 def in_working_precision(weight: Any) -> Array:
@@ -42,7 +42,7 @@ def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], options: O
     weights = [in_working_precision(weight) for weight in weights]
     if platform != "cpu":
         stacks = [as_matrices(weight, axes) for weight in weights]
-        return accelerator.batched_spectra(stacks, grids, svd=solver == "svd", max_batch_bytes=max_bytes)
+        return accelerator.spectra(stacks, grids, solver=solver, max_bytes=max_bytes)
 
     def on_host(context: Any, spectra: Sequence[Any], arrays: Sequence[Any]) -> None:
         del context
@@ -81,7 +81,7 @@ def choose_solver(solver: Solver, *, platform: str, exact: bool) -> Literal["gra
 
 
 def window_eigenvalues(
-    stacks: Sequence[Any], grids: Sequence[Grid], *, platform: str, solver: Solver, max_batch_bytes: int
+    stacks: Sequence[Any], grids: Sequence[Grid], *, platform: str, solver: Solver, max_bytes: int
 ) -> list[np.ndarray]:
     """Return the eigenvalues of stacks (K, R, C), window by window: real arrays (K * W, n), each row ascending.
 
@@ -90,13 +90,12 @@ def window_eigenvalues(
     """
     if platform == "cpu":
         on_host = [np.asarray(stack) for stack in stacks]
-        return cpu.window_spectra(on_host, grids, solver=solver, max_bytes=max_batch_bytes)
+        return cpu.window_spectra(on_host, grids, solver=solver, max_bytes=max_bytes)
     double = solver == "gram64"
     with jax.enable_x64(True) if double else contextlib.nullcontext():
         values: list[Array] = []
         for stack, grid in zip(stacks, grids, strict=True):
             array = jnp.asarray(stack, np.result_type(stack.dtype, np.float64) if double else None)
             # One call for each layer: it is compiled for each shape of a layer, not for each selection of layers.
-            settings = {"svd": solver == "svd", "max_batch_bytes": max_batch_bytes}
-            values += accelerator.batched_windows([array], (grid,), **settings)
+            values += accelerator.window_spectra([array], (grid,), solver=solver, max_bytes=max_bytes)
         return [np.asarray(part) for part in values]

@@ -66,7 +66,7 @@ def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh
     """
     traced = any(isinstance(weight, Tracer) for weight in weights)
     if options.platform == "cpu" and not traced and jax.process_count() == 1:
-        return _on_one_host(weights, grids, mesh, options)
+        return _solve_on_one_host(weights, grids, mesh, options)
     spectra: list[Array] = []
     for weight, grid in zip(weights, grids, strict=True):
         if traced:
@@ -79,7 +79,7 @@ def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh
     return spectra
 
 
-def _on_one_host(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh, options: Options) -> list[Array]:
+def _solve_on_one_host(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh, options: Options) -> list[Array]:
     """Return what `pooled_eigenvalues` does, where the host solves for all devices: each holds another layer.
 
     Several layers keep all cores busy, even where a layer has a single window.
@@ -89,7 +89,7 @@ def _on_one_host(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh, opti
         group = slice(first, first + mesh.size)
         placed = [jax.device_put(*pair) for pair in zip(weights[group], mesh.devices.flat, strict=False)]
         stacks = [as_matrices(np.asarray(in_working_precision(weight)), options.axes) for weight in placed]
-        found = cpu.spectra(stacks, grids[group], solver=options.solver, max_bytes=options.max_batch_bytes)
+        found = cpu.spectra(stacks, grids[group], solver=options.solver, max_bytes=options.max_bytes)
         spectra += jax.device_put(found, _replicated(mesh))
     return spectra
 
@@ -138,7 +138,7 @@ def shard_evenly(shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec
 @functools.partial(jax.jit, static_argnames=("grid", "mesh", "options"))
 def _solve(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
     """Return the spectrum (D, E) of a weight that every device has."""
-    solve = _on_host if options.platform == "cpu" else _on_accelerators
+    solve = _on_cpu_devices if options.platform == "cpu" else _on_accelerators
     solve = functools.partial(solve, grid=grid, mesh=mesh, options=options)
     everywhere = PartitionSpec()
     # JAX does not see that what all devices have gathered is the same, hence no `check_vma`.
@@ -148,19 +148,15 @@ def _solve(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
 def _on_accelerators(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
     """Return the spectrum of a layer inside `shard_map`: every device solves an equal part of the windows."""
     stack = as_matrices(in_working_precision(weight), options.axes)
+    number = lax.axis_index(mesh.axis_names)
     values = accelerator.part_of_windows(
-        stack,
-        grid,
-        lax.axis_index(mesh.axis_names),
-        mesh.size,
-        svd=options.solver == "svd",
-        max_batch_bytes=options.max_batch_bytes,
+        stack, grid, number, mesh.size, solver=options.solver, max_bytes=options.max_bytes
     )
     values = lax.all_gather(values, mesh.axis_names, tiled=True)[: len(stack) * len(grid.starts)]
     return jnp.sort(grid.pool(values), axis=-1)
 
 
-def _on_host(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
+def _on_cpu_devices(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
     """Return the spectrum of a layer inside `shard_map`: every process solves a part of the windows."""
     weight = in_working_precision(weight)
     positions, _, _ = options.axes.stack_shape(weight.shape)
@@ -205,7 +201,7 @@ def _write_eigenvalues(
 
     def solve() -> np.ndarray:
         own = grid._replace(starts=tuple(grid.starts[window] for window in windows))
-        return cpu.solve([stack[positions]], [own], solver=options.solver, max_bytes=options.max_batch_bytes)[0]
+        return cpu.solve([stack[positions]], [own], solver=options.solver, max_bytes=options.max_bytes)[0]
 
     digest = hashlib.sha256(weight.view(np.uint8)).digest()
     found = _solved_once((digest, grid, options), len(mesh.local_devices), solve)
