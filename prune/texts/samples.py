@@ -74,13 +74,19 @@ def calibration_samples(
         InputError: the source cannot be read, is too short, or has ids outside the vocabulary.
     """
     where, found = f"--calibration {source}", read(source, "--calibration")
+    encode, random, drawn = _encoder(tokenizer, special_tokens, where), np.random.default_rng(seed), None
     if found.ids is not None and found.ids.ndim == 2 and found.ids.shape[1] == length:
         if len(found.ids) < count:
             raise InputError(f"{where}: has {len(found.ids)} sequences, {count} are asked for; ask for fewer")
         drawn = (found.ids[:count], range(count), found.ids.size)
-    else:
-        encode = _encoder(tokenizer, special_tokens, where)
-        drawn = _draw(found, encode, np.random.default_rng(seed), count, length, where)
+    elif found.kind == "documents":
+        drawn = _windows_of_documents(found.texts, encode, random, count, length)
+        if drawn is None:
+            _log.warning("%s: no document is longer than %d tokens; they are put into one text", where, length)
+    if drawn is None:
+        ids = _whole(found, encode, length, where)
+        starts = random.integers(0, len(ids) - length, size=count, endpoint=True).tolist()
+        drawn = (np.stack([ids[start : start + length] for start in starts]), starts, len(ids))
     facts = {"source": source, "count": count, "length": length, "seed": seed, "special_tokens": special_tokens}
     return _samples(drawn, found, tokenizer, vocab_size, where, facts)
 
@@ -146,21 +152,10 @@ def _whole(found: Source, encode: _Encode, length: int, where: str) -> np.ndarra
     return ids
 
 
-def _draw(found: Source, encode: _Encode, random: np.random.Generator, count: int, length: int, where: str) -> _Drawn:
-    if found.kind == "documents":
-        drawn = _windows_of_documents(found.texts, encode, random, count, length)
-        if drawn is not None:
-            return drawn
-        _log.warning("%s: no document is longer than %d tokens; they are put into one text", where, length)
-    ids = _whole(found, encode, length, where)
-    starts = random.integers(0, len(ids) - length, size=count, endpoint=True).tolist()
-    return np.stack([ids[start : start + length] for start in starts]), starts, len(ids)
-
-
 def _windows_of_documents(
     documents: Sequence[str], encode: _Encode, random: np.random.Generator, count: int, length: int
 ) -> _Drawn | None:
-    # Each document serves once before any serves twice. None: no document is longer than a window.
+    """Return one window of each document before a second of any; `None` where none is longer than a window."""
     long, tokens = [], 0
     with tqdm(total=count, desc="calibration samples", leave=False) as bar:
         # The reference draws until a document is long enough, and would never end where none is.
