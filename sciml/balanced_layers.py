@@ -1,4 +1,4 @@
-"""Which weights of DPOT are analysed as layers, and how its Fourier weights become matrices.
+"""Which weights of DPOT are analysed as layers, and its Fourier weights as matrices.
 
 The reference analyses every `Linear` and `Conv2d` of Torch. Two kinds of DPOT's weights are neither: the complex
 block-diagonal weights of its Fourier filters, and the transposed convolution of its output. `--layers all` adds them.
@@ -34,9 +34,9 @@ def spectral_view(params: Any) -> Any:
     A filter's weight (2, blocks, in, out), real and imaginary part, becomes a complex kernel (1, blocks, in, out): each
     block is a matrix of its own, as each position of a convolution kernel is.
     """
-    return jax.tree_util.tree_map_with_path(_as_matrices, params)
 
+    def as_matrices(path: tuple[Any, ...], leaf: Array) -> Array:
+        is_fourier = DictKey("filter") in path and leaf.ndim == 4
+        return jax.lax.complex(leaf[:1], leaf[1:]) if is_fourier else jnp.asarray(leaf)
 
-def _as_matrices(path: tuple[Any, ...], leaf: Array) -> Array:
-    is_fourier = DictKey("filter") in path and leaf.ndim == 4
-    return jax.lax.complex(leaf[:1], leaf[1:]) if is_fourier else jnp.asarray(leaf)
+    return jax.tree_util.tree_map_with_path(as_matrices, params)

@@ -1,7 +1,7 @@
 """Batches of trajectories of one shape, read ahead by a thread while the model computes."""
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple
@@ -43,10 +43,10 @@ def test_batches(fields: Fields, *, batch_size: int) -> Generator[Batch]:
 def _batches(
     fields: Fields, order: np.ndarray, starts: np.ndarray, steps: int, batch_size: int, first: int = 0
 ) -> Generator[Batch]:
-    """Cut trajectories, in this order and each from its start, into batches that are read when called for."""
+    """Cut trajectories, in this order and each from its start, into batches, which a thread reads ahead."""
 
-    def read(first: int) -> Batch:
-        chosen = slice(first, first + batch_size)
+    def read(place: int) -> Batch:
+        chosen = slice(place, place + batch_size)
         batch = np.empty((batch_size, *fields.size, steps, fields.channels), np.float32)
         for row, (i, start) in enumerate(zip(order[chosen], starts[chosen], strict=True)):
             batch[row] = fields.read(int(i), int(start), steps)
@@ -54,18 +54,13 @@ def _batches(
         batch[count:] = batch[0]
         return Batch(batch, (np.arange(batch_size) < count).astype(np.float32))
 
-    return _read_ahead(read, range(0, len(order), batch_size)[first:])
-
-
-def _read_ahead(read: Callable[[int], Batch], firsts: range) -> Generator[Batch]:
-    """Read in a thread, a few batches before they are asked for; the thread's errors are raised here."""
-    waiting = iter(firsts)
+    places = iter(range(0, len(order), batch_size)[first:])
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fields") as reader:
-        ahead = deque(reader.submit(read, first) for first in islice(waiting, _AHEAD))
+        ahead = deque(reader.submit(read, place) for place in islice(places, _AHEAD))
         try:
             while ahead:
                 batch = ahead.popleft().result()
-                ahead.extend(reader.submit(read, first) for first in islice(waiting, 1))
+                ahead.extend(reader.submit(read, place) for place in islice(places, 1))
                 yield batch
         finally:
             reader.shutdown(cancel_futures=True)

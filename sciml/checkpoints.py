@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -117,11 +117,7 @@ def _place_all(state: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], 
 
 
 def from_torch(state: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
-    """Return a state dict as parameters, float32.
-
-    Raises:
-        InputError: tensors are unknown, missing, or of another shape than the model's; one message for all.
-    """
+    """Return a state dict as parameters, float32; one InputError names all tensors that are not the model's."""
     arrays, unknown = _place_all(state)
     if faults := _faults(arrays, _expected_shapes(config), unknown):
         raise InputError(f"state dict: {listed(faults.values())}. Use the configuration that it was saved from")
@@ -129,11 +125,7 @@ def from_torch(state: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
 
 
 def to_torch(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Return parameters as a state dict that DPOT's own code loads: Torch's name -> array, float32, contiguous.
-
-    Raises:
-        InputError: the parameters are not the model's.
-    """
+    """Return parameters as a state dict that DPOT's own code loads: Torch's name -> array, float32, contiguous."""
     arrays = {path: np.asarray(leaf, np.float32) for path, leaf in named_leaves(params)}
     if faults := _faults(arrays, _expected_shapes(config)):
         raise InputError(f"parameters: {listed(faults.values())}. Use the configuration that they belong to")
@@ -142,11 +134,7 @@ def to_torch(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def save(path: Path, params: Params, config: ModelConfig) -> None:
-    """Write a safetensors file atomically, with Torch's names and layouts and the configuration in its metadata.
-
-    Raises:
-        InputError: the parameters are not the model's, or the disk is full.
-    """
+    """Write a safetensors file atomically, with Torch's names and layouts and the configuration in its metadata."""
     # One entry only: safetensors writes several in random order, and equal weights should be equal files.
     metadata = {"config": json.dumps(dataclasses.asdict(config))}
     state = to_torch(params, config)
@@ -177,7 +165,10 @@ def load(
     wanted = {p: shape for p, shape in expected.items() if component_of(p) in chosen}
     if "all" not in components:
         unknown = {}
-        _check_present(path, components, given, wanted)
+        for component in components:
+            for where, paths in ((f"{path}", given), ("the model", wanted)):
+                if component not in map(component_of, paths):
+                    raise InputError(f"{path}: component {component}: {where} has none; leave it out of the components")
     if faults := _faults(given, wanted, unknown):
         raise InputError(f"{path}: {listed(faults.values())}. {_remedy(faults, chosen, state)}")
     replaced = {p: jnp.asarray(given[p]) if p in given else leaf for p, leaf in named_leaves(params)}
@@ -185,24 +176,17 @@ def load(
 
 
 def _chosen(components: tuple[str, ...]) -> set[str]:
-    for component in components:
-        if component != "all" and component not in COMPONENTS:
-            raise InputError(f"component {component!r}: unknown; choose from all, {', '.join(COMPONENTS)}")
+    known = f"choose from all, {', '.join(COMPONENTS)}"
     if not components:
-        raise InputError(f"components: none given; choose from all, {', '.join(COMPONENTS)}")
+        raise InputError(f"components: none given; {known}")
+    for component in components:
+        if component not in {"all", *COMPONENTS}:
+            raise InputError(f"component {component!r}: unknown; {known}")
     return set(COMPONENTS if "all" in components else components)
 
 
-def _check_present(path: Path, components: Iterable[str], given: Collection[str], wanted: Collection[str]) -> None:
-    for component in components:
-        for where, paths in ((f"{path}", given), ("the model", wanted)):
-            if component not in map(component_of, paths):
-                raise InputError(f"{path}: component {component}: {where} has none; leave it out of the components")
-
-
 def _remedy(faults: Iterable[str], chosen: set[str], state: Mapping[str, np.ndarray]) -> str:
-    rows = [TABLE.by_name(name) for name in faults]
-    faulty = {component_of(str(row.path)) for row in rows if row}
+    faulty = {component_of(str(row.path)) for row in map(TABLE.by_name, faults) if row}
     rest = [component for component in COMPONENTS if component in chosen - faulty]
     named = fitting_name(state)
     remedy = f"It is a checkpoint of the model {named}: use that, or " if named else "Use the model that it is of, or "
@@ -236,16 +220,16 @@ def _differences(path: Path, config: ModelConfig) -> list[str]:
 
 
 def infer_config(state: Mapping[str, np.ndarray]) -> ModelConfig:
-    """Return a model's configuration by the shapes of a state dict; `modes` and `activation` have their defaults.
-
-    Raises:
-        InputError: the tensors are not those of a DPOT model.
-    """
+    """Return a model's configuration by the shapes of a state dict; `modes` and `activation` have their defaults."""
     arrays, _ = _place_all(state)
     try:
         side, _, inputs, hidden = arrays["patch_embed/patches/kernel"].shape
         latent, _, width = arrays["pos_embed"].shape
         outputs = (hidden - 3) // side  # see ModelConfig.patch_width
+        mlp_width = len(arrays["blocks/0/mlp/fc1/bias"])
+        ratio = mlp_width / width
+        if int(width * ratio) < mlp_width:  # rounded down
+            ratio = math.nextafter(ratio, math.inf)
         config = ModelConfig(
             image_size=latent * side,
             patch_size=side,
@@ -256,7 +240,7 @@ def infer_config(state: Mapping[str, np.ndarray]) -> ModelConfig:
             width=width,
             depth=_depth(arrays),
             num_blocks=arrays["blocks/0/filter/w1"].shape[1],
-            mlp_ratio=_ratio(arrays["blocks/0/mlp/fc1/bias"].size, width),
+            mlp_ratio=ratio,
             out_width=len(arrays["out_layer/conv1/bias"]),
             num_classes=len(arrays["cls_head/fc3/bias"]),
             normalize="scale_mu/kernel" in arrays,
@@ -267,12 +251,6 @@ def infer_config(state: Mapping[str, np.ndarray]) -> ModelConfig:
         raise InputError(f"not of a DPOT model: {fault}; give a whole checkpoint of DPOT") from error
     config.check()
     return config
-
-
-def _ratio(hidden: int, width: int) -> float:
-    ratio = hidden / width
-    # A quotient that was rounded down would give one channel less when it is multiplied again.
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def fitting_name(state: Mapping[str, np.ndarray]) -> str | None:

@@ -18,14 +18,7 @@ from . import checkpoints
 
 
 def convert(source: Path, target: Path) -> str:
-    """Convert one checkpoint, checked tensor by tensor.
-
-    Returns:
-        A line that says what was written.
-
-    Raises:
-        InputError: the source cannot be used, or the target is no `.safetensors` name or the source itself.
-    """
+    """Convert one checkpoint, checked tensor by tensor; return a line that says what was written."""
     if target.suffix != ".safetensors":
         raise InputError(f"{target}: the file to write must end in .safetensors")
     if target.resolve() == source.resolve():

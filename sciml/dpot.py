@@ -17,8 +17,8 @@ from farms_jax.programs.config_file import read_config, write_config
 from farms_jax.programs.run_directory import at_work
 
 from .config import RECIPES, Config
-from .fine_tuning import run_experiment
 from .preparation import complete, prepare
+from .training import run_experiment
 
 
 def main(name: str = "sciml.dpot") -> None:

@@ -24,14 +24,6 @@ SAMPLED = 8  # trajectories read at opening of larger data
 _BAR_AFTER = 2.0  # seconds: small data need no progress bar
 
 
-class _Axis(NamedTuple):
-    """Linear interpolation along one axis: the two neighbours of each new point, and the weight of the upper one."""
-
-    lower: np.ndarray
-    upper: np.ndarray
-    weight: np.ndarray
-
-
 class Fields:
     """One split of the data, trajectories (X, Y, T, C) that are read from disk when asked for."""
 
@@ -40,23 +32,17 @@ class Fields:
         x, y, self.steps, self.channels = source.shape  # as stored
         self.name, self.source, self.indices = name, source, tuple(indices)
         self.size = (x, y) if resolution is None else (resolution, resolution)  # as read
-        self._axes = [None if old == new else _axis(old, new) for old, new in zip((x, y), self.size, strict=True)]
 
     def __len__(self) -> int:
         """Return the number of trajectories."""
         return len(self.indices)
 
     def read(self, i: int, start: int, length: int) -> np.ndarray:
-        """Return a time window, (X, Y, length, C), float32 and finite, in the units of the file; `i` in [0, len(self)).
-
-        Raises:
-            IndexError: there is no such trajectory or no such window.
-            InputError: the file cannot be read, or holds NaN or infinite values there.
-        """
+        """Return a window of time, (X, Y, length, C), of trajectory `i` of the split; for errors see `Source.read`."""
         fields = self.source.read(self.indices[i], start, length)
-        for number, axis in enumerate(self._axes):
-            if axis is not None:
-                fields = _resample(fields, axis, number)
+        for axis, size in enumerate(self.size):
+            if size != fields.shape[axis]:
+                fields = _resample(fields, axis, size)
         return fields
 
     def close(self) -> None:
@@ -106,17 +92,16 @@ def open_fields(
         InputError: `ratio` is not in (0, 1], or the data are missing, damaged, too short or of other `channels`.
     """
     share = _share(ratio)
-    train_path, test_path = _paths(Path(path).expanduser(), None if test is None else Path(test).expanduser())
+    path = path.expanduser()
+    train_path, test_path = _paths(path, test and test.expanduser())
     with contextlib.ExitStack() as opened:
-        train_source = open_source(train_path)
-        opened.callback(train_source.close)
-        test_source = open_source(test_path or train_path)
-        opened.callback(test_source.close)
-        train_count, test_range, notes = _split(train_source, None if test_path is None else test_source)
-        chosen = range(train_count) if share == 1 else _subsample(train_count, share)
-        name = Path(path).expanduser().resolve().name
-        train = Fields(f"{name} (train)", train_source, chosen[:limit_train], resolution)
-        held_out = Fields(f"{name} (test)", test_source, test_range[:limit_test], resolution)
+        train_source = opened.enter_context(contextlib.closing(open_source(train_path)))
+        test_source = opened.enter_context(contextlib.closing(open_source(test_path or train_path)))
+        train_count, tested, notes = _split(train_source, test_source if test_path else None)
+        trained = [i // share for i in range(math.ceil(train_count * share))]
+        name = path.resolve().name
+        train = Fields(f"{name} (train)", train_source, trained[:limit_train], resolution)
+        held_out = Fields(f"{name} (test)", test_source, tested[:limit_test], resolution)
         for fields in (train, held_out):
             _check_shape(fields, steps_needed, channels)
         if train.size != held_out.size:
@@ -124,9 +109,9 @@ def open_fields(
                 f"{train_path} has a grid of {train.size}, {test_path} of {held_out.size}; set a resolution for both"
             )
         fingerprint, scan_notes = _scan(train, held_out)
-        notes += _use_notes(train, held_out, train_count, share)
-        opened.pop_all()
-    return FieldData(train, held_out, fingerprint, name, (*notes, *scan_notes))
+        opened.pop_all()  # the splits stay open
+    notes += [*_use_notes(train, held_out, train_count, share), *scan_notes]
+    return FieldData(train, held_out, fingerprint, name, tuple(notes))
 
 
 def _share(ratio: float) -> Fraction:
@@ -137,31 +122,25 @@ def _share(ratio: float) -> Fraction:
     return share
 
 
-def _subsample(count: int, share: Fraction) -> list[int]:
-    """Return floor(i / share) for i = 0, 1, ... below count; the first is always among them."""
-    kept = -(-count * share.numerator // share.denominator)
-    return [i * share.denominator // share.numerator for i in range(kept)]
-
-
 def _paths(path: Path, test: Path | None) -> tuple[Path, Path | None]:
     """Return the paths of the training and, if they are separate, the test data."""
-    train_part, test_part = _part(path, "train"), _part(path, "test")
+
+    def part(folder: Path, split: str) -> Path | None:
+        return next((part for part in (folder / split, folder / f"{split}.hdf5") if part.exists()), None)
+
+    train_part, test_part = part(path, "train"), part(path, "test")
+    train = train_part or path
     if test is not None:
-        chosen = _part(test, "test") or test
-        if chosen.exists() and (train_part or path).exists() and chosen.samefile(train_part or path):
-            raise InputError(f"{chosen}: given for training and for testing; leave `test` out to split it 9 to 1")
-        return train_part or path, chosen
+        test = part(test, "test") or test
+        if test.exists() and train.exists() and test.samefile(train):
+            raise InputError(f"{test}: given for training and for testing; leave `test` out to split it 9 to 1")
+        return train, test
     if (train_part is None) != (test_part is None):
-        there, missing = ("train", "test") if train_part else ("test", "train")
+        found, missing = ("train", "test") if train_part else ("test", "train")
         raise InputError(
-            f"{path}: has {there} but no {missing}; add {missing}/ or {missing}.hdf5, or give files one by one"
+            f"{path}: has {found} but no {missing}; add {missing}/ or {missing}.hdf5, or give files one by one"
         )
-    return train_part or path, test_part
-
-
-def _part(folder: Path, split: str) -> Path | None:
-    """Return where a folder keeps a split; `None` if it has none."""
-    return next((part for part in (folder / split, folder / f"{split}.hdf5") if part.exists()), None)
+    return train, test_part
 
 
 def _split(train: Source, test: Source | None) -> tuple[int, range, list[str]]:
@@ -184,9 +163,9 @@ def _use_notes(train: Fields, test: Fields, train_count: int, share: Fraction) -
         rule = f", every {float(1 / share):g}-th" if share < 1 else ""
         notes.append(f"{len(train)} of {train_count} training trajectories are used{rule}.")
     for fields in (train, test):
-        (x, y), (new_x, new_y) = fields.source.shape[:2], fields.size
-        if (x, y) != (new_x, new_y):
-            notes.append(f"{fields.name}: fields of {x}x{y} are resampled to {new_x}x{new_y}, bilinearly.")
+        stored, read = ("{}x{}".format(*size) for size in (fields.source.shape[:2], fields.size))
+        if stored != read:
+            notes.append(f"{fields.name}: fields of {stored} are resampled to {read}, bilinearly.")
     return notes
 
 
@@ -210,36 +189,32 @@ def _check_shape(fields: Fields, steps_needed: int, channels: int) -> None:
 def _scan(train: Fields, test: Fields) -> tuple[str, list[str]]:
     """Read all trajectories in use, or a sample of many; return their fingerprint and notes."""
     used = [(fields.source, index) for fields in (train, test) for index in fields.indices]
-    total = sum(math.prod(source.shape) * source.itemsize for source, _ in used)  # uncompressed
+    total = sum(math.prod(source.shape) * source.itemsize for source, _ in used)  # bytes, uncompressed
     sampled = range(len(used)) if total <= SCAN_BYTES else np.linspace(0, len(used) - 1, SAMPLED).round().astype(int)
+    chosen = set(sampled)
     described = [(f.source.layout, f.source.shape, f.source.itemsize, f.indices) for f in (train, test)]
     digest = hashlib.sha256(json.dumps(described).encode())
-    chosen = set(sampled)
     bar = tqdm(used, desc="Checking the fields", unit="trajectory", delay=_BAR_AFTER, leave=False, dynamic_ncols=True)
     for number, (source, index) in enumerate(bar):
         if number in chosen:
             digest.update(source.read(index, 0, source.shape[2]).astype("<f4", copy=False).tobytes())
         else:
             source.check(index)
-    notes = []
-    if len(chosen) < len(used):
-        notes.append(
-            f"The data take {total / 2**30:.1f} GiB: {len(chosen)} of {len(used)} trajectories were checked for NaN at "
-            "opening, the others are when they are read."
-        )
-    return digest.hexdigest(), notes
+    if len(chosen) == len(used):
+        return digest.hexdigest(), []
+    note = (
+        f"The data take {total / 2**30:.1f} GiB: {len(chosen)} of {len(used)} trajectories were checked for NaN at "
+        "opening, the others are when they are read."
+    )
+    return digest.hexdigest(), [note]
 
 
-def _axis(old: int, new: int) -> _Axis:
-    """Return where the centres of `new` cells lie among those of `old` cells; beyond the ends the edge value holds."""
+def _resample(fields: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """Interpolate linearly along an axis between the centres of its cells; beyond the ends the edge value holds."""
     # As torch.nn.functional.interpolate(mode="bilinear", align_corners=False), which DPOT resamples with.
-    position = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
+    old = fields.shape[axis]
+    position = np.clip((np.arange(size) + 0.5) * (old / size) - 0.5, 0, old - 1)
     lower = position.astype(np.intp)
-    return _Axis(lower, np.minimum(lower + 1, old - 1), (position - lower).astype(np.float32))
-
-
-def _resample(fields: np.ndarray, axis: _Axis, number: int) -> np.ndarray:
-    """Interpolate along axis `number`."""
     # Two neighbours per point rather than a matrix product, whose matrix is nearly all zeros.
-    weight = np.expand_dims(axis.weight, tuple(range(1, fields.ndim - number)))
-    return fields.take(axis.lower, number) * (1 - weight) + fields.take(axis.upper, number) * weight
+    weight = np.expand_dims((position - lower).astype(np.float32), tuple(range(1, fields.ndim - axis)))
+    return fields.take(lower, axis) * (1 - weight) + fields.take(np.minimum(lower + 1, old - 1), axis) * weight

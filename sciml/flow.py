@@ -61,7 +61,10 @@ def simulate(initial: Array, gas: Gas, times: Array) -> Array:
 
 def _advance(state: Array, remaining: Array, gas: Gas) -> tuple[Array, Array]:
     """Take two flow steps between two viscous ones; return the state and the time that remains to the output."""
-    longest = CFL / _crossing_rate(_primitive(state, gas), gas)
+    vx, vy, density, pressure = _primitive(state, gas)
+    sound = jnp.sqrt(gas.gamma * pressure / density)
+    cells_per_second = (jnp.abs(vx) + sound) * vx.shape[0] + (jnp.abs(vy) + sound) * vx.shape[1]
+    longest = CFL / jnp.max(cells_per_second)
     pairs = jnp.ceil(remaining / (2 * longest))  # equally long: no tiny step at the end
     # NaN, here or from a negative pressure, ends the loop over steps and marks all that follows.
     pair = jnp.where(pairs < _MANY, remaining / pairs, jnp.nan)
@@ -83,13 +86,6 @@ def _primitive(state: Array, gas: Gas) -> Array:
     mx, my, density, energy = state
     pressure = (gas.gamma - 1) * (energy - (mx**2 + my**2) / (2 * density))
     return jnp.stack([mx / density, my / density, density, pressure])
-
-
-def _crossing_rate(primitive: Array, gas: Gas) -> Array:
-    """Return the most cells that sound and flow cross per second, both axes added; NaN if a pressure is negative."""
-    vx, vy, density, pressure = primitive
-    sound = jnp.sqrt(gas.gamma * pressure / density)
-    return jnp.max((jnp.abs(vx) + sound) * vx.shape[0] + (jnp.abs(vy) + sound) * vx.shape[1])
 
 
 def _next(field: Array, axis: int) -> Array:

@@ -35,6 +35,7 @@ from .flow_config import FlowConfig, file_name
 from .hdf5 import CHANNELS
 from .shards import make_shards, ranges, read_shard, shard_path
 
+_OUT = tyro.conf.arg(help="folder for the file, which gets the name that PDEBench would give it.")
 _CHUNK = 2**18  # most bytes of a chunk of the file, unless one state takes more
 
 
@@ -77,7 +78,10 @@ def _is_made(path: Path, config: FlowConfig) -> bool:
     """Return whether the file is complete; raise an InputError if it has other settings."""
     if not path.exists():
         return False
-    _check_same(path, _read_attributes(path), config, "delete it, or choose another folder")
+    attributes: dict[str, Any] = {}
+    with contextlib.suppress(OSError), h5py.File(path) as file:  # not an HDF5 file
+        attributes = {name: np.asarray(value).item() for name, value in file.attrs.items() if np.size(value) == 1}
+    _check_same(path, attributes, config, "delete it, or choose another folder")
     tqdm.write(f"{path}: made earlier with the same settings")
     return True
 
@@ -94,15 +98,6 @@ def _check_begun(parts: Path, config: FlowConfig) -> None:
     write_json(path, config.attributes())
 
 
-def _read_attributes(path: Path) -> dict[str, Any]:
-    """Return a file's scalar attributes; none if it is no HDF5 file."""
-    try:
-        with h5py.File(path) as file:
-            return {name: np.asarray(value).item() for name, value in file.attrs.items() if np.size(value) == 1}
-    except OSError:
-        return {}
-
-
 def _check_same(path: Path, attributes: dict[str, Any], config: FlowConfig, remedy: str) -> None:
     """Raise an InputError if a file or folder was made with other settings."""
     if "generator_version" not in attributes:
@@ -117,15 +112,22 @@ def _check_same(path: Path, attributes: dict[str, Any], config: FlowConfig, reme
 
 def _check_space(path: Path, parts: Path, config: FlowConfig) -> None:
     """Raise an InputError if the disk has no room for the shards still to come and the file made of them."""
-    total = _file_size(config)
-    need = _data_size(config) + total - sum(shard.stat().st_size for shard in parts.glob("*.npz"))
+    data, total = _sizes(config)
+    need = data + total - sum(shard.stat().st_size for shard in parts.glob("*.npz"))
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     free = shutil.disk_usage(folder).free
     if need > free:
-        numbers = (
-            f"{need / 1e9:.1f} GB are needed on the way ({total / 1e9:.1f} GB in the end), {free / 1e9:.1f} GB are free"
+        raise InputError(
+            f"{path}: {need / 1e9:.1f} GB are needed on the way ({total / 1e9:.1f} GB in the end), {free / 1e9:.1f} GB "
+            "are free; lower --count or --size, or choose another disk"
         )
-        raise InputError(f"{path}: {numbers}; lower --count or --size, or choose another disk")
+
+
+def _sizes(config: FlowConfig) -> tuple[int, int]:
+    """Return the bytes of the numbers, and a bound on those of the file, which also has records on chunks."""
+    data = 4 * len(CHANNELS) * config.count * config.steps * config.size**2
+    chunks = len(CHANNELS) * config.count * config.steps // _chunk(config)[1]
+    return data, data + 256 * chunks + 2**16
 
 
 def _chunk(config: FlowConfig) -> tuple[int, int, int, int]:
@@ -134,16 +136,6 @@ def _chunk(config: FlowConfig) -> tuple[int, int, int, int]:
     most = max(1, _CHUNK // (4 * config.size**2))
     states = max(states for states in range(1, min(most, config.steps) + 1) if config.steps % states == 0)
     return 1, states, config.size, config.size
-
-
-def _file_size(config: FlowConfig) -> int:
-    """Return an upper bound on the file's bytes: its numbers, and HDF5's own records of chunks and datasets."""
-    chunks = len(CHANNELS) * config.count * config.steps // _chunk(config)[1]
-    return _data_size(config) + 256 * chunks + 2**16
-
-
-def _data_size(config: FlowConfig) -> int:
-    return 4 * len(CHANNELS) * config.count * config.steps * config.size**2
 
 
 def _new_file(path: Path, size: int) -> None:
@@ -166,7 +158,7 @@ def _merge(path: Path, parts: Path, config: FlowConfig) -> None:
     redraws = 0
     with contextlib.ExitStack() as stack:
         part = stack.enter_context(atomic(path))
-        _new_file(part, _file_size(config))
+        _new_file(part, _sizes(config)[1])
         file = stack.enter_context(h5py.File(part, "r+"))  # which gives back at its end what it did not need
         for name, values in (("t-coordinate", times), ("x-coordinate", centres), ("y-coordinate", centres)):
             file.create_dataset(name, data=values.astype(np.float32))
@@ -184,16 +176,7 @@ def _merge(path: Path, parts: Path, config: FlowConfig) -> None:
 def main(name: str = "sciml.generate") -> None:
     """Run the program, called `name` in its messages; a mistake in the settings is one line, and exit status 2."""
 
-    def run(flow: Annotated[FlowConfig, tyro.conf.arg(name="")], out: Path = Path("data")) -> Path:
-        """Make a data set of compressible flows.
-
-        Args:
-            flow: what the trajectories are.
-            out: folder for the file, which gets the name that PDEBench would give it.
-
-        Returns:
-            The file.
-        """
+    def run(flow: Annotated[FlowConfig, tyro.conf.arg(name="")], out: Annotated[Path, _OUT] = Path("data")) -> Path:
         return generate(out / file_name(flow), flow)
 
     description = usage((__doc__ or "").partition("\n\nThe published")[0], name)

@@ -48,7 +48,6 @@ class Source(abc.ABC):
 
     def file(self, index: int) -> Path:
         """Return the file that holds a trajectory."""
-        del index
         return self.path
 
     def check(self, index: int) -> None:
@@ -260,22 +259,19 @@ def _check_storage(where: str, path: Path, data: h5py.Dataset) -> None:
             f"{where}: shape {short_repr(data.shape)} of {printable(str(data.dtype))} needs {size} bytes, which the "
             f"{stored} bytes that are stored in a file of {end} cannot hold; fetch or write the file again"
         )
-    if data.chunks is not None:
-        _check_chunks(where, end, data, data.chunks, packed)
-
-
-def _check_chunks(where: str, end: int, data: h5py.Dataset, shape: tuple[int, ...], packed: float) -> None:
-    """Raise an InputError if a chunk is not in the file or cannot hold its numbers; the HDF5 library does not check."""
-    whole = math.prod(shape) * data.dtype.itemsize
+    if data.chunks is None:
+        return
+    whole = math.prod(data.chunks) * data.dtype.itemsize
 
     def is_bad(chunk: Any) -> bool | None:
         can_hold = chunk.size >= _LEAST_PACKED and whole <= packed * chunk.size + _SLACK
         good = can_hold if packed > 1 else chunk.size == whole
         return None if good and chunk.byte_offset + chunk.size <= end else True
 
-    if data.id.chunk_iter(is_bad):
+    if data.id.chunk_iter(is_bad):  # the HDF5 library does not check
         raise InputError(
-            f"{where}: a chunk of shape {short_repr(shape)} is not whole in the file; fetch or write the file again"
+            f"{where}: a chunk of shape {short_repr(data.chunks)} is not whole in the file; fetch or write the file "
+            "again"
         )
 
 

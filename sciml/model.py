@@ -56,11 +56,6 @@ class ModelConfig:
     time_aggregation: str = "exp_mlp"  # or "mlp", without the cosines in time
 
     @property
-    def latent_size(self) -> int:
-        """Patches along X, and along Y."""
-        return self.image_size // self.patch_size
-
-    @property
     def patch_width(self) -> int:
         """Channels between the two convolutions of the patch embedding, as in the reference."""
         return self.out_channels * self.patch_size + 3
@@ -232,7 +227,7 @@ class DPOT(nnx.Module):
         """Draw the parameters as the reference does; raise an InputError for an impossible configuration."""
         config.check()
         self.config = config
-        size, width, draws = config.latent_size, config.width, Draws()
+        size, width, draws = config.image_size // config.patch_size, config.width, Draws()
         # The reference truncates it at +-2: a hundred deviations.
         self.pos_embed = draws.normal((size, size, width), 0.02)
         self.patch_embed = PatchEmbed(config, draws=draws)

@@ -23,17 +23,17 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
     The class head does not enter the loss: it is not decayed, as Torch's Adam skips what has no gradient. The state
     shows `learning_rate`, `b1` and `lr_scale`.
     """
+
+    def has_gradient(params: object) -> object:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key != "cls_head", params)
+
     rate, beta = schedules(config, steps_per_epoch)
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.add_decayed_weights(config.weight_decay, mask=_has_gradient),
+        optax.add_decayed_weights(config.weight_decay, mask=has_gradient),
         optax.inject_hyperparams(optax.adam)(learning_rate=rate, b1=beta, b2=BETAS[1]),
         farms_jax.tempbalance(refresh_every=None),
     )
-
-
-def _has_gradient(params: object) -> object:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key != "cls_head", params)
 
 
 def schedules(config: Config, steps_per_epoch: int) -> tuple[Schedule, Schedule]:
@@ -59,14 +59,13 @@ def one_cycle(steps: int, rise: int, first: float, middle: float, last: float) -
     Updates count from 0. A `rise` of 0 starts at the middle; later updates keep the last value.
     """
 
+    def anneal(start: float, end: float, share: Array) -> Array:
+        return end + (start - end) / 2 * (1 + jnp.cos(jnp.pi * share))
+
     def value(step: Array | int) -> Array:
         step = jnp.minimum(step, steps - 1)
         up = step / max(rise - 1, 1)
         down = (step - (rise - 1)) / max(steps - rise, 1)
-        return jnp.where(step <= rise - 1, _anneal(first, middle, up), _anneal(middle, last, down))
+        return jnp.where(step <= rise - 1, anneal(first, middle, up), anneal(middle, last, down))
 
     return value
-
-
-def _anneal(start: float, end: float, share: Array) -> Array:
-    return end + (start - end) / 2 * (1 + jnp.cos(jnp.pi * share))

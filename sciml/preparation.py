@@ -66,11 +66,7 @@ class Experiment(NamedTuple):
 
 
 def complete(config: Config) -> Config:
-    """Return the config resolved, with the model's shape from the weights if there are some.
-
-    Raises:
-        InputError: the weights cannot be read, or are of no DPOT model.
-    """
+    """Return the config resolved, with the model's shape from the weights if there are some."""
     if config.weights is None:
         return resolve(config)
     state = checkpoints.read(config.weights)

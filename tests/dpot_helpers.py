@@ -49,6 +49,11 @@ def state_of(name):
     return below("state/", arrays_of(name))
 
 
+def compiled(jitted, *arguments):
+    """A compiled function of such arguments, not optimised: compiling takes the time of these tests, running none."""
+    return jitted.lower(*arguments).compile(compiler_options={"xla_backend_optimization_level": 0})
+
+
 def write_state(path, state):
     """Write a state dict as Torch's users do: without a word on the model."""
     save_file({key: np.ascontiguousarray(value) for key, value in state.items()}, path)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import few
 
 from sciml.flow import DENSITY, PRESSURE, VX, VY, Gas, _hllc, simulate
 from sciml.initial import random_state
@@ -75,6 +74,7 @@ def test_second_order_with_both_viscosities():
     assert np.all(errors[-1] < 2e-3), errors
 
 
+@pytest.mark.slow
 def test_viscous_stress_heats_where_it_acts():
     eta, time, k = 0.05, 0.005, 2 * np.pi  # long before sound evens the heat out
     x, _ = grid(64)
@@ -90,18 +90,13 @@ def totals(fields):
     return np.stack([density * vx, density * vy, density, energy]).sum((-2, -1))
 
 
-@pytest.mark.parametrize("seed", few([0, 1, 2], 3))
-def test_conserves_mass_momenta_and_energy(seed):
-    initial = random_state(jax.random.key(seed), 32, 1.0)
+def test_conserves_mass_momenta_and_energy():
+    initial = random_state(jax.random.key(0), 32, 1.0)
     last = simulate(initial, Gas(0.01, 0.02), jnp.array([0, 0.5]))[-1]
     scale = np.abs(np.asarray(initial)).sum((0, 1))  # the momenta themselves nearly cancel
     before, after = totals(initial), totals(last)
-    drift = (after - before) / np.array([
-        scale[VX] * scale[2] / 1024,
-        scale[VY] * scale[2] / 1024,
-        before[2],
-        before[3],
-    ])
+    momenta = scale[[VX, VY]] * scale[DENSITY] / 32**2
+    drift = (after - before) / np.array([*momenta, before[2], before[3]])
     assert np.abs(drift).max() < 1e-12, drift
     assert np.abs(np.asarray(last - initial)).max() > 0.01
 
@@ -113,6 +108,13 @@ def test_axes_are_alike():
     initial, gas, times = random_state(jax.random.key(3), 32, 1.0), Gas(0.01, 0.02), jnp.array([0, 0.2])
     other = simulate(swapped(initial), gas, times)
     np.testing.assert_allclose(swapped(simulate(initial, gas, times)), other, rtol=1e-10, atol=1e-10)
+
+
+def test_a_state_that_breaks_down_is_nan_from_then_on():
+    broken = random_state(jax.random.key(0), 32, 0.1).at[3, 4, PRESSURE].set(-1e-3)
+    fields = np.asarray(simulate(broken, Gas(0.01, 0.01), jnp.array([0, 0.1])))
+    assert np.isfinite(fields[0]).all()
+    assert np.isnan(fields[1]).all()
 
 
 def test_shock_tube():
@@ -135,13 +137,11 @@ def test_shock_tube():
     assert front == pytest.approx(0.75 + 1.75216 * 0.1, abs=1 / 400)
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [VX, VY])
 def test_hllc_flux_as_toro_writes_it(axis):
     """By another form of the same flux, in which Toro 2009, chapter 10, has the pressure beside the contact."""
-    key = jax.random.key(5)
-    states = jax.random.uniform(key, (2, 4, 1000), minval=0.1, maxval=2)
-    states = states.at[:, :2].set(5 * (states[:, :2] - 1.05))  # some of them supersonic, either way
-    q = np.asarray(states)
+    q = np.random.default_rng(5).uniform(0.1, 2, (2, 4, 1000))
+    q[:, :2] = 5 * (q[:, :2] - 1.05)  # some of them supersonic, either way
     speed, density, pressure = q[:, axis], q[:, DENSITY], q[:, PRESSURE]
     sound = np.sqrt(GAMMA * pressure / density)
     s_left, s_right = (speed - sound).min(0), (speed + sound).max(0)
@@ -160,14 +160,8 @@ def test_hllc_flux_as_toro_writes_it(axis):
     expected = np.where(contact > 0, star[0], star[1])
     expected = np.where(s_left > 0, flux[0], np.where(s_right < 0, flux[1], expected))
     assert 0 < np.sum(s_left > 0) < 1000 and 0 < np.sum(s_right < 0) < 1000
-    np.testing.assert_allclose(_hllc(states[0], states[1], STILL, axis), expected, rtol=1e-8, atol=1e-10)
-
-
-def test_a_state_that_breaks_down_is_nan_from_then_on():
-    broken = random_state(jax.random.key(0), 32, 0.1).at[3, 4, PRESSURE].set(-1e-3)
-    fields = np.asarray(simulate(broken, Gas(0.01, 0.01), jnp.array([0, 0.1])))
-    assert np.isfinite(fields[0]).all()
-    assert np.isnan(fields[1]).all()
+    found = jax.jit(lambda left, right: _hllc(left, right, STILL, axis))(*q)
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
 
 
 def spectrum(field):
@@ -176,7 +170,8 @@ def spectrum(field):
 
 @pytest.mark.slow
 def test_random_states_are_distributed_as_described():
-    states = np.asarray(jax.vmap(lambda key: random_state(key, 32, 0.5))(jax.random.split(jax.random.key(1), 200)))
+    draw = jax.jit(jax.vmap(lambda key: random_state(key, 32, 0.5)))
+    states = np.asarray(draw(jax.random.split(jax.random.key(1), 200)))
     at_rest = np.abs(states[:, 0, 0, :2]).max(-1) < 1e-5
     assert 80 < at_rest.sum() < 120  # a window in one of two
     open_states = states[~at_rest]
@@ -196,7 +191,7 @@ def test_random_states_are_distributed_as_described():
 
 
 def test_turbulent_states_have_no_divergence():
-    state = np.asarray(random_state(jax.random.key(2), 32, 0.1, "turb"))
+    state = np.asarray(jax.jit(lambda key: random_state(key, 32, 0.1, "turb"))(jax.random.key(2)))
     k = np.fft.fftfreq(32, 1 / 32)
     divergence = k[:, None] * np.fft.fft2(state[..., VX]) + k * np.fft.fft2(state[..., VY])
     assert np.abs(divergence).max() < 1e-9

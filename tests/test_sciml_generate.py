@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import h5py
@@ -16,20 +17,23 @@ import pytest
 
 from farms_jax.errors import InputError
 from farms_jax.programs.locking import locked
-from sciml import generate as module, shards, trajectories
+from sciml import generate as module, shards
 from sciml.flow_config import FlowConfig, file_name
 from sciml.generate import generate
 from sciml.hdf5 import open_source
 
 ROOT = Path(__file__).parent.parent
 SMALL = FlowConfig(size=16, steps=3, end=0.1, count=5, seed=7)
-SOLVER = functools.cache(trajectories._solver)  # one compilation for all tests
 
 
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    monkeypatch.setattr(shards, "SHARD", 2)
-    monkeypatch.setattr(trajectories, "_solver", SOLVER)
+@pytest.fixture(scope="module", autouse=True)
+def small_shards():
+    """Shards of two trajectories, and one compilation for data sets of any count."""
+    solver = functools.cache(shards._solver)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD", 2)
+        patch.setattr(shards, "_solver", lambda config, lanes: solver(dataclasses.replace(config, count=1), lanes))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +47,7 @@ def contents(path):
 
 
 def assert_same(path, other):
-    fields, attributes = contents(path)
-    expected, expected_attributes = contents(other)
+    (fields, attributes), (expected, expected_attributes) = contents(path), contents(other)
     assert {name: array.tobytes() for name, array in fields.items()} == {n: a.tobytes() for n, a in expected.items()}
     assert attributes == expected_attributes
 
@@ -76,7 +79,6 @@ def test_trajectories_are_flows(made):
     assert np.all((mach > 0.01) & (mach < 0.11))
 
 
-@pytest.mark.slow
 def test_trajectory_depends_on_seed_and_index_alone(made, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD", 3)
     fewer, _ = contents(generate(tmp_path / "fewer.hdf5", dataclasses.replace(SMALL, count=4)))
@@ -85,10 +87,8 @@ def test_trajectory_depends_on_seed_and_index_alone(made, tmp_path, monkeypatch)
 
 
 def test_names_are_those_of_published_files():
-    thin = FlowConfig(mach=1, eta=1e-8, zeta=1e-8, size=512)
-    assert file_name(thin) == "2D_CFD_Rand_M1.0_Eta1e-08_Zeta1e-08_periodic_512_Train.hdf5"
-    turbulent = dataclasses.replace(thin, initial="turb", mach=0.1)
-    assert file_name(turbulent) == "2D_CFD_Turb_M0.1_Eta1e-08_Zeta1e-08_periodic_512_Train.hdf5"
+    thin = FlowConfig(mach=1, eta=1e-8, zeta=1e-8, size=512, initial="turb")
+    assert file_name(thin) == "2D_CFD_Turb_M1.0_Eta1e-08_Zeta1e-08_periodic_512_Train.hdf5"
 
 
 @pytest.fixture
@@ -100,27 +100,19 @@ def parts(tmp_path, monkeypatch):
     return tmp_path / "flows.hdf5.parts"
 
 
-@pytest.mark.slow
-def test_goes_on_from_whole_shards(made, parts, monkeypatch):
-    path, merge = parts.with_name("flows.hdf5"), module._merge
-    shards = sorted(parts.glob("*.npz"))
-    assert len(shards) == 3 and not path.exists()
-    shards[1].unlink()
-    (parts / f"{shards[1].name}.part").write_bytes(b"half")  # what a kill leaves of the shard being written
-    kept = shards[0].stat().st_mtime_ns
-    monkeypatch.setattr(module, "_merge", lambda *args: (times.append(shards[0].stat().st_mtime_ns), merge(*args)))
-    times = []
-    assert_same(generate(path, SMALL), made)
-    assert times == [kept] and not parts.exists()
-
-
 @pytest.mark.parametrize("damage", ["cut", "other"])
-def test_damaged_shards_are_computed_again(damage, made, parts, capsys):
-    shards = sorted(parts.glob("*.npz"))
-    other = shards[2].read_bytes()  # of one trajectory instead of two
-    shards[1].write_bytes(other if damage == "other" else shards[1].read_bytes()[:-30])
-    assert_same(generate(parts.with_name("flows.hdf5"), SMALL), made)
-    assert f"{shards[1]} is damaged and computed again" in capsys.readouterr().err
+def test_goes_on_from_whole_shards(damage, made, parts, monkeypatch, capsys):
+    path, merge, times = parts.with_name("flows.hdf5"), module._merge, []
+    missing, damaged, whole = sorted(parts.glob("*.npz"))
+    assert not path.exists()
+    other = whole.read_bytes()  # of one trajectory instead of two
+    damaged.write_bytes(other if damage == "other" else damaged.read_bytes()[:-30])
+    missing.replace(parts / f"{missing.name}.part")  # what a kill leaves of the shard being written
+    kept = whole.stat().st_mtime_ns
+    monkeypatch.setattr(module, "_merge", lambda *args: (times.append(whole.stat().st_mtime_ns), merge(*args)))
+    assert_same(generate(path, SMALL), made)
+    assert f"{damaged} is damaged and computed again" in capsys.readouterr().err
+    assert times == [kept] and not parts.exists()
 
 
 def test_no_damage_of_a_shard_goes_unseen(parts):
@@ -143,28 +135,26 @@ def test_a_shard_damaged_at_the_last_moment_is_named(parts, monkeypatch):
     assert [entry.name for entry in path.parent.iterdir()] == [parts.name]
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{" * 100_000])
-def test_damaged_settings_are_an_error(content, parts):
-    (parts / "settings.json").write_text(content)
-    with pytest.raises(InputError, match=r"settings\.json is damaged .*; delete .*flows\.hdf5\.parts to start anew"):
-        generate(parts.with_name("flows.hdf5"), SMALL)
+def test_damaged_settings_are_an_error(parts):
+    for content in ("", "[1]", "{" * 100_000):
+        (parts / "settings.json").write_text(content)
+        with pytest.raises(InputError, match=r"settings\.json is damaged .*; delete .*\.parts to start anew"):
+            generate(parts.with_name("flows.hdf5"), SMALL)
 
 
 def test_flipped_bits_of_the_file_are_found_when_it_is_read(made, tmp_path):
-    source = open_source(made)
-    expected = source.read(3, 1, 2)
-    source.close()
+    with closing(open_source(made)) as source:
+        whole, expected = source.read(2, 0, 3), source.read(3, 1, 2)
     content = made.read_bytes()
     for channel in range(4):
         at = content.index(np.ascontiguousarray(expected[..., 1, channel]).tobytes())
         damaged = bytearray(content)
         damaged[at + 500] ^= 1
         (tmp_path / "damaged.hdf5").write_bytes(damaged)
-        source = open_source(tmp_path / "damaged.hdf5")
-        np.testing.assert_array_equal(source.read(2, 0, 3)[..., 0, 0], open_source(made).read(2, 0, 3)[..., 0, 0])
-        with pytest.raises(InputError, match=r"damaged\.hdf5: trajectory 3 cannot be read .*; the file is damaged"):
-            source.read(3, 1, 2)
-        source.close()
+        with closing(open_source(tmp_path / "damaged.hdf5")) as source:
+            np.testing.assert_array_equal(source.read(2, 0, 3), whole)
+            with pytest.raises(InputError, match=r"damaged\.hdf5: trajectory 3 cannot be read .*; the file is damaged"):
+                source.read(3, 1, 2)
 
 
 def test_chunks_are_some_states_of_a_trajectory():
@@ -189,19 +179,18 @@ def test_a_file_that_another_process_made_meanwhile_is_kept(made, tmp_path, monk
     assert [entry.name for entry in tmp_path.iterdir()] == ["flows.hdf5"]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stop_does_not_wait_for_flows(number, status, tmp_path):
+def test_a_stop_does_not_wait_for_flows(tmp_path):
     """Flows that take an hour each, one per core."""
     program = f"""
 import os, sys, time
 from farms_jax.programs.exits import run_and_end
-from sciml import generate as module, trajectories
+from sciml import generate as module, shards
 
 def solve(indices, attempts):
     os.write(1, b"at work\\n")  # in one piece: there is a thread for each core
     time.sleep(3600)
 
-trajectories._solver = lambda config, lanes: solve
+shards._solver = lambda config, lanes: solve
 sys.argv = ["sciml.generate", "--out", {str(tmp_path)!r}, "--count", "20", "--size", "16"]
 run_and_end(module.main)
 """
@@ -210,13 +199,12 @@ run_and_end(module.main)
     ) as running:
         try:
             assert running.stdout.readline() == "at work\n"
-            running.send_signal(number)
+            running.send_signal(signal.SIGTERM)
             _, errors = running.communicate(timeout=600)
         finally:
             running.kill()
-    assert running.returncode == status
-    name = signal.Signals(number).name
-    assert errors.splitlines()[-1] == f"sciml.generate: stopped by {name}; the same command goes on"
+    assert running.returncode == 143
+    assert errors.splitlines()[-1] == "sciml.generate: stopped by SIGTERM; the same command goes on"
     with locked(tmp_path / f"{file_name(FlowConfig(size=16, count=20))}.parts"):
         pass  # the next process may go on
 
@@ -290,13 +278,13 @@ def pretend(monkeypatch, fails):
                 fields[lane, 2, 3, 4, 2] = -0.1
         return jnp.asarray(fields)
 
-    monkeypatch.setattr(trajectories, "_solver", lambda config, lanes: solve)
+    monkeypatch.setattr(shards, "_solver", lambda config, lanes: solve)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_failed_flows_are_drawn_again_and_counted(backend, tmp_path, monkeypatch):
     pretend(monkeypatch, lambda index, attempt: (index == 3 and attempt < 2) or (index == 4 and attempt < 1))
-    monkeypatch.setattr(trajectories.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(shards.jax, "default_backend", lambda: backend)
     fields, attributes = contents(generate(tmp_path / "flows.hdf5", SMALL))
     assert attributes["redraws"] == 3  # though an accelerator's last batch is filled up with flow 4
     assert fields["density"].min() > 0

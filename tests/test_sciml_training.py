@@ -6,25 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import few
+from dpot_helpers import compiled
 
 import farms_jax
 from farms_jax.errors import InputError
 from farms_jax.programs.epoch_loop import layer_rows
 from sciml.balanced_layers import ENDS, measure, spectral_view
-from sciml.config import RECIPES, SETTINGS, TABLE_14, Config, resolve
-from sciml.losses import relative_l2, relative_l2_by_step
+from sciml.config import RECIPES, SETTINGS, Config, resolve
 from sciml.model import NAMED, ModelConfig, make_network
 from sciml.optimizer import make_optimizer, one_cycle, schedules
-from sciml.stage import make_refresh
-from sciml.steps import TrainState, add_noise, make_evaluate, make_step, rollout
+from sciml.steps import TrainState, add_noise, make_evaluate, make_step, relative_l2
+from sciml.training import make_refresh
 
 MODEL = ModelConfig(
     image_size=8, patch_size=2, in_steps=3, width=16, depth=1, num_blocks=2, modes=2, out_width=8, num_classes=3
 )
 CONFIG = resolve(
-    Config(tb="farms", epochs=4, batch_size=2, warmup_epochs=1, in_steps=3, rollout_steps=2, learning_rate=1e-3)
+    Config(epochs=4, batch_size=2, warmup_epochs=1, in_steps=3, rollout_steps=2, learning_rate=1e-3, noise=0.01)
 )
+KEY = jax.random.key(0)  # of the noise
 
 BOTH = np.ones(2, np.float32)  # weights of two trajectories, neither of them padding
 
@@ -42,8 +42,7 @@ def draw(*shape, seed=0):
 @pytest.fixture(scope="module")
 def network():
     network = make_network(MODEL)
-    network = network._replace(apply=jax.jit(network.apply))
-    return network, jax.jit(network.init)(jax.random.key(0))
+    return network, network.init(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +50,11 @@ def training(network):
     """A compiled step of CONFIG, and a function that gives its first state."""
     network, params = network
     optimizer = make_optimizer(CONFIG, 2)
-    step = make_step(network, optimizer, CONFIG)
-    return step, lambda: TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+    def start():
+        return TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+    return compiled(make_step(network, optimizer, CONFIG), start(), KEY, draw(2, 8, 8, 5, 4), BOTH), start
 
 
 def oracle_l2(predicted, true, axes):
@@ -63,17 +65,16 @@ def oracle_l2(predicted, true, axes):
 def test_relative_l2():
     predicted, true = draw(3, 5, 4, 2, 4), 3 * draw(3, 5, 4, 2, 4, seed=1)
     np.testing.assert_allclose(relative_l2(predicted, true), oracle_l2(predicted, true, (1, 2, 3)), rtol=1e-6)
-    np.testing.assert_allclose(relative_l2_by_step(predicted, true), oracle_l2(predicted, true, (1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(relative_l2(predicted, true, axes=(1, 2)), oracle_l2(predicted, true, (1, 2)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("error", [relative_l2, relative_l2_by_step])
-def test_a_prediction_that_is_exact_or_nan(error):
+def test_a_prediction_that_is_exact_or_nan():
     true = jnp.asarray(draw(2, 2, 2, 1, 1))
-    value, gradient = jax.value_and_grad(lambda x: error(x, true).sum())(true)
+    value, gradient = jax.value_and_grad(lambda x: relative_l2(x, true).sum())(true)
     assert value == 0
     np.testing.assert_array_equal(gradient, 0)
-    errors = error(true.at[1, 0, 0, 0, 0].set(jnp.nan), true)
-    np.testing.assert_array_equal(errors.reshape(-1), [0, np.nan])
+    errors = relative_l2(true.at[1, 0, 0, 0, 0].set(jnp.nan), true)
+    np.testing.assert_array_equal(errors, [0, np.nan])
 
 
 def test_one_cycle_rises_falls_and_stays():
@@ -91,14 +92,18 @@ def test_step_schedule():
     assert float(beta(7)) == pytest.approx(0.9)
 
 
-def test_training_feeds_predictions_back_and_sums_over_samples(network, training):
+def test_training_feeds_noisy_predictions_back_and_sums_over_samples(network, training):
     (network, params), (step, start) = network, training
     fields = draw(2, 8, 8, 5, 4)
-    _, losses = step(start(), jax.random.key(0), fields, BOTH)
-    first = np.asarray(network.apply(params, fields[..., :3, :])[0])
-    second = np.asarray(network.apply(params, np.concatenate([fields[..., 1:3, :], first], axis=-2))[0])
-    errors = [oracle_l2(p, fields[..., t : t + 1, :], (1, 2, 3)).sum() for t, p in ((3, first), (4, second))]
-    whole = oracle_l2(np.concatenate([first, second], axis=-2), fields[..., 3:, :], (1, 2, 3)).sum()
+    _, losses = step(start(), KEY, fields, BOTH)
+    seen, predicted = fields[..., :3, :], []
+    apply = compiled(jax.jit(network.apply), params, seen)
+    for index in range(2):
+        noisy = add_noise(jax.random.fold_in(KEY, index), seen, 0.01)
+        predicted.append(np.asarray(apply(params, noisy)[0]))
+        seen = np.concatenate([noisy[..., 1:, :], predicted[-1]], axis=-2)
+    errors = [oracle_l2(p, fields[..., t : t + 1, :], (1, 2, 3)).sum() for t, p in enumerate(predicted, 3)]
+    whole = oracle_l2(np.concatenate(predicted, axis=-2), fields[..., 3:, :], (1, 2, 3)).sum()
     np.testing.assert_allclose(losses[:2], [np.mean(errors), whole], rtol=1e-5)
 
 
@@ -108,8 +113,8 @@ def test_padding_has_no_part(training):
     other = fields.copy()
     other[1] = 7
     weights = np.array([1, 0], np.float32)
-    first, losses = step(start(), jax.random.key(0), fields, weights)
-    second, other_losses = step(start(), jax.random.key(0), other, weights)
+    first, losses = step(start(), KEY, fields, weights)
+    second, other_losses = step(start(), KEY, other, weights)
     np.testing.assert_array_equal(losses, other_losses)
     assert jax.tree.all(jax.tree.map(np.array_equal, first.params, second.params))
 
@@ -118,7 +123,7 @@ def test_the_class_head_is_left_alone_and_all_else_learns(training):
     step, start = training
     state = start()
     for _ in range(2):  # the second is at the peak of the cycle
-        state, _ = step(state, jax.random.key(0), draw(2, 8, 8, 5, 4), BOTH)
+        state, _ = step(state, KEY, draw(2, 8, 8, 5, 4), BOTH)
     after = dict(farms_jax.named_leaves(state.params))
     for name, leaf in farms_jax.named_leaves(start().params):
         assert np.array_equal(leaf, after[name]) == name.startswith("cls_head/"), name
@@ -136,7 +141,7 @@ def test_a_step_that_is_not_finite_is_not_taken(training, loss_is_finite):
             out["conv1"] = jax.tree.map(jnp.zeros_like, out["conv1"])
         return state
 
-    after, measured = step(state(), jax.random.key(0), draw(2, 8, 8, 5, 4), BOTH)
+    after, measured = step(state(), KEY, draw(2, 8, 8, 5, 4), BOTH)
     assert np.isfinite(measured[:2]).all() == loss_is_finite
     assert not np.isfinite(measured[2])
     assert jax.tree.all(jax.tree.map(np.array_equal, after, state()))
@@ -144,44 +149,22 @@ def test_a_step_that_is_not_finite_is_not_taken(training, loss_is_finite):
 
 def test_noise_is_relative_to_the_norm_of_each_channel():
     fields = jnp.ones((2, 16, 16, 4, 3)) * jnp.array([1.0, 10.0, 0.0])
-    noise = np.asarray(add_noise(jax.random.key(0), fields, 0.01) - fields)
+    noise = np.asarray(add_noise(KEY, fields, 0.01) - fields)
     expected = 0.01 * np.sqrt(16 * 16 * 4) * np.array([1, 10, 0])
     np.testing.assert_allclose(noise.std((0, 1, 2, 3)), expected, rtol=0.05)
 
 
-@pytest.mark.slow
-def test_noise_is_drawn_by_key_and_prediction(network, training):
-    config = dataclasses.replace(CONFIG, noise=0.01)
-    step, start = make_step(network[0], make_optimizer(config, 2), config), training[1]
-
-    def loss(seed):
-        return float(step(start(), jax.random.key(seed), draw(2, 8, 8, 5, 4), BOTH)[1][0])
-
-    assert loss(0) == loss(0) != loss(1)
-
-
-@pytest.mark.parametrize(("bundle", "steps"), few([(2, 3), (1, 3)], 2))
-def test_rollout_feeds_back_and_cuts_the_last_bundle(bundle, steps):
-    network = make_network(dataclasses.replace(MODEL, out_steps=bundle))
-    params, seen = jax.jit(network.init)(jax.random.key(0)), draw(2, 8, 8, 3, 4)
-    apply = jax.jit(network.apply)
-    window, expected = seen, []
-    for _ in range(2 if bundle == 2 else 3):
-        predicted = np.asarray(apply(params, window)[0])
-        expected.append(predicted)
-        window = np.concatenate([window, predicted], axis=-2)[..., -3:, :]
-    expected = np.concatenate(expected, axis=-2)[..., :steps, :]
-    np.testing.assert_allclose(rollout(network, params, seen, steps), expected, atol=1e-5)
-
-
-def test_evaluation_is_of_the_rollout(network):
-    network, params = network
-    fields = draw(2, 8, 8, 7, 4)
-    config = dataclasses.replace(CONFIG, test_steps=3)
-    whole, by_step = make_evaluate(network, config)(params, fields)
-    predicted = np.asarray(rollout(network, params, fields[..., :3, :], 3))
-    np.testing.assert_allclose(whole, oracle_l2(predicted, fields[..., 3:6, :], (1, 2, 3)), rtol=1e-5)
-    np.testing.assert_allclose(by_step, oracle_l2(predicted, fields[..., 3:6, :], (1, 2)), rtol=1e-5)
+def test_evaluation_feeds_back_and_cuts_the_last_bundle():
+    network = make_network(dataclasses.replace(MODEL, out_steps=2))
+    params, fields = network.init(jax.random.key(0)), draw(2, 8, 8, 7, 4)
+    apply = compiled(jax.jit(network.apply), params, fields[..., :3, :])
+    first = np.asarray(apply(params, fields[..., :3, :])[0])
+    second = np.asarray(apply(params, np.concatenate([fields[..., 2:3, :], first], axis=-2))[0])
+    expected = np.concatenate([first, second[..., :1, :]], axis=-2)
+    config = dataclasses.replace(CONFIG, bundle=2, test_steps=3)
+    whole, by_step = compiled(make_evaluate(network, config), params, fields)(params, fields)
+    np.testing.assert_allclose(whole, oracle_l2(expected, fields[..., 3:6, :], (1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(by_step, oracle_l2(expected, fields[..., 3:6, :], (1, 2)), rtol=1e-5)
 
 
 def layers_of(params, analyse):
@@ -229,42 +212,34 @@ def test_rates_follow_the_sigmoid_of_alpha(network, tb):
     expected = 10 ** (1 / (1 + np.exp(-10 * x)) - 0.5)  # Table 14's scaling ratio (1, 1), slope 10
     np.testing.assert_allclose([scales[name] for name in alphas], expected, rtol=1e-4)
     assert scales["blocks/0/mlp/fc1/bias"] == scales["blocks/0/mlp/fc1/kernel"] != 1
-    assert scales["pos_embed"] == scales["time_agg/w"] == scales["blocks/0/filter/w1"] == 1
+    assert scales["pos_embed"] == scales["time_agg/w"] == scales["blocks/0/filter/w1"] == 1 != scales[ENDS[0]]
     whole = layers_of(params, "reference").to_dict()
     name = "patch_embed/proj/kernel"  # far from square, where windows and the whole matrix differ
     assert np.isclose(alphas[name], whole[name]["alpha"]) == (tb == "sigmoid")
 
 
-def test_layer_selection_leaves_the_ends_alone(network):
+def test_layer_selection_leaves_the_ends_alone_and_fourier_biases_follow_their_weights(network):
     _, params = network
-    with_ends, _ = rates_of(params, "farms", layer_selection=False)
-    without, rows = rates_of(params, "farms", layer_selection=True)
-    assert with_ends[ENDS[0]] != 1
-    assert without[ENDS[0]] == without["patch_embed/patches/bias"] == 1
+    scales, rows = rates_of(params, "farms", layers="all")
+    assert scales[ENDS[0]] == scales["patch_embed/patches/bias"] == 1
     assert {row["layer"] for row in rows} >= {ENDS[0]}  # measured all the same
-
-
-def test_without_tempbalance_layers_are_measured_and_rates_left_alone(network):
-    _, params = network
-    scales, rows = rates_of(params, "none")
-    assert set(map(float, scales.values())) == {1.0}
-    assert all(row["alpha"] > 0 for row in rows)
-
-
-def test_fourier_biases_follow_their_weights(network):
-    _, params = network
-    scales, _ = rates_of(params, "farms", layers="all")
     for i in (1, 2):
         assert scales[f"blocks/0/filter/b{i}"] == scales[f"blocks/0/filter/w{i}"] != 1
 
 
-@pytest.mark.parametrize("model", RATES)
-@pytest.mark.parametrize("percent", RATES["tiny"])
-def test_recipe_is_the_papers_cell(model, percent):
-    for tb in SETTINGS:
-        config = resolve(dataclasses.replace(RECIPES[f"{model}-{percent}-{tb}"], data="file"))
+def test_without_tempbalance_layers_are_measured_and_rates_left_alone(network):
+    scales, rows = rates_of(network[1], "none")
+    assert set(map(float, scales.values())) == {1.0}
+    assert all(row["alpha"] > 0 for row in rows)
+
+
+def test_recipes_are_the_cells_of_the_papers_table():
+    cells = [(model, percent, tb) for model in RATES for percent in RATES[model] for tb in SETTINGS]
+    assert list(RECIPES) == [f"{model}-{percent}-{tb}" for model, percent, tb in cells]
+    for (model, percent, tb), recipe in zip(cells, RECIPES.values(), strict=True):
+        config = resolve(dataclasses.replace(recipe, data="file"))
         assert (config.model, config.ratio, config.tb) == (model, percent / 100, tb)
-        assert config.learning_rate == RATES[model][percent] == TABLE_14[model, percent / 100]
+        assert config.learning_rate == RATES[model][percent]
         assert config.bounds() == pytest.approx((10**-0.5, 10**0.5))
         assert (config.settings(), config.in_steps, config.layer_selection) == ((tb,), 10, True)
         assert (config.resolution, NAMED[config.model].width) == (128, {"tiny": 512, "small": 1024}[model])

@@ -170,10 +170,10 @@ def prune_run(disk, elsewhere):
 
 
 def generate_run(disk, elsewhere):
-    from sciml import generate as module, shards, trajectories  # noqa: PLC0415
+    from sciml import generate as module, shards  # noqa: PLC0415
     from sciml.flow_config import FlowConfig  # noqa: PLC0415
 
-    shards.SHARD, trajectories._solver = 2, functools.cache(trajectories._solver)
+    shards.SHARD, shards._solver = 2, functools.cache(shards._solver)
     config = FlowConfig(size=16, steps=3, end=0.1, count=5, seed=7)
     expected = module.generate(elsewhere / "flows.hdf5", config)
     path = disk.folder / "data" / module.file_name(config)

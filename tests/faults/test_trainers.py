@@ -1,6 +1,6 @@
 """Training under faults: stops in the middle of an epoch, losses that are not finite.
 
-Two networks are trained: one for images by `train.training`, DPOT by `sciml.stage`. Each is compiled once.
+Two networks are trained: one for images by `train.training`, DPOT by `sciml.training`. Each is compiled once.
 """
 
 import os
@@ -15,9 +15,9 @@ import pytest
 from dpot_helpers import write_fields
 from helpers import few, lines_of
 
-import sciml.fine_tuning
 import sciml.model
 import sciml.preparation
+import sciml.training
 import train.training
 from farms_jax.errors import InputError
 from farms_jax.programs.run_directory import SeedDirectory
@@ -25,8 +25,8 @@ from farms_jax.programs.stopping import Stopped
 from farms_jax.weights import open_weights
 from sciml import dpot
 from sciml.config import Config as DPOTConfig
-from sciml.stage import Stage, make_functions as make_dpot_functions, train_stage
 from sciml.steps import make_evaluate
+from sciml.training import Stage, make_functions as make_dpot_functions, train_stage
 from train import cifar, vgg
 from train.config import Config, resolve
 from train.data import load
@@ -109,8 +109,8 @@ def train_flows(folder):
         main=dpot.main,
         settings=settings,
         patches=[
-            (sciml.fine_tuning, "make_functions", lambda *_: functions),
-            (sciml.fine_tuning, "make_evaluate", lambda *_: functions.evaluate),
+            (sciml.training, "make_functions", lambda *_: functions),
+            (sciml.training, "make_evaluate", lambda *_: functions.evaluate),
         ],
         folder="farms/seed0",
         stop=signal.SIGINT,

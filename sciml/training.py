@@ -1,25 +1,32 @@
-"""One stage of a run: a network trained on one data set from given weights, in a directory of its own."""
+"""A run: pretraining where asked, and fine-tuning with each setting and seed; each of these is a stage."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 import farms_jax
 from farms_jax.programs.epoch_loop import Epochs, Refreshed, StepsTaken, run_epochs
+from farms_jax.programs.files import write_json
 from farms_jax.programs.run_directory import SeedDirectory
 
+from . import checkpoints
 from .balanced_layers import ENDS, FOLLOW, measure
 from .batches import test_batches, train_batches
 from .config import TB, Config
 from .fields import FieldData, Fields
-from .model import Network
+from .model import ModelConfig, Network
 from .optimizer import make_optimizer, schedules
-from .steps import Evaluate, Step, TrainState, make_fault, make_step
+from .preparation import Experiment
+from .results import Results, plot_run, summarise, table
+from .steps import Evaluate, Step, TrainState, make_evaluate, make_fault, make_step
 
 _SUMS = ("train_l2re_step", "train_l2re")  # the first two numbers that a step measures
 
@@ -43,6 +50,54 @@ class Functions(NamedTuple):
     optimizer: Any
     steps_per_epoch: int
     fault: Callable[..., str]
+
+
+def run_experiment(run: Path, experiment: Experiment) -> str:
+    """Pretrain if asked, fine-tune with every setting and seed, write summary and plots; return the results table."""
+    for line in (*experiment.notes, f"{experiment.title()} -> {run}"):
+        tqdm.write(line)
+    config, network, data = experiment.config, experiment.network, experiment.finetune
+    evaluate = make_evaluate(network, config)
+    pretrained = _pretrain(run, experiment, evaluate)
+    starts = {seed: experiment.initial(seed) if pretrained is None else pretrained for seed in config.seeds}
+    functions = make_functions(network, config, data, evaluate)
+    results: dict[tuple[TB, int], Results] = {}
+    for tb in config.settings():
+        for seed, params in starts.items():
+            stage = Stage(f"{tb}, seed {seed}", tb, seed, config, data, params)
+            trained = _train(run / tb / f"seed{seed}", stage, functions, experiment.model)
+            # Plots are of the first seed; a large model's parameters times all seeds would fill the memory.
+            results[tb, seed] = trained if seed == config.seeds[0] else trained._replace(params=None)
+    before = run_test(starts[config.seeds[0]], data.test, config, evaluate)
+    summary = summarise(results, before)
+    plots = plot_run(run, experiment, results, before)
+    write_json(run / "summary.json", {"run": experiment.title(), **summary})
+    return table(summary, run, plots)
+
+
+def _pretrain(run: Path, experiment: Experiment, evaluate: Evaluate) -> Any:
+    """Return the pretrained parameters, or `None` if nothing is pretrained."""
+    config, model, network, data = experiment.config, experiment.model, experiment.network, experiment.pretrain
+    if data is None or not config.pretrain_epochs:
+        return None
+    pretrain = dataclasses.replace(
+        config,
+        epochs=config.pretrain_epochs,
+        learning_rate=config.pretrain_rate,
+        warmup_epochs=config.pretrain_epochs // 5,
+        schedule="cycle",
+    )
+    seed = config.seeds[0]  # one pretraining for all seeds, as if its weights had been downloaded
+    stage = Stage("pretrain", "none", seed, pretrain, data, experiment.initial(seed))
+    return _train(run / "pretrain", stage, make_functions(network, pretrain, data, evaluate), model).params
+
+
+def _train(folder: Path, stage: Stage, functions: Functions, model: ModelConfig) -> Results:
+    """Train one stage in its folder, and export its weights."""
+    directory = SeedDirectory(folder)
+    state = train_stage(directory, stage, functions)
+    checkpoints.save(folder / "model.safetensors", state.params, model)
+    return Results(state.params, directory.metrics(), directory.layers())
 
 
 def make_functions(network: Network, config: Config, data: FieldData, evaluate: Evaluate) -> Functions:
