@@ -19,7 +19,7 @@ from farms_jax.diagnosis.compare import Comparison
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.figures import COLOURS, axes, spectrum, tail_line
 from farms_jax.diagnosis.spectrum import Histogram
-from farms_jax.diagnosis.status import MEANINGS, attention, counts
+from farms_jax.diagnosis.status import MEANINGS, attention
 from farms_jax.errors import InputError
 
 
@@ -74,8 +74,13 @@ def write_page(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def text_of_page(sample, write_page):
+def html(sample, write_page):
     return write_page(sample)
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return Page(html)
 
 
 def test_text_fits_and_says_what_needs_attention_first(sample, capsys):
@@ -110,14 +115,10 @@ def test_table_is_as_wide_as_the_terminal(sample, width, monkeypatch):
         assert HOSTILE in out.getvalue()
 
 
-def test_attention_goes_by_status_then_by_alpha(sample):
+def test_columns_and_order(sample):
     found = attention(sample.layers)
     assert [row["status"] for row in found] == ["degenerate", "over-correlated", "undertrained", "undertrained"]
     assert found[2]["alpha"] > found[3]["alpha"]
-    assert list(counts(sample.layers)) == ["degenerate", "over-correlated", "undertrained", "well trained"]
-
-
-def test_columns_and_order(sample):
     assert len(sample) == len(sample.names) == 16
     assert sample.column("alpha") == [row["alpha"] for row in sample.layers]
     assert sample.sort("status").column("status")[:2] == ["degenerate", "over-correlated"]
@@ -149,14 +150,17 @@ def test_csv_and_data_frame_have_every_digit(sample, tmp_path):
     assert rows[-1]["alpha"] == rows[-1]["sv_min"] == rows[-1]["rand_distance"] == ""
 
 
-def test_json_comes_back(sample, tmp_path, write_page, text_of_page):
-    sample.write_json(tmp_path / "a.json")
+def test_json_comes_back_and_the_page_is_in_network_order(sample, tmp_path, write_page, html):
+    by_alpha = sample.sort("alpha")
+    assert by_alpha.names != sample.names
+    by_alpha.write_json(tmp_path / "a.json")
     json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     again = Diagnosis.read_json(tmp_path / "a.json")
+    assert again.names == by_alpha.names
     assert again.to_dict() == sample.to_dict()
     assert again.histograms == sample.histograms
     assert again.left_out == sample.left_out
-    assert write_page(again) == text_of_page
+    assert write_page(again) == html
 
 
 @pytest.mark.parametrize("text", ["[]", "no json", '{"format": "farms_jax diagnosis 2"}', "[" * 100_000])
@@ -166,10 +170,9 @@ def test_another_file_is_no_diagnosis(text, tmp_path):
         Diagnosis.read_json(tmp_path / "a.json")
 
 
-def test_page_is_complete_without_its_script(sample, text_of_page):
-    found = Page(text_of_page)
-    by_name = {row[0]: row for row in found.rows}
-    heads = next(row for row in found.rows if row[0] == "layer" and len(row) > 20)
+def test_page_is_complete_without_its_script(sample, html, page):
+    by_name = {row[0]: row for row in page.rows}
+    heads = next(row for row in page.rows if row[0] == "layer" and len(row) > 20)
     assert {column.name for column in sample.columns} == {*heads, "reason"}
     for row in sample.layers:
         shown = dict(zip(heads, by_name[row["layer"]], strict=True))
@@ -177,51 +180,41 @@ def test_page_is_complete_without_its_script(sample, text_of_page):
         if row["alpha"]:
             assert shown["alpha"] == f"{row['alpha']:.2f} ±0.04"
             assert shown["whole_alpha"] == f"{row['whole_alpha']:.3f}"
-    details = [row[0] for row in found.rows if len(row) == 1]
+    details = [row[0] for row in page.rows if len(row) == 1]
     assert all(row["reason"] in text for row, text in zip(sample.layers, details, strict=True))
-    everything = " ".join(found.texts.values())
+    everything = " ".join(page.texts.values())
     provenance = ["/models/smol/model.safetensors", "ab" * 32, "resamples 200"]
     expected = [*MEANINGS.values(), "lm_head.weight", *provenance, *(column.meaning for column in sample.columns)]
     assert [text for text in expected if text not in everything] == []
-    assert all(text_of_page.index(text) > text_of_page.index("</table>") for text in provenance)
+    assert all(html.index(text) > html.index("</table>") for text in provenance)
 
 
-def test_page_is_small_and_needs_nothing_from_outside(sample, text_of_page):
-    assert len(text_of_page.encode()) < 30_000 + 6000 * len(sample)
-    assert "://" not in text_of_page
-    assert "default-src 'none'" in text_of_page
-    assert not re.search(r"url\(|@import|fetch\(|XMLHttp|innerHTML", text_of_page)
-    found = Page(text_of_page)
-    assert {mark.removeprefix("#") for mark in found.marks} <= set(found.ids)
+def test_page_is_small_and_needs_nothing_from_outside(sample, html):
+    assert len(html.encode()) < 30_000 + 6000 * len(sample)
+    assert "://" not in html
+    assert "default-src 'none'" in html
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttp|innerHTML", html)
 
 
-def test_page_and_chart_are_in_network_order(sample, write_page, text_of_page):
-    by_alpha = sample.sort("alpha")
-    assert by_alpha.names != sample.names
-    assert by_alpha.headline() == sample.headline()
-    assert write_page(by_alpha) == text_of_page
-
-
-def test_marks_of_layers_lead_to_their_rows(sample, text_of_page):
-    found = Page(text_of_page)
+def test_marks_of_layers_lead_to_their_rows(sample, page):
     layers = [i for i, row in enumerate(sample.layers) if row["alpha"]]
-    assert sorted(found.links) == sorted(2 * [f"#l{i}" for i in layers])  # alpha by depth, and the bias
-    assert {link.removeprefix("#") for link in found.links} <= set(found.ids)
-    assert f"{sample.names[1]}: alpha" in found.texts["title"]
+    assert sorted(page.links) == sorted(2 * [f"#l{i}" for i in layers])  # alpha by depth, and the bias
+    assert {target.removeprefix("#") for target in (*page.links, *page.marks)} <= set(page.ids)
+    assert f"{sample.names[1]}: alpha" in page.texts["title"]
 
 
-def test_a_dark_screen_has_every_colour_of_the_figures(text_of_page):
-    style = text_of_page[: text_of_page.index("</style>")]
+def test_a_dark_screen_has_every_colour_of_the_figures(html):
+    style, _, content = html.partition("</style>")
     for name, colour in COLOURS.items():
         assert f"--{name}: {colour}" in style
         assert len(set(re.findall(f"--{name}: (#\\w+)", style))) == 2
-        assert colour not in text_of_page[text_of_page.index("<main>") :]
+        assert colour not in content
 
 
-def test_names_are_text_never_markup(text_of_page, write_page):
-    assert "<b>&" not in text_of_page
-    assert HOSTILE in [row[0] for row in Page(text_of_page).rows]
-    assert "SmolLM2 <135M>" in Page(text_of_page).texts["h1"]
+def test_names_are_text_never_markup(html, page, write_page):
+    assert "<b>&" not in html
+    assert HOSTILE in [row[0] for row in page.rows]
+    assert "SmolLM2 <135M>" in page.texts["h1"]
     hostile = diagnosis(1, model="</title><script>alert(1)</script>")
     assert write_page(hostile).count("<script>") == 1
     notebook = hostile._repr_html_()
@@ -262,22 +255,22 @@ def test_fitted_line_holds_the_share_of_the_tail():
     figure.canvas.draw()
 
 
-@pytest.mark.parametrize("kind", ["alpha", "spectrum", "bias"])
-def test_figures(sample, kind):
-    figure = sample.plot(kind)
-    figure.canvas.draw()
-    (axis,) = figure.axes
-    labels = axis.get_legend_handles_labels()[1]
-    if kind == "spectrum":
-        assert "degenerate" in figure.get_suptitle()
-        assert sample.names[1] in sample.plot("spectrum", sample.names[1]).get_suptitle()
-    else:
-        assert {"well trained", "undertrained", "over-correlated"} <= set(labels)
-    for wrong, message in (("alphas",), "no kind 'alphas'"), (("spectrum", "head"), "no layer 'head'"):
+def test_figures(sample):
+    for kind in ("alpha", "bias"):
+        (axis,) = sample.plot(kind).axes
+        assert {"well trained", "undertrained", "over-correlated"} <= set(axis.get_legend_handles_labels()[1])
+    assert "degenerate" in sample.plot("spectrum").get_suptitle()
+    drawn = sample.plot("spectrum", sample.names[1])
+    drawn.canvas.draw()
+    assert sample.names[1] in drawn.get_suptitle()
+    wrong = {
+        ("alphas",): "no kind 'alphas'",
+        ("spectrum", "head"): "no layer 'head'",
+        ("bias", "head"): "leave out `la",
+    }
+    for arguments, message in wrong.items():
         with pytest.raises(InputError, match=message):
-            sample.plot(*wrong)
-    with pytest.raises(InputError, match="leave out `layer`"):
-        sample.plot("alpha", "head")
+            sample.plot(*arguments)
 
 
 def test_report_is_shown_alike():

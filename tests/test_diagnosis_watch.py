@@ -12,9 +12,8 @@ SPIKED = NOISE + 5 * np.outer(np.ones(48), np.ones(64)).astype(np.float32)
 
 
 def write(run, step, **layers):
-    folder = run / f"step_{step}"
-    folder.mkdir(parents=True)
-    np.savez(folder / "model.npz", **layers)
+    (run / f"step_{step}").mkdir()
+    np.savez(run / f"step_{step}" / "model.npz", **layers)
 
 
 def found(run, **options):
@@ -22,6 +21,8 @@ def found(run, **options):
 
 
 def test_alerts_once_when_a_rule_is_broken(tmp_path):
+    with pytest.raises(InputError, match="no checkpoint in it"):
+        found(tmp_path)
     write(tmp_path, 1, a=NOISE, b=NOISE, c=NOISE)
     write(tmp_path, 2, a=SPIKED, b=np.ones_like(NOISE), c=NOISE)
     write(tmp_path, 10, a=SPIKED, b=np.zeros_like(NOISE), c=NOISE)
@@ -29,24 +30,16 @@ def test_alerts_once_when_a_rule_is_broken(tmp_path):
     assert found(tmp_path, rules=Rules(spikes=2)) == [[], [("b", "degenerate")], []]
 
 
-def test_alpha_below_its_bound(tmp_path):
-    with pytest.raises(InputError, match="no checkpoint in it"):
-        found(tmp_path)
-    write(tmp_path, 1, a=NOISE)
-    assert found(tmp_path) == [[]]
-    (alerts,) = [seen.alerts for seen in watch(tmp_path, rules=Rules(ww_alpha_below=1000.0), **FAST)]
-    assert [alert.rule for alert in alerts] == ["ww_alpha"]
-    assert "is below 1000" in alerts[0].message
-    assert alerts[0].checkpoint.endswith("step_1") or alerts[0].checkpoint.endswith("model.npz")
-
-
-def test_nan_is_an_alert_and_the_next_checkpoint_is_measured(tmp_path):
-    write(tmp_path, 1, a=NOISE)
-    write(tmp_path, 2, a=NOISE * np.nan)
-    write(tmp_path, 3, a=NOISE)
-    _, second, third = watch(tmp_path, **FAST)
-    assert [(alert.layer, alert.rule) for alert in second.alerts] == [("", "checkpoint")]
-    assert "NaN or Inf in a" in second.alerts[0].message
+def test_alpha_below_its_bound_and_nan(tmp_path):
+    for step, weight in enumerate((NOISE, NOISE * np.nan, NOISE)):
+        write(tmp_path, step, a=weight)
+    first, second, third = watch(tmp_path, rules=Rules(ww_alpha_below=1000.0), **FAST)
+    (alert,) = first.alerts
+    assert (alert.rule, alert.checkpoint) == ("ww_alpha", str(tmp_path / "step_0" / "model.npz"))
+    assert "is below 1000" in alert.message
+    (alert,) = second.alerts
+    assert (alert.layer, alert.rule) == ("", "checkpoint")
+    assert "NaN or Inf in a" in alert.message
     assert third.diagnosis is not None and not third.alerts
 
 

@@ -19,7 +19,7 @@ from farms_jax.diagnosis.compare import Comparison, compare
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.pipeline import diagnose, layers_of
 from farms_jax.diagnosis.settings import CommonSettings, Settings
-from farms_jax.diagnosis.watch import Alert, Rules, Seen, watch
+from farms_jax.diagnosis.watch import Rules, watch
 from farms_jax.errors import InputError
 from farms_jax.programs.cache import default_folder
 from farms_jax.programs.exits import reported
@@ -102,7 +102,7 @@ class Analyze(Measuring):
     def run(self) -> None:
         """Measure, print, write."""
         outputs = _checked({"--html": self.html, "--csv": self.csv, "--json": self.json})
-        sort = None if self.sort is None else _column("--sort", self.sort, COLUMNS)
+        sort = None if self.sort is None else _sort_column(self.sort, COLUMNS)
         options = self.options()
         with open_weights(self.model, axes=options["axes"]) as source:
             if self.explain:
@@ -112,8 +112,7 @@ class Analyze(Measuring):
         if sort is not None:
             diagnosis = diagnosis.sort(sort.name, descending=bool(sort.format) and not self.ascending)
         diagnosis.show()
-        _write(diagnosis, outputs)
-        _tell_written(outputs, hint="--html report.html writes the whole report")
+        _write(diagnosis, outputs, hint="--html report.html writes the whole report")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,11 +133,10 @@ class Compare(Measuring):
     def run(self) -> None:
         """Measure both, print, write."""
         outputs = _checked({"--csv": self.csv, "--json": self.json})
-        _column("--sort", self.sort, Comparison.possible)
+        _sort_column(self.sort, Comparison.possible)  # before any long work
         comparison = compare(self.a, self.b, **self.options()).sort(self.sort, descending=True, magnitude=True)
         comparison.show()
-        _write(comparison, outputs)
-        _tell_written(outputs, hint="--csv changes.csv writes all columns")
+        _write(comparison, outputs, hint="--csv changes.csv writes all columns")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,17 +158,23 @@ class Watch(Measuring):
 
     def run(self) -> None:
         """Look, print, write, again and again."""
-        out = self.out or Path(self.run_dir) / "farms"
-        rules = Rules(ww_alpha_below=self.ww_alpha_below, spikes=self.spikes)
-        every = None if self.once else self.every
-        alerts: list[Alert] = []
-        for seen in watch(Path(self.run_dir), rules=rules, every=every, **self.options()):
-            alerts += seen.alerts
-            _tell_seen(seen)
-            if seen.diagnosis is not None:
-                seen.diagnosis.write_json(out / f"{_file_name(seen.checkpoint, Path(self.run_dir))}.json")
-            write_text(out / "alerts.jsonl", "".join(json.dumps(alert._asdict()) + "\n" for alert in alerts))
-        sys.stdout.write(f"{len(alerts)} alerts; written to {out}\n")
+        run, rules = Path(self.run_dir), Rules(ww_alpha_below=self.ww_alpha_below, spikes=self.spikes)
+        out = self.out or run / "farms"
+        lines = []
+        for checkpoint, diagnosis, alerts in watch(
+            run, rules=rules, every=None if self.once else self.every, **self.options()
+        ):
+            told = diagnosis.headline() if diagnosis else "cannot be measured"
+            sys.stdout.write(f"{time.strftime('%H:%M:%S')} {checkpoint}: {told}\n")
+            for alert in alerts:
+                sys.stdout.write(f"  ALERT {alert.rule}: {alert.layer or 'checkpoint'}: {alert.message}\n")
+                lines.append(json.dumps(alert._asdict()) + "\n")
+            sys.stdout.flush()
+            if diagnosis is not None:
+                parts = checkpoint.relative_to(run).parts or (run.resolve().name,)  # the directory may be a checkpoint
+                diagnosis.write_json(out / f"{'-'.join(parts).removesuffix(checkpoint.suffix)}.json")
+            write_text(out / "alerts.jsonl", "".join(lines))
+        sys.stdout.write(f"{len(lines)} alerts; written to {out}\n")
 
 
 def main(name: str) -> None:
@@ -190,20 +194,24 @@ def _checked(outputs: Mapping[str, Path | None]) -> dict[str, Path]:
     return wanted
 
 
-def _write(result: Diagnosis | Comparison, outputs: Mapping[str, Path]) -> None:
+def _write(result: Diagnosis | Comparison, outputs: Mapping[str, Path], hint: str) -> None:
+    """Write a result by flag and path, and say where to; without outputs give a hint."""
     for flag, path in outputs.items():
         try:
             getattr(result, f"write_{flag[2:]}")(path)
         except OSError as error:
             remedy = "free space, or name another file; what was measured is kept"
             raise InputError(f"{flag} {path}: cannot be written ({error.strerror or error}); {remedy}") from error
+        sys.stdout.write(f"written to {path}\n")
+    if not outputs:
+        sys.stdout.write(hint + "\n")
 
 
-def _column(flag: str, name: str, columns: Sequence[Column]) -> Column:
+def _sort_column(name: str, columns: Sequence[Column]) -> Column:
     try:
         return find_column(name, columns)
     except InputError as error:
-        raise InputError(f"{flag}: {error}") from error
+        raise InputError(f"--sort: {error}") from error
 
 
 def _explain(source: WeightSource, layers: list[str], left_out: Iterable[tuple[str, str]]) -> None:
@@ -214,21 +222,3 @@ def _explain(source: WeightSource, layers: list[str], left_out: Iterable[tuple[s
     ]
     sys.stdout.write(text_table(["array", "shape", "dtype", "used"], cells, left=(0, 1, 2, 3)) + "\n")
     sys.stdout.write(f"{source.name}: {len(layers)} layers of {len(cells)} arrays\n")
-
-
-def _tell_seen(seen: Seen) -> None:
-    told = seen.diagnosis.headline() if seen.diagnosis else "cannot be measured"
-    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {seen.checkpoint}: {told}\n")
-    for alert in seen.alerts:
-        sys.stdout.write(f"  ALERT {alert.rule}: {alert.layer or 'checkpoint'}: {alert.message}\n")
-    sys.stdout.flush()
-
-
-def _tell_written(outputs: Mapping[str, Path], hint: str) -> None:
-    lines = [f"written to {path}" for path in outputs.values()] or [hint]
-    sys.stdout.write("\n".join(lines) + "\n")
-
-
-def _file_name(checkpoint: Path, run: Path) -> str:
-    relative = checkpoint.relative_to(run) if checkpoint.is_relative_to(run) else checkpoint
-    return "-".join(relative.with_suffix("").parts)

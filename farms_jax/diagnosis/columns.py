@@ -5,41 +5,29 @@ The names say what is measured. Without a prefix, `alpha` and its companions are
 the whole matrix (the threshold of the smallest KS distance among eigenvalues above 1e-5) begins with `ww_`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from farms_jax.errors import InputError
 
+MISSING = "–"
 Row = Mapping[str, Any]  # a layer's values by the name of the column
 
 
 class Column(NamedTuple):
-    """One column: the key of a row, what it means in one line, and how it is shown.
-
-    Attributes:
-        name: key of a row.
-        meaning: explanation for tooltips and documentation.
-        format: format of a number, for `format()`; empty for text.
-        head: short name in the terminal, known to `find_column`; empty for a column that the terminal leaves out.
-        weightwatcher: name of the column with the same value in WeightWatcher, if any.
-        group: heading under which reports list it.
-    """
+    """One column: the key of a row, what it means in one line, and how it is shown."""
 
     name: str
-    meaning: str
-    format: str
-    head: str = ""
-    weightwatcher: str = ""
-    group: str = ""
+    meaning: str  # for tooltips and documentation
+    format: str  # of a number, for `format()`; empty for text
+    head: str = ""  # short name in the terminal; empty for a column that the terminal leaves out
+    weightwatcher: str = ""  # name of the column with the same value in WeightWatcher
+    group: str = ""  # heading in reports
 
 
-def _group(title: str, *columns: Column) -> tuple[Column, ...]:
-    return tuple(column._replace(group=title) for column in columns)
-
-
-COLUMNS: tuple[Column, ...] = (
-    *_group(
-        "layer",
+_GROUPS: dict[str, tuple[Column, ...]] = {
+    "layer": (
         Column("layer", "full path of the weight", "", "layer"),
         Column("status", "undertrained, well trained, over-correlated or degenerate", "", "status"),
         Column("reason", "why, in plain words", ""),
@@ -49,8 +37,7 @@ COLUMNS: tuple[Column, ...] = (
         Column("M", "shorter axis of its matrices", "d", "", "M"),
         Column("Q", "aspect ratio N / M, at least 1", ".3g", "", "Q"),
     ),
-    *_group(
-        "FARMS windows",
+    "FARMS windows": (
         Column("alpha", "exponent of the tail over windows of one aspect ratio; smaller is heavier", ".3f", "alpha"),
         Column("alpha_low", "lower end of its confidence interval", ".3f"),
         Column("alpha_high", "upper end of its confidence interval", ".3f"),
@@ -64,8 +51,7 @@ COLUMNS: tuple[Column, ...] = (
         Column("xmin", "eigenvalue where that tail starts", ".4g"),
         Column("num_tail", "eigenvalues in that tail", "d"),
     ),
-    *_group(
-        "whole matrix",
+    "whole matrix": (
         Column("whole_alpha", "exponent by the same rule over the whole matrix", ".3f", "whole"),
         Column("aspect_ratio_bias", "whole_alpha - alpha", "+.3f", "bias"),
         Column("whole_num_eigenvalues", "eigenvalues, over all kernel positions", "d", "", "num_evals"),
@@ -84,8 +70,7 @@ COLUMNS: tuple[Column, ...] = (
         Column("sv_max", "largest singular value", ".4g", "", "sv_max"),
         Column("sv_min", "smallest singular value", ".3g", "", "sv_min"),
     ),
-    *_group(
-        "WeightWatcher's fit",
+    "WeightWatcher's fit": (
         Column("ww_alpha", "exponent with the best threshold by KS distance", ".3f", "ww", "alpha"),
         Column("ww_ks_distance", "KS distance of that fit, in [0, 1]", ".3f", "", "D"),
         Column("ww_xmin", "eigenvalue where that tail starts", ".4g", "", "xmin"),
@@ -97,8 +82,7 @@ COLUMNS: tuple[Column, ...] = (
             "ww_log_alpha_norm", "log10 of the sum of eigenvalues to the power ww_alpha", ".3f", "", "log_alpha_norm"
         ),
     ),
-    *_group(
-        "against noise",
+    "against noise": (
         Column("mp_sigma", "deviation of an entry that fits the bulk to the Marchenko-Pastur law", ".3g"),
         Column("mp_min", "lower edge of that bulk", ".4g"),
         Column("mp_max", "upper edge of that bulk", ".4g"),
@@ -113,7 +97,8 @@ COLUMNS: tuple[Column, ...] = (
         Column("max_rand_eval", "largest eigenvalue of the shuffled matrix", ".4g", "", "max_rand_eval"),
         Column("ww_softrank", "max_rand_eval / whole_largest_eigenvalue", ".3f", "", "ww_softrank"),
     ),
-)
+}
+COLUMNS = tuple(column._replace(group=group) for group, columns in _GROUPS.items() for column in columns)
 BY_NAME = {column.name: column for column in COLUMNS}
 
 
@@ -130,3 +115,48 @@ def find_column(name: str, columns: Sequence[Column]) -> Column:
         if name and name in {column.name, column.head}:
             return column
     raise InputError(f"there is no column {name!r}; columns are {', '.join(column.name for column in columns)}")
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON and CSV have it: Python numbers and lists; `None` for NaN and infinity."""
+    if hasattr(value, "tolist"):  # NumPy's and JAX's
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number(row: Row, name: str) -> float | None:
+    """Return a row's number to draw or to compare; `None` for a missing one."""
+    value = plain(row.get(name))
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def half_width(row: Row) -> float | None:
+    """Return half the confidence interval of `alpha`; `None` without one."""
+    low, high = number(row, "alpha_low"), number(row, "alpha_high")
+    return None if low is None or high is None else (high - low) / 2
+
+
+def text(row: Row, column: Column) -> str:
+    """Return one value as text; `–` for a missing one.
+
+    >>> text({"Q": 1.5}, BY_NAME["Q"]), text({}, BY_NAME["Q"])
+    ('1.5', '–')
+    """
+    value = plain(row.get(column.name))
+    if value is None or value == "":
+        return MISSING
+    if isinstance(value, str) or not column.format:
+        return str(value)
+    return format(int(value) if column.format == "d" else value, column.format)
+
+
+def with_interval(row: Row, column: Column) -> str:
+    """Return one value as text, `alpha` with half its confidence interval: `1.87 ±0.03`."""
+    half = half_width(row) if column.name == "alpha" else None
+    if half is None or number(row, column.name) is None:
+        return text(row, column)
+    return f"{row[column.name]:.2f} ±{half:.2f}"

@@ -9,26 +9,15 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from farms_jax.diagnosis.columns import BY_NAME, Column, Row
+from farms_jax.diagnosis.columns import BY_NAME, Column, Row, half_width, text
 from farms_jax.diagnosis.diagnosis import Diagnosis
-from farms_jax.diagnosis.layer_table import LayerTable
 from farms_jax.diagnosis.pipeline import diagnose, opened
-from farms_jax.diagnosis.table import half_width, text
+from farms_jax.diagnosis.table import LayerTable
 from farms_jax.errors import InputError, listed
 from farms_jax.weights import WeightSource, is_lora, open_lora
 
-_Side = tuple[Diagnosis, WeightSource | None]  # no weights where only a written diagnosis is at hand
 _BEFORE_AND_AFTER = ("alpha", "whole_alpha", "ww_alpha", "ks_distance", "whole_stable_rank", "mp_spikes", "rank")
-_SHOWN = {"alpha", "mp_spikes"}
-
-
-def _sides(name: str) -> tuple[Column, ...]:
-    column = BY_NAME[name]
-    head = column.head if name in _SHOWN else ""
-    return tuple(
-        Column(f"{name}_{side}", f"{column.meaning}; of {side.upper()}", column.format, head and f"{head}_{side}")
-        for side in ("a", "b")
-    )
+_SHOWN = {"alpha", "mp_spikes"}  # of these, in the terminal
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -49,7 +38,13 @@ class Comparison(LayerTable):
         Column("alpha_change", "alpha of B less that of A", "+.3f", "change"),
         Column("error", "half the confidence interval of that change", ".3f", "error"),
         Column("beyond_error", "whether the change is larger than its error", ""),
-        *(column for name in _BEFORE_AND_AFTER for column in _sides(name)),
+        *(
+            Column(
+                f"{name}_{side}", f"{meaning}; of {side.upper()}", format, f"{head}_{side}" if name in _SHOWN else ""
+            )
+            for name, meaning, format, head, *_ in (BY_NAME[name] for name in _BEFORE_AND_AFTER)
+            for side in ("a", "b")
+        ),
     )
 
     models: tuple[str, str]
@@ -93,44 +88,39 @@ def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Compar
         ValueError: an option is out of its range.
     """
     with contextlib.ExitStack() as stack:
-        before = _side(a, stack, progress=progress, **options)
+        before, weights_a = _side(a, stack, progress=progress, **options)
         if isinstance(b, str | Path) and is_lora(b):
-            if before[1] is None:
+            if weights_a is None:
                 raise InputError(
                     f"{b}: a LoRA adapter needs the weights of its base model; give them as the first model"
                 )
-            b = stack.enter_context(open_lora(before[1], Path(b)))
-        after = _side(b, stack, progress=progress, **options)
-        return _compared(before, after, progress=progress)
+            b = stack.enter_context(open_lora(weights_a, Path(b)))
+        after, weights_b = _side(b, stack, progress=progress, **options)
+        rows_a, rows_b = ({row["layer"]: row for row in side.layers} for side in (before, after))
+        common = [name for name in rows_a if name in rows_b]
+        if not common:
+            raise InputError(
+                f"{before.model} and {after.model} have no layer of one name: {next(iter(rows_a))} in the first, "
+                f"{next(iter(rows_b))} in the second; give two checkpoints of one model or family, in one format"
+            )
+        moved = dict(_moved(weights_a, weights_b, common, progress=progress)) if weights_a and weights_b else {}
+    comparison = Comparison(
+        layers=tuple(_row(rows_a[name], rows_b[name], moved.get(name)) for name in common),
+        models=(before.model, after.model),
+        only_a=tuple(name for name in rows_a if name not in rows_b),
+        only_b=tuple(name for name in rows_b if name not in rows_a),
+    )
+    return comparison.sort("alpha_change", descending=True, magnitude=True)
 
 
-def _side(model: Any, stack: contextlib.ExitStack, **options: Any) -> _Side:
+def _side(model: Any, stack: contextlib.ExitStack, **options: Any) -> tuple[Diagnosis, WeightSource | None]:
+    """Return a model's diagnosis and its weights, open as long as `stack`; of a written diagnosis there are none."""
     if isinstance(model, Diagnosis):
         return model, None
     if isinstance(model, str | Path) and Path(model).suffix == ".json":
         return Diagnosis.read_json(Path(model)), None
     source = stack.enter_context(opened(model, options.get("axes")))
     return diagnose(source, **options), source
-
-
-def _compared(before: _Side, after: _Side, *, progress: bool) -> Comparison:
-    (a, source_a), (b, source_b) = before, after
-    rows_a, rows_b = ({row["layer"]: row for row in side.layers} for side in (a, b))
-    common = [name for name in rows_a if name in rows_b]
-    if not common:
-        raise InputError(
-            f"{a.model} and {b.model} have no layer of one name: {next(iter(rows_a))} in the first, "
-            f"{next(iter(rows_b))} in the second; give two checkpoints of one model or family, in one format"
-        )
-    moved = dict(_moved(source_a, source_b, common, progress=progress)) if source_a and source_b else {}
-    rows = [_row(rows_a[name], rows_b[name], moved.get(name)) for name in common]
-    comparison = Comparison(
-        layers=tuple(rows),
-        models=(a.model, b.model),
-        only_a=tuple(name for name in rows_a if name not in rows_b),
-        only_b=tuple(name for name in rows_b if name not in rows_a),
-    )
-    return comparison.sort("alpha_change", descending=True, magnitude=True)
 
 
 def _moved(a: WeightSource, b: WeightSource, names: list[str], *, progress: bool) -> Iterator[tuple[str, float]]:

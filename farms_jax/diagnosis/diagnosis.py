@@ -1,4 +1,4 @@
-"""Diagnosis: what was found in a model, layer by layer."""
+"""Diagnosis: the measures of a model's layers, and how they are shown, drawn and written."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from farms_jax._extras import from_extra
 from farms_jax._names import natural_key
 from farms_jax._present import left_out_lines
-from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column, Row
-from farms_jax.diagnosis.layer_table import LayerTable
+from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column, Row, number, plain, with_interval
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import MEANINGS, attention, counts
-from farms_jax.diagnosis.table import number, plain, with_interval
+from farms_jax.diagnosis.table import LayerTable
 from farms_jax.errors import InputError
 from farms_jax.programs.files import write_json, write_text
 
@@ -77,7 +76,16 @@ class Diagnosis(LayerTable):
             InputError: the file is something else.
         """
         try:
-            return cls(**_fields(json.loads(Path(path).read_text(encoding="utf-8"))))
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT:
+                raise InputError(f"format {content['format']!r}")
+            fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
+            fields["layers"] = tuple(map(dict, fields["layers"]))
+            fields["left_out"] = tuple((name, reason) for name, reason in fields["left_out"])
+            fields["histograms"] = {
+                layer: Histogram.from_json(spectra) for layer, spectra in fields["histograms"].items()
+            }
+            return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: no diagnosis; make one with `farms analyze MODEL --json FILE`") from error
 
@@ -132,34 +140,18 @@ class Diagnosis(LayerTable):
             drawing, axis = figures.axes(f"{self.model}: what the whole matrix adds to alpha", figures.NARROW)
             figures.bias_by_aspect_ratio(axis, self.layers)
         else:
-            row = self._drawn(layer)
-            title = f"{row['layer']}: {row.get('status') or 'spectrum'}"
-            drawing, axis = figures.axes(title, figures.NARROW)
-            figures.spectrum(axis, row, self.histograms[row["layer"]])
+            rows = {row["layer"]: row for row in [*attention(self.layers), *self.layers]}
+            name = next(iter(rows), "") if layer is None else layer
+            if name not in rows:
+                raise InputError(f"plot: there is no layer {name!r}; `names` has all layers")
+            if name not in self.histograms:
+                raise InputError(f"plot: {name} has no spectrum in this diagnosis")
+            row = rows[name]
+            drawing, axis = figures.axes(f"{name}: {row.get('status') or 'spectrum'}", figures.NARROW)
+            figures.spectrum(axis, row, self.histograms[name])
             axis.legend(fontsize="small")
         return drawing
 
     def _by_depth(self) -> list[Row]:
         """Return the layers in network order, however the table was sorted."""
         return sorted(self.layers, key=lambda row: natural_key(row["layer"]))
-
-    def _drawn(self, layer: str | None) -> Row:
-        """Return the layer whose spectrum is drawn."""
-        rows = {row["layer"]: row for row in [*attention(self.layers), *self.layers]}
-        name = next(iter(rows), "") if layer is None else layer
-        if name not in rows:
-            raise InputError(f"plot: there is no layer {name!r}; `names` has all layers")
-        if name not in self.histograms:
-            raise InputError(f"plot: {name} has no spectrum in this diagnosis")
-        return rows[name]
-
-
-def _fields(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `Diagnosis` from its JSON; other content raises any of several errors."""
-    if content["format"] != _FORMAT:
-        raise ValueError(content["format"])
-    return {field.name: content[field.name] for field in dataclasses.fields(Diagnosis)} | {
-        "layers": tuple(dict(row) for row in content["layers"]),
-        "left_out": tuple((name, reason) for name, reason in content["left_out"]),
-        "histograms": {layer: Histogram.from_json(spectra) for layer, spectra in content["histograms"].items()},
-    }

@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from farms_jax._figures import SIZE, figure, name_layers
-from farms_jax.diagnosis.columns import Row
+from farms_jax.diagnosis.columns import Row, number
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import GOOD, SEVERITY
-from farms_jax.diagnosis.table import number
 
 # The page has each of them once more for dark screens, under these names.
 COLOURS = {
@@ -123,7 +122,11 @@ def spectrum(axis: Any, row: Row, histogram: Histogram) -> None:
     Axes with the spectrum of another layer are cleared first.
     """
     if axis.get_xscale() != "log":  # setting it is half the time of a drawing
-        _log_scales(axis)
+        axis.set(xscale="log", yscale="log", xlabel="eigenvalue", ylabel="density")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(LogLocator(numticks=6))
+            side.set_major_formatter("{x:g}")
+            side.set_minor_locator(NullLocator())
     for artist in [*axis.lines, *axis.patches]:
         artist.remove()
     edges, densities = 10.0 ** np.array(histogram.edges), np.array([*histogram.windows, *histogram.whole])
@@ -140,14 +143,6 @@ def spectrum(axis: Any, row: Row, histogram: Histogram) -> None:
         end = start + (end - start) * (top - cut) / (top - bottom)
         label = f"power law, alpha {row['alpha']:.2f}"
         axis.plot([10**start, 10**end], [10**top, 10**cut], color=COLOURS["s0"], lw=2, label=label)
-
-
-def _log_scales(axis: Any) -> None:
-    axis.set(xscale="log", yscale="log", xlabel="eigenvalue", ylabel="density")
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_locator(LogLocator(numticks=6))
-        side.set_major_formatter("{x:g}")
-        side.set_minor_locator(NullLocator())
 
 
 def tail_line(row: Row, histogram: Histogram) -> tuple[float, float, float, float] | None:

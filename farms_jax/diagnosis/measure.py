@@ -1,9 +1,9 @@
 """measure(): weights of a few layers -> every number of their rows."""
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,7 +11,6 @@ import numpy as np
 from farms_jax import marchenko_pastur
 from farms_jax._analyze import needs_small_eigenvalues
 from farms_jax._axes import Axes, as_matrices
-from farms_jax._tail import Tail
 from farms_jax._windows import Grid, make_grid
 from farms_jax.diagnosis.resampling import deviations, interval, interval_grid
 from farms_jax.diagnosis.settings import Settings
@@ -26,24 +25,17 @@ from farms_jax.diagnosis.spectrum import (
 from farms_jax.solvers.cpu import cores
 from farms_jax.solvers.dispatch import Solver, window_eigenvalues
 
-_T = TypeVar("_T")
 _RESOLVED = 1e-10  # of the largest eigenvalue: below it Gram matrices in float64 lose a singular value's sixth digit
 _FIRST_WINDOWS = 16  # of an adaptive measure; each round after that doubles them
 _SHUFFLE, _RESAMPLE, _ORDER = range(3)  # uses of random numbers, each with a stream of its own
 
 
 class Measured(NamedTuple):
-    """What was measured of one layer.
+    """What was measured of one layer."""
 
-    Attributes:
-        row: columns of `columns.COLUMNS` that do not depend on other layers: all but name, status and rank.
-        deviations: deviations of alpha from its mean over resamples, shape (B,); empty without resamples.
-        histogram: spectra of windows and whole matrix.
-    """
-
-    row: dict[str, Any]
-    deviations: np.ndarray
-    histogram: Histogram
+    row: dict[str, Any]  # columns of `columns.COLUMNS` that do not depend on other layers: no name, status, rank
+    deviations: np.ndarray  # of alpha from its mean over resamples, shape (B,); empty without resamples
+    histogram: Histogram  # spectra of windows and whole matrix
 
 
 class _Layer(NamedTuple):
@@ -73,21 +65,16 @@ _Values = dict[tuple[str, Grid], np.ndarray]  # eigenvalues (K * W, n) of a laye
 def measure(
     weights: Mapping[str, np.ndarray], axes: Axes, settings: Settings, *, overwrite: bool = False
 ) -> dict[str, Measured]:
-    """Measure layers: windows, whole matrices, the same shuffled, and the uncertainty of alpha.
+    """Return the measures of layers by name: windows, whole matrices, the same shuffled, and the uncertainty of alpha.
 
-    Args:
-        weights: weights by name; 2-D or 4-D, finite, with enough eigenvalues (`farms_jax._layers.select_layers`).
-        axes: rows and columns of the weights.
-        settings: settings of the diagnosis.
-        overwrite: shuffle the weights in place, which saves the memory of a copy.
-
-    Returns:
-        The measures by name, in the same order. Numbers of the windows are those of `farms_jax.analyze`.
+    The weights are 2-D or 4-D, finite, and have enough eigenvalues (`farms_jax._layers.select_layers`). With
+    `overwrite` they are shuffled in place, which saves the memory of a copy. Numbers of the windows are those of
+    `farms_jax.analyze`.
     """
     layers = [_layer(name, weight, axes, settings) for name, weight in weights.items()]
     values: _Values = {}
     if settings.tolerance is not None:
-        layers = [*_adapted(layers, values, settings)]
+        layers = [_adapted(layer, values, settings, settings.tolerance) for layer in layers]
     _solve(layers, values, settings)
     shuffled = _shuffled_spectra(layers, settings, overwrite) if settings.whole and settings.randomize else {}
     return {layer.name: _measured(layer, values, shuffled.get(layer.name), settings) for layer in layers}
@@ -103,16 +90,16 @@ def _layer(name: str, weight: np.ndarray, axes: Axes, settings: Settings) -> _La
 
 def _solve(layers: list[_Layer], values: _Values, settings: Settings) -> None:
     """Add the eigenvalues of all windows that `values` lacks; no window of a layer is solved twice."""
-    solver = _window_solver(settings.tail)
-    wanted: dict[tuple[str, Grid], tuple[np.ndarray, Solver]] = {}
+    stacks = {layer.name: layer.stack for layer in layers}
+    wanted: dict[tuple[str, Grid], Solver] = {}
     for layer in layers:
         if settings.whole:
-            wanted[layer.name, layer.whole] = layer.stack, "gram64"
+            wanted[layer.name, layer.whole] = "gram64"
         for grid in (layer.grid, layer.intervals):
-            wanted.setdefault((layer.name, grid), (layer.stack, solver))
+            wanted.setdefault((layer.name, grid), _window_solver(settings))
     for kind in ("gram", "gram64"):
-        keys = [key for key, (_, its) in wanted.items() if its == kind and key not in values]
-        found = _eigenvalues([wanted[key][0] for key in keys], [grid for _, grid in keys], kind, settings)
+        keys = [key for key, solver in wanted.items() if solver == kind and key not in values]
+        found = _eigenvalues([stacks[name] for name, _ in keys], [grid for _, grid in keys], kind, settings)
         values.update(zip(keys, found, strict=True))
     # Ranks and the smallest singular values are beyond a Gram matrix where few directions are missing or nearly so.
     for layer in layers if settings.whole else ():
@@ -122,8 +109,8 @@ def _solve(layers: list[_Layer], values: _Values, settings: Settings) -> None:
             (values[layer.name, layer.whole],) = _eigenvalues([exact], [layer.whole], "svd", settings)
 
 
-def _window_solver(tail: Tail) -> Solver:
-    return "gram64" if needs_small_eigenvalues(tail) else "gram"
+def _window_solver(settings: Settings) -> Solver:
+    return "gram64" if needs_small_eigenvalues(settings.tail) else "gram"
 
 
 def _eigenvalues(stacks: list[np.ndarray], grids: list[Grid], solver: Solver, settings: Settings) -> list[np.ndarray]:
@@ -134,66 +121,54 @@ def _eigenvalues(stacks: list[np.ndarray], grids: list[Grid], solver: Solver, se
 def _measured(layer: _Layer, values: _Values, shuffled: np.ndarray | None, settings: Settings) -> Measured:
     scale = settings.kernel_scale if layer.is_kernel else 1.0
     windows = values[layer.name, layer.grid] * scale
-    whole = np.sort(values[layer.name, layer.whole].ravel()) * scale if settings.whole else None
-    row = _shape_columns(layer) | _window_columns(layer, windows, settings)
-    scatter = np.zeros(0)
+    shorter, longer = sorted(layer.stack.shape[1:])
+    row = {
+        "shape": "x".join(map(str, layer.shape)),
+        "num_params": layer.stack.size,
+        "N": longer,
+        "M": shorter,
+        "Q": longer / shorter,
+        **_window_columns(layer, windows, settings),
+    }
+    scatter, whole = np.zeros(0), None
     if settings.resamples:
         scatter = _scatter(layer, values[layer.name, layer.intervals], settings)
-        row |= _interval_columns(row["alpha"], scatter, settings)
-    if whole is not None:
-        row |= _whole_columns(layer, whole, row["alpha"], scale, settings)
+        row |= {"alpha_low": None, "alpha_high": None}
+        if row["alpha"] is not None and scatter.any():
+            low, high = interval(row["alpha"], scatter, settings.level)
+            row |= {"alpha_low": max(low, 1.0), "alpha_high": high}  # no alpha is below 1
+    if settings.whole:
+        whole = np.sort(values[layer.name, layer.whole].ravel()) * scale
+        alpha = float(fit_spectra(resolved(whole)[None], settings.tail).alpha[0]) or None  # 0: no tail
+        bias = alpha - row["alpha"] if alpha and row["alpha"] else None
+        row |= {"whole_alpha": alpha, "aspect_ratio_bias": bias}
+        row |= spectrum_measures(whole, *layer.stack.shape[1:])
+        if row["mp_sigma"]:
+            row["mp_sigma"] /= scale**0.5  # of the weight's own entries
         row |= {} if shuffled is None else shuffled_measures(whole, shuffled * scale)
     return Measured(row, scatter, histogram(windows.ravel(), whole))
 
 
-def _shape_columns(layer: _Layer) -> dict[str, Any]:
-    shorter, longer = sorted(layer.stack.shape[1:])
-    shape = "x".join(map(str, layer.shape))
-    return {"shape": shape, "num_params": layer.stack.size, "N": longer, "M": shorter, "Q": longer / shorter}
-
-
 def _window_columns(layer: _Layer, windows: np.ndarray, settings: Settings) -> dict[str, Any]:
     """Return FARMS's columns: means over the divisions of a kernel, as in `analyze`."""
-    pooled = layer.grid.pool(windows)
+    grid, tail = layer.grid, settings.tail
+    pooled = grid.pool(windows)
     if settings.window is not None and settings.window.divisions == "pooled":
         pooled = pooled.reshape(1, -1)
     pooled = np.sort(pooled.astype(np.float64), axis=-1)
-    alphas, distances, starts, *_ = fit_spectra(pooled, settings.tail)
-    tails = alphas > 0
+    alphas, distances, starts, *_ = fit_spectra(pooled, tail)
+    found = alphas > 0
+    noise = None  # the other rules find a new threshold in every draw of noise
+    if tail.xmin == "median":
+        noise = marchenko_pastur.hill_alpha(grid.gram_rows / max(grid.rows, grid.cols), tail.xmin_pos)
     return {
-        "alpha": float(alphas[tails].mean()) if tails.any() else None,
-        "noise_alpha": _noise_alpha(layer.grid, settings.tail),
+        "alpha": float(alphas[found].mean()) if found.any() else None,
+        "noise_alpha": noise,
         "num_windows": windows.shape[0],
         "ks_distance": float(distances.mean()),
-        "xmin": float(starts[tails].mean()) if tails.any() else None,
-        "num_tail": int((pooled[tails] >= starts[tails, None]).sum()),
+        "xmin": float(starts[found].mean()) if found.any() else None,
+        "num_tail": int((pooled[found] >= starts[found, None]).sum()),
     }
-
-
-def _noise_alpha(grid: Grid, tail: Tail) -> float | None:
-    """Return alpha of noise under the median rule; the others find a new threshold in every draw of noise."""
-    if tail.xmin != "median":
-        return None
-    shorter, longer = sorted((grid.rows, grid.cols))
-    return marchenko_pastur.hill_alpha(shorter / longer, tail.xmin_pos)
-
-
-def _interval_columns(alpha: float | None, scatter: np.ndarray, settings: Settings) -> dict[str, Any]:
-    if alpha is None or not scatter.any():
-        return {"alpha_low": None, "alpha_high": None}
-    low, high = interval(alpha, scatter, settings.level)
-    return {"alpha_low": max(low, 1.0), "alpha_high": high}  # no alpha is below 1
-
-
-def _whole_columns(
-    layer: _Layer, whole: np.ndarray, window_alpha: float | None, scale: float, settings: Settings
-) -> dict[str, Any]:
-    row = spectrum_measures(whole, *layer.stack.shape[1:])
-    if row["mp_sigma"]:
-        row["mp_sigma"] /= scale**0.5  # of the weight's own entries
-    alpha = float(fit_spectra(resolved(whole)[None], settings.tail).alpha[0]) or None  # 0: no tail
-    bias = alpha - window_alpha if alpha and window_alpha else None
-    return {"whole_alpha": alpha, "aspect_ratio_bias": bias, **row}
 
 
 def _scatter(layer: _Layer, windows: np.ndarray, settings: Settings) -> np.ndarray:
@@ -204,70 +179,40 @@ def _scatter(layer: _Layer, windows: np.ndarray, settings: Settings) -> np.ndarr
 
 def _shuffled_spectra(layers: list[_Layer], settings: Settings, overwrite: bool) -> dict[str, np.ndarray]:
     """Return eigenvalues (E,), ascending, of each layer's matrices with their entries in random order."""
-    spectra: dict[str, np.ndarray] = {}
+
+    def shuffle(layer: _Layer) -> np.ndarray:
+        rng, stack = layer.generator(settings, _SHUFFLE), layer.stack
+        if not (overwrite and stack.flags.c_contiguous and stack.flags.writeable):
+            stack = np.array(stack, order="C")
+        for matrix in stack:
+            rng.shuffle(matrix.reshape(-1))
+        return stack
+
     with ThreadPoolExecutor(cores()) as threads:
-        for group in in_groups(layers, lambda layer: layer.stack.nbytes, settings.max_batch_bytes):
-            stacks = list(threads.map(lambda layer: _shuffle(layer, settings, overwrite), group))
-            found = _eigenvalues(stacks, [layer.whole for layer in group], "gram", settings)
-            spectra |= {layer.name: np.sort(values.ravel()) for layer, values in zip(group, found, strict=True)}
-    return spectra
+        stacks = list(threads.map(shuffle, layers))
+    found = _eigenvalues(stacks, [layer.whole for layer in layers], "gram", settings)
+    return {layer.name: np.sort(values.ravel()) for layer, values in zip(layers, found, strict=True)}
 
 
-def _shuffle(layer: _Layer, settings: Settings, overwrite: bool) -> np.ndarray:
-    rng, stack = layer.generator(settings, _SHUFFLE), layer.stack
-    if not (overwrite and stack.flags.c_contiguous and stack.flags.writeable):
-        stack = np.array(stack, order="C")
-    for matrix in stack:
-        rng.shuffle(matrix.reshape(-1))
-    return stack
+def _adapted(layer: _Layer, values: _Values, settings: Settings, tolerance: float) -> _Layer:
+    """Return a layer with windows added until its interval is narrow enough, and add their eigenvalues to `values`.
 
-
-def in_groups(items: Iterable[_T], size_of: Callable[[_T], int], limit: int) -> Iterator[list[_T]]:
-    """Yield groups of items in order, each of at most `limit` in summed size, or of one larger item."""
-    group, size = [], 0
-    for item in items:
-        if group and size + size_of(item) > limit:
-            yield group
-            group, size = [], 0
-        group.append(item)
-        size += size_of(item)
-    if group:
-        yield group
-
-
-def _adapted(layers: list[_Layer], values: _Values, settings: Settings) -> Iterator[_Layer]:
-    """Yield the layers in order, each with windows added until its interval is narrow enough.
-
-    Their eigenvalues are added to `values`. A layer whose windows are more than half as high as its matrix stays as it
-    is: too few of them differ.
+    A layer whose windows are more than half as high as its matrix stays as it is: too few of them differ.
     """
-    assert settings.tolerance is not None
-    for layer in layers:
-        if layer.is_kernel or layer.grid.rows > min(layer.stack.shape[1:]) // 2:
-            yield layer
-            continue
-        order = layer.generator(settings, _ORDER).permutation(np.array(layer.grid.starts))
-        solved = np.zeros((0, min(layer.grid.rows, layer.grid.cols)))
-        for count in _doubling(len(order)):
-            more = layer.grid._replace(starts=_starts(order[len(solved) : count]))
-            (part,) = _eigenvalues([layer.stack], [more], _window_solver(settings.tail), settings)
-            solved = np.concatenate([solved, part])
-            grid = layer.grid._replace(starts=_starts(order[:count]))
-            layer = layer._replace(grid=grid, intervals=grid)
-            low, high = interval(0.0, _scatter(layer, solved, settings), settings.level)
-            if 0 < (high - low) / 2 <= settings.tolerance:
-                break
-        values[layer.name, layer.grid] = solved
-        yield layer
-
-
-def _starts(places: np.ndarray) -> tuple[tuple[int, int], ...]:
-    return tuple((row, col) for row, col in places.tolist())
-
-
-def _doubling(total: int) -> Iterator[int]:
-    count = _FIRST_WINDOWS
-    while count < total:
-        yield count
-        count *= 2
-    yield total
+    if layer.is_kernel or layer.grid.rows > min(layer.stack.shape[1:]) // 2:
+        return layer
+    order = layer.generator(settings, _ORDER).permutation(np.array(layer.grid.starts))
+    starts = tuple((row, col) for row, col in order.tolist())
+    solved, count = np.zeros((0, layer.grid.gram_rows)), 0
+    while count < len(starts):
+        count = min(max(2 * count, _FIRST_WINDOWS), len(starts))
+        more = layer.grid._replace(starts=starts[len(solved) : count])
+        (part,) = _eigenvalues([layer.stack], [more], _window_solver(settings), settings)
+        solved = np.concatenate([solved, part])
+        grid = layer.grid._replace(starts=starts[:count])
+        layer = layer._replace(grid=grid, intervals=grid)
+        low, high = interval(0.0, _scatter(layer, solved, settings), settings.level)
+        if 0 < (high - low) / 2 <= tolerance:
+            break
+    values[layer.name, layer.grid] = solved
+    return layer

@@ -13,11 +13,10 @@ import matplotlib as mpl
 from farms_jax._figures import NAMED_TICKS
 from farms_jax._present import by_reason
 from farms_jax.diagnosis import figures
-from farms_jax.diagnosis.columns import BY_NAME, Column, Row
+from farms_jax.diagnosis.columns import BY_NAME, MISSING, Column, Row, number, text, with_interval
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import MEANINGS, SEVERITY, attention, counts, severity
 from farms_jax.diagnosis.svg import STYLE, inline_svg
-from farms_jax.diagnosis.table import MISSING, number, text, with_interval
 from farms_jax.errors import listed
 
 _PRINTED = 24  # layers that need attention most, whose spectra are printed on paper
@@ -41,18 +40,17 @@ def page(
 ) -> str:
     """Return the page as HTML; whatever names and reasons contain is text, never markup.
 
-    Args:
-        rows: one per layer, in network order.
-        columns: columns that were measured.
-        histograms: spectra by layer; layers without one are shown without.
-        model: name of the model.
-        headline: line that says what needs attention; begins with the model's name.
-        facts: where the weights come from and how they were measured, in types of JSON.
-        left_out: (name, reason) of the arrays that are not layers.
+    `rows` are in network order, and `histograms` are by layer: one without a spectrum is shown without. The headline
+    says what needs attention and begins with the model's name; `facts`, in types of JSON, are where the weights come
+    from and how they were measured; `left_out` has the (name, reason) of the arrays that are not layers.
     """
-    style, script = _asset("page.css"), _asset("page.js")
+    style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     with mpl.rc_context(STYLE):
         charts, table = _charts(rows), _table(rows, columns, histograms)
+    reasons = by_reason(left_out).items()
+    unused = [(f"{reason} ({len(names)})", listed(names, _NAMED, ", ")) for reason, names in reasons]
+    provenance = [(name.replace("_", " "), flat(value)) for name, value in facts.items() if value is not None]
+    glossary = _definitions((column.name, column.meaning) for column in columns)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
@@ -66,17 +64,13 @@ def page(
 {_cards(rows)}
 {charts}
 {table}
-{_left_out(left_out)}
-{_provenance(facts)}
-{_glossary(columns)}
+{f'<section class="out"><h2>Left out</h2>{_definitions(unused)}</section>' if unused else ""}
+<section class="out"><h2>How it was measured</h2>{_definitions(provenance)}</section>
+<section class="out"><details><summary>What the columns mean</summary>{glossary}</details></section>
 </main>
 <script>{script}</script>
 </body></html>
 """
-
-
-def _asset(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def flat(value: Any) -> str:
@@ -127,7 +121,12 @@ def _charts(rows: Sequence[Row]) -> str:
     ]
     if any(number(row, "aspect_ratio_bias") is not None for row in rows):
         charts += [("aspect-ratio bias", "what the whole matrix adds to alpha", figures.bias_by_aspect_ratio, _NARROW)]
-    tooltips, drawn = {f"#l{i}": _tooltip(row) for i, row in enumerate(rows)}, ""
+    tooltips, drawn = {}, ""
+    for i, row in enumerate(rows):
+        whole = number(row, "whole_alpha")
+        more = "" if whole is None else f", whole matrix {whole:.2f}"
+        alpha = with_interval(row, BY_NAME["alpha"])
+        tooltips[f"#l{i}"] = f"{row['layer']}: alpha {alpha}{more}; {row.get('status') or 'not judged'}"
     for name, note, draw, size in charts:
         figure, axis = figures.axes(size=size)
         draw(axis, rows)
@@ -136,13 +135,6 @@ def _charts(rows: Sequence[Row]) -> str:
             f"{inline_svg(figure, f'{name}: {note}', tooltips)}</figure>"
         )
     return f'<section class="charts" aria-label="Charts">{drawn}</section>'
-
-
-def _tooltip(row: Row) -> str:
-    whole = number(row, "whole_alpha")
-    more = "" if whole is None else f", whole matrix {whole:.2f}"
-    alpha = with_interval(row, BY_NAME["alpha"])
-    return f"{row['layer']}: alpha {alpha}{more}; {row.get('status') or 'not judged'}"
 
 
 def _spectra(rows: Sequence[Row], histograms: Mapping[str, Histogram]) -> Iterator[str]:
@@ -160,9 +152,9 @@ def _spectra(rows: Sequence[Row], histograms: Mapping[str, Histogram]) -> Iterat
 
 
 def _table(rows: Sequence[Row], columns: Sequence[Column], histograms: Mapping[str, Histogram]) -> str:
-    chosen = [column for column in columns if column.head]
-    others = [column for column in columns if not column.head and column.name != "reason"]
-    ordered = [*chosen, *others]
+    # Those of the terminal first: the others are shown on demand.
+    ordered = sorted((column for column in columns if column.name != "reason"), key=lambda column: not column.head)
+    chosen = sum(bool(column.head) for column in ordered)
     printed = {row["layer"] for row in attention(rows)[:_PRINTED]}
     bodies = "".join(
         _layer(i, row, ordered, _details(row, drawing), printed=row["layer"] in printed)
@@ -177,21 +169,19 @@ def _table(rows: Sequence[Row], columns: Sequence[Column], histograms: Mapping[s
 <p class="hint">A layer's name opens its spectrum, on logarithmic axes: <span class="fill">windows filled</span>, whole
 matrix as an outline, dotted where the tail starts, and <span class="s0">the fitted power law</span>.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="Table of layers">
-<style>table:not(.all) tr>:nth-child(n+{len(chosen) + 1}){{display:none}}</style>
-<table><thead>{_heads(chosen, others)}</thead>{bodies}</table></div></section>"""
+<style>table:not(.all) tr>:nth-child(n+{chosen + 1}){{display:none}}</style>
+<table><thead>{_heads(ordered)}</thead>{bodies}</table></div></section>"""
 
 
-def _heads(chosen: Sequence[Column], others: Sequence[Column]) -> str:
-    groups = ""
-    for part, extra in ((chosen, False), (others, True)):
-        for name, members in groupby(part, key=lambda column: column.group):
-            groups += (
-                f'<th colspan="{len(list(members))}" scope="colgroup"{" class=x" if extra else ""}>{escape(name)}</th>'
-            )
+def _heads(columns: Sequence[Column]) -> str:
+    groups = "".join(
+        f'<th colspan="{len(list(members))}" scope="colgroup"{" class=x" if hidden else ""}>{escape(name)}</th>'
+        for (hidden, name), members in groupby(columns, key=lambda column: (not column.head, column.group))
+    )
     heads = "".join(
         f'<th scope="col" title="{escape(column.meaning)}" aria-sort="none">'
         f'<button type="button">{_in_two(column.name)}</button></th>'
-        for column in (*chosen, *others)
+        for column in columns
     )
     return f'<tr class="g">{groups}</tr><tr class="h">{heads}</tr>'
 
@@ -237,21 +227,6 @@ def _details(row: Row, drawing: str) -> str:
         if MISSING not in {values[field] for field in re.findall(r"{(\w+)}", sentence)}
     ]
     return f'<div class="w">{drawing}<div>{reason}{_definitions(facts)}</div></div>'
-
-
-def _left_out(left_out: Sequence[tuple[str, str]]) -> str:
-    parts = [(f"{reason} ({len(names)})", listed(names, _NAMED, ", ")) for reason, names in by_reason(left_out).items()]
-    return f'<section class="out"><h2>Left out</h2>{_definitions(parts)}</section>' if parts else ""
-
-
-def _provenance(facts: Mapping[str, Any]) -> str:
-    entries = [(name.replace("_", " "), flat(value)) for name, value in facts.items() if value is not None]
-    return f'<section class="out"><h2>How it was measured</h2>{_definitions(entries)}</section>'
-
-
-def _glossary(columns: Sequence[Column]) -> str:
-    terms = _definitions((column.name, column.meaning) for column in columns)
-    return f'<section class="out"><details><summary>What the columns mean</summary>{terms}</details></section>'
 
 
 def _definitions(entries: Iterable[tuple[str, str]]) -> str:

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from farms_jax._axes import FLAX_AXES, Axes
 from farms_jax._layers import select_layers
-from farms_jax._names import matching, named_leaves, natural_key
+from farms_jax._names import matching, named_leaves
 from farms_jax.diagnosis.columns import Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
-from farms_jax.diagnosis.measure import Measured, in_groups, measure
+from farms_jax.diagnosis.measure import Measured, measure
 from farms_jax.diagnosis.resampling import rank_flips
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import Histogram
@@ -91,30 +91,28 @@ def diagnose(
         cached = len(found)
         missing = [layer for layer in layers if layer.name not in found]
         for layer, measured in _measured(source, missing, chosen, progress=progress):
-            store.put(layer.key, _kept(measured))
+            content = {"row": measured.row, "deviations": measured.deviations.tolist()}
+            store.put(layer.key, content | {"histogram": measured.histogram._asdict()})
             found[layer.name] = measured
+        facts = {
+            "path": str(source.path),
+            "format": source.format,
+            "weights_sha256": hashlib.sha256("".join(layer.digest for layer in layers).encode()).hexdigest(),
+            "num_arrays": len(source.tensors),
+            "from_cache": cached,
+            "date": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(start)),
+            "seconds": time.time() - start,
+            "versions": installed_versions("farms-jax", "jax", "numpy"),
+            "machine": platform.machine(),
+        }
         return Diagnosis(
             model=source.name,
-            layers=_rows(layers, found, chosen),
+            layers=_rows({layer.name: found[layer.name] for layer in layers}, chosen),
             left_out=left_out,
             settings=dataclasses.asdict(chosen) | {"axes": dataclasses.asdict(source.axes)},
-            facts=_facts(source, layers, cached, start),
+            facts=facts,
             histograms={layer.name: found[layer.name].histogram for layer in layers},
         )
-
-
-def _facts(source: WeightSource, layers: list[_Layer], cached: int, start: float) -> dict[str, Any]:
-    return {
-        "path": str(source.path),
-        "format": source.format,
-        "weights_sha256": hashlib.sha256("".join(layer.digest for layer in layers).encode()).hexdigest(),
-        "num_arrays": len(source.tensors),
-        "from_cache": cached,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(start)),
-        "seconds": time.time() - start,
-        "versions": installed_versions("farms-jax", "jax", "numpy"),
-        "machine": platform.machine(),
-    }
 
 
 def layers_of(
@@ -124,13 +122,12 @@ def layers_of(
 
     Reads headers only. `include` and `exclude` are regular expressions; one that matches nothing is a ValueError.
     """
-    names = sorted(source.tensors, key=natural_key)
+    names = list(source.tensors)
     included = matching(names, include, "include") if include else set(names)
-    left_out = {name: reason for name, reason in source.skipped.items()}
-    left_out |= {name: "not included" for name in names if name not in included and name not in left_out}
-    candidates = [(name, source.tensors[name]) for name in names]
-    layers, _, others = select_layers(candidates, settings.window, settings.tail, source.axes, exclude)
-    left_out |= {name: reason for name, reason in others if name not in left_out}
+    tensors = list(source.tensors.items())
+    layers, _, others = select_layers(tensors, settings.window, settings.tail, source.axes, exclude)
+    # Where several reasons hold, the last of these is told.
+    left_out = dict(others) | {name: "not included" for name in names if name not in included} | dict(source.skipped)
     chosen = [name for name, _ in layers if name not in left_out]
     return chosen, tuple((name, left_out[name]) for name in names if name in left_out)
 
@@ -186,7 +183,7 @@ def _measured(
     form = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
     total, title = sum(layer.cost for layer in layers), f"measure {len(layers)} layers"
     with tqdm(total=total, desc=title, bar_format=form, disable=None if progress else True) as bar:
-        for chunk in in_groups(layers, lambda layer: layer.size, _CHUNK):
+        for chunk in _chunks(layers):
             weights = {layer.name: source.read(layer.name) for layer in chunk}
             measured = measure(weights, source.axes, settings, overwrite=True)
             del weights  # before the next chunk is read
@@ -195,11 +192,25 @@ def _measured(
                 bar.update(layer.cost)
 
 
-def _rows(layers: list[_Layer], found: Mapping[str, Measured], settings: Settings) -> tuple[Row, ...]:
-    rows: list[dict[str, Any]] = [{"layer": layer.name, **found[layer.name].row} for layer in layers]
+def _chunks(layers: list[_Layer]) -> Iterator[list[_Layer]]:
+    """Yield the layers in order, in groups of at most `_CHUNK` bytes, or of one larger layer."""
+    chunk, size = [], 0
+    for layer in layers:
+        if chunk and size + layer.size > _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(layer)
+        size += layer.size
+    if chunk:
+        yield chunk
+
+
+def _rows(found: Mapping[str, Measured], settings: Settings) -> tuple[Row, ...]:
+    """Return the complete rows of all layers, with what depends on the others (ranks) and the statuses."""
+    rows: list[dict[str, Any]] = [{"layer": name, **measured.row} for name, measured in found.items()]
     if settings.resamples:
         alphas = np.array([row["alpha"] for row in rows], float)
-        draws = np.stack([found[layer.name].deviations for layer in layers])
+        draws = np.stack([measured.deviations for measured in found.values()])
         ranks = rank_flips(alphas, draws, settings.level)
         for row, rank, low, high, flips in zip(rows, *ranks, strict=True):
             row |= {"rank": int(rank), "rank_low": int(low), "rank_high": int(high), "rank_flips": float(flips)}
@@ -208,16 +219,9 @@ def _rows(layers: list[_Layer], found: Mapping[str, Measured], settings: Setting
     return tuple(rows)
 
 
-def _kept(measured: Measured) -> dict[str, Any]:
-    row, scatter, spectra = measured
-    return {"row": row, "deviations": scatter.tolist(), "histogram": spectra._asdict()}
-
-
-def _restored(kept: Mapping[str, Any] | None) -> Measured | None:
-    """Return what `_kept` was given; `None` for nothing or damaged content."""
+def _restored(kept: Any) -> Measured | None:
+    """Return a layer's measures from what the cache has of it; `None` for nothing or damaged content."""
     try:
-        if kept is None:
-            return None
         histogram = Histogram.from_json(kept["histogram"])
         return Measured(dict(kept["row"]), np.asarray(kept["deviations"], float), histogram)
     except (KeyError, TypeError, ValueError, AttributeError):

@@ -61,19 +61,11 @@ def separate_windows(grid: Grid, power: int = 1) -> float:
 def deviations(
     windows: np.ndarray, tail: Tail, grids: tuple[Grid, Grid], positions: int, resamples: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Resample windows: how a layer's alpha scatters.
+    """Return how a layer's alpha deviates from its mean over resamples of windows, shape (B,).
 
-    Args:
-        windows: eigenvalues of each window, shape (W, n), rows ascending.
-        tail: rule of the fit.
-        grids: those windows, for one kernel position, and the windows of the estimate.
-        positions: number of kernel positions K, each with all the windows.
-        resamples: number of resamples B.
-        rng: generator of the draws.
-
-    Returns:
-        Deviations from the mean, shape (B,), widened as a t-distribution is against a normal one; zeros where fewer
-        than two windows have a tail.
+    `windows` has the eigenvalues of each window, shape (W, n), rows ascending; `grids` are those windows, for one of
+    the K kernel positions, and the windows of the estimate. The deviations are widened as a t-distribution is against
+    a normal one; they are zeros where fewer than two windows have a tail.
     """
     grid, own = grids
     count, length = windows.shape
@@ -90,12 +82,7 @@ def deviations(
     drawn = positions * separate_windows(own) * (own.rows / grid.rows) ** (2 * _RATE) / together
     # Windows that share a corner vary almost freely, whatever their sum does: the mildest correlation counts here.
     worth = positions * separate_windows(grid, power=2) / together
-    return _resampled(alphas, drawn, min(worth, len(alphas)), resamples, rng)
-
-
-def _resampled(alphas: np.ndarray, drawn: float, worth: float, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Return deviations (B,) of the mean of `drawn` alphas; those given are worth `worth` independent ones."""
-    size, freedom = max(2, round(drawn)), max(worth - 1, 1)
+    size, freedom = max(2, round(drawn)), max(min(worth, len(alphas)) - 1, 1)
     means = rng.choice(alphas, (resamples, size)).mean(1)
     widened = ((freedom + 1) / freedom) ** 0.5 * float(stdtrit(freedom, 0.975) / ndtri(0.975))
     return (means - alphas.mean()) * (size / drawn) ** 0.5 * widened
@@ -110,19 +97,13 @@ def interval(alpha: float, scatter: np.ndarray, level: float) -> tuple[float, fl
 def rank_flips(
     alphas: np.ndarray, scatter: np.ndarray, level: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Measure how certain the order of the layers is.
+    """Return ranks, 1 for the smallest alpha, the ends of their intervals, and how often resamples have others.
+
+    Each has shape (L,); the last is a share, in [0, 1]. Of the alphas (L,), those without a tail (`None`, NaN, 0) come
+    last. `scatter` has the deviations of each layer, shape (L, B); `level` is that of the intervals, in (0, 1).
 
     >>> rank_flips(np.array([3.0, 2.0, 2.1]), np.array([[0.0, 0.0], [0.0, 0.2], [0.0, 0.0]]), 0.95)[0].tolist()
     [3, 1, 2]
-
-    Args:
-        alphas: shape (L,); `None`, NaN and 0, no tail, come last.
-        scatter: deviations of each layer, shape (L, B).
-        level: level of the intervals, in (0, 1).
-
-    Returns:
-        Rank of each layer, 1 for the smallest alpha; the ends of its interval; and the share of resamples, in [0, 1],
-        in which the rank differs. Each (L,).
     """
     known = np.array(alphas, np.float64)
     known = np.where(known > 0, known, np.inf)

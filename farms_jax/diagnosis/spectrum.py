@@ -21,27 +21,17 @@ from farms_jax import marchenko_pastur
 from farms_jax._tail import Tail, TailFit, fit_tail
 
 WEIGHTWATCHER = Tail("ks", min_eigenvalue=1e-5)
-_POWER_LAW = (
-    *("ww_alpha", "ww_ks_distance", "ww_xmin", "ww_xmax", "ww_sigma", "ww_num_tail"),
-    *("ww_alpha_hat", "ww_log_alpha_norm"),
-)
 _WEAK = 1e-6  # eigenvalues below it count as a weak loss of rank, as in WeightWatcher
 _BINS = 60
 _DRAWN = 1e-8  # of the largest eigenvalue: what is smaller, rounding or no rank, is not drawn
 
 
 class Histogram(NamedTuple):
-    """Spectra of one layer on a logarithmic axis, ready to draw and for JSON.
+    """Spectra of one layer as densities over log10(eigenvalue), ready to draw and for JSON."""
 
-    Attributes:
-        edges: log10 of the edges of B bins, B + 1 of them, evenly spaced.
-        windows: density over log10(eigenvalue) of the pooled windows, B numbers that sum to 1 / bin width.
-        whole: the same for the whole matrix; empty where it was not measured.
-    """
-
-    edges: tuple[float, ...]
-    windows: tuple[float, ...]
-    whole: tuple[float, ...] = ()
+    edges: tuple[float, ...]  # log10 of the edges of B bins, B + 1 of them, evenly spaced
+    windows: tuple[float, ...]  # of the pooled windows: B numbers that sum to 1 / bin width
+    whole: tuple[float, ...] = ()  # of the whole matrix; empty where it was not measured
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Histogram":
@@ -50,11 +40,7 @@ class Histogram(NamedTuple):
 
 
 def fit_spectra(spectra: np.ndarray, tail: Tail) -> TailFit:
-    """Fit the tails of spectra (S, E), each row ascending and not negative, one by one in float64.
-
-    Returns:
-        The fits, NumPy arrays of shape (S,).
-    """
+    """Return fits in float64, NumPy arrays (S,), to the tails of spectra (S, E), each row ascending, not negative."""
     count, length = spectra.shape
     # From 80 on: 4 x 80 and so on hold what widths of 2^n give, over 9 kernel positions too, with little to spare.
     padded = np.zeros((_padded(count, 1, 16), _padded(length, 80, 4)))
@@ -89,7 +75,7 @@ def spectrum_measures(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str
     norm, largest = float(eigenvalues.sum()), float(eigenvalues[-1])
     singular = np.sqrt(eigenvalues)
     rank = int((singular > singular[-1] * max(rows, cols) * np.finfo(np.float64).eps).sum())
-    measures = {
+    return {
         **_power_law(eigenvalues),
         "whole_num_eigenvalues": eigenvalues.size,
         "whole_norm": norm,
@@ -104,8 +90,8 @@ def spectrum_measures(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str
         "weak_rank_loss": int((eigenvalues < _WEAK).sum()),
         "sv_max": float(singular[-1]),
         "sv_min": float(singular[0]),
+        **_bulk(resolved(eigenvalues), rows, cols),
     }
-    return measures | _bulk(resolved(eigenvalues), rows, cols)
 
 
 def _power_law(eigenvalues: np.ndarray) -> dict[str, Any]:
@@ -113,7 +99,8 @@ def _power_law(eigenvalues: np.ndarray) -> dict[str, Any]:
     fit = fit_spectra(eigenvalues[None], WEIGHTWATCHER)
     alpha, distance, xmin = (float(part[0]) for part in fit[:3])
     if alpha == 0:
-        return dict.fromkeys(_POWER_LAW)
+        names = ("alpha", "ks_distance", "xmin", "xmax", "sigma", "num_tail", "alpha_hat", "log_alpha_norm")
+        return {f"ww_{name}": None for name in names}
     largest = float(eigenvalues[-1])
     spikes = int((eigenvalues >= xmin).sum())
     relative = eigenvalues[eigenvalues > 0] / largest  # powers of these do not overflow

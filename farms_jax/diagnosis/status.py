@@ -28,20 +28,22 @@ def status_of(row: Row) -> tuple[str, str]:
     """
     if reason := _degenerate(row):
         return "degenerate", reason
-    alpha, largest = row.get("ww_alpha"), row.get("whole_stable_rank")
+    alpha, stable_rank = row.get("ww_alpha"), row.get("whole_stable_rank")
     if alpha is not None and 1 < alpha < OVER_CORRELATED:
-        share = f"; the largest eigenvalue holds {1 / largest:.0%} of the norm" if largest else ""
+        share = f"; the largest eigenvalue holds {1 / stable_rank:.0%} of the norm" if stable_rank else ""
         return "over-correlated", f"ww_alpha {alpha:.2f} of the whole matrix is below {OVER_CORRELATED:g}{share}"
-    measured, noise = _measured(row), row.get("noise_alpha")
+    low, high, noise = (row.get(name) for name in ("alpha_low", "alpha_high", "noise_alpha"))
+    interval = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
+    measured, spikes = f"alpha {row['alpha']:.2f}{interval} of the windows", _spikes(row)
     if noise is None:
         if row["alpha"] > UNDERTRAINED:
-            return "undertrained", f"{measured} is above {UNDERTRAINED:g}{_spikes(row)}"
-        return GOOD, f"{measured} is below {UNDERTRAINED:g}{_spikes(row)}"
-    reaches = (row.get("alpha_high") or row["alpha"]) >= AT_NOISE * noise
+            return "undertrained", f"{measured} is above {UNDERTRAINED:g}{spikes}"
+        return GOOD, f"{measured} is below {UNDERTRAINED:g}{spikes}"
+    reaches = (high or row["alpha"]) >= AT_NOISE * noise
     if reaches and row["alpha"] >= NEAR_NOISE * noise:
-        return "undertrained", f"{measured} is that of noise, {noise:.2f}{_spikes(row)}"
+        return "undertrained", f"{measured} is that of noise, {noise:.2f}{spikes}"
     unsure = ", but too uncertain to exclude it" if reaches else ""
-    return GOOD, f"{measured} is below that of noise, {noise:.2f}{unsure}{_spikes(row)}"
+    return GOOD, f"{measured} is below that of noise, {noise:.2f}{unsure}{spikes}"
 
 
 def severity(status: str | None) -> int:
@@ -77,12 +79,6 @@ def _degenerate(row: Row) -> str | None:
     if row["alpha"] is None:
         return "its eigenvalues are zero or equal: there is no tail to fit"
     return None
-
-
-def _measured(row: Row) -> str:
-    low, high = row.get("alpha_low"), row.get("alpha_high")
-    interval = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
-    return f"alpha {row['alpha']:.2f}{interval} of the windows"
 
 
 def _spikes(row: Row) -> str:

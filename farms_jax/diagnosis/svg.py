@@ -21,21 +21,12 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # texts stay texts, in the page's font
     "svg.hashsalt": "farms",  # the same figure is the same file
     "figure.dpi": 72,  # a point is a pixel
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "font.size": 12,
-    "axes.labelsize": 12,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.edgecolor": _SOFT,
-    "axes.labelcolor": _SOFT,
-    "text.color": _SOFT,
-    "grid.color": _SOFT,
-    "xtick.color": _SOFT,
-    "ytick.color": _SOFT,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
+    **dict.fromkeys(("font.size", "axes.labelsize"), 12),
+    **dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top"), False),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _SOFT),
+    **dict.fromkeys(("text.color", "grid.color"), _SOFT),
 }
 _VARIABLES = {colour: f"var(--{name})" for name, colour in {**COLOURS, "soft": _SOFT}.items()}
 _DEFAULTS = {"stroke-width": "1", "fill-opacity": "1", "stroke-opacity": "1", "opacity": "1"}

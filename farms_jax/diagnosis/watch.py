@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,19 +31,12 @@ class Rules:
 
 
 class Alert(NamedTuple):
-    """A rule that was broken.
+    """A rule that was broken."""
 
-    Attributes:
-        checkpoint: path of the checkpoint.
-        layer: name of the layer; empty where the whole checkpoint is meant.
-        rule: `"ww_alpha"`, `"degenerate"`, `"spikes"` or `"checkpoint"`.
-        message: reason in plain words.
-    """
-
-    checkpoint: str
-    layer: str
-    rule: str
-    message: str
+    checkpoint: str  # its path
+    layer: str  # its name; empty where the whole checkpoint is meant
+    rule: str  # "ww_alpha", "degenerate", "spikes" or "checkpoint"
+    message: str  # the reason in plain words
 
 
 class Seen(NamedTuple):
@@ -73,63 +66,51 @@ def watch(run: Path, *, rules: Rules = Rules(), every: float | None = None, **op
     """
     done: set[tuple[Path, int]] = set()
     failed: set[tuple[Path, int]] = set()
-    before: dict[str, Diagnosis] = {}  # the last diagnosis of each series
+    before: dict[str, dict[str, Row]] = {}  # the last layers of each series of checkpoints, by name
     while True:
-        found = [(path, _version(path)) for path in checkpoints(run)]
+        found = checkpoints(run)
         if every is None and not found:
             raise InputError(f"{run}: no checkpoint in it; give the directory that a training writes to")
-        for path, version in found:
-            if (path, version) in done or version == 0:
+        for path in found:
+            try:
+                version = path, path.stat().st_mtime_ns  # files are overwritten in place
+            except OSError:  # it is gone
+                continue
+            if version in done:
                 continue
             try:
                 diagnosis = diagnose(path, **options)
             except InputError as error:
-                if every is not None and (path, version) not in failed:
-                    failed.add((path, version))
+                if every is not None and version not in failed:
+                    failed.add(version)
                 elif path.exists():
-                    done.add((path, version))
+                    done.add(version)
                     yield Seen(path, None, [Alert(str(path), "", "checkpoint", str(error))])
                 continue
-            done.add((path, version))
-            yield Seen(path, diagnosis, _alerts(path, before.get(_series(path)), diagnosis, rules))
-            before[_series(path)] = diagnosis
+            done.add(version)
+            # What the checkpoints of one training share: their path without numbers of steps, with those of seeds.
+            series = re.sub(r"(?<!seed)(?<!\d)\d+", "#", str(path))
+            alerts = _alerts(path, before.get(series, {}), diagnosis.layers, rules)
+            yield Seen(path, diagnosis, list(alerts))
+            before[series] = {row["layer"]: row for row in diagnosis.layers}
         if every is None:
             return
         time.sleep(every)
 
 
-def _alerts(checkpoint: Path, before: Diagnosis | None, now: Diagnosis, rules: Rules) -> list[Alert]:
-    """Return an alert per layer and rule that is broken now and was not in the checkpoint before."""
-    earlier = {row["layer"]: row for row in before.layers} if before else {}
-    return [
-        Alert(str(checkpoint), row["layer"], rule, message)
-        for row in now.layers
-        for rule, message in _broken(row, earlier.get(row["layer"]), rules)
-    ]
-
-
-def _broken(row: Row, then: Row | None, rules: Rules) -> Iterator[tuple[str, str]]:
-    then = then or {}
-    if row["status"] == "degenerate" and then.get("status") != "degenerate":
-        yield "degenerate", row["reason"]
-    alpha, earlier = row.get("ww_alpha") or 0, then.get("ww_alpha") or 0
-    if 1 < alpha < rules.ww_alpha_below and not 1 < earlier < rules.ww_alpha_below:
-        was = f", was {earlier:.2f}" if earlier else ""
-        yield "ww_alpha", f"ww_alpha {alpha:.2f} is below {rules.ww_alpha_below:g}{was}"
-    spikes = row.get("mp_spikes") or 0
-    if then.get("mp_spikes") == 0 and spikes >= rules.spikes:
-        some = "eigenvalue" if spikes == 1 else "eigenvalues"
-        yield "spikes", f"{spikes} {some} beyond the bulk of noise, where there was none"
-
-
-def _series(path: Path) -> str:
-    """Return what the checkpoints of one training share: their path without numbers of steps, with those of seeds."""
-    return re.sub(r"(?<!seed)(?<!\d)\d+", "#", str(path))
-
-
-def _version(path: Path) -> int:
-    """Return the time of the last write in nanoseconds, as files are overwritten in place; 0 for a missing file."""
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
+def _alerts(checkpoint: Path, before: Mapping[str, Row], now: Sequence[Row], rules: Rules) -> Iterator[Alert]:
+    """Yield an alert per layer and rule that is broken now and was not in the checkpoint before."""
+    for row in now:
+        name, then = row["layer"], before.get(row["layer"], {})
+        if row["status"] == "degenerate" and then.get("status") != "degenerate":
+            yield Alert(str(checkpoint), name, "degenerate", row["reason"])
+        alpha, earlier = row.get("ww_alpha") or 0, then.get("ww_alpha") or 0
+        if 1 < alpha < rules.ww_alpha_below and not 1 < earlier < rules.ww_alpha_below:
+            was = f", was {earlier:.2f}" if earlier else ""
+            message = f"ww_alpha {alpha:.2f} is below {rules.ww_alpha_below:g}{was}"
+            yield Alert(str(checkpoint), name, "ww_alpha", message)
+        spikes = row.get("mp_spikes") or 0
+        if then.get("mp_spikes") == 0 and spikes >= rules.spikes:
+            some = "eigenvalue" if spikes == 1 else "eigenvalues"
+            message = f"{spikes} {some} beyond the bulk of noise, where there was none"
+            yield Alert(str(checkpoint), name, "spikes", message)
