@@ -5,8 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent import futures
 
 import pytest
 
@@ -16,10 +16,8 @@ from farms_jax.programs.files import CHECKSUMS, atomic, damaged_files, write_che
 from farms_jax.programs.locking import locked
 from farms_jax.programs.stopping import Stopped, hold_stops, stop_signals_raise
 
-SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
-
-@SIGNALS
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_program_that_is_stopped_says_so_and_how_to_go_on(number, status, capsys):
     with pytest.raises(SystemExit) as ended, reported("prog", "; go on with --resume"):
         os.kill(os.getpid(), number)
@@ -27,17 +25,16 @@ def test_a_program_that_is_stopped_says_so_and_how_to_go_on(number, status, caps
     assert capsys.readouterr().err == f"\nprog: stopped by {signal.Signals(number).name}; go on with --resume\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_is_held_back_until_it_is_looked_for(number, capsys):
+def test_a_stop_is_held_back_until_it_is_looked_for(capsys):
     steps = []
     with pytest.raises(Stopped) as stopped, hold_stops() as stop:
         for step in range(5):
             assert not stop
             if step == 2:
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.SIGINT)
             steps.append(step)
             stop.obey()
-    assert (steps, stopped.value.signal) == ([0, 1, 2], number)
+    assert (steps, stopped.value.signal) == ([0, 1, 2], signal.SIGINT)
     assert "stopping after this step" in capsys.readouterr().err
 
 
@@ -105,19 +102,12 @@ def test_handlers_are_put_back():
 
 
 def test_a_thread_other_than_the_main_one_leaves_signals_alone():
-    failures = []
-
     def work():
-        try:
-            with hold_stops() as stop:
-                stop.obey()
-        except BaseException as error:  # noqa: BLE001
-            failures.append(error)
+        with hold_stops() as stop:
+            stop.obey()
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert not failures
+    with futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
 
 
 def test_a_folder_is_of_one_process_as_long_as_it_lives(tmp_path):
@@ -151,25 +141,18 @@ def test_checksums_are_those_of_sha256sum(folder):
     assert subprocess.run(["sha256sum", "-c", "--quiet", CHECKSUMS], cwd=folder, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "grow"])
-def test_every_damage_is_found(folder, damage):
+@pytest.mark.parametrize("content", [bytes(500) + b"\1" + bytes(499), bytes(999), bytes(1001), None])
+def test_every_damage_is_found(folder, content):
     path = folder / "a.bin"
-    content = bytearray(path.read_bytes())
-    if damage == "flip":
-        content[500] ^= 1
-    path.write_bytes({"cut": content[:-1], "grow": content + b"x"}.get(damage, content))
-    if damage == "remove":
-        path.unlink()
+    path.unlink() if content is None else path.write_bytes(content)
     assert damaged_files(folder) == [path]
 
 
-@pytest.mark.parametrize("content", [None, "", "no checksums\n", b"\xff\xfe", "abc  a.bin"])
+@pytest.mark.parametrize("content", [b"", b"no checksums\n", b"\xff\xfe", b"abc  a.bin", None])
 def test_unreadable_checksums_are_damage_themselves(folder, content):
-    sums = folder / CHECKSUMS
-    sums.unlink()
-    if content is not None:
-        sums.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert damaged_files(folder) == [sums]
+    path = folder / CHECKSUMS
+    path.unlink() if content is None else path.write_bytes(content)
+    assert damaged_files(folder) == [path]
 
 
 def test_a_list_that_lacks_a_file_was_cut_off_where_that_is_asked(folder):

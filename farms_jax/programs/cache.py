@@ -1,4 +1,4 @@
-"""Results kept by the hash of the weights they were made from, so that only what changed is measured again."""
+"""A cache of results by the hash of the weights they were computed from: only what changed is measured again."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""How much memory a program holds: what long runs report, and how they hold less."""
+"""The peak memory of a process, which long runs report, and how the allocator returns what was freed."""
 
 import ctypes
 import re
@@ -14,7 +14,7 @@ _MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
 def peak_memory() -> int:
-    """Return the most bytes that this process has held in memory so far; 0 where the system does not tell."""
+    """Return the peak resident memory of this process in bytes; 0 where the system does not tell."""
     status = Path("/proc/self/status")
     # getrusage would also count what the program that started this one held.
     if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
@@ -26,7 +26,7 @@ def peak_memory() -> int:
 
 
 def return_freed_memory() -> None:
-    """Have arrays of 4 MiB and more go back to the system when they are freed, for all of this process.
+    """Return arrays of 4 MiB and more to the system as soon as they are freed, in the whole process.
 
     GNU's allocator learns from the first large arrays that are freed to keep later ones, a set for each thread: an
     analysis of large layers then holds twice the memory, and saves a tenth of its time. A system with another allocator

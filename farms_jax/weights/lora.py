@@ -36,7 +36,7 @@ class LoraSource(WeightSource):
     """A model with an adapter's changes: tensors that it changes are float32, all others as in the model."""
 
     def __init__(self, base: WeightSource, path: Path) -> None:
-        """Match the adapter in a folder to the open model that it was trained on, which is closed with this source."""
+        """Match the adapter in a folder to the open model that it was trained on."""
         self._base, self._config = base, read_json(path / ADAPTER_CONFIG, "give the folder of a PEFT adapter")
         self._alphas = _read_alphas(path / ADAPTER_CONFIG, self._config)
         if not (path / _ADAPTER).is_file():
@@ -57,10 +57,6 @@ class LoraSource(WeightSource):
         }
         super().__init__(path, f"{base.name} + {path.resolve().name}", base.format, base.axes, tensors)
         self.skipped = base.skipped
-
-    def close(self) -> None:
-        """Close the model."""
-        self._base.close()
 
     def _read(self, name: str) -> np.ndarray:
         if name in self._replaced:

@@ -11,6 +11,7 @@ from farms_jax.weights.lora import ADAPTER_CONFIG
 from farms_jax.weights.msgpack_source import MsgpackSource
 from farms_jax.weights.npz_source import NpzSource
 from farms_jax.weights.orbax_source import open_orbax
+from farms_jax.weights.reading import os_errors_named
 from farms_jax.weights.runs import model_of
 from farms_jax.weights.safetensors_source import SafetensorsSource, open_safetensors_folder
 from farms_jax.weights.source import WeightSource
@@ -42,18 +43,15 @@ def open_weights(path: str | Path, *, axes: Axes | None = None) -> WeightSource:
         InputError: There is no such path, or it is damaged, not finished, or of a kind that is not read.
     """
     path = Path(path).expanduser()
-    try:
-        mode = path.stat().st_mode
-        source = _open_folder(path) if stat.S_ISDIR(mode) else _open_file(path, mode)
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{error.filename}: no such file or folder; check the path, and download a model of the hub first: "
-            "hf download OWNER/NAME --local-dir FOLDER"
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or path}: cannot be read ({error.strerror or error}); check the path and its rights"
-        ) from error
+    with os_errors_named(path):
+        try:
+            mode = path.stat().st_mode
+            source = _open_folder(path) if stat.S_ISDIR(mode) else _open_file(path, mode)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{error.filename}: no such file or folder; check the path, and download a model of the hub first: "
+                "hf download OWNER/NAME --local-dir FOLDER"
+            ) from error
     if axes is not None:
         source.axes = axes
     return source

@@ -52,7 +52,8 @@ def os_errors_named(path: Path, what: str = "", remedy: str = "check the path an
         yield
     except OSError as error:
         reason = error.strerror or one_line(error)
-        raise InputError(f"{path}: {f'{what} ' if what else ''}cannot be read ({reason}); {remedy}") from error
+        where = error.filename or path
+        raise InputError(f"{where}: {f'{what} ' if what else ''}cannot be read ({reason}); {remedy}") from error
 
 
 def read_bytes(path: Path, start: int, out: np.ndarray, name: str) -> None:

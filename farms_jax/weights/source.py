@@ -58,8 +58,8 @@ class WeightSource(ABC):
     def _read(self, name: str) -> np.ndarray:
         """Read a tensor that exists."""
 
-    def close(self) -> None:  # noqa: B027 (most formats open their files anew for every tensor)
-        """Release open files."""
+    def close(self) -> None:  # noqa: B027
+        """Do nothing: every format opens its files anew for each tensor."""
 
     def __enter__(self) -> Self:
         """Return the source itself."""
