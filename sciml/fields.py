@@ -91,7 +91,10 @@ def open_fields(
     Raises:
         InputError: `ratio` is not in (0, 1], or the data are missing, damaged, too short or of other `channels`.
     """
-    share = _share(ratio)
+    # As the fraction that was meant: the binary number 0.1 is not quite 1/10.
+    share = Fraction(ratio).limit_denominator(1_000_000) if 0 < ratio <= 1 else Fraction(0)
+    if share == 0:
+        raise InputError(f"ratio must be in (0, 1], got {ratio}; 0.05 uses every twentieth training trajectory")
     path = path.expanduser()
     train_path, test_path = _paths(path, test and test.expanduser())
     with contextlib.ExitStack() as opened:
@@ -112,14 +115,6 @@ def open_fields(
         opened.pop_all()  # the splits stay open
     notes += [*_use_notes(train, held_out, train_count, share), *scan_notes]
     return FieldData(train, held_out, fingerprint, name, tuple(notes))
-
-
-def _share(ratio: float) -> Fraction:
-    """Return the ratio as the fraction that was meant: the binary number 0.1 is not quite 1/10."""
-    share = Fraction(ratio).limit_denominator(1_000_000) if 0 < ratio <= 1 else Fraction(0)
-    if share == 0:
-        raise InputError(f"ratio must be in (0, 1], got {ratio}; 0.05 uses every twentieth training trajectory")
-    return share
 
 
 def _paths(path: Path, test: Path | None) -> tuple[Path, Path | None]:

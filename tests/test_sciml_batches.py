@@ -100,8 +100,7 @@ def assert_reader_ended(fields):
 
 
 def test_reading_runs_two_batches_ahead_and_no_further(flows_and_fields):
-    _, data = flows_and_fields
-    fields = Recorder(data)
+    fields = Recorder(flows_and_fields[1])
     batches = train_batches(fields, batch_size=1, steps=3, seed=0, epoch=0)
     assert fields.reads == []
     next(batches)
@@ -117,18 +116,16 @@ def test_reading_runs_two_batches_ahead_and_no_further(flows_and_fields):
 
 
 def test_leaving_early_ends_the_reader(flows_and_fields):
-    _, data = flows_and_fields
-    fields = Recorder(data)
-    with pytest.raises(ZeroDivisionError):
-        for _ in whole_batches(fields, batch_size=1):
-            raise ZeroDivisionError
+    fields = Recorder(flows_and_fields[1])
+    batches = whole_batches(fields, batch_size=1)
+    next(batches)
+    batches.close()
     assert_reader_ended(fields)
     assert len(fields.reads) <= 3
 
 
 def test_an_error_of_the_reader_is_raised_in_its_turn(flows_and_fields):
-    _, data = flows_and_fields
-    fields = Recorder(data, fail_at=6)
+    fields = Recorder(flows_and_fields[1], fail_at=6)
     batches = train_batches(fields, batch_size=2, steps=3, seed=0, epoch=0)
     assert len([next(batches), next(batches)]) == 2
     with pytest.raises(InputError, match="the disk is gone"):
