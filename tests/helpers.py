@@ -6,6 +6,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -63,6 +64,11 @@ def window_of(case):
         stride=None if per_axis or "step_size" not in case else case["step_size"],
         per_axis=per_axis,
     )
+
+
+def same(one, other):
+    """Whether two trees of arrays are equal to the bit."""
+    return jax.tree.all(jax.tree.map(np.array_equal, one, other))
 
 
 def lines_of(folder):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import few
+from helpers import few, same
 
 import farms_jax
 from farms_jax._figures import figure as make_figure
@@ -125,10 +125,6 @@ def trained():
         return jax.tree.map(jnp.copy, TrainState(params, stats, optimizer.init(params)))
 
     return network, normalise, images, labels, epoch, start
-
-
-def same(a, b):
-    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
 def test_an_epoch_is_a_function_of_state_and_key(trained):
@@ -280,12 +276,11 @@ INNER = Settings(data=Path("e"), pair=(1, "z"))
     [
         Settings(),
         Settings("b", Path("/x/y"), 0.5, Path("d"), (Path("1"), Path("2")), (("u", 0.1), ("v", 2.0)), (3, "w"), INNER),
-        dataclasses.replace(RECIPES["resnet18-ls-ours"], data_dir=Path("data")),
     ],
 )
 def test_settings_are_read_back_as_they_were(settings, tmp_path):
     write_config(tmp_path / "run", settings, {"fingerprint": "f", "versions": {"jax": "1"}})
-    found, facts = read_config(tmp_path / "run", type(settings))
+    found, facts = read_config(tmp_path / "run", Settings)
     assert found == settings
     assert facts == {"fingerprint": "f", "versions": {"jax": "1"}}
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import few
+from helpers import few, same
 
 from farms_jax.errors import InputError
 from farms_jax.programs.checkpoints import Progress
@@ -27,10 +27,6 @@ from train.config import Config
 
 # Orbax leaves tasks behind when it reads a damaged checkpoint, and asyncio complains of them when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-def same(a, b):
-    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
 STATE = {"params": {"dense": {"kernel": jnp.arange(12.0).reshape(4, 3)}}, "opt_state": {"count": jnp.zeros((), int)}}

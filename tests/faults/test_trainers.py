@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from dpot_helpers import write_fields
-from helpers import few, lines_of
+from helpers import few, lines_of, same
 
 import sciml.model
 import sciml.preparation
@@ -141,10 +141,6 @@ def whole(training, tmp_path_factory):
     """Folder and final state of a training that was never broken off."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, training.run(folder)
-
-
-def same(a, b):
-    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
 def at_call(number, function, act):
