@@ -134,6 +134,7 @@ def test_deeper_networks(name, num_params):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == num_params
 
 
+@pytest.mark.slow
 def test_bottlenecks_in_bfloat16_keep_float32_parameters(monkeypatch):
     monkeypatch.setitem(resnet.STAGES, 50, (1, 1, 1, 1))
     model = MODELS["resnet50"].build(num_classes=10, width=0.0625, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
