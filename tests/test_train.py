@@ -198,11 +198,12 @@ def test_refresh_sets_the_rates_and_reports_them(trained, tb, selection):
     *_, start = trained
     config = resolve(dataclasses.replace(SMALL, tb=tb, layer_selection=selection), small=False)
     state, report, factor_of = make_refresh(config)(start())
-    rows = layer_rows(report, factor_of, cosine_rate(config, 1), 1)
+    rate = float(cosine_rate(config, 1))
+    rows = layer_rows(report, factor_of, rate, 1)
     factors = {row["layer"]: row["lr_scale"] for row in rows}
     scale = dict(farms_jax.named_leaves(optax.tree.get(state.opt_state, "lr_scale")))
     assert all(float(scale[layer]) == factor for layer, factor in factors.items())
-    assert all(row["learning_rate"] == pytest.approx(cosine_rate(config, 1) * row["lr_scale"]) for row in rows)
+    assert all(row["learning_rate"] == pytest.approx(rate * row["lr_scale"]) for row in rows)
     assert len(factors) == 6
     ends = [factors["features/conv_1/kernel"], factors["linear/kernel"]]
     if tb == "none":

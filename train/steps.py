@@ -92,18 +92,14 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransf
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay),
         optax.inject_hyperparams(optax.sgd)(
-            learning_rate=lambda step: _cosine(config, step // steps_per_epoch), momentum=config.momentum
+            learning_rate=lambda step: cosine_rate(config, step // steps_per_epoch), momentum=config.momentum
         ),
         farms_jax.tempbalance(refresh_every=None),
     )
 
 
-def cosine_rate(config: Config, epoch: int) -> float:
+def cosine_rate(config: Config, epoch: int | Array) -> Array:
     """Return the global learning rate of an epoch, counted from 0."""
-    return float(_cosine(config, epoch))
-
-
-def _cosine(config: Config, epoch: Any) -> Any:
     assert config.learning_rate is not None and config.epochs is not None
     return 0.5 * config.learning_rate * (1 + jnp.cos(jnp.pi * epoch / config.epochs))
 

@@ -146,7 +146,7 @@ def train_seed(directory: SeedDirectory, seed: int, config: Config, images: Imag
         steps=functions.steps_per_epoch,
         sums=_SUMS,
         divisor=functions.steps_per_epoch,
-        rate=functools.partial(cosine_rate, config),
+        rate=lambda epoch: float(cosine_rate(config, epoch)),
         refresh=functions.refresh,
         take_steps=functools.partial(_take_steps, functions, run_key, train),
         test=lambda state: {name: float(value) for name, value in functions.evaluate(state, *test).items()},
