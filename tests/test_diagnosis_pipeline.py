@@ -10,7 +10,7 @@ import farms_jax
 from farms_jax import FLAX_AXES
 from farms_jax.diagnosis import diagnose
 from farms_jax.errors import InputError
-from farms_jax.programs.cache import weights_key
+from farms_jax.programs.cache import weights_key, with_checksum
 
 FAST = {"resamples": 20, "randomize": False}
 
@@ -107,16 +107,17 @@ def test_a_key_tells_weights_and_settings_apart():
     assert weights_key({"a": np.asfortranarray(weight)}) == keys[0]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"row": 1, "deviations": [], "histogram": {}}', "{" * 100_000])
-def test_a_damaged_cache_is_no_cache(tmp_path, content):
+def test_a_damaged_cache_is_no_cache(tmp_path):
     weights = {"layer": model()["block_10"]["kernel"]}
     first = diagnose(weights, cache=tmp_path, **FAST)
     (kept,) = tmp_path.iterdir()
-    kept.write_text(content)
-    again = diagnose(weights, cache=tmp_path, **FAST)
-    assert again.facts["from_cache"] == 0
-    rows_equal(first, again)
-    assert json.loads(kept.read_text())["row"]
+    other = json.dumps(with_checksum({"row": 1, "deviations": [], "histogram": {}}))
+    for content in ("", "[]", kept.read_text().replace("alpha", "alfa", 1), "{" * 100_000, other):
+        kept.write_text(content)
+        again = diagnose(weights, cache=tmp_path, **FAST)
+        assert again.facts["from_cache"] == 0
+        rows_equal(first, again)
+        assert json.loads(kept.read_text())["row"]
 
 
 def test_all_layers_with_nan_are_named(tmp_path):

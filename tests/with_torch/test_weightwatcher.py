@@ -19,46 +19,33 @@ THEIRS = {column.name: column.weightwatcher for column in COLUMNS if column.weig
 EQUAL = set(THEIRS) - _SHUFFLED - _OF_SINGLE_MATRICES
 
 
-def linear(rows, cols):
-    return torch.nn.Linear(cols, rows, bias=False)
-
-
-def conv(rows, cols, size):
-    return torch.nn.Conv2d(cols, rows, size, bias=False)
-
-
-def low_rank():
-    layer = linear(60, 90)
-    rng = np.random.default_rng(2)
-    layer.weight.data = torch.tensor(rng.standard_normal((60, 30)) @ rng.standard_normal((30, 90))).float()
-    return layer
-
-
-def heavy():
-    layer = linear(100, 140)
-    layer.weight.data = torch.tensor(np.random.default_rng(3).standard_t(2, (100, 140))).float()
-    return layer
-
-
-LAYERS = {
-    "wide": lambda: linear(40, 100),
-    "tall": lambda: linear(120, 50),
-    "square": lambda: linear(64, 64),
-    "low_rank": low_rank,
-    "heavy": heavy,
-    "kernel": lambda: conv(48, 24, 3),
-    "wide_kernel": lambda: conv(16, 40, 3),
-    "pointwise": lambda: conv(60, 30, 1),
+RNG = np.random.default_rng(0)
+WEIGHTS = {
+    "wide": RNG.standard_normal((40, 100)),
+    "tall": RNG.standard_normal((120, 50)),
+    "square": RNG.standard_normal((64, 64)),
+    "low_rank": RNG.standard_normal((60, 30)) @ RNG.standard_normal((30, 90)),
+    "heavy": RNG.standard_t(2, (100, 140)),
+    "kernel": 0.1 * RNG.standard_normal((48, 24, 3, 3)),
+    "wide_kernel": 0.1 * RNG.standard_normal((16, 40, 3, 3)),
+    "pointwise": RNG.standard_normal((60, 30, 1, 1)),
 }
+WEIGHTS = {name: weight.astype(np.float32) for name, weight in WEIGHTS.items()}
+
+
+def module_of(weight):
+    rows, cols, *size = weight.shape
+    module = torch.nn.Conv2d(cols, rows, size, bias=False) if size else torch.nn.Linear(cols, rows, bias=False)
+    module.weight.data = torch.tensor(weight)
+    return module
 
 
 @pytest.fixture(scope="module")
 def analysed():
-    """Weights, WeightWatcher's rows, and the eigenvalues of its last shuffle, by layer."""
-    torch.manual_seed(0)
+    """WeightWatcher's rows, and the eigenvalues of its last shuffle, by layer."""
     np.random.seed(0)  # noqa: NPY002 - where WeightWatcher's shuffles come from
-    modules = {name: make() for name, make in LAYERS.items()}
-    watcher = weightwatcher.WeightWatcher(model=torch.nn.Sequential(*modules.values()), log_level=logging.ERROR)
+    model = torch.nn.Sequential(*map(module_of, WEIGHTS.values()))
+    watcher = weightwatcher.WeightWatcher(model=model, log_level=logging.ERROR)
     solve, shuffled = watcher.random_eigenvalues, []
 
     def recorded(*args):
@@ -67,20 +54,19 @@ def analysed():
 
     watcher.random_eigenvalues = recorded
     rows = watcher.analyze(randomize=True).to_dict("records")
-    weights = {name: module.weight.detach().numpy() for name, module in modules.items()}
     last = [np.sort(values) for values in shuffled[1::2]]  # of two of each layer
-    return weights, dict(zip(modules, rows, strict=True)), dict(zip(modules, last, strict=True))
+    return dict(zip(WEIGHTS, rows, strict=True)), dict(zip(WEIGHTS, last, strict=True))
 
 
 @pytest.fixture(scope="module")
 def both(analysed):
     """Rows of ours and WeightWatcher's, by layer."""
-    weights, theirs, _ = analysed
-    ours = measure(weights, TORCH_AXES, Settings(resamples=0))
-    return {name: (ours[name].row, theirs[name]) for name in weights}
+    theirs, _ = analysed
+    ours = measure(WEIGHTS, TORCH_AXES, Settings(resamples=0))
+    return {name: (ours[name].row, theirs[name]) for name in WEIGHTS}
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_columns_are_equal(both, name):
     ours, theirs = both[name]
     theirs = theirs | {"N": max(theirs["N"], theirs["M"]), "M": min(theirs["N"], theirs["M"])}
@@ -90,24 +76,24 @@ def test_columns_are_equal(both, name):
         np.testing.assert_allclose(ours[column], theirs[THEIRS[column]], rtol=1e-5, err_msg=column)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if "kernel" not in name])
+@pytest.mark.parametrize("name", [name for name in WEIGHTS if "kernel" not in name])
 def test_ranks_of_single_matrices_are_equal(both, name):
     ours, theirs = both[name]
     assert ours["rank_loss"] == theirs["rank_loss"]
     np.testing.assert_allclose(ours["sv_min"], theirs["sv_min"], rtol=1e-4, atol=1e-12 * ours["sv_max"])
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_a_shuffle_of_theirs_gives_their_columns(analysed, name):
-    weights, theirs, shuffled = analysed
-    singular = np.linalg.svd(np.moveaxis(weights[name].astype(float), (0, 1), (-2, -1)), compute_uv=False)
-    eigenvalues = np.sort(singular.ravel() ** 2) * (0.5 if weights[name].ndim == 4 else 1)
+    theirs, shuffled = analysed
+    singular = np.linalg.svd(np.moveaxis(WEIGHTS[name].astype(float), (0, 1), (-2, -1)), compute_uv=False)
+    eigenvalues = np.sort(singular.ravel() ** 2) * (0.5 if WEIGHTS[name].ndim == 4 else 1)
     ours = shuffled_measures(eigenvalues, shuffled[name])
     for column in ("rand_distance", "ww_softrank"):
         np.testing.assert_allclose(ours[column], theirs[name][column], rtol=1e-4, err_msg=column)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "heavy"])  # where a few entries decide
+@pytest.mark.parametrize("name", [name for name in WEIGHTS if name != "heavy"])  # where a few entries decide
 def test_shuffled_columns_agree_but_for_the_draw(both, name):
     ours, theirs = both[name]
     np.testing.assert_allclose(ours["max_rand_eval"], theirs["max_rand_eval"], rtol=0.25)
