@@ -1,19 +1,16 @@
 """Sparsities of a run: scores, budgets, N:M, and the search of epsilon."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import few
-from prune_helpers import bytes_of, card_of, small_run
+from prune_helpers import bytes_of, card_of, small_run, state_of
 
 import prune.run
 from farms_jax import block_of
 from prune.allocation import sparsities
 from prune.checkpoints import open_checkpoint
-from prune.forward import read_part
 from prune.job import prepare
 from prune.output import read_masks
 from prune.perplexity import perplexity
@@ -37,9 +34,9 @@ def allocated(folder, *, epsilon, **settings):
     return (np.array([np.mean([values[n] for n in names]) for names in blocks.values()]) for values in (scores, found))
 
 
-def mean_of(rows, measure="sparsity"):
-    """Mean over the weights of layers, rows of a card."""
-    return np.average([row[measure] for row in rows], weights=[row["weights"] for row in rows])
+def mean_of(rows):
+    """Mean sparsity over the weights of layers, rows of a card."""
+    return np.average([row["sparsity"] for row in rows], weights=[row["weights"] for row in rows])
 
 
 # --- Scores ----------------------------------------------------------------------------------------------------------
@@ -47,12 +44,11 @@ def mean_of(rows, measure="sparsity"):
 
 def wanda_scores(job):
     """|W| times the norm of the input of every layer of the dense model, in float64."""
-    network, read = job.network, functools.partial(read_part, job.network, read=job.checkpoint.read)
+    network, tensors = job.network, {name: job.checkpoint.read(name) for name in job.checkpoint.tensors}
     inputs_of, apply = jax.jit(network.inputs), jax.jit(network.block)
-    x, scores = network.embed(network.to_state("embed", read("embed")), jnp.asarray(job.seen)), {}
+    x, scores = network.embed(state_of(network, "embed", tensors), jnp.asarray(job.seen)), {}
     for block in range(network.num_blocks):
-        tensors = read(block)
-        state = network.to_state(block, tensors)
+        state = state_of(network, block, tensors)
         inputs = inputs_of(state, x)
         for linear in network.linears:
             layer = network.layer_name(block, linear)
