@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from farms_jax.errors import InputError
-from farms_jax.weights import is_lora, open_lora, open_weights
+from farms_jax.weights import LoraSource, is_lora, open_weights
 
 BASE = {
     "model.layers.0.q.weight": (12, 8),
@@ -58,7 +58,7 @@ def test_a_linear_layer(tmp_path, config, rank, scale):
     assert is_lora(folder) and is_lora(str(folder)) and not is_lora(tmp_path)
     a, b = (array.astype(np.float64) for array in adapter.values())
     name = "model.layers.0.q.weight"
-    with open_lora(base, folder) as source:
+    with LoraSource(base, folder) as source:
         assert source.name == "model + adapter"
         assert (source.format, source.axes) == (base.format, base.axes)
         assert source.tensors[name].dtype == source.read(name).dtype == np.float32
@@ -86,7 +86,7 @@ def test_kernels_embeddings_and_replaced_layers(tmp_path):
         "model.embed.weight": parts["model.embed.base_layer.weight"] + 3 * embed,
         "head.weight": parts["head.weight"],
     }
-    with open_lora(base, folder) as source:
+    with LoraSource(base, folder) as source:
         for name, array in expected.items():
             np.testing.assert_allclose(source.read(name), array, rtol=1e-5, atol=1e-5)
 
@@ -95,7 +95,7 @@ def test_linear_layers_that_are_kept_transposed(tmp_path):
     adapter = linear(rows=24, module="base_model.model.transformer.h.0.attn")
     base, arrays, folder = make(tmp_path, adapter, {"fan_in_fan_out": True}, {"h.0.attn.weight": (8, 24)})
     a, b = adapter.values()
-    with open_lora(base, folder) as source:
+    with LoraSource(base, folder) as source:
         expected = arrays["h.0.attn.weight"].astype(np.float32) + 3 * (b @ a).T
         np.testing.assert_allclose(source.read("h.0.attn.weight"), expected, rtol=1e-5, atol=1e-5)
 
@@ -127,7 +127,7 @@ def test_linear_layers_that_are_kept_transposed(tmp_path):
 def test_an_adapter_that_does_not_fit_is_one_clear_error(tmp_path, adapter, config, message):
     base, _, folder = make(tmp_path, adapter, config)
     with pytest.raises(InputError, match=message) as caught:
-        open_lora(base, folder)
+        LoraSource(base, folder)
     assert str(folder) in str(caught.value)
     assert str(caught.value).isprintable()
 
@@ -136,4 +136,4 @@ def test_a_pickled_adapter_is_never_loaded(tmp_path):
     base, _, folder = make(tmp_path, linear())
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(InputError, match="never loaded.*safe_serialization"):
-        open_lora(base, folder)
+        LoraSource(base, folder)

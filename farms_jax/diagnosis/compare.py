@@ -14,7 +14,7 @@ from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.pipeline import diagnose, opened
 from farms_jax.diagnosis.table import LayerTable
 from farms_jax.errors import InputError, listed
-from farms_jax.weights import WeightSource, is_lora, open_lora
+from farms_jax.weights import LoraSource, WeightSource, is_lora
 
 _BEFORE_AND_AFTER = ("alpha", "whole_alpha", "ww_alpha", "ks_distance", "whole_stable_rank", "mp_spikes", "rank")
 _SHOWN = {"alpha", "mp_spikes"}  # of these, in the terminal
@@ -94,7 +94,7 @@ def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Compar
                 raise InputError(
                     f"{b}: a LoRA adapter needs the weights of its base model; give them as the first model"
                 )
-            b = stack.enter_context(open_lora(weights_a, Path(b)))
+            b = stack.enter_context(LoraSource(weights_a, Path(b)))
         after, weights_b = _side(b, stack, progress=progress, **options)
         rows_a, rows_b = ({row["layer"]: row for row in side.layers} for side in (before, after))
         common = [name for name in rows_a if name in rows_b]

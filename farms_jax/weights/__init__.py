@@ -8,7 +8,7 @@
 Opening reads headers only. Nothing is ever unpickled, and every fault is one `farms_jax.errors.InputError`.
 """
 
-from farms_jax.weights.lora import is_lora as is_lora, open_lora as open_lora
+from farms_jax.weights.lora import LoraSource as LoraSource, is_lora as is_lora
 from farms_jax.weights.opening import open_weights as open_weights
 from farms_jax.weights.reading import TensorInfo as TensorInfo
 from farms_jax.weights.runs import checkpoints as checkpoints

@@ -35,8 +35,9 @@ def is_lora(path: str | Path) -> bool:
 class LoraSource(WeightSource):
     """A model with an adapter's changes: tensors that it changes are float32, all others as in the model."""
 
-    def __init__(self, base: WeightSource, path: Path) -> None:
-        """Match the adapter in a folder to the open model that it was trained on."""
+    def __init__(self, base: WeightSource, adapter: str | Path) -> None:
+        """Match the folder of a PEFT adapter to the open model that it was trained on."""
+        path = Path(adapter).expanduser()
         self._base, self._config = base, read_json(path / ADAPTER_CONFIG, "give the folder of a PEFT adapter")
         self._alphas = _read_alphas(path / ADAPTER_CONFIG, self._config)
         if not (path / _ADAPTER).is_file():
@@ -45,6 +46,8 @@ class LoraSource(WeightSource):
                 "save it again with save_pretrained(..., safe_serialization=True)"
             )
         self._adapter = SafetensorsSource(path / _ADAPTER)
+        trained_on = printable(str(self._config.get("base_model_name_or_path")))
+        self._remedy = f"give the model that it was trained on, as a Hugging Face folder ({trained_on})"
         self._factors: dict[str, dict[str, str]] = {}  # name in the model -> "A", "B" -> name in the adapter
         self._replaced: dict[str, str] = {}  # name in the model -> name in the adapter
         for name in self._adapter.tensors:
@@ -97,8 +100,7 @@ class LoraSource(WeightSource):
         alike = [n for n in self._base.tensors if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")]
         if len(alike) != 1:
             raise InputError(
-                f"{self._adapter.path}: {name} changes {wanted}, which {self._base.path} does not have; give the model "
-                f"that it was trained on, as a Hugging Face folder ({self._trained_on})"
+                f"{self._adapter.path}: {name} changes {wanted}, which {self._base.path} does not have; {self._remedy}"
             )
         return alike[0]
 
@@ -113,21 +115,11 @@ class LoraSource(WeightSource):
         """Return whether a weight is (in, out): embeddings are (tokens, width), and some models keep all layers so."""
         return bool(self._config.get("fan_in_fan_out")) or "embedding" in self._factors[target].get("A", "")
 
-    @property
-    def _trained_on(self) -> str:
-        return printable(str(self._config.get("base_model_name_or_path")))
-
     def _misfit(self, name: str, target: str) -> InputError:
         found, has = self._adapter.tensors[name].shape, self._base.tensors[target].shape
         return InputError(
-            f"{self._adapter.path}: {name} {found} does not fit {target} {has} of {self._base.path}; give the model "
-            f"that it was trained on ({self._trained_on})"
+            f"{self._adapter.path}: {name} {found} does not fit {target} {has} of {self._base.path}; {self._remedy}"
         )
-
-
-def open_lora(base: WeightSource, adapter: str | Path) -> LoraSource:
-    """Open a PEFT adapter's folder on the open model that it was trained on; see `LoraSource`."""
-    return LoraSource(base, Path(adapter).expanduser())
 
 
 def _fit(shape: Shape, a: Shape, b: Shape, *, transposed: bool) -> bool:

@@ -130,9 +130,9 @@ def _lora(folder: Path) -> list[Path]:
 
 
 def _read_lora(path: Path) -> None:
-    from farms_jax.weights import open_lora, open_weights
+    from farms_jax.weights import LoraSource, open_weights
 
-    with open_lora(open_weights(path / "base.safetensors"), path) as source:
+    with LoraSource(open_weights(path / "base.safetensors"), path) as source:
         for name, info in source.tensors.items():
             assert source.read(name).shape == info.shape
 
