@@ -10,7 +10,6 @@ from matplotlib.ticker import MaxNLocator
 from farms_jax._present import common_prefix, shorten
 
 SIZE = (10.0, 4.2)  # inches
-_NOTEBOOK_DPI = 100
 NAMED_TICKS = 60  # layers whose names still fit under a figure
 
 
@@ -23,7 +22,7 @@ class NotebookFigure(Figure):
 
     def _repr_png_(self) -> bytes:
         content = io.BytesIO()
-        self.savefig(content, format="png", dpi=_NOTEBOOK_DPI)
+        self.savefig(content, format="png", dpi=100)
         return content.getvalue()
 
 

@@ -249,27 +249,22 @@ def test_factors_are_finite_and_not_negative_for_scores_below_0_and_1(mapping, m
 LAYERS = report_of(names=["a/kernel", "b/kernel"], alpha=[2.0, 3.0])
 
 
-def test_bias_follows_its_kernel_and_strangers_keep_1():
-    params = {"a": {"kernel": 0.0, "bias": 0.0}, "b": {"kernel": 0.0, "bias": 0.0}, "norm": {"scale": 0.0}}
-    scale = farms_jax.lr_scale(LAYERS, params, low=0.6, high=1.4)
-    assert {key: jax.tree.map(lambda x: round(float(x), 6), part) for key, part in scale.items()} == {
-        "a": {"kernel": 0.6, "bias": 0.6},
-        "b": {"kernel": 1.4, "bias": 1.4},
-        "norm": {"scale": 1.0},
-    }
-    assert {(leaf.dtype, leaf.shape) for leaf in jax.tree.leaves(scale)} == {(jnp.dtype(jnp.float32), ())}
-
-
-def test_an_excluded_weight_keeps_1_beside_a_balanced_one_in_its_module():
-    report = report_of(names=["attn/q", "out/kernel"], alpha=[2.0, 3.0])
-    scale = farms_jax.lr_scale(report, dict.fromkeys(["attn/q", "attn/k", "out/kernel"], np.ones((2, 2))))
-    assert scale == {"attn/q": 0.5, "attn/k": 1.0, "out/kernel": 1.5}
-
-
-def test_a_bias_between_two_weights_of_one_module_follows_neither():
-    report = report_of(names=["w1", "w2"], alpha=[2.0, 3.0])
-    scale = farms_jax.lr_scale(report, {"w1": 0.0, "b1": 0.0, "w2": 0.0, "b2": 0.0})
-    assert scale == {"w1": 0.5, "b1": 1.0, "w2": 1.5, "b2": 1.0}
+@pytest.mark.parametrize(
+    ("alphas", "others", "expected"),
+    [
+        # A bias follows the kernel of its module; what is alone follows nothing.
+        ({"a/kernel": 2.0, "b/kernel": 3.0}, dict.fromkeys(["a/bias", "b/bias", "norm/scale"], 0.0), [0.5, 1.5, 1.0]),
+        # A weight that was left out of the report keeps 1 beside a balanced one in its module.
+        ({"attn/q": 2.0, "out/kernel": 3.0}, {"attn/k": np.ones((2, 2))}, [1.0]),
+        # A bias of a module with two weights follows neither.
+        ({"w1": 2.0, "w2": 3.0}, {"b1": 0.0, "b2": 0.0}, [1.0, 1.0]),
+    ],
+)
+def test_leaves_beside_layers(alphas, others, expected):
+    report = report_of(names=alphas, alpha=list(alphas.values()))
+    scale = farms_jax.lr_scale(report, dict.fromkeys(alphas, np.ones((2, 2))) | others)
+    assert [float(scale[name]) for name in (*alphas, *others)] == [0.5, 1.5, *expected]
+    assert {(leaf.dtype, leaf.shape) for leaf in scale.values()} == {(jnp.dtype(jnp.float32), ())}
 
 
 @pytest.mark.parametrize("template", [r"\1/kernel", r"\1"])
