@@ -15,7 +15,7 @@ FAST = {"resamples": 20, "randomize": False}
 
 def layers(seed=0):
     rng = np.random.default_rng(seed)
-    return {f"layer_{i}": rng.normal(size=(40, 56)).astype(np.float32) for i in range(4)}
+    return {f"layer_{i}": rng.normal(size=(24, 32)).astype(np.float32) for i in range(4)}
 
 
 def heavier(weight):
@@ -26,9 +26,9 @@ def heavier(weight):
 
 
 def test_what_moved_most_comes_first():
-    before = layers() | {"only a": np.ones((40, 56))}
+    before = layers() | {"only a": np.ones((24, 32))}
     after = layers() | {"layer_1": heavier(before["layer_1"]), "layer_2": before["layer_2"] * 1.5}
-    after["layer_3"], after["only b"] = before["layer_3"][:30, :20], before["only a"]
+    after["layer_3"], after["only b"] = before["layer_3"][:20, :12], before["only a"]
     comparison = compare(before, after, **FAST)
     assert (comparison.only_a, comparison.only_b) == (("only a",), ("only b",))
     assert comparison.layers[0]["layer"] == "layer_1"
@@ -42,7 +42,7 @@ def test_what_moved_most_comes_first():
     for row in comparison.layers:
         assert row["alpha_change"] == pytest.approx(row["alpha_b"] - row["alpha_a"])
     assert "moved" not in rows["layer_3"]
-    assert rows["layer_3"]["shape"] == "40x56 -> 30x20"
+    assert rows["layer_3"]["shape"] == "24x32 -> 20x12"
     with pytest.raises(InputError, match=r"no layer of one name: layer_0 in the first, other in the second"):
         compare(before, {"other": after["layer_1"]}, **FAST)
 
@@ -59,8 +59,8 @@ def test_written_diagnoses_can_be_compared(tmp_path):
 
 def test_a_lora_adapter_is_its_base_with_the_change_added(tmp_path):
     rng = np.random.default_rng(3)
-    base = {f"model.layers.{i}.mlp.up_proj.weight": rng.normal(size=(40, 56)).astype(np.float32) for i in range(2)}
-    down, up = rng.normal(size=(4, 56)).astype(np.float32), rng.normal(size=(40, 4)).astype(np.float32)
+    base = {f"model.layers.{i}.mlp.up_proj.weight": rng.normal(size=(24, 32)).astype(np.float32) for i in range(2)}
+    down, up = rng.normal(size=(4, 32)).astype(np.float32), rng.normal(size=(24, 4)).astype(np.float32)
     name = "base_model.model.model.layers.1.mlp.up_proj"
     adapter = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     safetensors.numpy.save_file(adapter, tmp_path / "adapter_model.safetensors")

@@ -19,11 +19,11 @@ from farms_jax.solvers import cpu, dispatch, gram_matrices
 
 RNG = np.random.default_rng(0)
 WEIGHTS = {
-    "wide": RNG.standard_normal((48, 100)).astype(np.float32),
+    "wide": RNG.standard_normal((32, 100)).astype(np.float32),
     "square": RNG.standard_normal((60, 60)),
     "kernel": 0.1 * RNG.standard_normal((40, 16, 3, 3)).astype(np.float32),
     "heavy": RNG.standard_t(2, (50, 30)).astype(np.float16),
-    "low rank": (RNG.standard_normal((40, 6)) @ RNG.standard_normal((6, 70))).astype(np.float32),
+    "low rank": (RNG.standard_normal((32, 6)) @ RNG.standard_normal((6, 70))).astype(np.float32),
 }
 QUICK = Settings(resamples=0, randomize=False)
 SETTINGS = {

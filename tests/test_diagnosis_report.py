@@ -141,11 +141,9 @@ def test_csv_and_data_frame_have_every_digit(sample, tmp_path):
     sample.write_csv(tmp_path / "layers.csv")
     rows = list(csv.DictReader((tmp_path / "layers.csv").open(newline="")))
     frame = sample.to_pandas()
-    assert frame.index.name == "layer"
-    assert list(rows[0]) == ["layer", *frame.columns]
+    assert list(rows[0]) == [frame.index.name, *frame.columns]
     for row, ours in zip(rows, sample.layers, strict=True):
-        assert row["layer"] == ours["layer"]
-        assert row["shape"] == ours["shape"]
+        assert (row["layer"], row["shape"]) == (ours["layer"], ours["shape"])
         assert float(row["whole_norm"]) == ours["whole_norm"] == frame.loc[ours["layer"], "whole_norm"]
     assert rows[-1]["alpha"] == rows[-1]["sv_min"] == rows[-1]["rand_distance"] == ""
 
@@ -171,11 +169,11 @@ def test_another_file_is_no_diagnosis(text, tmp_path):
 
 
 def test_page_is_complete_without_its_script(sample, html, page):
-    by_name = {row[0]: row for row in page.rows}
-    heads = next(row for row in page.rows if row[0] == "layer" and len(row) > 20)
+    heads, *rows = (row for row in page.rows if len(row) > 20)
     assert {column.name for column in sample.columns} == {*heads, "reason"}
-    for row in sample.layers:
-        shown = dict(zip(heads, by_name[row["layer"]], strict=True))
+    for row, cells in zip(sample.layers, rows, strict=True):
+        shown = dict(zip(heads, cells, strict=True))
+        assert shown["layer"] == row["layer"]
         assert shown["status"] == row["status"]
         if row["alpha"]:
             assert shown["alpha"] == f"{row['alpha']:.2f} ±0.04"
