@@ -49,24 +49,9 @@ def _low_rank(rng, shape):
     return rng.standard_normal((*shape[:-1], rank)) @ rng.standard_normal((*shape[:-2], rank, shape[-1]))
 
 
-def _with_zeros(rng, shape):
-    return rng.standard_normal(shape) * (rng.random((*shape[:-1], 1)) < 0.5)
-
-
-def _twice(rng, shape):
-    array = rng.standard_normal(shape)
-    return array[..., rng.integers(0, shape[-2], shape[-2]), :]
-
-
 def _single(rng, shape):
     array = np.zeros(shape)
     array[tuple(rng.integers(0, shape))] = rng.standard_normal()
-    return array
-
-
-def _half_zeros(rng, shape):
-    array = rng.standard_normal(shape)
-    array[..., : shape[-1] // 2] = 0
     return array
 
 
@@ -83,17 +68,15 @@ KINDS = {
     "graded": lambda rng, shape: rng.standard_normal(shape) * np.logspace(0, -4, shape[-1]),
     "wide": _wide,
     "low rank": _low_rank,
-    "half zeros": _half_zeros,
-    "zero rows": _with_zeros,
-    "rows twice": _twice,
+    "half zeros": lambda rng, shape: rng.standard_normal(shape) * (np.arange(shape[-1]) >= shape[-1] // 2),
+    "zero rows": lambda rng, shape: rng.standard_normal(shape) * (rng.random((*shape[:-1], 1)) < 0.5),
+    "rows twice": lambda rng, shape: rng.standard_normal(shape)[..., rng.integers(0, shape[-2], shape[-2]), :],
     "one entry": _single,
     "zeros": lambda rng, shape: np.zeros(shape),
     "constant": lambda rng, shape: np.full(shape, 0.5),
     "identity": lambda rng, shape: np.broadcast_to(np.eye(*shape[-2:]), shape),
 }
 SCALES = (1.0, 1.0, 0.02, 1e-3, 30.0, 1e-12, 1e12)
-
-
 DTYPES = ("float32", "float32", "float64", "complex64", "complex128", "float16", "bfloat16")
 
 
@@ -114,14 +97,10 @@ dense = st.tuples(sizes, sizes)
 kernels = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 20), st.integers(1, 20))
 
 
-def _bulk(rng, n):
-    return np.linalg.svd(rng.standard_normal((n, 2 * n)), compute_uv=False)[:n] ** 2
-
-
 SPECTRA = {
     "lognormal": lambda rng, n: np.exp(rng.normal(rng.uniform(-3, 1), rng.uniform(0.1, 3), n)),
     "power law": lambda rng, n: rng.uniform(size=n) ** (-1 / rng.uniform(0.3, 6)),
-    "bulk": _bulk,
+    "bulk": lambda rng, n: np.linalg.svd(rng.standard_normal((n, 2 * n)), compute_uv=False) ** 2,
     "two bulks": lambda rng, n: np.r_[rng.uniform(0.1, 0.2, n // 2), rng.uniform(5, 9, n - n // 2)],
     # Candidates of the peak rule begin at a logarithm of the peak.
     "one peak": lambda rng, n: np.r_[rng.uniform(0.4, 1, n // 2), rng.uniform(5, 5.3, n - n // 2)],
