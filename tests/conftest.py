@@ -64,6 +64,6 @@ def _drop_compiled_programs():
         sys.modules["jax"].clear_caches()
 
 
-MOST_GROWTH = 2**28  # bytes
+MOST_GROWTH = 2**29  # bytes; with less, what the tests of a module share is compiled again and again
 _PROCESS = psutil.Process()
 _resident = 2**29  # of a process that has imported the tests
