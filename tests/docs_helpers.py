@@ -16,8 +16,6 @@ from typing import NamedTuple
 
 import tyro
 
-from farms_jax.programs import command_line as program
-
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
@@ -110,13 +108,19 @@ def understood(module: str, arguments: list[str], monkeypatch) -> None:
 
         return parsed
 
+    def parse_known(*args, plain=argparse.ArgumentParser.parse_known_args):
+        options, rest = plain(*args)
+        if getattr(options, "resume", None) is not None and not rest:
+            raise Parsed  # before it looks for the run
+        return options, rest
+
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the module may have been imported before
         patch.setattr(sys, "argv", [module, *arguments])
         patch.setattr(argparse.ArgumentParser, "parse_args", then_stop(argparse.ArgumentParser.parse_args))
         patch.setattr(tyro, "cli", then_stop(tyro.cli))
         patch.setattr(tyro.extras, "subcommand_cli_from_dict", then_stop(tyro.extras.subcommand_cli_from_dict))
-        patch.setattr(program, "_alone", then_stop(program._alone))
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known)
         patch.setattr(os, "_exit", sys.exit)  # of the programs, which would end the tests
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
