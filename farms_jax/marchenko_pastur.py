@@ -188,12 +188,17 @@ def fit(eigenvalues: ArrayLike, rows: int, cols: int) -> Bulk:
         raise ValueError(f"fit: needs eigenvalues, rows and columns, got {values.size}, {rows} and {cols}")
     shorter, longer = sorted((rows, cols))
     ratio = shorter / longer
-    sigma = float(np.median(values) / (longer * quantile(0.5, ratio))) ** 0.5
+    sigma = float(np.median(values) / (longer * _median(ratio))) ** 0.5
     low, high = (longer * sigma**2 * edge for edge in edges(ratio))
     root = (longer - 1) ** 0.5 if longer > 1 else 1.0  # Johnstone's N - 1, which is 0 for a single entry
     spread = (root + shorter**0.5) * (1 / root + shorter**-0.5) ** (1 / 3)
     threshold = sigma**2 * ((root + shorter**0.5) ** 2 + _TRACY_WIDOM_99 * spread)
     return Bulk(sigma, low, high, max(high, threshold))
+
+
+@functools.cache  # half a millisecond each time, and few shapes differ among a network's layers
+def _median(ratio: float) -> float:
+    return float(quantile(0.5, ratio))
 
 
 def _check(ratio: float, sigma: float) -> None:
