@@ -10,7 +10,7 @@ import numpy as np
 
 from farms_jax import marchenko_pastur
 from farms_jax._analyze import needs_small_eigenvalues
-from farms_jax._axes import Axes, as_matrices
+from farms_jax._axes import Axes, as_matrices, is_kernel
 from farms_jax._windows import Grid, make_grid
 from farms_jax.diagnosis.resampling import deviations, interval, interval_grid
 from farms_jax.diagnosis.settings import Settings
@@ -51,7 +51,7 @@ class _Layer(NamedTuple):
 
     @property
     def is_kernel(self) -> bool:
-        return len(self.shape) == 4
+        return is_kernel(self)
 
     def generator(self, settings: Settings, use: int) -> np.random.Generator:
         """Return a generator whose draws depend only on the seed, the layer's name and their use."""
@@ -83,7 +83,7 @@ def measure(
 def _layer(name: str, weight: np.ndarray, axes: Axes, settings: Settings) -> _Layer:
     dtype = weight.dtype if weight.dtype.char in "fdFD" else np.dtype(np.float32)  # half precisions
     stack = as_matrices(np.asarray(weight, dtype), axes)
-    grid = make_grid(settings.window, stack.shape, is_kernel=weight.ndim == 4)
+    grid = make_grid(settings.window, stack.shape, is_kernel=is_kernel(weight))
     intervals = interval_grid(grid, stack.shape) if settings.resamples else grid
     return _Layer(name, weight.shape, stack, grid, intervals)
 
