@@ -57,9 +57,9 @@ def make_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
             tokenizer, add_bos = _sentencepiece(metadata, tokens, types, where), True
         # These are matched in any text before it is cut.
         tokenizer.add_tokens([
-            AddedToken(token, normalized=False, special=kind == _CONTROL)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in {_CONTROL, _USER_DEFINED}
+            AddedToken(token, normalized=False, special=token_type == _CONTROL)
+            for token, token_type in zip(tokens, types, strict=True)
+            if token_type in {_CONTROL, _USER_DEFINED}
         ])
         special = {}
         for role, name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
