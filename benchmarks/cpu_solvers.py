@@ -46,7 +46,7 @@ def main() -> None:
     settings = parser.parse_args()
     facts = machine()
     weights = network("resnet18").values()
-    stacks = [as_matrices(weight, TORCH_AXES) for weight in weights]
+    stacks = [as_matrices(weight, TORCH_AXES.of(weight.ndim))[0] for weight in weights]
     grids = [
         make_grid(WINDOW, stack.shape, is_kernel=is_kernel(weight))
         for weight, stack in zip(weights, stacks, strict=True)

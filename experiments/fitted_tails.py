@@ -148,7 +148,7 @@ def measure(path: Path, pattern: str) -> list[Spectrum]:
             raise InputError(
                 f"{path}: {layer} is no layer that can be measured: {report.left_out[0][1]}; choose another"
             )
-        _, rows, cols = axes.stack_shape(weights[layer].shape)
+        _, _, rows, cols = dict(report.axes)[layer].matrices_shape(weights[layer].shape)
         row = {"network": title, "layer": layer, "shape": f"{rows} x {cols}", "method": method}
         row |= {key: float(getattr(report, key)[0]) for key in ("alpha", "xmin", "ks_distance")}
         row |= {"num_eigenvalues": int(report.num_eigenvalues[0]), "others": float(np.median(others[others > 0]))}

@@ -1,7 +1,8 @@
 """analyze(): weights -> matrices -> windows -> eigenvalues -> alpha, for a whole network in one compiled call."""
 
 import functools
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +12,14 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from farms_jax._axes import FLAX_AXES, Axes, is_kernel
+from farms_jax._axes import FLAX_AXES
 from farms_jax._layers import not_finite, raise_if_not_finite, select_layers
 from farms_jax._names import named_leaves, natural_key
 from farms_jax._report import METRICS, LayerReport
-from farms_jax._tail import Tail, fit_tail
-from farms_jax._windows import Grid, Window
+from farms_jax._tail import Tail, fit_tail, highest_alpha, without_flat
+from farms_jax._windows import Window
 from farms_jax.solvers import mesh as mesh_solver
-from farms_jax.solvers.dispatch import Options, Solver, choose_solver, pooled_eigenvalues
+from farms_jax.solvers.dispatch import Cut, Options, Solver, check_solver, pooled_eigenvalues
 
 _BATCH = 2**24  # numbers in each of the few arrays that are alive while spectra are fitted in parallel
 
@@ -26,8 +27,8 @@ _BATCH = 2**24  # numbers in each of the few arrays that are alive while spectra
 class _Plan(NamedTuple):
     """The static part of an analysis, hashable: jit compiles once per plan and weight shapes."""
 
-    grids: tuple[Grid, ...]
-    factors: tuple[float, ...]  # on the eigenvalues of each layer
+    cuts: tuple[Cut, ...]
+    factors: tuple[float, ...]  # on the eigenvalues of each leaf
     pooled: bool  # the divisions of a kernel make one spectrum
     tail: Tail
     keep_eigenvalues: bool
@@ -39,7 +40,8 @@ def analyze(
     *,
     window: Window | None = Window(),  # noqa: B008 (frozen)
     tail: Tail = Tail(),  # noqa: B008
-    axes: Axes = FLAX_AXES,
+    axes: Any = FLAX_AXES,
+    stack: Any = None,
     exclude: str | Iterable[str] = (),
     kernel_scale: float = 0.5,
     solver: Solver = "auto",
@@ -49,10 +51,12 @@ def analyze(
 ) -> LayerReport:
     r"""Measure the heavy tail of every layer's weight spectrum.
 
-    All 2-D weights and 4-D kernels of the tree, real or complex, are layers; every other leaf is listed in the
-    report's `left_out` with its reason. Eigenvalues are squared singular values, computed in float32 (float64 under
-    `jax_enable_x64`) whatever the weights' dtype; a complex weight, computed in complex64 (complex128), has as many
-    as a real one of its shape. Runs eagerly, or traced inside `jit`, `lax.cond`, `lax.scan`.
+    Layers are the 2-D weights and 4-D kernels of the tree, real or complex, Flax's attention, and what `axes` and
+    `stack` declare; every index of a stack is a layer of its own, `kernel[3]`. Biases, scales of norms and embeddings
+    of positions are none. Every other leaf is listed in the report's `left_out` with its reason. Eigenvalues are
+    squared singular values, computed in float32 (float64 under `jax_enable_x64`) whatever the weights' dtype; a complex
+    weight, computed in complex64 (complex128), has as many as a real one of its shape. Runs eagerly, or traced inside
+    `jit`, `lax.cond`, `lax.scan`.
 
     >>> import farms_jax, jax
     >>> params = {"dense": {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}}
@@ -85,7 +89,12 @@ def analyze(
         window: windows of fixed aspect ratio (FARMS); `None` takes whole matrices, the baseline: one spectrum
             per layer, over all kernel positions.
         tail: where the power-law tail starts.
-        axes: rows and columns of the weights; `TORCH_AXES` for (out, in, ...).
+        axes: what the axes of the weights count: `FLAX_AXES`, or `TORCH_AXES` for (out, in, ...); a mapping from
+            patterns of names, matched whole, to spellings, `{r".*/query/kernel": "IOO", r".*/embedding": None}`, as
+            `AxisRules` explain; `AxisRules`, of which `farms_jax.axis_rules` has ready ones; a tree of spellings like
+            `params`; or a function of `params` that gives one of these.
+        stack: which axis of a leaf counts layers, experts or seeds, by patterns, `{r"decoder/layers/.*": 1}`, a tuple
+            of axes for layers of experts; or one for all leaves. Spellings are of the leaf without these axes.
         exclude: regular expressions of layer names to leave out, matched whole, such as `r"head/.*"`.
         kernel_scale: factor on the eigenvalues of 4-D kernels; 0.5 as in the reference (its `conv_norm`).
         solver: see above.
@@ -109,33 +118,46 @@ def analyze(
         raise ValueError(f"analyze: solver must be 'auto', 'gram', 'gram64' or 'svd', got {solver!r}")
     if max_batch_bytes < 1:
         raise ValueError(f"analyze: max_batch_bytes must be at least 1, got {max_batch_bytes}")
+    _raise_inside_shard_map()
     leaves = sorted(named_leaves(params), key=lambda pair: natural_key(pair[0]))
-    layers, grids, left_out = select_layers(leaves, window, tail, axes, exclude)
-    weights = tuple(weight for _, weight in layers)
+    selection = select_layers(leaves, window, tail, axes, exclude, stack=stack, params=params)
+    weights = tuple(leaf.weight for leaf in selection.leaves)
     mesh = mesh_solver.common_mesh(weights, mesh)
     platform = _platform(weights, mesh)
-    chosen = choose_solver(solver, platform=platform, exact=eigenvalues or needs_small_eigenvalues(tail))
+    check_solver(solver, platform or jax.default_backend())
     plan = _Plan(
-        grids=tuple(grids),
-        factors=tuple(kernel_scale if is_kernel(weight) else 1.0 for weight in weights),
+        cuts=tuple(Cut(leaf.axes, leaf.grid) for leaf in selection.leaves),
+        factors=tuple(kernel_scale if leaf.is_kernel else 1.0 for leaf in selection.leaves),
         pooled=window is not None and window.divisions == "pooled",
         tail=tail,
         keep_eigenvalues=eigenvalues,
-        options=Options(axes, platform, chosen, max_batch_bytes),
+        options=Options(platform, solver, eigenvalues or needs_small_eigenvalues(tail), max_batch_bytes),
     )
-    raise_if_not_finite(not_finite(layers))
+    raise_if_not_finite(not_finite([(leaf.name, leaf.weight) for leaf in selection.leaves]))
     if mesh is None:
         measures, spectra = _measure(weights, plan)
     else:
-        on_mesh = mesh_solver.pooled_eigenvalues(weights, plan.grids, mesh, plan.options)
+        on_mesh = mesh_solver.pooled_eigenvalues(weights, plan.cuts, mesh, plan.options)
         measures, spectra = _fit(tuple(on_mesh), plan)
-    return LayerReport(
-        names=tuple(name for name, _ in layers),
-        num_params=tuple(int(np.prod(weight.shape)) for weight in weights),
-        left_out=tuple(left_out),
+    report = LayerReport(
+        names=tuple(layer for leaf in selection.leaves for layer in leaf.layers),
+        num_params=tuple(math.prod(leaf.shape[1:]) for leaf in selection.leaves for _ in leaf.layers),
+        left_out=tuple(selection.left_out),
+        num_positions=tuple(leaf.shape[1] * leaf.is_kernel for leaf in selection.leaves for _ in leaf.layers),
+        axes=tuple(selection.axes),
         eigenvalues=spectra if eigenvalues else None,
         **measures,
     )
+    return report.without(selection.excluded)
+
+
+def _raise_inside_shard_map() -> None:
+    """Raise where weights would be shards, and nothing says of what."""
+    if axes := jax.sharding.get_abstract_mesh().manual_axes:
+        raise ValueError(
+            f"analyze: inside shard_map over {', '.join(map(str, axes))} a weight may be a shard of one; measure "
+            "outside, where `mesh` spreads the work, and write the factors into the state by `refresh`"
+        )
 
 
 def needs_small_eigenvalues(tail: Tail) -> bool:
@@ -143,48 +165,55 @@ def needs_small_eigenvalues(tail: Tail) -> bool:
     return tail.xmin != "median" or tail.min_eigenvalue is not None or tail.xmin_pos > 2
 
 
-def _platform(weights: Iterable[Any], mesh: Mesh | None) -> str:
-    """Return the platform of the mesh or of the weights; the default one for traced weights and numpy arrays."""
+def _platform(weights: Sequence[Any], mesh: Mesh | None) -> str | None:
+    """Return the platform of the mesh or of the weights; `None` for traced weights: it is known where they are run."""
     if mesh is not None:
         return mesh.devices.flat[0].platform
+    if any(isinstance(weight, Tracer) for weight in weights):
+        return None
     for weight in weights:
-        if isinstance(weight, jax.Array) and not isinstance(weight, Tracer):
+        if isinstance(weight, jax.Array):
             return next(iter(weight.devices())).platform
     return jax.default_backend()
 
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _measure(weights: tuple[Any, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
-    """Return the measures of L layers, each (L,), and their spectra (D, E) where the plan keeps them."""
-    return _fit(tuple(pooled_eigenvalues(weights, plan.grids, plan.options)), plan)
+    """Return the measures of all layers, and their spectra (D, E) where the plan keeps them."""
+    return _fit(tuple(pooled_eigenvalues(weights, plan.cuts, plan.options)), plan)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _fit(spectra: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
-    """Return what `_measure` does, given the spectra (D, E) of the layers."""
+    """Return what `_measure` does, given the spectra (L, D, E) of the leaves."""
     scaled = [spectrum * factor for spectrum, factor in zip(spectra, plan.factors, strict=True)]
     if plan.pooled:
-        scaled = [jnp.sort(e.reshape(1, -1), axis=-1) for e in scaled]
-    return _measure_spectra(scaled, plan), tuple(scaled) if plan.keep_eigenvalues else ()
+        scaled = [jnp.sort(e.reshape(len(e), 1, -1), axis=-1) for e in scaled]
+    kept = tuple(layer for leaf in scaled for layer in leaf) if plan.keep_eigenvalues else ()
+    return _measure_spectra(scaled, plan), kept
 
 
 def _measure_spectra(spectra: list[Array], plan: _Plan) -> dict[str, Array]:
-    """Return the measures by name, each (L,): means over the divisions of the L spectra (D, E)."""
+    """Return the measures by name, each (number of layers,): means over the divisions of the spectra (L, D, E)."""
     if not spectra:
         return {key: jnp.zeros(0, jnp.int32 if key == "num_eigenvalues" else float) for key in METRICS}
     # Padded in front to one length: a fit is compiled once, not for each length.
-    longest = max(spectrum.shape[1] for spectrum in spectra)
-    padded = jnp.concatenate([jnp.pad(e, ((0, 0), (longest - e.shape[1], 0))) for e in spectra])
-    sizes = np.concatenate([[e.shape[1]] * e.shape[0] for e in spectra])
-    layer_of = np.concatenate([[layer] * e.shape[0] for layer, e in enumerate(spectra)])
+    longest = max(e.shape[-1] for e in spectra)
+    rows = [jnp.pad(e.reshape(-1, e.shape[-1]), ((0, 0), (longest - e.shape[-1], 0))) for e in spectra]
+    padded = jnp.concatenate(rows)
+    sizes = np.repeat([e.shape[2] for e in spectra], [len(own) for own in rows])
+    divisions_of_layers = np.repeat([e.shape[1] for e in spectra], [e.shape[0] for e in spectra])
+    layer_of = np.repeat(np.arange(len(divisions_of_layers)), divisions_of_layers)
     at_once = max(1, _BATCH // longest)
     fits = lax.map(lambda row: fit_tail(row[0], plan.tail, size=row[1]), (padded, sizes), batch_size=at_once)
+    highest = [highest_alpha(cut.grid.rows, cut.grid.cols, plan.tail) for cut in plan.cuts]
+    fits = without_flat(fits, np.repeat(highest, [len(own) for own in rows]))
     largest, norm = padded[:, -1], padded.sum(-1)
     positive = jnp.where(largest > 0, largest, 1)
     alpha_hat = fits.alpha * jnp.log10(positive)
 
     def total(values: Array) -> Array:
-        return jax.ops.segment_sum(values, layer_of, num_segments=len(spectra), indices_are_sorted=True)
+        return jax.ops.segment_sum(values, layer_of, num_segments=len(divisions_of_layers), indices_are_sorted=True)
 
     divisions = total(jnp.ones_like(norm))
     fitted = jnp.maximum(total((fits.alpha > 0).astype(norm.dtype)), 1)  # divisions without a tail have alpha 0

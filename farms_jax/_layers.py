@@ -1,7 +1,9 @@
 """Which weights of a network are layers, and how their windows lie."""
 
+import math
+import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,49 +11,181 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from farms_jax._axes import LAYER_NDIMS, Axes, is_kernel
-from farms_jax._names import matching
+from farms_jax._axes import FLAX_AXES, Axes, LeafAxes
+from farms_jax._axis_rules import axes_spelt, declared_axes
+from farms_jax._default_axes import LeftOut, default_spelling
+from farms_jax._names import indexed_names, matching
 from farms_jax._tail import Tail
 from farms_jax._windows import Grid, Window, make_grid
-from farms_jax.errors import InputError
+from farms_jax.errors import InputError, listed
+
+_UNDECLARED = 0.1  # share of the weights that may be left out, for want of a declaration, without a warning
+_THIN = 4  # independent eigenvalues of a fit; with fewer, the alpha of noise lies anywhere between 1.5 and 6
+
+
+class Leaf(NamedTuple):
+    """A leaf that holds a layer or a stack of layers.
+
+    Attributes:
+        name: name of the leaf.
+        weight: the array, or anything with its `shape` and `dtype`.
+        axes: what its axes count.
+        grid: the windows of each of its layers.
+    """
+
+    name: str
+    weight: Any
+    axes: LeafAxes
+    grid: Grid
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(L, K, R, C): layers, kernel positions, rows and columns."""
+        return self.axes.matrices_shape(self.weight.shape)
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it has kernel positions."""
+        return len(self.axes.positions(len(self.weight.shape))) > 0
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the L layers."""
+        return indexed_names(self.name, self.axes.stack_shape(self.weight.shape))
+
+    def indexed_layers(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return name and index in the stack of every layer."""
+        return list(zip(self.layers, self.axes.indices(self.weight.shape), strict=True))
+
+
+class Selection(NamedTuple):
+    """The layers of a network, and what is none.
+
+    Attributes:
+        leaves: the leaves that hold layers, in given order.
+        left_out: (name, reason) of every other leaf.
+        axes: (name, axes) of the leaves that hold layers or have a stack.
+        excluded: single layers of a stack that are to be left out of the report.
+    """
+
+    leaves: list[Leaf]
+    left_out: list[tuple[str, str]]
+    axes: list[tuple[str, LeafAxes]]
+    excluded: list[str]
 
 
 def select_layers(
-    leaves: list[tuple[str, Any]],
+    leaves: Sequence[tuple[str, Any]],
     window: Window | None,
     tail: Tail,
-    axes: Axes,
-    exclude: str | Iterable[str],
-) -> tuple[list[tuple[str, Any]], list[Grid], list[tuple[str, str]]]:
-    """Return the (name, array) pairs that are layers, their grids, and (name, reason) of the others, in given order.
+    axes: Any = FLAX_AXES,
+    exclude: str | Iterable[str] = (),
+    *,
+    stack: Any = None,
+    params: Any = None,
+) -> Selection:
+    """Return which leaves, (name, array) pairs, are layers.
 
-    The arrays are not read: anything with `shape` and `dtype` will do.
+    The arrays are not read: anything with `shape` and `dtype` will do. `axes` and `stack` are those of `analyze`;
+    `params` is what they are called with where they are functions. A warning says when much is left out because nothing
+    says what its axes count.
     """
-    excluded = matching([name for name, _ in leaves], exclude)
-    layers, grids, left_out = [], [], []
+    known = axes_of_leaves(leaves, axes, stack, params)
+    layers = {name: indexed_names(name, known[name].stack_shape) for name, _ in leaves}
+    excluded = matching({name for leaf in layers for name in (leaf, *layers[leaf])}, exclude)
+    found, undeclared = Selection([], [], [], []), []
     for name, leaf in leaves:
-        reason = "excluded" if name in excluded else _unfit(leaf)
-        if reason is None:
-            stack_shape = axes.stack_shape(leaf.shape)
-            grid = make_grid(window, stack_shape, is_kernel=is_kernel(leaf))
-            count = grid.divisions * grid.num_eigenvalues(stack_shape[0])
-            if count >= tail.min_count:
-                layers.append((name, leaf))
-                grids.append(grid)
-                continue
-            reason = f"too few eigenvalues: {count}, fewer than {tail.min_count}"
-        left_out.append((name, reason))
-    return layers, grids, left_out
+        if name in excluded or excluded.issuperset(layers[name]):
+            chosen = LeftOut("excluded")
+        else:
+            chosen = _fitting(name, leaf, known[name].axes, window, tail)
+        if isinstance(chosen, Leaf):
+            found.leaves.append(chosen)
+            found.axes.append((name, chosen.axes))
+            found.excluded.extend(layer for layer in layers[name] if layer in excluded)
+            continue
+        found.left_out.append((name, chosen.reason))
+        if known[name].stack:
+            found.axes.append((name, LeafAxes((), (), known[name].stack)))
+        if chosen.undeclared:
+            undeclared.append((name, leaf))
+    _warn_of(undeclared, found.leaves)
+    return found
+
+
+class Known(NamedTuple):
+    """What is known of the axes of one leaf, declared or recognised.
+
+    Attributes:
+        axes: what they count, or why the leaf holds no matrices.
+        stack: those of its stack.
+        stack_shape: their lengths.
+    """
+
+    axes: LeafAxes | LeftOut
+    stack: tuple[int, ...]
+    stack_shape: tuple[int, ...]
+
+
+def axes_of_leaves(leaves: Sequence[tuple[str, Any]], axes: Any, stack: Any, params: Any) -> dict[str, Known]:
+    """Return what is known of the axes of every leaf, by name; the arguments are those of `select_layers`."""
+    default, declared = declared_axes(leaves, params, axes, stack)
+    whole = {name: tuple(getattr(leaf, "shape", ())) for name, leaf in leaves}
+    shapes = {
+        name: tuple(size for axis, size in enumerate(shape) if axis not in declared[name].stack)
+        for name, shape in whole.items()
+    }
+    known = {}
+    for name, leaf in leaves:
+        own = declared[name]
+        if reason := _unfit(leaf):
+            found = LeftOut(reason)
+        elif not own.is_matrix:
+            found = LeftOut("declared as no matrix")
+        else:
+            found = own.axes or default_spelling(name, shapes, default)
+            if isinstance(found, str | Axes):
+                found = axes_spelt(name, found, whole[name], own.stack)
+        known[name] = Known(found, own.stack, tuple(whole[name][axis] for axis in own.stack))
+    return known
+
+
+def _warn_of(undeclared: list[tuple[str, Any]], layers: list[Leaf]) -> None:
+    """Warn where a large share of the weights is left out because nothing says what its axes count."""
+    missing, measured = (
+        sum(math.prod(leaf.shape) for _, leaf in undeclared),
+        sum(math.prod(leaf.shape) for leaf in layers),
+    )
+    if missing > _UNDECLARED * (missing + measured):
+        warnings.warn(
+            f"{missing / (missing + measured):.0%} of the weights are left out, because nothing says what their axes "
+            f"count: {listed([name for name, _ in undeclared], 3, ', ')}; say it with `axes` or `stack` (see "
+            "farms_jax.AxisRules), or `exclude` them",
+            stacklevel=4,
+        )
+
+
+def _fitting(name: str, leaf: Any, axes: LeafAxes | LeftOut, window: Window | None, tail: Tail) -> Leaf | LeftOut:
+    """Return a leaf with its windows, or why a fit of its layers has too little to go by."""
+    if isinstance(axes, LeftOut):
+        return axes
+    _, positions, rows, cols = shape = axes.matrices_shape(leaf.shape)
+    if positions * min(rows, cols) < _THIN:
+        return LeftOut("too thin for a fit")
+    grid = make_grid(window, shape[1:], is_kernel=bool(axes.positions(len(leaf.shape))))
+    pooled = grid.divisions if window is not None and window.divisions == "pooled" else 1
+    count = pooled * grid.num_eigenvalues(positions)
+    if count < tail.min_count:
+        return LeftOut(f"too few eigenvalues: {count}, fewer than {tail.min_count}")
+    return Leaf(name, leaf, axes, grid)
 
 
 def _unfit(leaf: Any) -> str | None:
-    """Return the reason why a leaf is no layer, or `None`."""
+    """Return the reason why a leaf is no weight, whatever its name and axes, or `None`."""
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
         return f"not an array but {type(leaf).__name__}"
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return f"dtype {leaf.dtype}, not floating point"
-    if len(leaf.shape) not in LAYER_NDIMS:
-        return f"{len(leaf.shape)} axes: only 2-D weights and 4-D kernels are layers"
     return "empty" if 0 in leaf.shape else None
 
 

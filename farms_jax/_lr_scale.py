@@ -1,17 +1,21 @@
 """lr_scale(): from a report to one learning-rate factor for every leaf of the parameters."""
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from farms_jax import mappings
-from farms_jax._axes import LAYER_NDIMS
-from farms_jax._names import Follow, leader, module_of, named_leaves
+from farms_jax._default_axes import is_small
+from farms_jax._names import Follow, indexed_names, leader, matching, module_of, named_leaves
 from farms_jax._report import METRICS, LayerReport
 
 MappingName = Literal["linear", "sqrt", "log2", "step", "sigmoid"]
+Fixed = Mapping[str, float | Literal["low", "high"]]
 
 
 def lr_scale(
@@ -23,6 +27,8 @@ def lr_scale(
     mapping: MappingName | mappings.Mapping = "linear",
     metric: str = "alpha",
     follow: Follow | None = None,
+    range_quantiles: tuple[float, float] | None = None,
+    fixed: Fixed | None = None,
 ) -> Any:
     r"""Turn the layers' scores into factors of the learning rate (TempBalance).
 
@@ -41,9 +47,14 @@ def lr_scale(
         follow: which layer a norm follows: `{pattern: replacement}` on leaf names, such as
             `{r"(.*)bn(\d+)/.*": r"\1conv\2/kernel"}` (by name), a function of the leaf's name such as
             `follow_order` makes (by order), or `None`: norms keep 1. It names a layer or its module.
+        range_quantiles: quantiles of the scores at which they are cut before they are mapped, such as (0.1, 0.9):
+            without it one outlier sets the range of all. `None`, as in the reference, cuts nothing.
+        fixed: factors of some leaves by patterns of their names, such as `{r".*embed.*": "high"}`: a number, or
+            `"low"` or `"high"`. What they hold moves nobody's factor.
 
     Returns:
-        A tree like `params` of float32 scalars.
+        A tree like `params` of float32 factors, each in a shape that broadcasts to its leaf: (), or (L, 1, ...) for a
+        stack of L layers.
 
     Raises:
         ValueError: unknown mapping or metric, `low` above `high`, or a layer that `params` does not have.
@@ -54,36 +65,91 @@ def lr_scale(
         raise ValueError(f"lr_scale: mapping must be a function or one of {', '.join(mappings.NAMED)}; got {mapping!r}")
     if isinstance(low, int | float) and isinstance(high, int | float) and not 0 < low <= high:
         raise ValueError(f"lr_scale: low and high must satisfy 0 < low <= high, got {low} and {high}")
+    if range_quantiles is not None and not 0 <= range_quantiles[0] < range_quantiles[1] <= 1:
+        raise ValueError(f"lr_scale: range_quantiles must be two ascending numbers in [0, 1], got {range_quantiles}")
     leaves = named_leaves(params)
-    names = {name for name, _ in leaves}
-    if unknown := sorted(set(report.names) - names):
+    stacks = {name: axes.stack for name, axes in report.axes}
+    layers = {name: indexed_names(name, _stack_shape(leaf, stacks.get(name, ()))) for name, leaf in leaves}
+    known = {layer for own in layers.values() for layer in own}
+    if unknown := sorted(set(report.names) - known):
         raise ValueError(f"lr_scale: params has no {unknown[0]!r}, which the report has; pass the analysed params")
     map_scores = mapping if callable(mapping) else mappings.NAMED[mapping]
-    scales = dict(zip(report.names, _scales(report, metric, map_scores, low, high), strict=True))
-    modules = [module_of(name) for name in scales]
-    single = {module for module in modules if modules.count(module) == 1}
-    by_module = {module: scale for module, scale in zip(modules, scales.values(), strict=True) if module in single}
+    fixed_factors = {}
+    for pattern, factor in (fixed or {}).items():
+        value = {"low": low, "high": high}.get(factor, factor) if isinstance(factor, str) else factor
+        fixed_factors |= {name: jnp.asarray(value, jnp.float32) for name in matching(layers, pattern, "fixed")}
+    fixed_layers = {layer for name in fixed_factors for layer in layers[name]}
+    counts = np.array([name not in fixed_layers for name in report.names], bool)
+    factors = _factors(report, metric, map_scores, low, high, range_quantiles, counts)
+    place = {name: i for i, name in enumerate(report.names)}
+    # Of each leaf that holds a layer, the factors in the shape of its stack; 1 for layers left out of the report.
+    with_one = jnp.append(factors, 1)
+    own_factors: dict[str | None, Array] = {}
+    modules: Counter[str] = Counter()
+    for name, leaf in leaves:
+        if not place.keys().isdisjoint(layers[name]):
+            places = np.array([place.get(layer, -1) for layer in layers[name]])
+            own_factors[name] = with_one[places].reshape(_stack_shape(leaf, stacks.get(name, ())))
+            modules[module_of(name)] += 1
+    single = [name for name, _ in leaves if name in own_factors and modules[module_of(name)] == 1]
+    by_module: dict[str | None, Array] = {module_of(name): own_factors[name] for name in single}
 
-    def scale_of(name: str, leaf: Any) -> Array:
-        for key in (name, leader(name, follow)):
-            if key in scales:
-                return scales[key]
-        # A weight that is no layer of the report was left out of it: it does not follow its module as a bias does.
-        own = None if jnp.ndim(leaf) in LAYER_NDIMS else module_of(name)
-        for key in (own, leader(name, follow)):
-            if key in by_module:
-                return by_module[key]
-        return jnp.ones((), jnp.float32)
+    def factor_of(name: str, leaf: Any) -> Array:
+        stack = stacks.get(name, ())
+        leading = leader(name, follow)
+        # A weight that was left out does not follow its module, as a bias does.
+        module = module_of(name) if is_small(name, jnp.ndim(leaf) - len(stack)) else None
+        candidates = (
+            fixed_factors.get(name),
+            own_factors.get(name),
+            own_factors.get(leading),
+            by_module.get(module),
+            by_module.get(leading),
+        )
+        found = next((own for own in candidates if own is not None), jnp.ones((), jnp.float32))
+        return _spread(found, stack, leaf)
 
-    return jax.tree.unflatten(jax.tree.structure(params), [scale_of(name, leaf) for name, leaf in leaves])
+    return jax.tree.unflatten(jax.tree.structure(params), [factor_of(name, leaf) for name, leaf in leaves])
 
 
-def _scales(report: LayerReport, metric: str, mapping: mappings.Mapping, low: float, high: float) -> list[Array]:
-    """Return the factor of each layer, a float32 scalar."""
+def _stack_shape(leaf: Any, stack: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(jnp.shape(leaf)[axis] for axis in stack)
+
+
+def _spread(factors: Array, stack: tuple[int, ...], leaf: Any) -> Array:
+    """Return factors, one for each index of a stack or one for all, in a shape that broadcasts to a leaf.
+
+    A leaf without the stack of the layers that it follows keeps 1. The result shares its buffer with no other: a
+    training step that donates its state must find every buffer once.
+    """
+    shape = _stack_shape(leaf, stack)
+    if factors.shape not in {(), shape}:
+        factors = jnp.ones((), jnp.float32)
+    in_order = jnp.broadcast_to(factors, shape).transpose(np.argsort(stack))
+    others = [axis for axis in range(jnp.ndim(leaf)) if axis not in stack] if stack else []
+    return jnp.array(jnp.expand_dims(in_order, others), jnp.float32, copy=True)
+
+
+def _factors(
+    report: LayerReport,
+    metric: str,
+    mapping: mappings.Mapping,
+    low: float,
+    high: float,
+    range_quantiles: tuple[float, float] | None,
+    counts: np.ndarray,
+) -> Array:
+    """Return the factors of the layers, float32; only those that count move the others."""
     if not report.names:
-        return []
+        return jnp.zeros(0, jnp.float32)
     scores = jnp.asarray(getattr(report, metric), jnp.result_type(float))
-    fitted = report.alpha > 0
+    fitted = (report.alpha > 0) & counts
+    if range_quantiles is not None:
+        # Of the scores themselves, nothing in between: an outlier next to a quantile does not move it.
+        known = jnp.where(fitted, scores, jnp.nan)
+        lowest = jnp.nanquantile(known, float(range_quantiles[0]), method="higher")
+        highest = jnp.nanquantile(known, float(range_quantiles[1]), method="lower")
+        scores = jnp.clip(scores, lowest, jnp.maximum(lowest, highest))
     least, most = scores.min(where=fitted, initial=jnp.inf), scores.max(where=fitted, initial=-jnp.inf)
     # Layers without a tail get the mean of the others, which leaves the range as it is. It is clipped because a mean of
     # equal numbers may differ from them by rounding.
@@ -93,4 +159,4 @@ def _scales(report: LayerReport, metric: str, mapping: mappings.Mapping, low: fl
         factors = mapping(scores, low, high, where=fitted)
     else:
         factors = mapping(scores, low, high)
-    return list(jnp.where(fitted & (most > least), factors, 1).astype(jnp.float32))
+    return jnp.where(fitted & (most > least), factors, 1).astype(jnp.float32)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-from jax.tree_util import GetAttrKey, keystr
+import numpy as np
+from jax.tree_util import GetAttrKey, default_registry, keystr
 
 from farms_jax.errors import InputError
 
@@ -26,7 +27,7 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     Raises:
         ValueError: two leaves have the same name.
     """
-    pairs = [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    pairs = [(name_of(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
         repeated = sorted({name for name in names if names.count(name) > 1})
@@ -34,7 +35,25 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return pairs
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def without_boxes(tree: Any) -> Any:
+    """Return a tree with arrays in place of boxes: NNX variables, Linen's partitioned arrays."""
+    return jax.tree.map(lambda node: jax.tree.leaves(node)[0] if is_box(node) else node, tree, is_leaf=is_box)
+
+
+def is_box(node: Any) -> bool:
+    """Tell whether a node holds one array and what is said of it: an NNX variable, a partitioned array of Linen."""
+    try:
+        keys_and_children = default_registry.flatten_one_level_with_keys(node)
+    except ValueError:  # a type that JAX knows as no node
+        return False
+    if keys_and_children is None:
+        return False
+    children = list(keys_and_children[0])
+    return [key for key, _ in children] == [GetAttrKey("value")] and jax.tree.structure(children[0][1]).num_leaves == 1
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    """Return the name of the leaf at a path of JAX's key entries."""
     if len(path) > 1 and path[-1] == GetAttrKey("value"):  # an NNX variable's own array
         path = path[:-1]
     return keystr(path, simple=True, separator="/")
@@ -45,6 +64,17 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]
 
 
+def indexed_names(name: str, stack_shape: tuple[int, ...]) -> list[str]:
+    """Return the names of the layers of a leaf: its own where it holds one layer, else one for each index of its stack.
+
+    >>> indexed_names("up/kernel", ()), indexed_names("up/kernel", (2,)), indexed_names("wi", (1, 2))
+    (['up/kernel'], ['up/kernel[0]', 'up/kernel[1]'], ['wi[0,0]', 'wi[0,1]'])
+    """
+    if not stack_shape:
+        return [name]
+    return [f"{name}[{','.join(map(str, index))}]" for index in np.ndindex(*stack_shape)]
+
+
 def module_of(name: str) -> str:
     """Return the name of the module that holds a leaf: `conv1/kernel` -> `conv1`, `conv1.weight` -> `conv1`."""
     match = re.fullmatch(r"(.*)[/.][^/.]*", name)
@@ -52,20 +82,30 @@ def module_of(name: str) -> str:
 
 
 def block_of(name: str) -> str:
-    """Return the name of the repeated block that a leaf belongs to: all up to its first number, or the whole name.
+    """Return the name of the repeated block that a layer belongs to: all up to its first number, or the whole name.
+
+    The block of a layer in a stack has the stack's name, up to the part that is called layers or blocks or the like,
+    and the layer's index.
 
     >>> block_of("model.layers.12.mlp.up_proj"), block_of("blocks/0/attention/kernel"), block_of("head/kernel")
     ('model.layers.12', 'blocks/0', 'head/kernel')
+    >>> block_of("decoder/layers/mlp/wi/kernel[3]"), block_of("encoderblock/moe/wi[2,5]")
+    ('decoder/layers[3]', 'encoderblock[2]')
     """
-    match = re.match(r"(?:[^/.]+[/.])*?\d+(?=[/.]|$)", name)
-    return match[0] if match else name
+    if match := re.match(r"(?:[^/.]+[/.])*?\d+(?=[/.]|$)", name):
+        return match[0]
+    if match := re.fullmatch(r"(.*?(?:layer|block|stack)[^/.]*|[^/.]*)(?:[/.].*)?\[(\d+)[\d,]*\]", name):
+        return f"{match[1]}[{match[2]}]"
+    return name
 
 
-def matching(names: Iterable[str], patterns: str | Iterable[str], argument: str = "exclude") -> set[str]:
+def matching(
+    names: Iterable[str], patterns: str | Iterable[str], argument: str = "exclude", *, strict: bool = True
+) -> set[str]:
     r"""Return the names that one of the patterns matches as a whole; an error calls the patterns by `argument`.
 
     Raises:
-        InputError: a pattern matches no name, or is no regular expression.
+        InputError: a pattern matches no name, where that is `strict`, or is no regular expression.
     """
     names = list(names)
     found: set[str] = set()
@@ -74,7 +114,7 @@ def matching(names: Iterable[str], patterns: str | Iterable[str], argument: str 
             hits = {name for name in names if re.fullmatch(pattern, name)}
         except re.error as error:
             raise InputError(f"{argument}: {pattern!r} is not a regular expression ({error})") from error
-        if not hits:
+        if strict and not hits:
             some = ", ".join(sorted(names, key=natural_key)[:8]) or "none"
             raise InputError(f"{argument}: {pattern!r} matches no name as a whole; names are: {some}, ...")
         found |= hits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,11 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from farms_jax._axes import LeafAxes
 from farms_jax._extras import from_extra
 from farms_jax._names import matching
 from farms_jax._present import data_frame, html_table, left_out_lines, text_table
+from farms_jax.errors import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +37,7 @@ _SHOWN = {  # column of the table: what it is, and how its numbers are written
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[*METRICS, "eigenvalues"],
-    meta_fields=["names", "num_params", "left_out"],
+    meta_fields=["names", "num_params", "left_out", "axes", "num_positions"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerReport:
@@ -56,6 +58,8 @@ class LayerReport:
         num_eigenvalues: eigenvalues kept by the filter over all windows, int32.
         num_params: entries of each weight, a complex one counted once.
         left_out: (name, reason) of every leaf that is not in the report.
+        axes: (name, axes) of every leaf that holds a layer or is a stack: what its axes count.
+        num_positions: kernel positions of each layer, 0 for a matrix that is no convolution's.
         eigenvalues: per layer the pooled eigenvalues (D, E), ascending, of its D divisions; `None` unless asked for.
     """
 
@@ -70,6 +74,8 @@ class LayerReport:
     num_eigenvalues: Array
     num_params: tuple[int, ...]
     left_out: tuple[tuple[str, str], ...]
+    axes: tuple[tuple[str, LeafAxes], ...] = ()
+    num_positions: tuple[int, ...] = ()
     eigenvalues: tuple[Array, ...] | None = None
 
     def __len__(self) -> int:
@@ -88,13 +94,19 @@ class LayerReport:
         Raises:
             ValueError: a pattern matches no layer of this report.
         """
-        dropped = matching(self.names, patterns)
+        return self.without(matching(self.names, patterns))
+
+    def without(self, dropped: Collection[str]) -> LayerReport:
+        """Return a report without these layers, which are listed in `left_out`."""
+        if not dropped:
+            return self
         keep = [i for i, name in enumerate(self.names) if name not in dropped]
         index = np.array(keep, int)
         return dataclasses.replace(
             self,
             names=tuple(self.names[i] for i in keep),
             num_params=tuple(self.num_params[i] for i in keep),
+            num_positions=tuple(self.num_positions[i] for i in keep) if self.num_positions else (),
             left_out=(*self.left_out, *((name, "excluded") for name in self.names if name in dropped)),
             eigenvalues=None if self.eigenvalues is None else tuple(self.eigenvalues[i] for i in keep),
             **{metric: getattr(self, metric)[index] for metric in METRICS},
@@ -135,7 +147,7 @@ class LayerReport:
     def __str__(self) -> str:
         """Return the report as a table, with the weights that were left out below it."""
         table = text_table(["layer", *_SHOWN], self._cells())
-        return "\n".join([table, *left_out_lines(self.left_out)])
+        return "\n".join([table, *self._notes()])
 
     def __repr__(self) -> str:
         """Return the table; only the number of layers of a traced or stacked report, which has no single numbers."""
@@ -147,13 +159,22 @@ class LayerReport:
         if not self._is_concrete():
             return escape(repr(self))
         heads = {"layer": "full path of the weight"} | {name: meaning for name, (meaning, _) in _SHOWN.items()}
-        return html_table(heads, self._cells(), left_out_lines(self.left_out))
+        return html_table(heads, self._cells(), self._notes())
 
     def _is_concrete(self) -> bool:
         """Tell whether every measure is a concrete array of one number per layer."""
         measures = [getattr(self, metric) for metric in METRICS]
         known = all(isinstance(m, (Array, np.ndarray)) and not isinstance(m, Tracer) for m in measures)
         return known and all(measure.shape == (len(self),) for measure in measures)
+
+    def _notes(self) -> list[str]:
+        """Return the lines below the table: what is read as convolutions, and what was left out."""
+        kernels: dict[int, list[str]] = {}
+        for name, positions in zip(self.names, self.num_positions, strict=False):
+            if positions:
+                kernels.setdefault(positions, []).append(name)
+        read = [f"convolutions of {count} positions: {listed(names, 3, ', ')}" for count, names in kernels.items()]
+        return read + left_out_lines(self.left_out)
 
     def _cells(self) -> list[list[str]]:
         lines = []

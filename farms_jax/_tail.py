@@ -11,12 +11,16 @@ tail is short.
 """
 
 import dataclasses
+import math
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
+from farms_jax.marchenko_pastur import hill_alpha
+
+_FLAT = 3.0  # times the alpha of noise
 _ROUNDING = 8  # units in the last place by which rounding may set equal numbers apart
 
 
@@ -70,6 +74,28 @@ class TailFit(NamedTuple):
     ks_distance: Array
     xmin: Array
     num_eigenvalues: Array
+
+
+def highest_alpha(rows: int, cols: int, tail: Tail) -> float:
+    """Return the alpha above which windows of this shape have no tail: three times that of noise.
+
+    An orthogonal matrix, as which recurrent kernels begin, has equal eigenvalues; a step later they differ by little,
+    and Hill's estimate is in the hundreds. Only for the median rule: the others choose their threshold by the spectrum.
+    """
+    if tail.xmin != "median":
+        return math.inf
+    return _FLAT * hill_alpha(min(rows, cols) / max(rows, cols), tail.xmin_pos)
+
+
+def without_flat(fits: TailFit, highest: Any) -> TailFit:
+    """Return the fits with no tail where alpha is above `highest`, which broadcasts to the batch's shape."""
+    is_flat = fits.alpha > highest
+    none = jnp.zeros_like(fits.alpha)
+    return fits._replace(
+        alpha=jnp.where(is_flat, none, fits.alpha),
+        ks_distance=jnp.where(is_flat, 1, fits.ks_distance),
+        xmin=jnp.where(is_flat, none, fits.xmin),
+    )
 
 
 class _Spectrum(NamedTuple):

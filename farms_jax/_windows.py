@@ -25,6 +25,8 @@ class Window:
             neither this nor `stride` is given.
         divisions: how the divisions of a convolution kernel make one number: `"mean"` of their alphas (paper,
             section 3.3), or `"pooled"` into one spectrum (its Table 7).
+        min_division: eigenvalues that a division needs for an alpha of its own; the divisions of a kernel that have
+            fewer are pooled. The reference has no such bound, as 1 has none.
 
     Raises:
         ValueError: a value out of its range, or both `stride` and `per_axis` given.
@@ -35,9 +37,10 @@ class Window:
     stride: int | None = None
     per_axis: int | None = None
     divisions: Literal["mean", "pooled"] = "mean"
+    min_division: int = 16
 
     def __post_init__(self):
-        for field in ("rows", "stride", "per_axis"):
+        for field in ("rows", "stride", "per_axis", "min_division"):
             value = getattr(self, field)
             if value is not None and (value < 1 or value != int(value)):
                 raise ValueError(f"Window: {field} must be a whole number of at least 1, got {value}")
@@ -79,11 +82,11 @@ class Grid(NamedTuple):
 
 def make_grid(window: Window | None, stack_shape: tuple[int, int, int], *, is_kernel: bool) -> Grid:
     """Lay windows over a stack (K, R, C), all of them inside its matrices; `None` takes the whole matrices."""
-    _, rows, cols = stack_shape
+    positions, rows, cols = stack_shape
     if window is None:
         return Grid(rows, cols, ((0, 0),))
     if is_kernel:
-        return _divisions(window, rows, cols)
+        return _divisions(window, positions, rows, cols)
     height, width = _fit(window, rows, cols)
     starts = [(i, j) for i in _starts(window, rows, height) for j in _starts(window, cols, width)]
     return Grid(height, width, tuple(starts))
@@ -110,13 +113,18 @@ def _starts(window: Window, length: int, size: int) -> list[int]:
     return [i * step for i in range(min(per_axis, free // step + 1))]
 
 
-def _divisions(window: Window, rows: int, cols: int) -> Grid:
-    """Return the grid of a convolution kernel: floor(R / C) windows down its longer axis, the remainder left out."""
+def _divisions(window: Window, positions: int, rows: int, cols: int) -> Grid:
+    """Return the grid of a convolution kernel: floor(R / C) windows down its longer axis, the remainder left out.
+
+    Divisions with few eigenvalues are pooled: the mean of Hill's estimates from 2 or 3 numbers has no bound, and that
+    of noise in a 2 x 2 kernel of one channel came out anywhere between 5 and 38.
+    """
     transposed = rows < cols
     longer, shorter = max(rows, cols), min(rows, cols)
     if window.aspect_ratio > 1:
         height, width = max(1, int(shorter // window.aspect_ratio)), shorter
     else:
         height, width = shorter, max(1, int(shorter // (1 / window.aspect_ratio)))
-    divisions = longer // shorter
-    return Grid(height, width, tuple((i * height, 0) for i in range(divisions)), divisions, transposed)
+    count = longer // shorter
+    divisions = count if positions * min(height, width) >= window.min_division else 1
+    return Grid(height, width, tuple((i * height, 0) for i in range(count)), divisions, transposed)

@@ -19,12 +19,12 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 
 from farms_jax import _analyze
-from farms_jax._axes import FLAX_AXES, Axes
-from farms_jax._layers import not_finite, raise_if_not_finite, select_layers
+from farms_jax._axes import FLAX_AXES, layer_of
+from farms_jax._layers import Leaf, Selection, not_finite, raise_if_not_finite, select_layers
 from farms_jax._names import named_leaves, natural_key
 from farms_jax._report import METRICS, LayerReport
 from farms_jax._tail import Tail
-from farms_jax._windows import Grid, Window
+from farms_jax._windows import Window
 from farms_jax.errors import InputError
 
 T = TypeVar("T")
@@ -42,7 +42,8 @@ def analyze(
     *,
     window: Window | None = Window(),  # noqa: B008 (frozen)
     tail: Tail = Tail(),  # noqa: B008
-    axes: Axes = FLAX_AXES,
+    axes: Any = FLAX_AXES,
+    stack: Any = None,
     exclude: str | Iterable[str] = (),
     **settings: Any,
 ) -> LayerReport:
@@ -62,6 +63,7 @@ def analyze(
         window: see `farms_jax.analyze`.
         tail: see `farms_jax.analyze`.
         axes: see `farms_jax.analyze`.
+        stack: see `farms_jax.analyze`.
         exclude: see `farms_jax.analyze`.
         **settings: the others of `farms_jax.analyze`; a `mesh` is one of this process's own devices.
 
@@ -76,26 +78,32 @@ def analyze(
     """
 
     def read() -> tuple[Any, tuple[str, list[str]]]:
-        layers, grids, left_out = select_layers(_local_leaves(params), window, tail, axes, exclude)
-        shown = [(name, tuple(leaf.shape), str(leaf.dtype)) for name, leaf in layers]
+        selection = select_layers(_local_leaves(params), window, tail, axes, exclude, stack=stack, params=params)
+        shown = [(leaf.name, leaf.axes, tuple(leaf.weight.shape), str(leaf.weight.dtype)) for leaf in selection.leaves]
         common = sorted((key, value) for key, value in settings.items() if key != "mesh")
-        owners = _assign([_cost(leaf, grid, axes) for (_, leaf), grid in zip(layers, grids, strict=True)])
-        own = [layers[layer] for layer in np.flatnonzero(owners == jax.process_index())]
-        weights = {name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for name, leaf in own}
-        kept = [name for name, _ in layers], left_out, weights
-        return kept, (repr((shown, left_out, window, tail, axes, common)), not_finite(list(weights.items())))
+        owners = _assign([_cost(leaf) for leaf in selection.leaves for _ in leaf.layers])
+        weights, axes_of = {}, {}
+        layers = ((leaf, *layer) for leaf in selection.leaves for layer in leaf.indexed_layers())
+        for (leaf, name, index), owner in zip(layers, owners, strict=True):
+            if owner == jax.process_index():
+                weight = layer_of(leaf.weight, leaf.axes, index)
+                weights[name] = weight if isinstance(weight, jax.Array) else np.asarray(weight)
+                axes_of[name] = leaf.axes.of_layer(len(leaf.weight.shape))
+        given = repr((shown, selection.left_out, window, tail, common))
+        return (selection, weights, axes_of), (given, not_finite(list(weights.items())))
 
     # Before anything is solved, which takes long: the other processes would learn of an error only at its end.
-    (names, left_out, weights), found = _collective(read)
+    (selection, weights, axes_of), found = _collective(read)
+    names = [layer for leaf in selection.leaves for layer in leaf.layers]
     if len({given for given, _ in found}) > 1:
         raise ValueError("multihost.analyze: the processes were given different models or settings; give all the same")
     raise_if_not_finite([name for name in names if any(name in bad for _, bad in found)])
 
     def measure() -> tuple[None, LayerReport]:
-        return None, jax.device_get(_analyze.analyze(weights, window=window, tail=tail, axes=axes, **settings))
+        return None, jax.device_get(_analyze.analyze(weights, window=window, tail=tail, axes=axes_of, **settings))
 
     _, reports = _collective(measure)
-    return _merge(names, left_out, reports)
+    return _merge(names, selection, reports).without(selection.excluded)
 
 
 def _local_leaves(params: Any) -> list[tuple[str, Any]]:
@@ -117,13 +125,13 @@ def _assign(costs: Sequence[float]) -> np.ndarray:
     return owners
 
 
-def _cost(leaf: Any, grid: Grid, axes: Axes) -> float:
-    positions, _, _ = axes.stack_shape(leaf.shape)
-    is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
-    return positions * len(grid.starts) * grid.window_cost(is_complex=is_complex)
+def _cost(leaf: Leaf) -> float:
+    """Return the operations for a layer of a leaf, up to a factor."""
+    is_complex = jnp.issubdtype(leaf.weight.dtype, jnp.complexfloating)
+    return leaf.shape[1] * len(leaf.grid.starts) * leaf.grid.window_cost(is_complex=is_complex)
 
 
-def _merge(names: list[str], left_out: list[tuple[str, str]], reports: Sequence[LayerReport]) -> LayerReport:
+def _merge(names: list[str], selection: Selection, reports: Sequence[LayerReport]) -> LayerReport:
     """Merge the reports of all processes into one, with its layers in the order of `names`."""
     found = [name for report in reports for name in report.names]
     order = np.array([found.index(name) for name in names], int)
@@ -132,7 +140,9 @@ def _merge(names: list[str], left_out: list[tuple[str, str]], reports: Sequence[
     return LayerReport(
         names=tuple(names),
         num_params=tuple(num_params[place] for place in order),
-        left_out=tuple(left_out),
+        num_positions=tuple(leaf.shape[1] * leaf.is_kernel for leaf in selection.leaves for _ in leaf.layers),
+        left_out=tuple(selection.left_out),
+        axes=tuple(selection.axes),
         eigenvalues=None if reports[0].eigenvalues is None else tuple(jnp.asarray(spectra[place]) for place in order),
         **{
             metric: jnp.asarray(np.concatenate([getattr(report, metric) for report in reports])[order])

@@ -12,20 +12,24 @@ from jax import Array
 from jax.tree_util import DictKey
 
 import farms_jax
-from farms_jax import LayerReport, Tail, Window
+from farms_jax import AxisRules, LayerReport, Tail, Window
 
 from .config import TB, Config
 
 NOT_IN_REFERENCE = (r"blocks/\d+/filter/w\d", r"out_layer/deconv/kernel")
+AXES = AxisRules({r"blocks/\d+/filter/b\d": None, r"time_agg/.*": None})  # no matrices, whatever their rank
 ENDS = ("patch_embed/patches/kernel", "out_layer/conv2/kernel")  # what layer selection leaves at the global rate
 FOLLOW = {r"(blocks/\d+/filter)/b(\d)": r"\1/w\2"}  # a filter holds two layers: each bias goes with its weight
 
 
 def measure(params: Any, config: Config, tb: TB) -> LayerReport:
     """Return the report on a network's layers: on whole matrices for "sigmoid", else on windows of one shape."""
-    window = None if tb == "sigmoid" else Window(aspect_ratio=config.aspect_ratio)
+    window = (
+        None if tb == "sigmoid" else Window(aspect_ratio=config.aspect_ratio, min_division=1)
+    )  # as in the reference
     exclude = NOT_IN_REFERENCE if config.layers == "reference" else ()
-    return farms_jax.analyze(spectral_view(params), window=window, tail=Tail(config.tail), exclude=exclude)
+    view = spectral_view(params)
+    return farms_jax.analyze(view, window=window, tail=Tail(config.tail), exclude=exclude, axes=AXES)
 
 
 def spectral_view(params: Any) -> Any:

@@ -50,6 +50,7 @@ def tail_of(case):
         xmin_pos=case["xmin_pos"],
         bins=case.get("bins", 100),
         min_eigenvalue=1e-5 if case["filter_zeros"] else None,
+        min_count=2,
     )
 
 
@@ -63,6 +64,7 @@ def window_of(case):
         aspect_ratio=case["Q_ratio"],
         stride=None if per_axis or "step_size" not in case else case["step_size"],
         per_axis=per_axis,
+        min_division=1,
     )
 
 

@@ -25,9 +25,12 @@ WEIGHTS = {
     "a again": RNG.standard_normal((64, 48)).astype(np.float32),
     "kernel": RNG.standard_normal((3, 3, 8, 16)).astype(np.float32),
     "small": RNG.standard_normal((24, 24)).astype(np.float32),
+    "stacked": RNG.standard_normal((3, 24, 32)).astype(np.float32),
     "bias": np.zeros(3, np.float32),
 }
 SPECS = {"a": P("x"), "a again": P("y", "x"), "kernel": P(None, None, None, ("x", "y")), "small": P(), "bias": P()}
+SPECS["stacked"] = P(None, "x", "y")
+STACK = {"stacked": 0}
 
 
 class Lazy:
@@ -42,6 +45,9 @@ class Lazy:
             raise OSError("the disk is gone")
         self.read.append(self.name)
         return WEIGHTS[self.name]
+
+    def __getitem__(self, index):
+        return np.asarray(self)[index]
 
 
 def facts(report):
@@ -70,7 +76,7 @@ def spread(weights):
 
 def late(process):
     """The first process solves its windows 35 seconds later than the second."""
-    expected, solve, start = farms_jax.analyze(WEIGHTS), cpu.solve, time.monotonic()
+    expected, solve, start = farms_jax.analyze(WEIGHTS, stack=STACK), cpu.solve, time.monotonic()
 
     def solve_late(*args, **settings):
         cpu.solve = solve
@@ -79,12 +85,12 @@ def late(process):
 
     if process == 0:
         cpu.solve = solve_late
-    alpha = np.asarray(farms_jax.analyze(spread(WEIGHTS)).alpha)
+    alpha = np.asarray(farms_jax.analyze(spread(WEIGHTS), stack=STACK).alpha)
     return {"late": time.monotonic() - start, "alpha": alpha.tolist(), "one": np.asarray(expected.alpha).tolist()}
 
 
 def every(process):
-    settings = {"eigenvalues": True, "kernel_scale": 0.25}
+    settings = {"eigenvalues": True, "kernel_scale": 0.25, "stack": STACK}
     report, read = farms_jax.analyze(spread(WEIGHTS), **settings), []
     lazy = {name: Lazy(name, read) for name in WEIGHTS}
     results = {

@@ -17,7 +17,7 @@ from farms_jax import FLAX_AXES, Tail, Window
 from farms_jax._report import METRICS
 from farms_jax._windows import make_grid
 from farms_jax.solvers import cpu, mesh as mesh_solver
-from farms_jax.solvers.dispatch import Options
+from farms_jax.solvers.dispatch import Cut, Options
 
 MESH = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
 EXPLICIT = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
@@ -33,6 +33,7 @@ WEIGHTS = {
     "cols": (normal(64, 48).astype(jnp.bfloat16), P(None, "x")),
     "both": (normal(64, 48), P("x", "y")),
     "both again": (normal(64, 48), P("x", "y")),
+    "stacked": (normal(2, 64, 48), P(None, "x", "y")),
     "turned": (normal(32, 96), P(None, ("y", "x"))),
     "replicated": (normal(64, 48), P()),
     "kernel": (normal(3, 3, 16, 32), P(None, None, "y", "x")),
@@ -56,6 +57,7 @@ def difference(found, expected):
 
 
 def against_one_device(names=tuple(WEIGHTS), **settings):
+    settings |= {"stack": {"stacked": 0}} if "stacked" in names else {}
     expected = farms_jax.analyze({name: HOST[name] for name in names}, **settings)
     return difference(farms_jax.analyze(place(names), **settings), expected)
 
@@ -75,7 +77,8 @@ def accelerator(results):
     """The solvers of accelerators, one window at a time: on CPU batches may wait forever, see `solvers.cpu`."""
     weights = list(place(("turned",)).values())
     grids = [make_grid(Window(rows=24, aspect_ratio=0.5, per_axis=2), (1, 96, 32), is_kernel=False)]
-    (found,) = mesh_solver.pooled_eigenvalues(weights, grids, MESH, Options(FLAX_AXES, "gpu", "svd", 1))
+    cuts = [Cut(FLAX_AXES.of(2), grid) for grid in grids]
+    ((found,),) = mesh_solver.pooled_eigenvalues(weights, cuts, MESH, Options("gpu", "svd", False, 1))
     (expected,) = cpu.spectra([HOST["turned"].T[None]], grids, solver="svd", max_bytes=2**30)
     results["accelerator"] = float(np.abs(found - expected).max() / expected.max())
 

@@ -29,7 +29,7 @@ PARAMS = {
 
 def oracle_alphas(weight, window, tail):
     """Alpha of each division by plain loops."""
-    stack = as_matrices(weight, farms_jax.FLAX_AXES) * np.sqrt(0.5 if weight.ndim == 4 else 1)
+    stack = as_matrices(weight, farms_jax.FLAX_AXES.of(weight.ndim))[0] * np.sqrt(0.5 if weight.ndim == 4 else 1)
     grid = make_grid(window, stack.shape, is_kernel=weight.ndim == 4)
     stack = stack.swapaxes(1, 2) if grid.transposed else stack
     per_division = len(grid.starts) // grid.divisions
@@ -69,7 +69,8 @@ def test_every_leaf_is_in_the_report_or_left_out_with_its_reason():
         "b": {"kernel": normal(3, 4, 5)},
         "counts": np.arange(30).reshape(5, 6),
         "spectral": normal(5, 6, 6) + 1j,
-        "tiny": normal(2, 2),
+        "tiny": normal(2, 40),
+        "square": normal(4, 4),
         "empty": np.zeros((0, 7), np.float32),
         "number": 3.0,
         "head": normal(20, 10),
@@ -77,13 +78,14 @@ def test_every_leaf_is_in_the_report_or_left_out_with_its_reason():
     }
     report = analyze(params, exclude=("head",))
     assert report.names == ("a/kernel",)
-    axes = "axes: only 2-D weights and 4-D kernels are layers"
+    undeclared = "3 axes: say with `axes` or `stack` what they count"
     assert dict(report.left_out) == {
-        "a/bias": f"1 {axes}",
-        "b/kernel": f"3 {axes}",
+        "a/bias": "bias, norm or other vector",
+        "b/kernel": undeclared,
         "counts": "dtype int64, not floating point",
-        "spectral": f"3 {axes}",
-        "tiny": "too few eigenvalues: 2, fewer than 5",
+        "spectral": undeclared,
+        "tiny": "too thin for a fit",
+        "square": "too few eigenvalues: 4, fewer than 5",
         "empty": "empty",
         "number": "not an array but float",
         "head": "excluded",
@@ -154,10 +156,10 @@ def test_zero_and_constant_weights_have_no_tail(rule):
 def test_layers_with_nan_or_inf_are_named():
     matrix = complex_normal(9, 9)
     matrix[3, 4] = complex(0, np.inf)
-    broken = {**PARAMS, "a": np.where(normal(9, 9) > 1, np.nan, 1).astype(np.float32), "b": matrix}
-    with pytest.raises(ValueError, match="NaN or Inf in a, b; .*exclude"):
+    broken = {**PARAMS, "a": np.where(normal(9, 9) > 1, np.nan, 1).astype(np.float32), "a2": matrix}
+    with pytest.raises(ValueError, match="NaN or Inf in a, a2; .*exclude"):
         analyze(broken)
-    assert not {"a", "b"} & set(analyze(broken, exclude=("a", "b")).names)
+    assert not {"a", "a2"} & set(analyze(broken, exclude=("a", "a2")).names)
     traced = jax.jit(lambda params: analyze(params).alpha)(broken)  # no error can be raised
     assert [float(alpha) for alpha in traced[:2]] == [0, 0]
 
@@ -170,7 +172,7 @@ def test_half_precision_weights_are_computed_in_float32():
 
 
 def test_one_row_and_empty_trees():
-    assert analyze({"row": normal(1, 40)}, tail=Tail(min_count=2)).num_eigenvalues[0] == 10  # ten windows of 1 x 1
+    assert analyze({"rows": normal(4, 40)}).num_eigenvalues[0] == 40  # ten windows of 4 x 4
     for tree in ({}, {"bias": normal(3)}, None, []):
         report = analyze(tree)
         assert len(report) == 0

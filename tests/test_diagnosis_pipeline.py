@@ -37,7 +37,7 @@ def test_layers_are_in_network_order_and_arrays_stay_as_they_are():
     assert diagnosis.names == ("block_2/kernel", "block_10/kernel", "conv/kernel")
     assert diagnosis.column("M") == [32, 24, 16]
     assert diagnosis.left_out == (
-        ("block_2/bias", "1 axes: only 2-D weights and 4-D kernels are layers"),
+        ("block_2/bias", "bias, norm or other vector"),
         ("steps", "dtype int64, not floating point"),
     )
     assert sorted(diagnosis.column("rank")) == [1, 2, 3]

@@ -23,11 +23,11 @@ def found(run, **options):
 def test_alerts_once_when_a_rule_is_broken(tmp_path):
     with pytest.raises(InputError, match="no checkpoint in it"):
         found(tmp_path)
-    write(tmp_path, 1, a=NOISE, b=NOISE, c=NOISE)
-    write(tmp_path, 2, a=SPIKED, b=np.ones_like(NOISE), c=NOISE)
-    write(tmp_path, 10, a=SPIKED, b=np.zeros_like(NOISE), c=NOISE)
-    assert found(tmp_path) == [[], [("a", "spikes"), ("b", "degenerate")], []]
-    assert found(tmp_path, rules=Rules(spikes=2)) == [[], [("b", "degenerate")], []]
+    write(tmp_path, 1, a=NOISE, d=NOISE, e=NOISE)
+    write(tmp_path, 2, a=SPIKED, d=np.ones_like(NOISE), e=NOISE)
+    write(tmp_path, 10, a=SPIKED, d=np.zeros_like(NOISE), e=NOISE)
+    assert found(tmp_path) == [[], [("a", "spikes"), ("d", "degenerate")], []]
+    assert found(tmp_path, rules=Rules(spikes=2)) == [[], [("d", "degenerate")], []]
 
 
 def test_alpha_below_its_bound_and_nan(tmp_path):

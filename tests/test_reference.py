@@ -142,6 +142,6 @@ def test_channels_first_is_not_guessed(case):
     as_guessed = farms_jax.analyze({"k": kernel}, axes=farms_jax.Axes(rows=2, cols=3), **settings)
     np.testing.assert_allclose(as_guessed.alpha[0], CONV_NUMBERS["alpha"][case["case"]], rtol=1e-3)
     declared = farms_jax.analyze({"k": kernel}, axes=TORCH_AXES, **settings)
-    grid = make_grid(window, TORCH_AXES.stack_shape(kernel.shape), is_kernel=True)
+    grid = make_grid(window, TORCH_AXES.of(4).matrices_shape(kernel.shape)[1:], is_kernel=True)
     matrices = kernel.transpose(2, 3, 0, 1).reshape(-1, 4, 4)[:, : grid.rows, : grid.cols]
     np.testing.assert_allclose(declared.alpha[0], oracle_alpha(matrices * np.sqrt(kernel_scale), tail), rtol=1e-3)

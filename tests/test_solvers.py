@@ -203,16 +203,18 @@ def test_the_solver_is_chosen_by_platform_and_by_what_the_fit_needs():
     assert [chosen("auto", False), chosen("auto", True), chosen("gram", True)] == ["gram", "svd", "gram"]
     assert [chosen("auto", True, "cpu"), chosen("gram64", False, "cpu")] == ["gram64", "gram64"]
     with pytest.raises(ValueError, match="needs jax_enable_x64"):
-        chosen("gram64", True)
+        dispatch.check_solver("gram64", "gpu")
+    dispatch.check_solver("gram64", "cpu")
 
 
 def test_an_accelerator_solves_the_weights_of_a_network():
     weights = [np.random.default_rng(0).standard_normal((6, cols)).astype(np.float32) for cols in (6, 8)]
     grids = [make_grid(None, (1, *weight.T.shape), is_kernel=False) for weight in weights]
     # One window at a time: on CPU batches may wait forever.
-    found = dispatch.pooled_eigenvalues(weights, grids, dispatch.Options(FLAX_AXES, "gpu", "svd", 1))
+    cuts = [dispatch.Cut(FLAX_AXES.of(2), grid) for grid in grids]
+    found = dispatch.pooled_eigenvalues(weights, cuts, dispatch.Options("gpu", "svd", False, 1))
     for values, weight in zip(found, weights, strict=True):
-        np.testing.assert_allclose(values[0], np.linalg.svd(weight, compute_uv=False)[::-1] ** 2, rtol=1e-4)
+        np.testing.assert_allclose(values[0, 0], np.linalg.svd(weight, compute_uv=False)[::-1] ** 2, rtol=1e-4)
 
 
 def test_nan_gives_zeros_in_its_own_layer_only():

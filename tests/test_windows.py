@@ -12,10 +12,10 @@ RNG = np.random.default_rng(0)
 
 def test_kernel_becomes_one_matrix_per_position():
     kernel = RNG.standard_normal((3, 2, 4, 5))  # (height, width, in, out)
-    stack = as_matrices(kernel, FLAX_AXES)
-    assert stack.shape == FLAX_AXES.stack_shape(kernel.shape) == (6, 5, 4)
+    (stack,) = as_matrices(kernel, FLAX_AXES.of(4))
+    assert stack.shape == FLAX_AXES.of(4).matrices_shape(kernel.shape)[1:] == (6, 5, 4)
     np.testing.assert_array_equal(stack[2 * 2 + 1], kernel[2, 1].T)
-    np.testing.assert_array_equal(stack, as_matrices(kernel.transpose(3, 2, 0, 1), TORCH_AXES))
+    np.testing.assert_array_equal(stack, as_matrices(kernel.transpose(3, 2, 0, 1), TORCH_AXES.of(4))[0])
 
 
 def test_axes_must_differ():
@@ -55,7 +55,7 @@ def test_kernel_divisions_ignore_the_matrix_grid():
 
 
 def test_pooling_joins_positions_and_windows_of_a_division():
-    grid = make_grid(Window(), (2, 6, 3), is_kernel=True)  # K=2, D=2, three eigenvalues a window
+    grid = make_grid(Window(min_division=1), (2, 6, 3), is_kernel=True)  # K=2, D=2, three eigenvalues a window
     values = np.arange(12).reshape(4, 3)  # windows: position 0 division 0, position 0 division 1, position 1 ...
     assert grid.num_eigenvalues(2) == 6
     np.testing.assert_array_equal(grid.pool(values), [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]])

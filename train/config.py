@@ -90,7 +90,8 @@ class Config:
 
     def window_of_run(self) -> Window | None:
         """Return the windows to analyse with: those of FARMS, also without TempBalance; `None` for tb."""
-        window = Window(self.rows, self.aspect_ratio, per_axis=self.per_axis, divisions=self.divisions)
+        sizes = {"rows": self.rows, "aspect_ratio": self.aspect_ratio, "per_axis": self.per_axis}
+        window = Window(**sizes, divisions=self.divisions, min_division=1)  # as in the reference
         return None if self.tb == "tb" else window
 
 

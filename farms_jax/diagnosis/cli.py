@@ -10,14 +10,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from farms_jax._axes import FLAX_AXES, TORCH_AXES
+from farms_jax import axis_rules
+from farms_jax._axis_rules import AxisRules
 from farms_jax._present import text_table
 from farms_jax._tail import Tail
 from farms_jax._windows import Window
 from farms_jax.diagnosis.columns import COLUMNS, Column, find_column
 from farms_jax.diagnosis.compare import Comparison, compare
 from farms_jax.diagnosis.diagnosis import Diagnosis
-from farms_jax.diagnosis.pipeline import diagnose, layers_of
+from farms_jax.diagnosis.pipeline import Place, diagnose, layers_of
 from farms_jax.diagnosis.settings import CommonSettings, Settings
 from farms_jax.diagnosis.watch import Rules, watch
 from farms_jax.errors import InputError
@@ -36,8 +37,10 @@ class Measuring:
     """Regular expressions of the layers to measure, matched whole; without any, all."""
     exclude: tuple[str, ...] = ()
     """Regular expressions of the layers to leave out, matched whole."""
-    axes: Literal["auto", "torch", "flax"] = "auto"
-    """Layout of the arrays: (out, in, ...) of Torch, or (..., in, out) of Flax; auto goes by the format."""
+    axes: str = "auto"
+    """What the axes of the arrays count: torch (out, in, ...), flax (..., in, out), maxtext, maxtext-scan-0, tunix,
+    big_vision, haiku, equinox; or a TOML or JSON file with the tables `axes` and `stack`, see the documentation; auto
+    goes by the format."""
     rows: int | None = None
     """Rows of a window; by default the largest window that fits."""
     aspect_ratio: float = 1.0
@@ -59,11 +62,21 @@ class Measuring:
         return {
             "include": self.include,
             "exclude": self.exclude,
-            "axes": {"auto": None, "torch": TORCH_AXES, "flax": FLAX_AXES}[self.axes],
+            "axes": self.axis_rules(),
             "cache": (self.cache_dir or default_folder()) if self.cache else None,
             "progress": True,
             **vars(self.settings()),
         }
+
+    def axis_rules(self) -> AxisRules | None:
+        """Return what --axes names; `None` for the format's own."""
+        if self.axes == "auto":
+            return None
+        if self.axes in axis_rules.NAMED:
+            return axis_rules.NAMED[self.axes]()
+        if not Path(self.axes).exists():
+            raise InputError(f"--axes {self.axes}: neither auto, {', '.join(axis_rules.NAMED)}, nor a file")
+        return axis_rules.read_rules(Path(self.axes))
 
     def settings(self) -> Settings:
         """Return what to measure; a value out of its range is an `InputError`."""
@@ -214,8 +227,11 @@ def _sort_column(name: str, columns: Sequence[Column]) -> Column:
         raise InputError(f"--sort: {error}") from error
 
 
-def _explain(source: WeightSource, layers: list[str], left_out: Iterable[tuple[str, str]]) -> None:
-    why = dict.fromkeys(layers, "a layer") | {name: f"left out: {reason}" for name, reason in left_out}
+def _explain(source: WeightSource, layers: Mapping[str, Place], left_out: Iterable[tuple[str, str]]) -> None:
+    why = {name: f"left out: {reason}" for name, reason in left_out}
+    for leaf in {place.leaf.name: place.leaf for place in layers.values()}.values():
+        read = f"a convolution of {leaf.shape[1]} positions" if leaf.is_kernel else "a layer"
+        why[leaf.name] = f"{len(leaf.layers)} layers, each {read}" if leaf.axes.stack else read
     cells = [
         [name, "x".join(map(str, tensor.shape)) or "scalar", str(tensor.dtype), why[name]]
         for name, tensor in source.tensors.items()

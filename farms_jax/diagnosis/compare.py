@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
+from farms_jax._tail import Tail
 from farms_jax.diagnosis.columns import BY_NAME, Column, Row, half_width, text
 from farms_jax.diagnosis.diagnosis import Diagnosis
-from farms_jax.diagnosis.pipeline import diagnose, opened
+from farms_jax.diagnosis.pipeline import diagnose, layers_of, opened
+from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.table import LayerTable
 from farms_jax.errors import InputError, listed
 from farms_jax.weights import LoraSource, WeightSource, is_lora
@@ -125,8 +127,9 @@ def _side(model: Any, stack: contextlib.ExitStack, **options: Any) -> tuple[Diag
 
 def _moved(a: WeightSource, b: WeightSource, names: list[str], *, progress: bool) -> Iterator[tuple[str, float]]:
     """Yield |B - A| / |A| of the layers that have one shape in both."""
+    places_a, places_b = (layers_of(source, Settings(tail=Tail(min_count=2)))[0] for source in (a, b))
     for name in tqdm(names, desc="compare", unit="layer", leave=False, disable=None if progress else True):
-        first, second = a.read(name), b.read(name)
+        first, second = places_a[name].read(a), places_b[name].read(b)
         if first.shape == second.shape:
             exact = np.result_type(first.dtype, second.dtype, np.float32)
             first = first.astype(exact, copy=False)

@@ -10,7 +10,8 @@ import numpy as np
 
 from farms_jax import marchenko_pastur
 from farms_jax._analyze import needs_small_eigenvalues
-from farms_jax._axes import Axes, as_matrices, is_kernel
+from farms_jax._axes import Axes, LeafAxes, as_matrices
+from farms_jax._tail import highest_alpha, without_flat
 from farms_jax._windows import Grid, make_grid
 from farms_jax.diagnosis.resampling import deviations, interval, interval_grid
 from farms_jax.diagnosis.settings import Settings
@@ -42,16 +43,13 @@ class _Layer(NamedTuple):
     name: str
     shape: tuple[int, ...]
     stack: np.ndarray  # (K, R, C)
+    is_kernel: bool
     grid: Grid  # windows of the estimate
     intervals: Grid  # windows that are resampled for the interval
 
     @property
     def whole(self) -> Grid:
         return make_grid(None, self.stack.shape, is_kernel=self.is_kernel)
-
-    @property
-    def is_kernel(self) -> bool:
-        return is_kernel(self)
 
     def generator(self, settings: Settings, use: int) -> np.random.Generator:
         """Return a generator whose draws depend only on the seed, the layer's name and their use."""
@@ -63,15 +61,22 @@ _Values = dict[tuple[str, Grid], np.ndarray]  # eigenvalues (K * W, n) of a laye
 
 
 def measure(
-    weights: Mapping[str, np.ndarray], axes: Axes, settings: Settings, *, overwrite: bool = False
+    weights: Mapping[str, np.ndarray],
+    axes: Axes | Mapping[str, LeafAxes],
+    settings: Settings,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Measured]:
     """Return the measures of layers by name: windows, whole matrices, the same shuffled, and the uncertainty of alpha.
 
-    The weights are 2-D or 4-D, finite, and have enough eigenvalues (`farms_jax._layers.select_layers`). With
-    `overwrite` they are shuffled in place, which saves the memory of a copy. Numbers of the windows are those of
-    `farms_jax.analyze`.
+    The weights hold one layer each, are finite, and have enough eigenvalues (`farms_jax._layers.select_layers`); `axes`
+    are those of all or of each. With `overwrite` they are shuffled in place, which saves the memory of a copy. Numbers
+    of the windows are those of `farms_jax.analyze`.
     """
-    layers = [_layer(name, weight, axes, settings) for name, weight in weights.items()]
+    layers = [
+        _layer(name, weight, axes.of(weight.ndim) if isinstance(axes, Axes) else axes[name], settings)
+        for name, weight in weights.items()
+    ]
     values: _Values = {}
     if settings.tolerance is not None:
         layers = [_adapted(layer, values, settings, settings.tolerance) for layer in layers]
@@ -80,12 +85,13 @@ def measure(
     return {layer.name: _measured(layer, values, shuffled.get(layer.name), settings) for layer in layers}
 
 
-def _layer(name: str, weight: np.ndarray, axes: Axes, settings: Settings) -> _Layer:
+def _layer(name: str, weight: np.ndarray, axes: LeafAxes, settings: Settings) -> _Layer:
     dtype = weight.dtype if weight.dtype.char in "fdFD" else np.dtype(np.float32)  # half precisions
-    stack = as_matrices(np.asarray(weight, dtype), axes)
-    grid = make_grid(settings.window, stack.shape, is_kernel=is_kernel(weight))
+    (stack,) = as_matrices(np.asarray(weight, dtype), axes)
+    is_kernel = bool(axes.positions(weight.ndim))
+    grid = make_grid(settings.window, stack.shape, is_kernel=is_kernel)
     intervals = interval_grid(grid, stack.shape) if settings.resamples else grid
-    return _Layer(name, weight.shape, stack, grid, intervals)
+    return _Layer(name, weight.shape, stack, is_kernel, grid, intervals)
 
 
 def _solve(layers: list[_Layer], values: _Values, settings: Settings) -> None:
@@ -139,7 +145,9 @@ def _measured(layer: _Layer, values: _Values, shuffled: np.ndarray | None, setti
             row |= {"alpha_low": max(low, 1.0), "alpha_high": high}  # no alpha is below 1
     if settings.whole:
         whole = np.sort(values[layer.name, layer.whole].ravel()) * scale
-        alpha = float(fit_spectra(resolved(whole)[None], settings.tail).alpha[0]) or None  # 0: no tail
+        highest = highest_alpha(longer, shorter, settings.tail)
+        fit = without_flat(fit_spectra(resolved(whole)[None], settings.tail), highest)
+        alpha = float(fit.alpha[0]) or None  # 0: no tail
         bias = alpha - row["alpha"] if alpha and row["alpha"] else None
         row |= {"whole_alpha": alpha, "aspect_ratio_bias": bias}
         row |= spectrum_measures(whole, *layer.stack.shape[1:])
@@ -156,7 +164,8 @@ def _window_columns(layer: _Layer, windows: np.ndarray, settings: Settings) -> d
     if settings.window is not None and settings.window.divisions == "pooled":
         pooled = pooled.reshape(1, -1)
     pooled = np.sort(pooled.astype(np.float64), axis=-1)
-    alphas, distances, starts, *_ = fit_spectra(pooled, tail)
+    fits = without_flat(fit_spectra(pooled, tail), highest_alpha(grid.rows, grid.cols, tail))
+    alphas, distances, starts = (np.asarray(part) for part in fits[:3])
     found = alphas > 0
     noise = None  # the other rules find a new threshold in every draw of noise
     if tail.xmin == "median":

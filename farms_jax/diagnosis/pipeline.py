@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from farms_jax._axes import FLAX_AXES, Axes
-from farms_jax._layers import select_layers
+from farms_jax._axes import FLAX_AXES, Axes, LeafAxes
+from farms_jax._axis_rules import AxisRules
+from farms_jax._layers import Leaf, select_layers
 from farms_jax._names import matching, named_leaves
 from farms_jax.diagnosis.columns import Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
@@ -29,11 +30,28 @@ from farms_jax.programs.environment import installed_versions
 from farms_jax.weights import WeightSource, open_weights
 
 _CHUNK = 2**25  # bytes of weights measured at once, where a single layer is not larger: enough for all cores
-_CACHE_FORMAT = 2  # raised when a measure changes its name or its meaning
+_CACHE_FORMAT = 3  # raised when a measure changes its name or its meaning
+
+
+class Place(NamedTuple):
+    """Where a layer lies in a model."""
+
+    leaf: Leaf
+    at: tuple[int, ...]  # index in its stack
+
+    @property
+    def axes(self) -> LeafAxes:
+        """What the axes of the layer count."""
+        return self.leaf.axes.of_layer(len(self.leaf.weight.shape))
+
+    def read(self, source: WeightSource) -> np.ndarray:
+        """Read the layer."""
+        return source.read_layer(self.leaf.name, self.leaf.axes, self.at)
 
 
 class _Layer(NamedTuple):
     name: str
+    place: Place
     digest: str  # SHA-256 of name and weights
     key: str  # in the cache
     size: int  # bytes in float32, as which it is measured
@@ -45,7 +63,7 @@ def diagnose(
     *,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
-    axes: Axes | None = None,
+    axes: Any = None,
     cache: Path | None = None,
     progress: bool = False,
     **settings: Any,
@@ -65,7 +83,8 @@ def diagnose(
         model: path of a checkpoint (see `farms_jax.open_weights`), an open `WeightSource`, or a pytree of arrays.
         include: regular expressions of layer names, matched whole; without any, all layers.
         exclude: regular expressions of layer names to leave out, matched whole.
-        axes: rows and columns of the weights; by default those of the format, and `FLAX_AXES` for a pytree.
+        axes: what the axes of the weights count, as `analyze` takes it (a stack by `AxisRules`); by default those of
+            the format, and `FLAX_AXES` for a pytree.
         cache: folder of earlier results, by hash of the weights; `None` keeps nothing.
         progress: show progress bars, where the standard error is a terminal.
         **settings: fields of `farms_jax.diagnosis.Settings`.
@@ -80,12 +99,12 @@ def diagnose(
     chosen = Settings(**settings)
     start = time.time()
     with opened(model, axes) as source:
-        names, left_out = layers_of(source, chosen, include, exclude)
-        if not names:
+        places, left_out = layers_of(source, chosen, include, exclude)
+        if not places:
             raise InputError(
                 f"{source.path}: no layer to measure among its {len(source.tensors)} arrays; see --explain"
             )
-        layers = _hashed(source, names, chosen, progress=progress)
+        layers = _hashed(source, places, chosen, progress=progress)
         store = Cache(cache)
         found = {layer.name: kept for layer in layers if (kept := _restored(store.get(layer.key))) is not None}
         cached = len(found)
@@ -109,7 +128,7 @@ def diagnose(
             model=source.name,
             layers=_rows({layer.name: found[layer.name] for layer in layers}, chosen),
             left_out=left_out,
-            settings=dataclasses.asdict(chosen) | {"axes": dataclasses.asdict(source.axes)},
+            settings=dataclasses.asdict(chosen) | {"axes": _shown(source.axes)},
             facts=facts,
             histograms={layer.name: found[layer.name].histogram for layer in layers},
         )
@@ -117,25 +136,42 @@ def diagnose(
 
 def layers_of(
     source: WeightSource, settings: Settings, include: str | Iterable[str] = (), exclude: str | Iterable[str] = ()
-) -> tuple[list[str], tuple[tuple[str, str], ...]]:
-    """Return the names of a model's layers, in natural order, and (name, reason) of every other array.
+) -> tuple[dict[str, Place], tuple[tuple[str, str], ...]]:
+    """Return the layers of a model by name, in natural order, and (name, reason) of every other array.
 
     Reads headers only. `include` and `exclude` are regular expressions; one that matches nothing is a ValueError.
     """
-    names = list(source.tensors)
+    tensors = dict(source.tensors)
+    selection = select_layers(
+        list(tensors.items()), settings.window, settings.tail, source.axes, exclude, params=tensors
+    )
+    layers = {name: Place(leaf, index) for leaf in selection.leaves for name, index in leaf.indexed_layers()}
+    names = [*tensors, *(name for name in layers if name not in tensors)]
     included = matching(names, include, "include") if include else set(names)
-    tensors = list(source.tensors.items())
-    layers, _, others = select_layers(tensors, settings.window, settings.tail, source.axes, exclude)
     # Where several reasons hold, the last of these is told.
-    left_out = dict(others) | {name: "not included" for name in names if name not in included} | dict(source.skipped)
-    chosen = [name for name, _ in layers if name not in left_out]
-    return chosen, tuple((name, left_out[name]) for name in names if name in left_out)
+    left_out = dict(selection.left_out) | dict.fromkeys(selection.excluded, "excluded")
+    for name in names:
+        leaf = layers[name].leaf.name if name in layers else name
+        if not included & {name, leaf}:
+            left_out[name] = "not included"
+    left_out |= source.skipped
+    chosen = {name: place for name, place in layers.items() if not left_out.keys() & {name, place.leaf.name}}
+    held = {place.leaf.name for place in layers.values()}  # whose layers are named one by one
+    told = [name for name in names if name in left_out and (name in layers or name not in held)]
+    return chosen, tuple((name, left_out[name]) for name in told)
+
+
+def _shown(axes: Any) -> Any:
+    """Return a declaration of axes for JSON."""
+    if callable(axes):
+        return getattr(axes, "__name__", repr(axes))
+    return dataclasses.asdict(axes) if isinstance(axes, Axes | AxisRules) else repr(axes)
 
 
 class _Tree(WeightSource):
     """A pytree in memory, read like a file."""
 
-    def __init__(self, tree: Any, axes: Axes) -> None:
+    def __init__(self, tree: Any, axes: Any) -> None:
         self._leaves = dict(named_leaves(tree))
         super().__init__(Path("weights in memory"), "weights in memory", "pytree", axes, self._leaves)
 
@@ -143,7 +179,7 @@ class _Tree(WeightSource):
         return np.array(self._leaves[name])
 
 
-def opened(model: Any, axes: Axes | None = None) -> AbstractContextManager[WeightSource]:
+def opened(model: Any, axes: Any = None) -> AbstractContextManager[WeightSource]:
     """Return any model as a source of weights for a `with` block, which closes it only if it was opened here.
 
     Without `axes`, a checkpoint has those of its format, a pytree `FLAX_AXES`.
@@ -152,22 +188,23 @@ def opened(model: Any, axes: Axes | None = None) -> AbstractContextManager[Weigh
         return nullcontext(model)
     if isinstance(model, str | Path):
         return open_weights(model, axes=axes)
-    return _Tree(model, axes or FLAX_AXES)
+    return _Tree(model, FLAX_AXES if axes is None else axes)
 
 
-def _hashed(source: WeightSource, names: list[str], settings: Settings, *, progress: bool) -> list[_Layer]:
+def _hashed(source: WeightSource, places: Mapping[str, Place], settings: Settings, *, progress: bool) -> list[_Layer]:
     """Read the layers once: all with NaN or Inf are named before any long work."""
     layers, bad = [], []
     # A bound on memory does not change a result.
     relevant = dataclasses.replace(settings, max_batch_bytes=1)
-    for name in tqdm(names, desc="read", unit="layer", leave=False, disable=None if progress else True):
-        weight = source.read(name)
+    bar = tqdm(places.items(), desc="read", unit="layer", leave=False, disable=None if progress else True)
+    for name, place in bar:
+        weight = place.read(source)
         if not np.isfinite(weight).all():
             bad.append(name)
         digest = weights_key({name: weight})
-        key = weights_key({}, digest, _CACHE_FORMAT, version("farms-jax"), relevant, source.axes)
-        _, rows, cols = source.axes.stack_shape(weight.shape)
-        layers.append(_Layer(name, digest, key, 4 * weight.size, float(weight.size) * min(rows, cols)))
+        key = weights_key({}, digest, _CACHE_FORMAT, version("farms-jax"), relevant, place.axes)
+        _, _, rows, cols = place.leaf.shape
+        layers.append(_Layer(name, place, digest, key, 4 * weight.size, float(weight.size) * min(rows, cols)))
     if bad:
         raise InputError(
             f"{source.path}: NaN or Inf in {listed(bad, 10, ', ')}; "
@@ -184,8 +221,8 @@ def _measured(
     total, title = sum(layer.cost for layer in layers), f"measure {len(layers)} layers"
     with tqdm(total=total, desc=title, bar_format=form, disable=None if progress else True) as bar:
         for chunk in _chunks(layers):
-            weights = {layer.name: source.read(layer.name) for layer in chunk}
-            measured = measure(weights, source.axes, settings, overwrite=True)
+            weights = {layer.name: layer.place.read(source) for layer in chunk}
+            measured = measure(weights, {layer.name: layer.place.axes for layer in chunk}, settings, overwrite=True)
             del weights  # before the next chunk is read
             for layer in chunk:
                 yield layer, measured[layer.name]

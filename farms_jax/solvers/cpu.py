@@ -141,6 +141,12 @@ def _solve_task(task: _Task, *, gram: bool, one_thread: bool) -> None:
     values[task.first : task.last] = found
 
 
+def each_in_threads(function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
+    """Call a function of single matrices for each, one thread per core, with BLAS held to one thread meanwhile."""
+    with _SOLVING, _blas().limit(limits=1, user_api="blas"):
+        return _in_threads(cores(), function, *arguments)
+
+
 def _in_threads(workers: int, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
     try:
         with ThreadPoolExecutor(workers) as threads:

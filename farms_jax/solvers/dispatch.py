@@ -1,29 +1,41 @@
 """Windows -> pooled eigenvalues: the empirical spectral density (ESD) of every layer, in one traced call."""
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.experimental.buffer_callback import buffer_callback
 
-from farms_jax._axes import Axes, as_matrices
+from farms_jax._axes import LeafAxes, as_matrices
 from farms_jax._windows import Grid
 from farms_jax.solvers import accelerator, cpu
 
 Solver = Literal["auto", "gram", "gram64", "svd"]
 
 
+class Cut(NamedTuple):
+    """How a leaf becomes windows: static, hashable."""
+
+    axes: LeafAxes
+    grid: Grid  # of each of its layers
+
+
 class Options(NamedTuple):
     """How windows are solved: static, hashable."""
 
-    axes: Axes
-    platform: str  # "cpu" solves on the host; any other in batches, on the device
-    solver: Solver  # chosen, not "auto"
+    platform: str | None  # "cpu" solves on the host, any other in batches on the device; `None`: where the program runs
+    solver: Solver
+    exact: bool  # small eigenvalues count too
     max_bytes: int  # bound on the bytes of windows and Gram matrices alive at once
+
+    def solver_on(self, platform: str) -> Literal["gram", "gram64", "svd"]:
+        """Return the solver for a platform, see `choose_solver`."""
+        return choose_solver(self.solver, platform=platform, exact=self.exact)
 
 
 def in_working_precision(weight: Any) -> Array:
@@ -31,33 +43,57 @@ def in_working_precision(weight: Any) -> Array:
     return jnp.asarray(weight, jnp.result_type(complex if jnp.iscomplexobj(weight) else float))
 
 
-def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], options: Options) -> list[Array]:
-    """Return the squared singular values of all windows, pooled: an array (D, E) per layer, ascending, not negative.
+def pooled_eigenvalues(weights: Sequence[Any], cuts: Sequence[Cut], options: Options) -> list[Array]:
+    """Return the squared singular values of all windows, pooled: an array (L, D, E) per leaf, ascending, not negative.
 
     They are real, in the working precision, and not divided by a dimension.
     """
     if not weights:
         return []
-    axes, platform, solver, max_bytes = options
     weights = [in_working_precision(weight) for weight in weights]
-    if platform != "cpu":
-        stacks = [as_matrices(weight, axes) for weight in weights]
-        return accelerator.spectra(stacks, grids, solver=solver, max_bytes=max_bytes)
+    on_host = functools.partial(_on_host, cuts=cuts, options=options)
+    on_device = functools.partial(_on_device, cuts=cuts, options=options)
+    if options.platform is None:
+        return lax.platform_dependent(weights, cpu=on_host, default=on_device)
+    return on_host(weights) if options.platform == "cpu" else on_device(weights)
 
-    def on_host(context: Any, spectra: Sequence[Any], arrays: Sequence[Any]) -> None:
+
+def _on_device(weights: Sequence[Array], cuts: Sequence[Cut], options: Options) -> list[Array]:
+    shapes = [cut.axes.matrices_shape(weight.shape) for weight, cut in zip(weights, cuts, strict=True)]
+    # The layers of a stack are solved like kernel positions, and pooled apart.
+    stacks = [
+        as_matrices(weight, cut.axes).reshape(-1, rows, cols)
+        for weight, cut, (_, _, rows, cols) in zip(weights, cuts, shapes, strict=True)
+    ]
+    grids = tuple(cut.grid for cut in cuts)
+    solver = options.solver_on("default")
+    values = accelerator.window_spectra(stacks, grids, solver=solver, max_bytes=options.max_bytes)
+    return [
+        jnp.sort(jax.vmap(cut.grid.pool)(flat.reshape(layers, -1, cut.grid.gram_rows)), axis=-1)
+        for flat, cut, (layers, *_) in zip(values, cuts, shapes, strict=True)
+    ]
+
+
+def _on_host(weights: Sequence[Array], cuts: Sequence[Cut], options: Options) -> list[Array]:
+    def solve(context: Any, spectra: Sequence[Any], arrays: Sequence[Any]) -> None:
         del context
-        stacks = [as_matrices(read_only(array), axes) for array in arrays]
-        found = cpu.spectra(stacks, grids, solver=solver, max_bytes=max_bytes)
-        for out, values in zip(spectra, found, strict=True):
-            np.asarray(out)[...] = values
+        leaves = [as_matrices(read_only(array), cut.axes) for array, cut in zip(arrays, cuts, strict=True)]
+        stacks = [stack for leaf in leaves for stack in leaf]
+        grids = [cut.grid for leaf, cut in zip(leaves, cuts, strict=True) for _ in leaf]
+        found = cpu.spectra(stacks, grids, solver=options.solver_on("cpu"), max_bytes=options.max_bytes)
+        layers = iter(found)
+        for out in map(np.asarray, spectra):
+            for row in out:
+                row[...] = next(layers)
 
-    def spectrum(weight: Array, grid: Grid) -> jax.ShapeDtypeStruct:
-        positions, _, _ = axes.stack_shape(weight.shape)
-        return jax.ShapeDtypeStruct((grid.divisions, grid.num_eigenvalues(positions)), weight.real.dtype)
+    def spectrum(weight: Array, cut: Cut) -> jax.ShapeDtypeStruct:
+        layers, positions, _, _ = cut.axes.matrices_shape(weight.shape)
+        shape = layers, cut.grid.divisions, cut.grid.num_eigenvalues(positions)
+        return jax.ShapeDtypeStruct(shape, weight.real.dtype)
 
     # Not a `pure_callback`: that copies its arguments in a thread of XLA's pool, which has one for each core or device,
     # and all of them may be in callbacks that wait for such a copy; on a single core one is enough for a standstill.
-    return buffer_callback(on_host, list(map(spectrum, weights, grids)), vmap_method="sequential")(weights)
+    return buffer_callback(solve, list(map(spectrum, weights, cuts)), vmap_method="sequential")(weights)
 
 
 def read_only(buffer: Any) -> np.ndarray:
@@ -68,16 +104,24 @@ def read_only(buffer: Any) -> np.ndarray:
 
 
 def choose_solver(solver: Solver, *, platform: str, exact: bool) -> Literal["gram", "gram64", "svd"]:
-    """Return the solver that `"auto"` stands for; `exact` where small eigenvalues count too.
+    """Return the solver for a platform; `exact` where small eigenvalues count too.
+
+    Where there is no float64, `"svd"` takes the place of `"gram64"`: see `check_solver` for where that is an error.
+    """
+    if solver == "gram64" or (solver == "auto" and exact):
+        has_float64 = platform == "cpu" or (solver == "gram64" and jnp.result_type(float) == np.float64)
+        return "gram64" if has_float64 else "svd"
+    return "gram" if solver == "auto" else solver
+
+
+def check_solver(solver: Solver, platform: str) -> None:
+    """Check that a platform has the solver.
 
     Raises:
         ValueError: `"gram64"` on an accelerator without `jax_enable_x64`.
     """
-    if solver == "auto":
-        return "gram" if not exact else "gram64" if platform == "cpu" else "svd"
     if solver == "gram64" and platform != "cpu" and jnp.result_type(float) != np.float64:
         raise ValueError(f"solver 'gram64' on {platform} needs jax_enable_x64; take 'svd' without it")
-    return solver
 
 
 def window_eigenvalues(

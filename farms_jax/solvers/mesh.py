@@ -12,8 +12,9 @@ the host solves for all of them at once.
 
 import functools
 import hashlib
+import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -25,10 +26,10 @@ from jax.core import Tracer
 from jax.experimental.buffer_callback import buffer_callback
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from farms_jax._axes import as_matrices
+from farms_jax._axes import as_matrices, layer_of
 from farms_jax._windows import Grid
 from farms_jax.solvers import accelerator, cpu
-from farms_jax.solvers.dispatch import Options, in_working_precision, read_only
+from farms_jax.solvers.dispatch import Cut, Options, in_working_precision, read_only
 
 _PENDING: dict[Any, tuple[Future[np.ndarray], int]] = {}  # results, and the number of devices that still need them
 _PENDING_LOCK = threading.Lock()
@@ -59,39 +60,59 @@ def _devices(mesh: Mesh) -> str:
     return f"{mesh.size} devices ({', '.join(str(device) for device in mesh.devices.flat[:4])}, ...)"
 
 
-def pooled_eigenvalues(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh, options: Options) -> list[Array]:
+def pooled_eigenvalues(weights: Sequence[Any], cuts: Sequence[Cut], mesh: Mesh, options: Options) -> list[Array]:
     """Return what `dispatch.pooled_eigenvalues` does, replicated on the mesh.
 
     Weights may be traced or not, sharded or not. The bound on bytes holds for each accelerator, or on CPU each process.
     """
-    traced = any(isinstance(weight, Tracer) for weight in weights)
-    if options.platform == "cpu" and not traced and jax.process_count() == 1:
-        return _solve_on_one_host(weights, grids, mesh, options)
-    spectra: list[Array] = []
-    for weight, grid in zip(weights, grids, strict=True):
-        if traced:
+    layers = _layers(weights, cuts)
+    if any(isinstance(weight, Tracer) for weight in weights):
+        spectra: list[Array] = []
+        for weight, cut in layers:
             later = _after(weight, spectra[-1], mesh) if spectra else weight
-            spectra.append(_solve(jax.device_put(later, _replicated(mesh)), grid, mesh, options))
-        else:
-            # One at a time: with over 32 programs under way XLA's threads on CPU wait to start another one, and none is
-            # left to run them.
-            spectra.append(jax.block_until_ready(_solve(_on_all_devices(weight, mesh), grid, mesh, options)))
-    return spectra
+            spectra.append(_solve(jax.device_put(later, _replicated(mesh)), cut, mesh, options))
+    elif options.platform == "cpu" and jax.process_count() == 1:
+        spectra = _solve_on_one_host(layers, mesh, options)
+    else:
+        # One at a time: with over 32 programs under way XLA's threads on CPU wait to start another one, and none is
+        # left to run them.
+        spectra = [
+            jax.block_until_ready(_solve(_on_all_devices(weight, mesh), cut, mesh, options)) for weight, cut in layers
+        ]
+    counts = [cut.axes.matrices_shape(weight.shape)[0] for weight, cut in zip(weights, cuts, strict=True)]
+    ends = np.cumsum([0, *counts])
+    return [jnp.stack(spectra[first:last]) for first, last in itertools.pairwise(ends)]
 
 
-def _solve_on_one_host(weights: Sequence[Any], grids: Sequence[Grid], mesh: Mesh, options: Options) -> list[Array]:
-    """Return what `pooled_eigenvalues` does, where the host solves for all devices: each holds another layer.
+def _layers(weights: Sequence[Any], cuts: Sequence[Cut]) -> Iterator[tuple[Any, Cut]]:
+    """Yield every layer as an array of its own, so that no more than one is whole."""
+    for weight, cut in zip(weights, cuts, strict=True):
+        own = Cut(cut.axes.of_layer(weight.ndim), cut.grid)
+        for index in cut.axes.indices(weight.shape):
+            yield layer_of(weight, cut.axes, index), own
+
+
+def _solve_on_one_host(layers: Iterator[tuple[Any, Cut]], mesh: Mesh, options: Options) -> list[Array]:
+    """Return the spectra (D, E) of layers, where the host solves for all devices: each holds another layer.
 
     Several layers keep all cores busy, even where a layer has a single window.
     """
     spectra: list[Array] = []
-    for first in range(0, len(weights), mesh.size):
-        group = slice(first, first + mesh.size)
-        placed = [jax.device_put(*pair) for pair in zip(weights[group], mesh.devices.flat, strict=False)]
-        stacks = [as_matrices(np.asarray(in_working_precision(weight)), options.axes) for weight in placed]
-        found = cpu.spectra(stacks, grids[group], solver=options.solver, max_bytes=options.max_bytes)
+    while group := list(itertools.islice(layers, mesh.size)):
+        placed = [jax.device_put(layer, device) for (layer, _), device in zip(group, mesh.devices.flat, strict=False)]
+        cuts = [cut for _, cut in group]
+        stacks = [
+            _matrices(np.asarray(in_working_precision(each)), cut) for each, cut in zip(placed, cuts, strict=True)
+        ]
+        grids = [cut.grid for cut in cuts]
+        found = cpu.spectra(stacks, grids, solver=options.solver_on("cpu"), max_bytes=options.max_bytes)
         spectra += jax.device_put(found, _replicated(mesh))
     return spectra
+
+
+def _matrices(weight: Any, cut: Cut) -> Any:
+    """Return the matrices (K, R, C) of a layer that is no part of a stack."""
+    return as_matrices(weight, cut.axes)[0]
 
 
 def _replicated(mesh: Mesh) -> NamedSharding:
@@ -135,31 +156,30 @@ def shard_evenly(shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec
     return PartitionSpec(*(sharded_by or None for sharded_by in names))
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "mesh", "options"))
-def _solve(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
+@functools.partial(jax.jit, static_argnames=("cut", "mesh", "options"))
+def _solve(weight: Array, cut: Cut, mesh: Mesh, options: Options) -> Array:
     """Return the spectrum (D, E) of a weight that every device has."""
     solve = _on_cpu_devices if options.platform == "cpu" else _on_accelerators
-    solve = functools.partial(solve, grid=grid, mesh=mesh, options=options)
+    solve = functools.partial(solve, cut=cut, mesh=mesh, options=options)
     everywhere = PartitionSpec()
     # JAX does not see that what all devices have gathered is the same, hence no `check_vma`.
     return jax.shard_map(solve, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)(weight)
 
 
-def _on_accelerators(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
+def _on_accelerators(weight: Array, cut: Cut, mesh: Mesh, options: Options) -> Array:
     """Return the spectrum of a layer inside `shard_map`: every device solves an equal part of the windows."""
-    stack = as_matrices(in_working_precision(weight), options.axes)
-    number = lax.axis_index(mesh.axis_names)
-    values = accelerator.part_of_windows(
-        stack, grid, number, mesh.size, solver=options.solver, max_bytes=options.max_bytes
-    )
-    values = lax.all_gather(values, mesh.axis_names, tiled=True)[: len(stack) * len(grid.starts)]
-    return jnp.sort(grid.pool(values), axis=-1)
+    stack = _matrices(in_working_precision(weight), cut)
+    number, solver = lax.axis_index(mesh.axis_names), options.solver_on("default")
+    values = accelerator.part_of_windows(stack, cut.grid, number, mesh.size, solver=solver, max_bytes=options.max_bytes)
+    values = lax.all_gather(values, mesh.axis_names, tiled=True)[: len(stack) * len(cut.grid.starts)]
+    return jnp.sort(cut.grid.pool(values), axis=-1)
 
 
-def _on_cpu_devices(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> Array:
+def _on_cpu_devices(weight: Array, cut: Cut, mesh: Mesh, options: Options) -> Array:
     """Return the spectrum of a layer inside `shard_map`: every process solves a part of the windows."""
     weight = in_working_precision(weight)
-    positions, _, _ = options.axes.stack_shape(weight.shape)
+    _, positions, _, _ = cut.axes.matrices_shape(weight.shape)
+    grid = cut.grid
     shape = jax.ShapeDtypeStruct((positions * len(grid.starts), grid.gram_rows), weight.real.dtype)
     owners = [device.process_index for device in mesh.devices.flat]
     first_devices = [owners.index(process) for process in _processes(mesh)]
@@ -170,15 +190,16 @@ def _on_cpu_devices(weight: Array, grid: Grid, mesh: Mesh, options: Options) -> 
         connected = lax.all_gather(connected, mesh.axis_names).sum()
 
     def spectrum(solver: str) -> Array:
-        write = functools.partial(_write_eigenvalues, grid=grid, mesh=mesh, options=options._replace(solver=solver))
+        write = functools.partial(_write_eigenvalues, cut=cut, mesh=mesh, options=options._replace(solver=solver))
         (values,) = buffer_callback(write, [shape], vmap_method="sequential")(weight, connected)
         if len(first_devices) > 1:
             # Each process has zeros in place of what the others solve, so that the sum is exact.
             values = lax.all_gather(values, mesh.axis_names)[np.array(first_devices)].sum(0)
         return jnp.sort(grid.pool(values), axis=-1)
 
-    found = spectrum(options.solver)
-    if options.solver == "gram" and found.dtype != np.float64:
+    solver = options.solver_on("cpu")
+    found = spectrum(solver)
+    if solver == "gram" and found.dtype != np.float64:
         # As in `cpu.window_spectra`; by the whole spectrum, so that all processes decide alike.
         is_coarse = (found[:, found.shape[1] // 2] < cpu.COARSE * found[:, -1]).any()
         found = lax.cond(is_coarse, lambda: spectrum("gram64"), lambda: found)
@@ -190,12 +211,12 @@ def _processes(mesh: Mesh) -> list[int]:
 
 
 def _write_eigenvalues(
-    context: Any, out: Sequence[Any], weight: Any, connected: Any, *, grid: Grid, mesh: Mesh, options: Options
+    context: Any, out: Sequence[Any], weight: Any, connected: Any, *, cut: Cut, mesh: Mesh, options: Options
 ) -> None:
     """Write the eigenvalues (K * W, n) of this process's windows, and zeros for the others, to XLA's memory."""
     del context, connected
-    weight = read_only(weight)
-    stack = as_matrices(weight, options.axes)
+    weight, grid = read_only(weight), cut.grid
+    stack = _matrices(weight, cut)
     processes = _processes(mesh)
     positions, windows = _windows_of_process(grid, len(stack), processes.index(jax.process_index()), len(processes))
 
@@ -204,7 +225,7 @@ def _write_eigenvalues(
         return cpu.solve([stack[positions]], [own], solver=options.solver, max_bytes=options.max_bytes)[0]
 
     digest = hashlib.sha256(weight.view(np.uint8)).digest()
-    found = _solved_once((digest, grid, options), len(mesh.local_devices), solve)
+    found = _solved_once((digest, cut, options), len(mesh.local_devices), solve)
     values = np.asarray(out[0])
     values[...] = 0
     by_position = values.reshape(len(stack), len(grid.starts), -1)

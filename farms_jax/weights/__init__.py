@@ -1,7 +1,7 @@
 """Weights on disk, of any usual format, read one array at a time.
 
     with open_weights("SmolLM2-135M") as source:
-        source.format, source.axes             # "safetensors", TORCH_AXES
+        source.format, source.axes             # "safetensors", the rules of Torch
         source.tensors                         # {"model.embed_tokens.weight": TensorInfo(dtype, shape), ...}
         source.read("model.embed_tokens.weight")
 

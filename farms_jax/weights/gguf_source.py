@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from farms_jax._axes import TORCH_AXES
+from farms_jax.axis_rules import torch
 from farms_jax.errors import InputError, listed, printable, short_repr
 from farms_jax.weights.conversion import Row, Table
 from farms_jax.weights.gguf_file import read_gguf, read_tensor
@@ -59,7 +59,7 @@ class GGUFSource(WeightSource):
         shapes = {name: found[own_name].shape for name, own_name in self._names.items()}
         self._heads = _interleaved_heads(self.metadata, shapes, str(path))
         tensors = {name: TensorInfo(_FLOAT32, shape) for name, shape in shapes.items()}
-        super().__init__(path, path.stem, "gguf", TORCH_AXES, tensors)
+        super().__init__(path, path.stem, "gguf", torch(), tensors)
 
     def _read(self, name: str) -> np.ndarray:
         array = read_tensor(self._file, self._names[name])

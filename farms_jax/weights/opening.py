@@ -3,8 +3,8 @@
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from farms_jax._axes import Axes
 from farms_jax.errors import InputError
 from farms_jax.weights.gguf_source import GGUFSource
 from farms_jax.weights.lora import ADAPTER_CONFIG
@@ -26,15 +26,15 @@ _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _KNOWN = f"{', '.join(_READERS)}, a Hugging Face folder, an Orbax checkpoint, or a run directory"
 
 
-def open_weights(path: str | Path, *, axes: Axes | None = None) -> WeightSource:
+def open_weights(path: str | Path, *, axes: Any = None) -> WeightSource:
     """Open a model's weights; headers are read and checked, arrays are not.
 
     Args:
         path: Hugging Face folder, or any other with safetensors; `.safetensors`, `.gguf`, `.npz` or Flax `.msgpack`
             file; Orbax checkpoint, or a folder of numbered ones; run directory of one of the programs, which stands
             for its first seed's best checkpoint or its pruned model.
-        axes: Which axes of an array are rows and columns; default: those usual in the format, that is outputs first
-            in safetensors and GGUF, last in all others.
+        axes: What the axes of the arrays count, as `farms_jax.analyze` takes it (a stack by `AxisRules`); default: as
+            usual in the format, that is outputs first in safetensors and GGUF, last in all others.
 
     Returns:
         The open weights, for a `with` block.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from farms_jax._axes import TORCH_AXES
+from farms_jax.axis_rules import torch
 from farms_jax.errors import InputError, listed, printable, short_repr
 from farms_jax.weights.reading import DOWNLOAD_AGAIN, read_json
 from farms_jax.weights.safetensors_file import read_layout, read_tensor
@@ -40,7 +40,7 @@ class SafetensorsSource(WeightSource):
                 self.file_of[name] = filename
         tensors = {name: entry.info for layout in self.layouts.values() for name, entry in layout.tensors.items()}
         name = path.resolve().name if path == self._folder else path.stem
-        super().__init__(path, name, "safetensors", TORCH_AXES, tensors)
+        super().__init__(path, name, "safetensors", torch(), tensors)
 
     def _read(self, name: str) -> np.ndarray:
         filename = self.file_of[name]

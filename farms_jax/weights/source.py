@@ -3,11 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
-from farms_jax._axes import Axes
+from farms_jax._axes import LeafAxes, layer_of
 from farms_jax._names import natural_key
 from farms_jax.errors import InputError, printable
 from farms_jax.weights.reading import TensorInfo, check_name
@@ -21,12 +21,12 @@ class WeightSource(ABC):
         name: Name to show.
         path: Path of the file or folder.
         format: safetensors, gguf, orbax, msgpack or npz.
-        axes: Which axes of an array are rows and columns.
+        axes: What the axes of the arrays count, as `farms_jax.analyze` takes it.
         tensors: Full name -> dtype and shape, in natural order: `layer2` before `layer10`.
         skipped: Name -> why an array is no weight of the model, such as "optimiser state".
     """
 
-    def __init__(self, path: Path, name: str, format: str, axes: Axes, tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, path: Path, name: str, format: str, axes: Any, tensors: Mapping[str, TensorInfo]) -> None:
         """Check the tensors, given in any order; an InputError if there are none, or a name cannot be shown."""
         if not tensors:
             raise InputError(f"{path}: there are no arrays in it; give the checkpoint of a model")
@@ -35,6 +35,7 @@ class WeightSource(ABC):
         self.path, self.name, self.format, self.axes = path, name, format, axes
         self.tensors = {tensor: tensors[tensor] for tensor in sorted(tensors, key=natural_key)}
         self.skipped = not_weights(self.tensors)
+        self._stack: tuple[str, np.ndarray] | None = None
 
     def read(self, name: str) -> np.ndarray:
         """Read one tensor.
@@ -53,6 +54,26 @@ class WeightSource(ABC):
                 f"{self.path}: there is no tensor {printable(name)} among its {len(self.tensors)}; check the name"
             )
         return self._read(name)
+
+    def read_layer(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray:
+        """Read one layer of a tensor that may hold a stack of them.
+
+        Args:
+            name: A key of `tensors`.
+            axes: What the tensor's axes count.
+            index: Index of the layer in the stack; empty where the tensor is one layer.
+
+        Returns:
+            New array, without the axes of the stack.
+
+        Raises:
+            InputError: As for `read`.
+        """
+        if not index:
+            return self.read(name)
+        if self._stack is None or self._stack[0] != name:  # its layers are read one after the other
+            self._stack = name, self.read(name)
+        return layer_of(self._stack[1], axes, index).copy()
 
     @abstractmethod
     def _read(self, name: str) -> np.ndarray:

@@ -38,7 +38,7 @@ def cut(stack, grid):
 
 def laid_out(weight, window):
     """The stack and the grid of a weight."""
-    stack = as_matrices(weight, FLAX_AXES)
+    (stack,) = as_matrices(weight, FLAX_AXES.of(weight.ndim))
     return stack, make_grid(window, stack.shape, is_kernel=weight.ndim == 4)
 
 
@@ -81,7 +81,9 @@ def test_every_window_lies_inside_its_matrix(window, positions, rows, cols, is_k
         for axis, free in enumerate((rows - grid.rows, cols - grid.cols)):
             check_starts(sorted({start[axis] for start in grid.starts}), free, window)
     else:
-        assert grid.divisions == max(rows, cols) // min(rows, cols)
+        divisions = max(rows, cols) // min(rows, cols)
+        assert len(grid.starts) == divisions
+        assert grid.divisions == (divisions if positions * grid.gram_rows >= window.min_division else 1)
         firsts = sorted(i for i, _ in grid.starts)
         assert all(after - before >= grid.rows for before, after in zip(firsts, firsts[1:], strict=False))
 

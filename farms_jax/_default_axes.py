@@ -1,0 +1,97 @@
+"""What the axes of a leaf count where nothing is declared: by names and shapes of its module together."""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from farms_jax._axes import Axes
+
+_SMALL = re.compile(r"(.*_)?bias(_.*)?|b|scale|offset|beta|gamma")
+_POSITIONS = re.compile(r"(.*[/._])?(wpe|pos(ition|itional)?_?emb\w*|embed_positions?)([/._].*)?")
+_LONGEST_POSITIONS = 32  # patches of vision transformers are up to 32 pixels wide; embeddings and stacks are longer
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of the leaves without the axes of their stacks, by name."""
+
+
+class LeftOut(NamedTuple):
+    """Why a leaf is no layer.
+
+    Attributes:
+        reason: the reason, for people.
+        undeclared: it may well be a weight, but nothing says what its axes count.
+    """
+
+    reason: str
+    undeclared: bool = False
+
+
+def is_small(name: str, ndim: int) -> bool:
+    """Tell whether a leaf is a bias, the scale of a norm or the like, which is never a layer but follows one."""
+    return ndim < 2 or _SMALL.fullmatch(re.split(r"[/.]", name)[-1]) is not None
+
+
+def default_spelling(name: str, shapes: Shapes, default: Axes) -> str | Axes | LeftOut:
+    """Return the spelling of a leaf's axes (see `AxisRules`), or why it is no layer."""
+    shape = shapes[name]
+    if is_small(name, len(shape)) or (len(shape) == 3 and sum(size > 1 for size in shape) < 2):  # a token, (1, 1, n)
+        return LeftOut("bias, norm or other vector")
+    if _POSITIONS.fullmatch(name):
+        return LeftOut("embedding of positions")
+    if len(shape) == 2:
+        return default
+    if spelling := _attention(name, shapes) or _dense_general(name, shapes):
+        return spelling
+    if len(shape) != 4:
+        return LeftOut(f"{len(shape)} axes: say with `axes` or `stack` what they count", undeclared=True)
+    if _may_be_convolution(name, shapes, default):
+        return default
+    return LeftOut("4 axes that are no convolution's: say with `axes` or `stack` what they count", undeclared=True)
+
+
+def _attention(name: str, shapes: Shapes) -> str | None:
+    """Return the spelling of a kernel of Flax's attention.
+
+    The kernels of query, key and value, (inputs, heads, head size), and that of `out`, (heads, head size, outputs),
+    share heads and head size, apart from grouped keys and values, which have fewer heads.
+    """
+    parts = re.fullmatch(r"(.*/)?(query|key|value|out)/kernel", name)
+    if parts is None:
+        return None
+    query, out = (shapes.get(f"{parts[1] or ''}{which}/kernel", ()) for which in ("query", "out"))
+    if len(query) != 3 or len(out) != 3 or query[1:] != out[:2] or len(shapes[name]) != 3:
+        return None
+    if parts[2] == "out":
+        return "IIO"
+    return "IOO" if shapes[name][0] == query[0] and shapes[name][2] == query[2] else None
+
+
+def _dense_general(name: str, shapes: Shapes) -> str | None:
+    """Return the spelling of a kernel of Flax's `DenseGeneral`, whose bias has the shape of its outputs."""
+    if not re.fullmatch(r"(.*/)?(DenseGeneral_\d+|query|key|value|qkv)/kernel", name):
+        return None
+    shape, bias = shapes[name], shapes.get(_beside(name, "bias"), ())
+    inputs = len(shape) - len(bias)
+    # In a stack of layers, the first axis of both counts them.
+    if inputs < 1 or len(bias) < 1 or shape[inputs:] != bias or shape[0] == bias[0]:
+        return None
+    return "I" * inputs + "O" * len(bias)
+
+
+def _may_be_convolution(name: str, shapes: Shapes, default: Axes) -> bool:
+    # A stack of layers, or attention, has a long axis in place of a position, or a bias with several axes.
+    shape, bias = shapes[name], shapes.get(_beside(name, "bias"), ())
+    positions = [size for axis, size in enumerate(shape) if axis not in {default.rows % 4, default.cols % 4}]
+    if max(positions) > _LONGEST_POSITIONS or sum(size > 1 for size in bias) > 1:
+        return False
+    return positions == [1, 1] or not _in_attention(name, shapes)
+
+
+def _in_attention(name: str, shapes: Shapes) -> bool:
+    parts = re.fullmatch(r"(.*[/.])?(query|key|value|out)[/.][^/.]*", name)
+    return parts is not None and any(other.startswith(f"{parts[1] or ''}query") for other in shapes)
+
+
+def _beside(name: str, leaf: str) -> str:
+    """Return the name of another leaf of the same module."""
+    return re.sub(r"[^/.]*$", leaf, name)

@@ -1,0 +1,200 @@
+"""What the axes of well-known networks count: ready `AxisRules`, for `axes=`.
+
+>>> import farms_jax
+>>> rules = farms_jax.axis_rules.maxtext(scan_axis=1)
+>>> rules.axes[".*/out/kernel"], rules.stack[".*decoder/(dense_|moe_)?layers/.*"]
+('IIO', 1)
+"""
+
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from farms_jax._axes import FLAX_AXES, TORCH_AXES
+from farms_jax._axis_rules import AxisRules
+from farms_jax._names import is_box, name_of
+from farms_jax.errors import InputError, one_line
+
+# Dense layers with several axes on one side: query, key and value give heads, `out` takes them.
+_ATTENTION = {r".*/(query|key|value)/kernel": "IOO", r".*/out/kernel": "IIO"}
+
+
+def flax_attention() -> AxisRules:
+    """Return the axes of Flax's attention, Linen and NNX, which are recognised without them too."""
+    return AxisRules(_ATTENTION)
+
+
+def maxtext(scan_axis: int = 1) -> AxisRules:
+    """Return the axes of MaxText's decoders with scanned layers, Linen and NNX, mixtures of experts included.
+
+    Args:
+        scan_axis: its setting `param_scan_axis`.
+    """
+    layers = r".*decoder/(dense_|moe_)?layers/"
+    experts = layers + r".*(MoeBlock_0|moe_block)/(wi_0|wi_1|wo)"
+    return AxisRules(
+        {
+            layers + r".*/(wq_b|wkv_b)/kernel": "IOO",  # multi-head latent attention
+            layers + r".*/qkv_proj/kernel": "IOOO",
+            experts: "IO",
+            **_ATTENTION,
+        },
+        # The experts' axis comes before or after that of the layers.
+        stack={experts: (scan_axis, 1 if scan_axis == 0 else 0), layers + r".*": scan_axis},
+    )
+
+
+def tunix() -> AxisRules:
+    """Return the axes of Tunix's models and of Gemma's: einsum kernels, with keys and values in one leaf."""
+    return AxisRules(
+        {
+            r".*/q_einsum/w": "OIO",
+            r".*/(qkv|kv)_einsum/w": "OIO",
+            r".*/attn_vec_einsum/w": "IIO",
+            r".*/(q|k|v)_proj/w": "IOO",
+            r".*/o_proj/w": "IIO",
+            r".*/gating_einsum(/w)?": "IO",
+        },
+        stack={r".*/(qkv|kv)_einsum/w": 0, r".*/gating_einsum(/w)?": 0},
+    )
+
+
+def big_vision() -> AxisRules:
+    """Return the axes of big_vision's transformers, scanned or not."""
+    return AxisRules(_ATTENTION, stack={r".*encoderblock/.*": 0})
+
+
+def haiku() -> AxisRules:
+    """Return the axes of Haiku's networks: the parameters of `hk.layer_stack` count layers by their first axis."""
+    return AxisRules(stack={r".*layer_stack.*": 0})
+
+
+def equinox(params: Any) -> AxisRules:
+    """Return the axes of Equinox's modules, by their types: outputs, inputs, kernel positions; norms have no matrices.
+
+    A function of the parameters: give it as it is, `axes=farms_jax.axis_rules.equinox`.
+
+    Args:
+        params: a model, or one filtered to its arrays.
+    """
+    spellings: dict[str, str | None] = {}
+    modules = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_equinox_module)
+    for name, module in ((name_of(path), module) for path, module in modules if _is_equinox_module(module)):
+        kind = type(module).__name__
+        if kind.endswith("Norm"):
+            spellings[_exactly(name, "weight")] = None
+        elif kind.startswith("Conv"):
+            spellings[_exactly(name, "weight")] = "OI" + "K" * module.num_spatial_dims
+    return AxisRules(spellings, default=TORCH_AXES)
+
+
+def _is_equinox_module(node: Any) -> bool:
+    is_module = type(node).__module__.startswith("equinox.nn")
+    return is_module and (type(node).__name__.endswith("Norm") or hasattr(node, "num_spatial_dims"))
+
+
+_STACK_NAMES = {"layers", "layer", "stage", "stages", "experts", "expert", "exp"}
+_HEAD_NAMES = {"heads", "kv", "kv_heads", "q_heads", "head_dim", "kv_head_dim", "head", "qkv"}
+
+
+def logical_names(params: Any) -> AxisRules:
+    """Return the axes of a model by the logical names that Flax's modules give them, Linen and NNX.
+
+    A function of the parameters with their names, that is, before Linen's are unboxed: give it as it is,
+    `axes=farms_jax.axis_rules.logical_names`, or what it returns. Axes called `layers` or `experts`, or the like, are a
+    stack. Of the others, those of heads are merged; the first is the inputs, the second the outputs.
+
+    Args:
+        params: a tree of boxes, or an NNX state.
+    """
+    spellings: dict[str, str] = {}
+    stacks: dict[str, tuple[int, ...]] = {}
+    for path, box in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box):
+        names = _names_of(box)
+        if not names:
+            continue
+        name = re.escape(name_of(path))
+        stacks[name] = tuple(axis for axis, own in enumerate(names) if own in _STACK_NAMES)
+        rest = [own in _HEAD_NAMES for own in names if own not in _STACK_NAMES]
+        groups = [len(list(same)) for _, same in itertools.groupby(rest)] if any(rest) else [1] * len(rest)
+        if len(groups) == 2:
+            spellings[name] = "I" * groups[0] + "O" * groups[1]
+    return AxisRules(spellings, {name: axes for name, axes in stacks.items() if axes})
+
+
+def _names_of(box: Any) -> tuple[Any, ...]:
+    """Return the logical names of the axes in a box of Linen or a variable of NNX; none where they are not given."""
+    if hasattr(box, "get_metadata"):
+        metadata = box.get_metadata()
+        return tuple(metadata.get("out_sharding") or metadata.get("sharding_names") or ())
+    return tuple(getattr(box, "names", ()))
+
+
+def _exactly(module: str, leaf: str) -> str:
+    return re.escape(f"{module}/{leaf}" if module else leaf)
+
+
+def torch() -> AxisRules:
+    """Return the axes of Torch's checkpoints, and of GGUF's, with the experts of a layer in one tensor."""
+    experts = r".*(experts\.(gate_up|gate|up|down)_proj|ffn_(gate_up|gate|up|down)_exps)(\.weight)?"
+    return AxisRules({experts: "OI"}, stack={experts: 0}, default=TORCH_AXES)
+
+
+def read_rules(path: Path) -> AxisRules:
+    """Read rules from a TOML or JSON file.
+
+    It has the tables `axes`, from patterns to spellings (`"none"` for no matrix), and `stack`, from patterns to an axis
+    or a list of axes; and `default`, `"flax"` or `"torch"`. All are optional.
+
+    Args:
+        path: the file; one that ends in `.json` is JSON.
+
+    Returns:
+        The rules.
+
+    Raises:
+        InputError: it cannot be read, or has something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no TOML or JSON file of axes ({one_line(error)})") from error
+    tables = {key: content.get(key, {}) for key in ("axes", "stack")} if isinstance(content, dict) else {}
+    if (
+        not tables
+        or set(content) - {"axes", "stack", "default"}
+        or not all(isinstance(t, dict) for t in tables.values())
+    ):
+        raise InputError(f"{path}: has to be a table with the tables `axes` and `stack`, and `default`")
+    default = {"flax": FLAX_AXES, "torch": TORCH_AXES}.get(content.get("default", "flax"))
+    if default is None:
+        raise InputError(f"{path}: default must be 'flax' or 'torch', got {content['default']!r}")
+    spellings = {pattern: None if spelling == "none" else spelling for pattern, spelling in tables["axes"].items()}
+    stacks = {pattern: tuple(axes) if isinstance(axes, list) else axes for pattern, axes in tables["stack"].items()}
+    for key, value in spellings.items():
+        if not isinstance(value, str | None):
+            raise InputError(f'{path}: axes.{key} must be letters such as "IO", or "none"; got {value!r}')
+    for key, value in stacks.items():
+        if not all(type(axis) is int for axis in (value if isinstance(value, tuple) else (value,))):
+            raise InputError(f"{path}: stack.{key} must be an axis or a list of axes; got {value!r}")
+    return AxisRules(spellings, stacks, default)
+
+
+NAMED: dict[str, Callable[[], AxisRules]] = {
+    "flax": AxisRules,
+    "torch": torch,
+    "maxtext": maxtext,
+    "maxtext-scan-0": lambda: maxtext(scan_axis=0),
+    "tunix": tunix,
+    "big_vision": big_vision,
+    "haiku": haiku,
+    "equinox": lambda: AxisRules(default=TORCH_AXES),
+}
+"""Rules by the name that the command line gives them."""
