@@ -152,13 +152,11 @@ def axes_of_leaves(leaves: Sequence[tuple[str, Any]], axes: Any, stack: Any, par
 
 def _warn_of(undeclared: list[tuple[str, Any]], layers: list[Leaf]) -> None:
     """Warn where a large share of the weights is left out because nothing says what its axes count."""
-    missing, measured = (
-        sum(math.prod(leaf.shape) for _, leaf in undeclared),
-        sum(math.prod(leaf.shape) for leaf in layers),
-    )
-    if missing > _UNDECLARED * (missing + measured):
+    missing = sum(math.prod(leaf.shape) for _, leaf in undeclared)
+    total = missing + sum(math.prod(leaf.shape) for leaf in layers)
+    if missing > _UNDECLARED * total:
         warnings.warn(
-            f"{missing / (missing + measured):.0%} of the weights are left out, because nothing says what their axes "
+            f"{missing / total:.0%} of the weights are left out, because nothing says what their axes "
             f"count: {listed([name for name, _ in undeclared], 3, ', ')}; say it with `axes` or `stack` (see "
             "farms_jax.AxisRules), or `exclude` them",
             stacklevel=4,

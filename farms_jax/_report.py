@@ -92,13 +92,14 @@ class LayerReport:
             A report without those layers; they are listed in `left_out`.
 
         Raises:
-            ValueError: a pattern matches no layer of this report.
+            ValueError: a pattern matches no layer of this report, and none that was left out.
         """
-        return self.without(matching(self.names, patterns))
+        # A layer that is left out already, as a head of two classes is, may be named too.
+        return self.without(matching([*self.names, *(name for name, _ in self.left_out)], patterns))
 
     def without(self, dropped: Collection[str]) -> LayerReport:
         """Return a report without these layers, which are listed in `left_out`."""
-        if not dropped:
+        if not set(self.names) & set(dropped):
             return self
         keep = [i for i, name in enumerate(self.names) if name not in dropped]
         index = np.array(keep, int)

@@ -20,7 +20,6 @@ from jax import Array, lax
 
 from farms_jax.marchenko_pastur import hill_alpha
 
-_FLAT = 3.0  # times the alpha of noise
 _ROUNDING = 8  # units in the last place by which rounding may set equal numbers apart
 
 
@@ -40,6 +39,9 @@ class Tail:
             all are kept. `None` keeps all.
         min_count: a layer with fewer eigenvalues, over all its windows and before the filter, is left out.
 
+        flat: for the median rule, an alpha above this many times that of noise in windows of the same shape counts as
+            no tail: the eigenvalues are nearly equal. `None`, as in the reference, for no such bound.
+
     Raises:
         ValueError: a value out of its range.
     """
@@ -49,10 +51,13 @@ class Tail:
     bins: int = 100
     min_eigenvalue: float | None = None
     min_count: int = 5
+    flat: float | None = 3.0
 
     def __post_init__(self):
         if self.xmin not in {"median", "peak", "ks"}:
             raise ValueError(f"Tail: xmin must be 'median', 'peak' or 'ks', got {self.xmin!r}")
+        if self.flat is not None and not self.flat > 1:
+            raise ValueError(f"Tail: flat must be above 1, got {self.flat}")
         if not self.xmin_pos > 1:
             raise ValueError(f"Tail: xmin_pos must be above 1, got {self.xmin_pos}")
         for field, least in (("bins", 1), ("min_count", 2)):
@@ -77,14 +82,14 @@ class TailFit(NamedTuple):
 
 
 def highest_alpha(rows: int, cols: int, tail: Tail) -> float:
-    """Return the alpha above which windows of this shape have no tail: three times that of noise.
+    """Return the alpha above which windows of this shape have no tail, see `Tail.flat`.
 
     An orthogonal matrix, as which recurrent kernels begin, has equal eigenvalues; a step later they differ by little,
     and Hill's estimate is in the hundreds. Only for the median rule: the others choose their threshold by the spectrum.
     """
-    if tail.xmin != "median":
+    if tail.xmin != "median" or tail.flat is None:
         return math.inf
-    return _FLAT * hill_alpha(min(rows, cols) / max(rows, cols), tail.xmin_pos)
+    return tail.flat * hill_alpha(min(rows, cols) / max(rows, cols), tail.xmin_pos)
 
 
 def without_flat(fits: TailFit, highest: Any) -> TailFit:

@@ -29,7 +29,7 @@ def measure(params: Any, config: Config, tb: TB) -> LayerReport:
     )  # as in the reference
     exclude = NOT_IN_REFERENCE if config.layers == "reference" else ()
     view = spectral_view(params)
-    return farms_jax.analyze(view, window=window, tail=Tail(config.tail), exclude=exclude, axes=AXES)
+    return farms_jax.analyze(view, window=window, tail=Tail(config.tail, flat=None), exclude=exclude, axes=AXES)
 
 
 def spectral_view(params: Any) -> Any:

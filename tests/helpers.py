@@ -51,6 +51,7 @@ def tail_of(case):
         bins=case.get("bins", 100),
         min_eigenvalue=1e-5 if case["filter_zeros"] else None,
         min_count=2,
+        flat=None,
     )
 
 

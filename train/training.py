@@ -121,7 +121,9 @@ def make_refresh(config: Config) -> Callable[[TrainState], Refreshed]:
     scale_of = jax.jit(functools.partial(farms_jax.lr_scale, **rates))
 
     def refresh(state: TrainState) -> Refreshed:
-        report = farms_jax.analyze(state.params, window=config.window_of_run(), tail=farms_jax.Tail(config.tail))
+        report = farms_jax.analyze(
+            state.params, window=config.window_of_run(), tail=farms_jax.Tail(config.tail, flat=None)
+        )
         scale = jax.tree.map(lambda _: jnp.ones((), jnp.float32), state.params)
         if config.tb != "none":
             balanced = report.drop(model.exclude) if config.layer_selection else report
