@@ -29,7 +29,7 @@ from sciml.model import NAMED, ModelConfig, make_network
 from sciml.optimizer import BETAS, make_optimizer
 from sciml.steps import TrainState, make_step
 
-WINDOW = farms_jax.Window(per_axis=9)
+WINDOW = farms_jax.Window(per_axis=9, min_division=1)
 
 
 def main() -> None:
