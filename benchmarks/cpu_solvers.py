@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits
 from benchmarks._common import interleave, machine, timed, write
 from benchmarks.spectral import WINDOW, network
 from farms_jax import TORCH_AXES
-from farms_jax._axes import as_matrices, is_kernel
+from farms_jax._axes import as_matrices
 from farms_jax._windows import make_grid
 from farms_jax.solvers import accelerator, cpu
 
@@ -48,7 +48,7 @@ def main() -> None:
     weights = network("resnet18").values()
     stacks = [as_matrices(weight, TORCH_AXES.of(weight.ndim))[0] for weight in weights]
     grids = [
-        make_grid(WINDOW, stack.shape, is_kernel=is_kernel(weight))
+        make_grid(WINDOW, stack.shape, is_kernel=weight.ndim == 4)
         for weight, stack in zip(weights, stacks, strict=True)
     ]
     by_shape: dict[tuple[int, int], list[np.ndarray]] = {}
