@@ -34,11 +34,13 @@ class AxisRules:
             `MuonDimensionNumbers` for any; `None` says that the leaf is no matrix.
         stack: for each pattern the axis that counts layers, experts or seeds, or a tuple of several, outermost first.
         default: axes of the 2-D weights and 4-D kernels that no pattern of `axes` matches.
+        file: file that describes one network with these rules: errors name it, and each pattern has to match a leaf.
     """
 
     axes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stack: Mapping[str, int | tuple[int, ...]] = dataclasses.field(default_factory=dict)
     default: Axes = FLAX_AXES
+    file: str | None = None
 
 
 class Declared(NamedTuple):
@@ -73,17 +75,25 @@ def declared_axes(
     """
     axes = axes(params) if callable(axes) else axes
     stack = stack(params) if callable(stack) else stack
-    rules = AxisRules(default=axes) if isinstance(axes, Axes) else axes
+    try:
+        return _declared(leaves, AxisRules(default=axes) if isinstance(axes, Axes) else axes, stack)
+    except InputError as error:
+        if isinstance(axes, AxisRules) and axes.file is not None:
+            raise InputError(f"{axes.file}: {error}") from error
+        raise
+
+
+def _declared(leaves: Sequence[tuple[str, Any]], rules: Any, stack: Any) -> tuple[Axes, dict[str, Declared]]:
     names = [name for name, _ in leaves]
     if isinstance(rules, AxisRules):
         if stack is not None and rules.stack:
             raise InputError("stack: the AxisRules given as axes have one; give it in one place")
-        default = rules.default
-        spellings = _by_pattern(names, rules.axes, "axes", strict=False)
-        stacks = _by_pattern(names, rules.stack, "stack", strict=False)
+        default, strict = rules.default, rules.file is not None
+        spellings = _by_pattern(names, rules.axes, "axes", strict=strict)
+        stacks = _by_pattern(names, rules.stack, "stack", strict=strict)
     else:
         default, stacks = FLAX_AXES, {}
-        spellings = _by_name(names, axes, "axes", _is_spelling)
+        spellings = _by_name(names, rules, "axes", _is_spelling)
     if stack is None:
         # Haiku's `layer_stack` has a name that nothing else has.
         stacks = {name: 0 for name in names if re.search(r"(^|/)(__)?layer_stack", name)} | stacks

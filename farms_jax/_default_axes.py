@@ -55,10 +55,10 @@ def _attention(name: str, shapes: Shapes) -> str | None:
     The kernels of query, key and value, (inputs, heads, head size), and that of `out`, (heads, head size, outputs),
     share heads and head size, apart from grouped keys and values, which have fewer heads.
     """
-    parts = re.fullmatch(r"(.*/)?(query|key|value|out)/kernel", name)
+    parts = re.fullmatch(r"(.*[/.])?(query|key|value|out)([/.]kernel)", name)
     if parts is None:
         return None
-    query, out = (shapes.get(f"{parts[1] or ''}{which}/kernel", ()) for which in ("query", "out"))
+    query, out = (shapes.get(f"{parts[1] or ''}{which}{parts[3]}", ()) for which in ("query", "out"))
     if len(query) != 3 or len(out) != 3 or query[1:] != out[:2] or len(shapes[name]) != 3:
         return None
     if parts[2] == "out":
@@ -68,7 +68,7 @@ def _attention(name: str, shapes: Shapes) -> str | None:
 
 def _dense_general(name: str, shapes: Shapes) -> str | None:
     """Return the spelling of a kernel of Flax's `DenseGeneral`, whose bias has the shape of its outputs."""
-    if not re.fullmatch(r"(.*/)?(DenseGeneral_\d+|query|key|value|qkv)/kernel", name):
+    if not re.fullmatch(r"(.*[/.])?(DenseGeneral_\d+|query|key|value|qkv)[/.]kernel", name):
         return None
     shape, bias = shapes[name], shapes.get(_beside(name, "bias"), ())
     inputs = len(shape) - len(bias)

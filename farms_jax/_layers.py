@@ -21,6 +21,7 @@ from farms_jax.errors import InputError, listed
 
 _UNDECLARED = 0.1  # share of the weights that may be left out, for want of a declaration, without a warning
 _THIN = 4  # independent eigenvalues of a fit; with fewer, the alpha of noise lies anywhere between 1.5 and 6
+SAY_IT = "say it with `axes` or `stack` (see farms_jax.AxisRules), or `exclude` them"
 
 
 class Leaf(NamedTuple):
@@ -157,8 +158,7 @@ def _warn_of(undeclared: list[tuple[str, Any]], layers: list[Leaf]) -> None:
     if missing > _UNDECLARED * total:
         warnings.warn(
             f"{missing / total:.0%} of the weights are left out, because nothing says what their axes "
-            f"count: {listed([name for name, _ in undeclared], 3, ', ')}; say it with `axes` or `stack` (see "
-            "farms_jax.AxisRules), or `exclude` them",
+            f"count: {listed([name for name, _ in undeclared], 3, ', ')}; {SAY_IT}",
             stacklevel=4,
         )
 

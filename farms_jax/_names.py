@@ -84,19 +84,22 @@ def module_of(name: str) -> str:
 def block_of(name: str) -> str:
     """Return the name of the repeated block that a layer belongs to: all up to its first number, or the whole name.
 
-    The block of a layer in a stack has the stack's name, up to the part that is called layers or blocks or the like,
-    and the layer's index.
+    The number may end a part that is called layers or blocks or the like. A layer in a stack has the stack's name, up
+    to such a part, and its index; an expert in a numbered block is of that block.
 
-    >>> block_of("model.layers.12.mlp.up_proj"), block_of("blocks/0/attention/kernel"), block_of("head/kernel")
-    ('model.layers.12', 'blocks/0', 'head/kernel')
-    >>> block_of("decoder/layers/mlp/wi/kernel[3]"), block_of("encoderblock/moe/wi[2,5]")
-    ('decoder/layers[3]', 'encoderblock[2]')
+    >>> block_of("model.layers.12.mlp.up_proj"), block_of("encoderblock_0/attention/kernel"), block_of("head/kernel")
+    ('model.layers.12', 'encoderblock_0', 'head/kernel')
+    >>> block_of("decoder/layers/mlp/wi/kernel[3]"), block_of("encoderblock/moe/wi[2,5]"), block_of("block_3/moe/wi[5]")
+    ('decoder/layers[3]', 'encoderblock[2]', 'block_3')
     """
     if match := re.match(r"(?:[^/.]+[/.])*?\d+(?=[/.]|$)", name):
         return match[0]
-    if match := re.fullmatch(r"(.*?(?:layer|block|stack)[^/.]*|[^/.]*)(?:[/.].*)?\[(\d+)[\d,]*\]", name):
-        return f"{match[1]}[{match[2]}]"
-    return name
+    index = re.search(r"\[(\d+)[\d,]*\]$", name)
+    leaf = name[: index.start()] if index else name
+    part = re.match(r"(?:[^/.]+[/.])*?[^/.]*(?i:layer|block|stack)[^/.]*", leaf)
+    if part and part[0][-1].isdigit() and (index is None or re.search("(?i)expert|moe", leaf)):
+        return part[0]
+    return f"{part[0] if part else re.split('[/.]', leaf)[0]}[{index[1]}]" if index else name
 
 
 def matching(

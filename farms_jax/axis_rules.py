@@ -19,7 +19,8 @@ import jax
 from farms_jax._axes import FLAX_AXES, TORCH_AXES
 from farms_jax._axis_rules import AxisRules
 from farms_jax._names import is_box, name_of
-from farms_jax.errors import InputError, one_line
+from farms_jax._torch_axes import torch as torch
+from farms_jax.errors import InputError, one_line, short_repr
 
 # Dense layers with several axes on one side: query, key and value give heads, `out` takes them.
 _ATTENTION = {r".*/(query|key|value)/kernel": "IOO", r".*/out/kernel": "IIO"}
@@ -140,12 +141,6 @@ def _exactly(module: str, leaf: str) -> str:
     return re.escape(f"{module}/{leaf}" if module else leaf)
 
 
-def torch() -> AxisRules:
-    """Return the axes of Torch's checkpoints, and of GGUF's, with the experts of a layer in one tensor."""
-    experts = r".*(experts\.(gate_up|gate|up|down)_proj|ffn_(gate_up|gate|up|down)_exps)(\.weight)?"
-    return AxisRules({experts: "OI"}, stack={experts: 0}, default=TORCH_AXES)
-
-
 def read_rules(path: Path) -> AxisRules:
     """Read rules from a TOML or JSON file.
 
@@ -166,35 +161,38 @@ def read_rules(path: Path) -> AxisRules:
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no TOML or JSON file of axes ({one_line(error)})") from error
-    tables = {key: content.get(key, {}) for key in ("axes", "stack")} if isinstance(content, dict) else {}
-    if (
-        not tables
-        or set(content) - {"axes", "stack", "default"}
-        or not all(isinstance(t, dict) for t in tables.values())
-    ):
-        raise InputError(f"{path}: has to be a table with the tables `axes` and `stack`, and `default`")
-    default = {"flax": FLAX_AXES, "torch": TORCH_AXES}.get(content.get("default", "flax"))
+    known = {"axes": {}, "stack": {}, "default": "flax"}
+    unknown = sorted(content.keys() - known.keys()) if isinstance(content, dict) else [content]
+    if unknown:
+        raise InputError(
+            f"{path}: {short_repr(unknown[0])} is not known; it may have the tables `axes` and `stack`, and `default`"
+        )
+    content = known | content
+    for key in ("axes", "stack"):
+        if not isinstance(content[key], dict):
+            raise InputError(f"{path}: {key} must be a table with patterns as its keys; got {content[key]!r}")
+    default = {"flax": FLAX_AXES, "torch": TORCH_AXES}.get(str(content["default"]))
     if default is None:
         raise InputError(f"{path}: default must be 'flax' or 'torch', got {content['default']!r}")
-    spellings = {pattern: None if spelling == "none" else spelling for pattern, spelling in tables["axes"].items()}
-    stacks = {pattern: tuple(axes) if isinstance(axes, list) else axes for pattern, axes in tables["stack"].items()}
+    spellings = {pattern: None if spelling == "none" else spelling for pattern, spelling in content["axes"].items()}
+    stacks = {pattern: tuple(axes) if isinstance(axes, list) else axes for pattern, axes in content["stack"].items()}
     for key, value in spellings.items():
         if not isinstance(value, str | None):
             raise InputError(f'{path}: axes.{key} must be letters such as "IO", or "none"; got {value!r}')
     for key, value in stacks.items():
         if not all(type(axis) is int for axis in (value if isinstance(value, tuple) else (value,))):
             raise InputError(f"{path}: stack.{key} must be an axis or a list of axes; got {value!r}")
-    return AxisRules(spellings, stacks, default)
+    return AxisRules(spellings, stacks, default, file=str(path))
 
 
-NAMED: dict[str, Callable[[], AxisRules]] = {
-    "flax": AxisRules,
+NAMED: dict[str, AxisRules | Callable[[Any], AxisRules]] = {
+    "flax": AxisRules(),
     "torch": torch,
-    "maxtext": maxtext,
-    "maxtext-scan-0": lambda: maxtext(scan_axis=0),
-    "tunix": tunix,
-    "big_vision": big_vision,
-    "haiku": haiku,
-    "equinox": lambda: AxisRules(default=TORCH_AXES),
+    "maxtext": maxtext(),
+    "maxtext-scan-0": maxtext(scan_axis=0),
+    "tunix": tunix(),
+    "big_vision": big_vision(),
+    "haiku": haiku(),
+    "equinox": AxisRules(default=TORCH_AXES),
 }
-"""Rules by the name that the command line gives them."""
+"""Values of `axes=` by the name that the command line gives them."""

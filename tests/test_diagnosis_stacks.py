@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import pytest
-import safetensors.numpy
 
 import farms_jax
 from farms_jax import AxisRules, axis_rules
@@ -49,7 +48,7 @@ def farms(monkeypatch, capsys, tmp_path):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["farms", *map(str, arguments)])
         main()
-        return capsys.readouterr().out
+        return "".join(capsys.readouterr())
 
     return run
 
@@ -76,14 +75,24 @@ def test_single_layers_are_included_and_excluded():
     assert dict(diagnosis.left_out)["blocks/up/kernel[1]"] == "excluded"
 
 
-def test_experts_in_one_tensor_are_layers(tmp_path):
-    experts = RNG.standard_normal((2, 48, 32)).astype("f")
-    name = "model.layers.0.mlp.experts.gate_up_proj"
-    safetensors.numpy.save_file({name: experts, f"{name}_bias": np.ones((2, 48), "f")}, tmp_path / "m.safetensors")
-    diagnosis = farms_jax.diagnose(tmp_path / "m.safetensors", **QUICK)
-    assert diagnosis.column("layer") == [f"{name}[0]", f"{name}[1]"]
-    alone = farms_jax.diagnose({"w": experts[1]}, axes=farms_jax.TORCH_AXES, **QUICK)
-    assert diagnosis.column("alpha")[1] == alone.column("alpha")[0]
+def test_stacks_are_declared_beside_the_axes():
+    """As in `analyze`, and kept in the settings."""
+    declared = {"axes": {r".*/query/kernel": "IOO", "head/kernel": None}, "stack": {r"blocks/.*": 1}}
+    diagnosis = farms_jax.diagnose(FLAT, **declared, **QUICK)
+    assert set(diagnosis.column("layer")) == set(dict(one_by_one())) - {"head/kernel"}
+    assert diagnosis.settings["axes"] == {r".*/query/kernel": "IOO", "head/kernel": "none"}
+    assert diagnosis.settings["stack"] == {r"blocks/.*": 1}
+    assert len(farms_jax.compare(FLAT, FLAT, **declared, **QUICK).layers) == 6
+
+
+def test_optimiser_states_of_other_ranks_are_not_what_is_declared(tmp_path):
+    tensors = {f"params/{name}": leaf for name, leaf in FLAT.items()}
+    tensors |= {f"opt_state/v_row/{name}": np.zeros(leaf.shape[:1], "f") for name, leaf in FLAT.items()}
+    np.savez(tmp_path / "model.npz", **tensors)
+    rules = AxisRules({r".*/query/kernel": "IOO"}, stack={r".*blocks/.*": 1})
+    diagnosis = farms_jax.diagnose(tmp_path / "model.npz", axes=rules, exclude=r"opt_state/.*", **QUICK)
+    assert len(diagnosis.layers) == 7
+    assert dict(diagnosis.left_out)["opt_state/v_row/head/kernel"] == "optimiser state"
 
 
 def test_what_moved_is_said_layer_by_layer():
@@ -110,14 +119,43 @@ def test_the_command_takes_a_declaration_from_a_file(farms, tmp_path):
 
 @pytest.mark.parametrize("name", axis_rules.NAMED)
 def test_every_name_stands_for_rules(name):
-    assert isinstance(axis_rules.NAMED[name](), AxisRules)
+    rules = axis_rules.NAMED[name]
+    assert isinstance(rules(FLAT) if callable(rules) else rules, AxisRules)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("axes = 3", "has to be a table with the tables"),
-        ("[layout]\na = 1", "has to be a table with the tables"),
+        ('[axes]\n".*/key/kernel" = "IO"', "axes: '.*/key/kernel' matches no name as a whole; names are: blocks/query"),
+        ('[axes]\n".*/query/kernel" = "IO"', "'IO', given for blocks/query/kernel, spells 2 axes; it has 4: "),
+        ('[stack]\n"(" = 0', "stack: '(' is not a regular expression"),
+        ('[stack]\n"blocks/.*" = 3', "stack: blocks/up/kernel has no axis 3; its shape is (32, 3, 48)"),
+    ],
+)
+def test_a_declaration_that_does_not_fit_is_one_line_that_names_its_file(farms, tmp_path, capsys, text, message):
+    np.savez(tmp_path / "model.npz", **{name: leaf for name, leaf in FLAT.items() if "bias" not in name})
+    (tmp_path / "axes.toml").write_text(text)
+    with pytest.raises(SystemExit):
+        farms("analyze", tmp_path / "model.npz", "--axes", tmp_path / "axes.toml")
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'axes.toml'}: " in told
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def test_what_is_left_out_for_want_of_a_declaration_is_told_once_with_the_flag(farms, tmp_path):
+    for name in ("model", "later"):
+        np.savez(tmp_path / f"{name}.npz", **FLAT)
+    told = farms("compare", tmp_path / "model.npz", tmp_path / "later.npz", "--resamples", 0, "--no-randomize")
+    assert told.count("of the weights are left out") == 1
+    assert "say it with --axes NAME or --axes FILE, or leave them out with --exclude" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("axes = 3", "axes must be a table with patterns as its keys"),
+        ("[layout]\na = 1", "'layout' is not known; it may have the tables `axes` and `stack`, and `default`"),
         ("default = 'keras'", "default must be 'flax' or 'torch'"),
         ("[axes]\nw = 2", "axes.w must be letters"),
         ("[stack]\nw = 'first'", "stack.w must be an axis or a list of axes"),

@@ -144,7 +144,31 @@ def test_whole_numbers_of_each_row_keep_the_global_budget():
         ("conv1/kernel", "conv1/kernel"),
         ("lm_head.weight", "lm_head.weight"),
         ("3.self_attn.q_proj", "3"),
+        ("Transformer/encoderblock_3/MlpBlock_0/Dense_0/kernel", "Transformer/encoderblock_3"),
+        ("Transformer/encoderblock/MlpBlock_0/Dense_0/kernel[3]", "Transformer/encoderblock[3]"),
+        ("params/ScanBlock_0/Dense_0/kernel[3]", "params/ScanBlock_0[3]"),
+        ("blk.3.ffn_up_exps.weight[7]", "blk.3"),
+        ("Block_3/MoE_0/wi[7]", "Block_3"),
+        ("params/Dense_0/kernel[3]", "params[3]"),
     ],
 )
 def test_block_of(name, block):
     assert farms_jax.block_of(name) == block
+
+
+@pytest.mark.parametrize("budget", ["exact", "reference"])
+def test_a_stacked_model_has_the_sparsities_of_its_layers_one_by_one(budget):
+    rng, layers, experts = np.random.default_rng(0), 3, 4
+    up = rng.standard_normal((24, layers, 40)) + rng.standard_normal((24, layers, 1)) * np.arange(layers)[:, None]
+    wi = rng.standard_normal((experts, layers, 24, 32)).astype(np.float32)
+    stacked = {"layers": {"up": {"kernel": up}, "moe": {"wi": wi}}}
+    one_by_one = {f"layers_{i}": {"up": {"kernel": up[:, i]}, "moe": {"wi": wi[:, i]}} for i in range(layers)}
+    of_stack = farms_jax.analyze(stacked, stack={"layers/up/.*": 1, "layers/moe/.*": (1, 0)})
+    alone = farms_jax.analyze(one_by_one, stack={".*/moe/.*": 0})
+    settings = {"sparsity": 0.6, "epsilon": 0.3, "block_of": farms_jax.block_of, "budget": budget}
+    found, wanted = (allocate_sparsity(report, **settings) for report in (of_stack, alone))
+    for i in range(layers):
+        assert found[f"layers/up/kernel[{i}]"] == pytest.approx(wanted[f"layers_{i}/up/kernel"], rel=1e-6)
+        for j in range(experts):
+            assert found[f"layers/moe/wi[{i},{j}]"] == pytest.approx(wanted[f"layers_{i}/moe/wi[{j}]"], rel=1e-6)
+    assert len(set(found.values())) == layers

@@ -13,6 +13,7 @@ from flax import nnx, serialization, traverse_util
 from weights_helpers import FORMATS, arrays, mixed, write, write_orbax
 
 from farms_jax import FLAX_AXES, TORCH_AXES, Axes
+from farms_jax._axes import LeafAxes, layer_of
 from farms_jax.errors import InputError
 from farms_jax.weights import TensorInfo, open_weights
 from farms_jax.weights.skipped import not_weights
@@ -183,3 +184,58 @@ def test_axes_can_be_declared_and_an_unknown_name_is_one_clear_error(tmp_path):
         assert source.axes == Axes(rows=1, cols=0)
         with pytest.raises(InputError, match="no tensor head among its 3"):
             source.read("head")
+
+
+STACK = np.random.default_rng(1).normal(size=(6, 5, 4, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_layers_of_a_stack_are_read_one_by_one(tmp_path, form):
+    with open_weights(write(form, tmp_path, {"layers/kernel": STACK, "other": np.ones((3, 4), "f")})) as source:
+        for stack in ((0,), (1,), (0, 1), (1, 0), (2, 0)):
+            axes = LeafAxes((-1,), (-2,), stack)
+            for index in np.ndindex(*axes.stack_shape(STACK.shape)):
+                found = source.read_layer("layers/kernel", axes, index)
+                np.testing.assert_array_equal(found, layer_of(STACK, axes, index))
+                assert found.flags.writeable
+                assert found.flags.owndata or found.base is not STACK
+        source.read("other")
+        assert source._held is None  # no memory is kept for a stack whose turn is over
+
+
+@pytest.mark.parametrize("form", ["safetensors", "gguf", "msgpack", "msgpack-chunked"])
+def test_a_layer_of_a_large_stack_takes_the_memory_of_a_layer(tmp_path, form):
+    stack = np.zeros((64, 32, 1024), np.float32)  # 8 MiB
+    path = write(form, tmp_path, {"experts": stack}, chunk=3 << 20)
+    with open_weights(path) as source:
+        axes = LeafAxes((1,), (2,), (0,))
+        source.read_layer("experts", axes, (0,))  # what is imported on the way
+        tracemalloc.start()
+        for i in range(64):
+            source.read_layer("experts", axes, (i,))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < stack.nbytes / 8
+
+
+def test_layers_in_one_chunk_of_orbax_are_read_together(tmp_path):
+    tree = {"stack": jax.numpy.asarray(STACK)}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "c", tree, save_args={"stack": ocp.SaveArgs(chunk_byte_size=STACK[:2].nbytes)})
+    axes, reads = LeafAxes((3,), (2,), (0,)), []
+    with open_weights(tmp_path / "c") as source:
+        chunk = source._arrays["stack"][1].store.chunk_layout.read_chunk.shape
+        read_from = source._read_from
+        source._read_from = lambda name, store: reads.append(store.shape) or read_from(name, store)
+        for i in range(6):
+            np.testing.assert_array_equal(source.read_layer("stack", axes, (i,)), STACK[i])
+    assert chunk[0] < 6
+    assert reads == [(chunk[0], 5, 4, 3)] * (6 // chunk[0])
+
+
+@pytest.mark.parametrize("name", ["default", "items"])
+def test_a_step_without_a_mark_is_the_tree_that_orbax_names(tmp_path, name):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run" / "7" / name, {"w": np.ones((3, 4), np.float32)})
+    with open_weights(tmp_path / "run") as source:
+        assert (source.name, list(source.tensors)) == ("run, step 7", ["w"])

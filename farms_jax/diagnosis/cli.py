@@ -1,17 +1,19 @@
 """`farms analyze`, `farms compare` and `farms watch`: their options, and what they print and write."""
 
+import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from farms_jax import axis_rules
-from farms_jax._axis_rules import AxisRules
+from farms_jax._layers import SAY_IT
 from farms_jax._present import text_table
 from farms_jax._tail import Tail
 from farms_jax._windows import Window
@@ -68,12 +70,12 @@ class Measuring:
             **vars(self.settings()),
         }
 
-    def axis_rules(self) -> AxisRules | None:
+    def axis_rules(self) -> Any:
         """Return what --axes names; `None` for the format's own."""
         if self.axes == "auto":
             return None
         if self.axes in axis_rules.NAMED:
-            return axis_rules.NAMED[self.axes]()
+            return axis_rules.NAMED[self.axes]
         if not Path(self.axes).exists():
             raise InputError(f"--axes {self.axes}: neither auto, {', '.join(axis_rules.NAMED)}, nor a file")
         return axis_rules.read_rules(Path(self.axes))
@@ -194,8 +196,25 @@ def main(name: str) -> None:
     """Run `farms analyze`, `farms compare` or `farms watch`; a mistake is one line on stderr, and exit status 2."""
     options = {"farms analyze": Analyze, "farms compare": Compare, "farms watch": Watch}[name]
     return_freed_memory()
-    with reported(name, when_stopped="; what was measured is kept, the same command goes on"):
+    with reported(name, when_stopped="; what was measured is kept, the same command goes on"), _warnings_told(name):
         tyro.cli(options, prog=name).run()
+
+
+@contextlib.contextmanager
+def _warnings_told(name: str) -> Generator[None]:
+    """Tell each warning of the library once, in one line and in the words of the command line."""
+    told: set[str] = set()
+
+    def tell(message: Warning | str, *_: Any, **__: Any) -> None:
+        text = str(message).replace(SAY_IT, "say it with --axes NAME or --axes FILE, or leave them out with --exclude")
+        if text not in told:
+            told.add(text)
+            sys.stderr.write(f"{name}: {text}\n")
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message=".* of the weights are left out")
+        warnings.showwarning = tell
+        yield
 
 
 def _checked(outputs: Mapping[str, Path | None]) -> dict[str, Path]:

@@ -89,15 +89,15 @@ def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Compar
         InputError: a model cannot be read, or they have no layer in common.
         ValueError: an option is out of its range.
     """
-    with contextlib.ExitStack() as stack:
-        before, weights_a = _side(a, stack, progress=progress, **options)
+    with contextlib.ExitStack() as opening:
+        before, weights_a = _side(a, opening, progress=progress, **options)
         if isinstance(b, str | Path) and is_lora(b):
             if weights_a is None:
                 raise InputError(
                     f"{b}: a LoRA adapter needs the weights of its base model; give them as the first model"
                 )
-            b = stack.enter_context(LoraSource(weights_a, Path(b)))
-        after, weights_b = _side(b, stack, progress=progress, **options)
+            b = opening.enter_context(LoraSource(weights_a, Path(b)))
+        after, weights_b = _side(b, opening, progress=progress, **options)
         rows_a, rows_b = ({row["layer"]: row for row in side.layers} for side in (before, after))
         common = [name for name in rows_a if name in rows_b]
         if not common:
@@ -115,13 +115,13 @@ def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Compar
     return comparison.sort("alpha_change", descending=True, magnitude=True)
 
 
-def _side(model: Any, stack: contextlib.ExitStack, **options: Any) -> tuple[Diagnosis, WeightSource | None]:
-    """Return a model's diagnosis and its weights, open as long as `stack`; of a written diagnosis there are none."""
+def _side(model: Any, opening: contextlib.ExitStack, **options: Any) -> tuple[Diagnosis, WeightSource | None]:
+    """Return a model's diagnosis and its weights, open as long as `opening`; of a written diagnosis there are none."""
     if isinstance(model, Diagnosis):
         return model, None
     if isinstance(model, str | Path) and Path(model).suffix == ".json":
         return Diagnosis.read_json(Path(model)), None
-    source = stack.enter_context(opened(model, options.get("axes")))
+    source = opening.enter_context(opened(model, options.get("axes"), options.get("stack")))
     return diagnose(source, **options), source
 
 

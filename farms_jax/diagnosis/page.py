@@ -78,13 +78,16 @@ def flat(value: Any) -> str:
 
     >>> flat({"window": {"rows": None, "per_axis": 10}, "whole": True, "seconds": 1.234567})
     'window (per axis 10), whole yes, seconds 1.235'
+    >>> flat({"axes": {".*/kv_einsum/w": "OIO"}})  # a pattern stays as it is
+    'axes (.*/kv_einsum/w OIO)'
     """
     if isinstance(value, Mapping):
         parts = []
         for name, entry in value.items():
             inner = flat(entry)
             if entry is not None:
-                parts.append(f"{name.replace('_', ' ')} {f'({inner})' if isinstance(entry, Mapping) else inner}")
+                said = name.replace("_", " ") if name.isidentifier() else name
+                parts.append(f"{said} {f'({inner})' if isinstance(entry, Mapping) else inner}")
         return ", ".join(parts)
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from farms_jax._axes import FLAX_AXES, Axes, LeafAxes
+from farms_jax._axes import FLAX_AXES, Axes, LeafAxes, layer_of
 from farms_jax._axis_rules import AxisRules
 from farms_jax._layers import Leaf, select_layers
 from farms_jax._names import matching, named_leaves
@@ -64,6 +64,7 @@ def diagnose(
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     axes: Any = None,
+    stack: Any = None,
     cache: Path | None = None,
     progress: bool = False,
     **settings: Any,
@@ -83,8 +84,9 @@ def diagnose(
         model: path of a checkpoint (see `farms_jax.open_weights`), an open `WeightSource`, or a pytree of arrays.
         include: regular expressions of layer names, matched whole; without any, all layers.
         exclude: regular expressions of layer names to leave out, matched whole.
-        axes: what the axes of the weights count, as `analyze` takes it (a stack by `AxisRules`); by default those of
-            the format, and `FLAX_AXES` for a pytree.
+        axes: what the axes of the weights count, as `analyze` takes it; by default those of the format, and
+            `FLAX_AXES` for a pytree.
+        stack: which of them count layers, experts or seeds, as `analyze` takes it.
         cache: folder of earlier results, by hash of the weights; `None` keeps nothing.
         progress: show progress bars, where the standard error is a terminal.
         **settings: fields of `farms_jax.diagnosis.Settings`.
@@ -98,7 +100,7 @@ def diagnose(
     """
     chosen = Settings(**settings)
     start = time.time()
-    with opened(model, axes) as source:
+    with opened(model, axes, stack) as source:
         places, left_out = layers_of(source, chosen, include, exclude)
         if not places:
             raise InputError(
@@ -128,7 +130,7 @@ def diagnose(
             model=source.name,
             layers=_rows({layer.name: found[layer.name] for layer in layers}, chosen),
             left_out=left_out,
-            settings=dataclasses.asdict(chosen) | {"axes": _shown(source.axes)},
+            settings=dataclasses.asdict(chosen) | {"axes": _shown(source.axes), "stack": _shown(source.stack)},
             facts=facts,
             histograms={layer.name: found[layer.name].histogram for layer in layers},
         )
@@ -141,12 +143,17 @@ def layers_of(
 
     Reads headers only. `include` and `exclude` are regular expressions; one that matches nothing is a ValueError.
     """
-    tensors = dict(source.tensors)
+    # What is declared is said of the weights: a pattern may match optimiser states too, of whatever rank.
+    weights = {name: tensor for name, tensor in source.tensors.items() if name not in source.skipped}
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    patterns = [
+        p for p in patterns if not matching(source.skipped, p, strict=False) or matching(weights, p, strict=False)
+    ]
     selection = select_layers(
-        list(tensors.items()), settings.window, settings.tail, source.axes, exclude, params=tensors
+        list(weights.items()), settings.window, settings.tail, source.axes, patterns, stack=source.stack, params=weights
     )
     layers = {name: Place(leaf, index) for leaf in selection.leaves for name, index in leaf.indexed_layers()}
-    names = [*tensors, *(name for name in layers if name not in tensors)]
+    names = [*source.tensors, *(name for name in layers if name not in source.tensors)]
     included = matching(names, include, "include") if include else set(names)
     # Where several reasons hold, the last of these is told.
     left_out = dict(selection.left_out) | dict.fromkeys(selection.excluded, "excluded")
@@ -165,30 +172,39 @@ def _shown(axes: Any) -> Any:
     """Return a declaration of axes for JSON."""
     if callable(axes):
         return getattr(axes, "__name__", repr(axes))
-    return dataclasses.asdict(axes) if isinstance(axes, Axes | AxisRules) else repr(axes)
+    if isinstance(axes, Axes | AxisRules):
+        return {name: _shown(value) for name, value in dataclasses.asdict(axes).items()}
+    if isinstance(axes, Mapping):
+        return {name: "none" if value is None else _shown(value) for name, value in axes.items()}
+    return axes if axes is None or isinstance(axes, str | int | tuple) else repr(axes)
 
 
 class _Tree(WeightSource):
     """A pytree in memory, read like a file."""
 
-    def __init__(self, tree: Any, axes: Any) -> None:
+    def __init__(self, tree: Any, axes: Any, stack: Any) -> None:
         self._leaves = dict(named_leaves(tree))
         super().__init__(Path("weights in memory"), "weights in memory", "pytree", axes, self._leaves)
+        self.stack = stack
 
     def _read(self, name: str) -> np.ndarray:
         return np.array(self._leaves[name])
 
+    def _read_part(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray:
+        return np.array(layer_of(np.asarray(self._leaves[name]), axes, index))
 
-def opened(model: Any, axes: Any = None) -> AbstractContextManager[WeightSource]:
+
+def opened(model: Any, axes: Any = None, stack: Any = None) -> AbstractContextManager[WeightSource]:
     """Return any model as a source of weights for a `with` block, which closes it only if it was opened here.
 
-    Without `axes`, a checkpoint has those of its format, a pytree `FLAX_AXES`.
+    Without `axes`, a checkpoint has those of its format, a pytree `FLAX_AXES`; an open source takes them over.
     """
     if isinstance(model, WeightSource):
+        model.axes, model.stack = model.axes if axes is None else axes, model.stack if stack is None else stack
         return nullcontext(model)
     if isinstance(model, str | Path):
-        return open_weights(model, axes=axes)
-    return _Tree(model, FLAX_AXES if axes is None else axes)
+        return open_weights(model, axes=axes, stack=stack)
+    return _Tree(model, FLAX_AXES if axes is None else axes, stack)
 
 
 def _hashed(source: WeightSource, places: Mapping[str, Place], settings: Settings, *, progress: bool) -> list[_Layer]:

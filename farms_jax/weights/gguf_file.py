@@ -169,15 +169,23 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], number: int, start: i
     return GGUFTensor(kind, shape, start, row_bytes)
 
 
-def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
-    """Read and dequantise one tensor: float32; beside the result, memory holds a few million weights at a time."""
+def read_tensor(file: GGUFFile, name: str, number: int = 0, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Read and dequantise one tensor, or the part of this number and shape.
+
+    Beside the result, memory holds a few million weights at a time.
+
+    Returns:
+        New float32 array.
+    """
     tensor, dequantize = file.tensors[name], _package(file.path).quants.dequantize
-    rows = math.prod(tensor.shape[:-1])
+    shape = tensor.shape if shape is None else shape
+    rows = math.prod(shape[:-1])
+    start = tensor.start + number * rows * tensor.row_bytes
     out = np.empty((rows, tensor.shape[-1]), _FLOAT32)
     step = max(1, _PIECE // tensor.shape[-1])
     for first in range(0, rows, step):
         count = min(step, rows - first)
         stored = np.empty(count * tensor.row_bytes, np.uint8)
-        read_bytes(file.path, tensor.start + first * tensor.row_bytes, stored, name)
+        read_bytes(file.path, start + first * tensor.row_bytes, stored, name)
         out[first : first + count] = dequantize(stored.reshape(count, -1), tensor.kind)
-    return out.reshape(tensor.shape)
+    return out.reshape(shape)

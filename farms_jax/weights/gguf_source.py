@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from farms_jax.axis_rules import torch
+from farms_jax._axes import LeafAxes
+from farms_jax._torch_axes import torch
 from farms_jax.errors import InputError, listed, printable, short_repr
 from farms_jax.weights.conversion import Row, Table
 from farms_jax.weights.gguf_file import read_gguf, read_tensor
-from farms_jax.weights.reading import DOWNLOAD_AGAIN, TensorInfo
+from farms_jax.weights.reading import DOWNLOAD_AGAIN, TensorInfo, part_of
 from farms_jax.weights.source import WeightSource
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -59,7 +60,7 @@ class GGUFSource(WeightSource):
         shapes = {name: found[own_name].shape for name, own_name in self._names.items()}
         self._heads = _interleaved_heads(self.metadata, shapes, str(path))
         tensors = {name: TensorInfo(_FLOAT32, shape) for name, shape in shapes.items()}
-        super().__init__(path, path.stem, "gguf", torch(), tensors)
+        super().__init__(path, path.stem, "gguf", torch(tensors), tensors)
 
     def _read(self, name: str) -> np.ndarray:
         array = read_tensor(self._file, self._names[name])
@@ -69,6 +70,10 @@ class GGUFSource(WeightSource):
         heads = self._heads[name]
         split = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
         return split.swapaxes(1, 2).reshape(array.shape)
+
+    def _read_part(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray | None:
+        part = None if name in self._heads else part_of(self.tensors[name].shape, axes, index)
+        return None if part is None else read_tensor(self._file, self._names[name], *part)
 
 
 def architecture_of(metadata: Mapping[str, Any], where: str) -> str:
@@ -102,7 +107,9 @@ def _interleaved_heads(
     if metadata.get("general.architecture") != "llama":
         return {}
     heads = metadata.get("llama.attention.head_count")
-    counts = {"q_proj": heads, "k_proj": metadata.get("llama.attention.head_count_kv", heads)}
+    few = metadata.get("llama.attention.head_count_kv", heads)
+    # By both names: those of a mixture of experts stay as they are.
+    counts = {"q_proj": heads, "k_proj": few, "attn_q": heads, "attn_k": few}
     # Without a usable count rows stay as they are: fine for a diagnosis, and pruning refuses the file for its config.
     known = {m: n for m, count in counts.items() if type(n := same_in_all_blocks(count)) is int and n > 0}
     found = {name: known[module] for name in shapes if (module := name.split(".")[-2:][0]) in known}

@@ -59,7 +59,7 @@ class LoraSource(WeightSource):
             name: TensorInfo(_FLOAT32, info.shape) if name in changed else info for name, info in base.tensors.items()
         }
         super().__init__(path, f"{base.name} + {path.resolve().name}", base.format, base.axes, tensors)
-        self.skipped = base.skipped
+        self.skipped, self.stack = base.skipped, base.stack
 
     def _read(self, name: str) -> np.ndarray:
         if name in self._replaced:

@@ -18,10 +18,10 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from farms_jax._axes import FLAX_AXES
+from farms_jax._axes import FLAX_AXES, LeafAxes
 from farms_jax._extras import from_extra
 from farms_jax.errors import InputError, one_line, printable, short_repr
-from farms_jax.weights.reading import TensorInfo, is_valid_shape, os_errors_named, read_bytes
+from farms_jax.weights.reading import TensorInfo, is_valid_shape, os_errors_named, part_of, read_bytes
 from farms_jax.weights.source import WeightSource
 
 _REMEDY = "write it again with flax.serialization.to_bytes"
@@ -52,12 +52,22 @@ class MsgpackSource(WeightSource):
         super().__init__(path, path.stem, "msgpack", FLAX_AXES, tensors)
 
     def _read(self, name: str) -> np.ndarray:
+        return self._read_values(name, 0, self.tensors[name].shape)
+
+    def _read_part(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray | None:
+        part = part_of(self.tensors[name].shape, axes, index)
+        return None if part is None else self._read_values(name, *part)
+
+    def _read_values(self, name: str, number: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Read the part of this number and shape of an array."""
         info, pieces = self._arrays[name]
-        array, done = np.empty(info.nbytes, np.uint8), 0
+        part = TensorInfo(info.dtype, shape)
+        array, done, skip = np.empty(part.nbytes, np.uint8), 0, number * part.nbytes
         for start, size in pieces:
-            read_bytes(self.path, start, array[done : done + size], name)
-            done += size
-        return array.view(info.dtype).reshape(info.shape)
+            count = min(max(size - skip, 0), part.nbytes - done)
+            read_bytes(self.path, start + skip, array[done : done + count], name)
+            done, skip = done + count, max(skip - size, 0)
+        return array.view(info.dtype).reshape(shape)
 
 
 def _named_arrays(tree: Mapping[str, Any], prefix: str, where: str) -> Iterator[tuple[str, _ArrayAt]]:

@@ -26,15 +26,16 @@ _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _KNOWN = f"{', '.join(_READERS)}, a Hugging Face folder, an Orbax checkpoint, or a run directory"
 
 
-def open_weights(path: str | Path, *, axes: Any = None) -> WeightSource:
+def open_weights(path: str | Path, *, axes: Any = None, stack: Any = None) -> WeightSource:
     """Open a model's weights; headers are read and checked, arrays are not.
 
     Args:
         path: Hugging Face folder, or any other with safetensors; `.safetensors`, `.gguf`, `.npz` or Flax `.msgpack`
             file; Orbax checkpoint, or a folder of numbered ones; run directory of one of the programs, which stands
             for its first seed's best checkpoint or its pruned model.
-        axes: What the axes of the arrays count, as `farms_jax.analyze` takes it (a stack by `AxisRules`); default: as
-            usual in the format, that is outputs first in safetensors and GGUF, last in all others.
+        axes: What the axes of the arrays count, as `farms_jax.analyze` takes it; default: as usual in the format, that
+            is `farms_jax.axis_rules.torch` in safetensors and GGUF, outputs last in all others.
+        stack: Which of them count layers, experts or seeds, likewise.
 
     Returns:
         The open weights, for a `with` block.
@@ -54,6 +55,7 @@ def open_weights(path: str | Path, *, axes: Any = None) -> WeightSource:
             ) from error
     if axes is not None:
         source.axes = axes
+    source.stack = stack
     return source
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from farms_jax._axes import FLAX_AXES
+from farms_jax._axes import FLAX_AXES, LeafAxes, layer_of
 from farms_jax._extras import from_extra
 from farms_jax.errors import InputError, one_line, short_repr
 from farms_jax.weights.reading import TensorInfo, check_name, is_valid_shape, read_json
@@ -53,9 +53,25 @@ class OrbaxSource(WeightSource):
         super().__init__(path, name, "orbax", FLAX_AXES, {leaf: a.info for leaf, (_, a) in self._arrays.items()})
 
     def _read(self, name: str) -> np.ndarray:
-        folder, array = self._arrays[name]
+        return self._read_from(name, self._arrays[name][1].store)
+
+    def _read_part(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray:
+        # Chunks are read as a whole: so are the layers that lie in the same ones, which is often all.
+        store = self._arrays[name][1].store
+        sizes = [store.chunk_layout.read_chunk.shape[axis] for axis in axes.stack]
+        first = [place - place % size for place, size in zip(index, sizes, strict=True)]
+        if self._held is None or self._held[0] != (name, *first):
+            self._held = None
+            ends = [min(i + size, store.shape[axis]) for axis, i, size in zip(axes.stack, first, sizes, strict=True)]
+            cut = dict(zip(axes.stack, map(slice, first, ends), strict=True))
+            part = self._read_from(name, store[tuple(cut.get(axis, slice(None)) for axis in range(store.rank))])
+            self._held = (name, *first), part
+        return layer_of(self._held[1], axes, tuple(np.subtract(index, first))).copy()
+
+    def _read_from(self, name: str, store: Any) -> np.ndarray:
+        folder = self._arrays[name][0]
         try:
-            return np.asarray(array.store.read().result())
+            return np.asarray(store.read().result())
         except Exception as error:  # of any kind: it depends on what is damaged
             raise InputError(f"{folder}: {name} cannot be read ({_reason(error)}); {_REMEDY}") from error
 
@@ -78,9 +94,9 @@ def trees(folder: Path) -> dict[str, Path]:
     """Return the trees of a checkpoint, name -> folder; a folder that is itself a tree has the name ""."""
     if (folder / _TABLE).is_file():
         return {"": folder}
-    if not (folder / _CHECKPOINT).is_file():
-        return {}
-    return {child.name: child for child in _folders(folder) if (child / _TABLE).is_file()}
+    found = {child.name: child for child in _folders(folder) if (child / _TABLE).is_file()}
+    # Old checkpoints are not marked; these are the names that Orbax gives to a tree itself.
+    return found if (folder / _CHECKPOINT).is_file() or found.keys() <= {"default", "items"} else {}
 
 
 def steps(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from farms_jax._axes import LeafAxes
 from farms_jax.errors import InputError, one_line, short_repr
 
 DOWNLOAD_AGAIN = "download it again"
@@ -74,6 +75,21 @@ def read_bytes(path: Path, start: int, out: np.ndarray, name: str) -> None:
             done += count
     if done < len(view):
         raise InputError(f"{path}: ends inside {name}: truncated; {DOWNLOAD_AGAIN}")
+
+
+def part_of(shape: Sequence[int], axes: LeafAxes, index: Sequence[int]) -> tuple[int, tuple[int, ...]] | None:
+    """Return which part of a tensor's values a layer of its stack is, and the layer's shape.
+
+    `None` where the layer is no part of one piece, that is where the stack is not the first axes.
+
+    >>> part_of((2, 3, 4), LeafAxes((1,), (2,), stack=(0,)), (1,))
+    (1, (3, 4))
+    """
+    count = len(axes.stack)
+    if sorted(axes.stack) != list(range(count)):
+        return None
+    place = dict(zip(axes.stack, index, strict=True))
+    return int(np.ravel_multi_index([place[axis] for axis in range(count)], shape[:count])), tuple(shape[count:])
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

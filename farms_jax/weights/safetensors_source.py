@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from farms_jax.axis_rules import torch
+from farms_jax._axes import LeafAxes
+from farms_jax._torch_axes import torch
 from farms_jax.errors import InputError, listed, printable, short_repr
-from farms_jax.weights.reading import DOWNLOAD_AGAIN, read_json
-from farms_jax.weights.safetensors_file import read_layout, read_tensor
+from farms_jax.weights.reading import DOWNLOAD_AGAIN, TensorInfo, part_of, read_json
+from farms_jax.weights.safetensors_file import Entry, read_layout, read_tensor
 from farms_jax.weights.source import WeightSource
 
 WEIGHTS = "model.safetensors"
@@ -40,11 +41,21 @@ class SafetensorsSource(WeightSource):
                 self.file_of[name] = filename
         tensors = {name: entry.info for layout in self.layouts.values() for name, entry in layout.tensors.items()}
         name = path.resolve().name if path == self._folder else path.stem
-        super().__init__(path, name, "safetensors", torch(), tensors)
+        super().__init__(path, name, "safetensors", torch(tensors), tensors)
 
     def _read(self, name: str) -> np.ndarray:
         filename = self.file_of[name]
         return read_tensor(self._folder / filename, name, self.layouts[filename].tensors[name])
+
+    def _read_part(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray | None:
+        filename = self.file_of[name]
+        entry = self.layouts[filename].tensors[name]
+        if (part := part_of(entry.info.shape, axes, index)) is None:
+            return None
+        number, shape = part
+        info = TensorInfo(entry.info.dtype, shape)
+        start = entry.start + number * info.nbytes
+        return read_tensor(self._folder / filename, name, Entry(info, start, start + info.nbytes))
 
 
 def open_indexed(path: Path) -> SafetensorsSource:

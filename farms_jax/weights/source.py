@@ -22,6 +22,7 @@ class WeightSource(ABC):
         path: Path of the file or folder.
         format: safetensors, gguf, orbax, msgpack or npz.
         axes: What the axes of the arrays count, as `farms_jax.analyze` takes it.
+        stack: Which of them count layers, likewise.
         tensors: Full name -> dtype and shape, in natural order: `layer2` before `layer10`.
         skipped: Name -> why an array is no weight of the model, such as "optimiser state".
     """
@@ -35,7 +36,8 @@ class WeightSource(ABC):
         self.path, self.name, self.format, self.axes = path, name, format, axes
         self.tensors = {tensor: tensors[tensor] for tensor in sorted(tensors, key=natural_key)}
         self.skipped = not_weights(self.tensors)
-        self._stack: tuple[str, np.ndarray] | None = None
+        self.stack: Any = None
+        self._held: tuple[tuple[Any, ...], np.ndarray] | None = None  # what layers are cut out of
 
     def read(self, name: str) -> np.ndarray:
         """Read one tensor.
@@ -53,10 +55,13 @@ class WeightSource(ABC):
             raise InputError(
                 f"{self.path}: there is no tensor {printable(name)} among its {len(self.tensors)}; check the name"
             )
+        self._held = None  # before memory holds another one
         return self._read(name)
 
     def read_layer(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray:
         """Read one layer of a tensor that may hold a stack of them.
+
+        Where the format allows, the layer alone is read; else the tensor, once for all layers that are read in a row.
 
         Args:
             name: A key of `tensors`.
@@ -71,9 +76,16 @@ class WeightSource(ABC):
         """
         if not index:
             return self.read(name)
-        if self._stack is None or self._stack[0] != name:  # its layers are read one after the other
-            self._stack = name, self.read(name)
-        return layer_of(self._stack[1], axes, index).copy()
+        if (part := self._read_part(name, axes, index)) is not None:
+            return part
+        if self._held is None or self._held[0] != (name,):
+            self._held = (name,), self.read(name)
+        return layer_of(self._held[1], axes, index).copy()
+
+    def _read_part(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray | None:
+        """Read one layer alone; `None` where that takes the whole tensor."""
+        del name, axes, index
+        return None
 
     @abstractmethod
     def _read(self, name: str) -> np.ndarray:

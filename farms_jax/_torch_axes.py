@@ -1,0 +1,55 @@
+"""What the axes of Torch's checkpoints count, and of GGUF's: by names and shapes, with experts in one tensor."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from farms_jax._axes import TORCH_AXES
+from farms_jax._axis_rules import AxisRules
+from farms_jax._names import name_of
+
+_EXPERTS = re.compile(r"(.*[/.])?(experts[/.].*|(input|output)_linear\.weight|ffn_\w+_exps\.weight)")
+_CONVOLUTION = re.compile(r"(.*[/.])?([^/.]*conv[^/.]*|patch_embed[^/.]*[/.]proj)[/.]weight")
+# The state transitions of Mamba, its depthwise convolution in GGUF, and biases of attention by distance.
+_NO_MATRIX = re.compile(r"(.*[/.])?(A_log|ssm_a|ssm_conv1d[/.]weight|(relative_attention_bias|attn_rel_b)[/.]weight)")
+
+_Shapes = Mapping[str, tuple[int, ...]]
+
+
+def torch(params: Any) -> AxisRules:
+    """Return the axes of Torch's checkpoints, and of GGUF's: (outputs, inputs, ...), experts in one tensor as a stack.
+
+    A function of the parameters: give it as it is, `axes=farms_jax.axis_rules.torch`. Experts are (experts, outputs,
+    inputs), or (experts, inputs, outputs) as in gpt-oss and Llama 4: the shapes of a module's two tensors tell.
+
+    Args:
+        params: arrays by name, or anything with their shapes.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: hasattr(node, "shape"))
+    shapes: dict[str, tuple[int, ...]] = {name_of(path): tuple(getattr(leaf, "shape", ())) for path, leaf in leaves}
+    spellings: dict[str, str | None] = {}
+    stack: dict[str, int] = {}
+    for name, shape in shapes.items():
+        # One pattern for all blocks.
+        pattern = re.sub(r"\d+", r"\\d+", re.escape(name))
+        if _NO_MATRIX.fullmatch(name):
+            spellings[pattern] = None
+        elif len(shape) == 3 and (match := _EXPERTS.fullmatch(name)):
+            spellings[pattern] = _of_experts(match[1] or "", shapes)
+            stack[pattern] = 0
+        elif len(shape) in {3, 5} and _CONVOLUTION.fullmatch(name):
+            # A depthwise convolution mixes no channels.
+            spellings[pattern] = None if shape[1] == 1 else "OI" + "K" * (len(shape) - 2)
+    return AxisRules(spellings, stack, default=TORCH_AXES)
+
+
+def _of_experts(module: str, shapes: _Shapes) -> str:
+    """Return the spelling of one expert.
+
+    Gate and up in one tensor have two outputs for each input of the tensor that follows, whichever axis they are.
+    """
+    own = [shape for name, shape in shapes.items() if name.startswith(module) and len(shape) == 3]
+    inputs_first = any(up[2] == 2 * down[1] and up[1] == down[2] for up in own for down in own)
+    return "IO" if inputs_first else "OI"
