@@ -155,8 +155,8 @@ def _raise_inside_shard_map() -> None:
     """Raise where weights would be shards, and nothing says of what."""
     if axes := jax.sharding.get_abstract_mesh().manual_axes:
         raise ValueError(
-            f"analyze: inside shard_map over {', '.join(map(str, axes))} a weight may be a shard of one; measure "
-            "outside, where `mesh` spreads the work, and write the factors into the state by `refresh`"
+            f"analyze: inside shard_map or pmap, here over {', '.join(map(str, axes))}, a weight may be a shard of "
+            "one; measure outside, where `mesh` spreads the work, and write the factors into the state by `refresh`"
         )
 
 
@@ -167,10 +167,10 @@ def needs_small_eigenvalues(tail: Tail) -> bool:
 
 def _platform(weights: Sequence[Any], mesh: Mesh | None) -> str | None:
     """Return the platform of the mesh or of the weights; `None` for traced weights: it is known where they are run."""
-    if mesh is not None:
-        return mesh.devices.flat[0].platform
     if any(isinstance(weight, Tracer) for weight in weights):
         return None
+    if mesh is not None:
+        return mesh.devices.flat[0].platform
     for weight in weights:
         if isinstance(weight, jax.Array):
             return next(iter(weight.devices())).platform

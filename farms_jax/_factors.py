@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from farms_jax._names import name_of, named_leaves, without_boxes
 
@@ -114,8 +116,7 @@ def scaled(path: tuple[Any, ...], factor: Any, update: Any) -> Any:
     """Return the update of a leaf times its factor."""
 
     def times(leaf: Array) -> Array:
-        sizes = zip(reversed(jnp.shape(factor)), reversed(jnp.shape(leaf)), strict=False)
-        if jnp.ndim(factor) > jnp.ndim(leaf) or any(own not in {1, size} for own, size in sizes):
+        if not _broadcasts(jnp.shape(factor), jnp.shape(leaf)):
             raise ValueError(
                 f"scale: the factor of {name_of(path)} has shape {jnp.shape(factor)}, "
                 f"which does not broadcast to {jnp.shape(leaf)}"
@@ -125,25 +126,51 @@ def scaled(path: tuple[Any, ...], factor: Any, update: Any) -> Any:
     return jax.tree.map(times, update)
 
 
-def like(old: Any, scale: Any) -> Any:
-    """Return factors, float32, in the structure of the old ones, each in a buffer of its own.
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    sizes = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(own in {1, size} for own, size in sizes)
+
+
+def like(old: Any, scale: Any, copies: tuple[int, ...] = ()) -> Any:
+    """Return factors, float32, in the structure of the old ones, each in a buffer of its own, on the old one's devices.
 
     They are matched by name: integer keys, as in an NNX state, are ordered otherwise than the same keys as strings. A
     transform of some parameters takes theirs from the factors of all.
+
+    Args:
+        old: the old factors.
+        scale: the new ones.
+        copies: leading axes of a state that is replicated or has one training for each seed. Factors without them are
+            the same for all copies.
 
     Raises:
         ValueError: one is missing.
     """
     factors = dict(named_leaves(scale))
+    missing = () if all(jnp.shape(factor)[: len(copies)] == copies for factor in factors.values()) else copies
 
     def new(path: tuple[Any, ...], before: Array) -> Array:
         name = name_of(path)
         if name not in factors:
             raise ValueError(f"scale: no factor for {name!r}; it must be like params")
-        shape = jnp.broadcast_shapes(jnp.shape(before), jnp.shape(factors[name]))
-        return jnp.array(jnp.broadcast_to(factors[name], shape), jnp.float32, copy=True)
+        own, had = (*missing, *jnp.shape(factors[name]))[len(copies) :], jnp.shape(before)[len(copies) :]
+        factor = jnp.broadcast_to(factors[name], (*copies, *own))
+        if _broadcasts(own, had):  # the shape stays, for which the step is compiled
+            ones = (1,) * (len(had) - len(own))
+            factor = jnp.broadcast_to(factor.reshape(*copies, *ones, *own), (*copies, *had))
+        return _placed_as(before, jnp.array(factor, jnp.float32, copy=True))
 
     return jax.tree.map_with_path(new, old)
+
+
+def _placed_as(before: Any, factor: Array) -> Array:
+    """Return a factor on the devices of the old one, for which the step is compiled, wherever it was measured."""
+    if isinstance(before, Tracer) or isinstance(factor, Tracer) or not isinstance(before, jax.Array):
+        return factor
+    fits = before.shape == factor.shape or before.is_fully_replicated
+    if isinstance(before.sharding, NamedSharding):  # it says nothing of the axes that are new
+        fits |= before.shape == factor.shape[: before.ndim]
+    return jax.device_put(factor, before.sharding) if before.committed and fits else factor
 
 
 def refresh(opt_state: Any, scale: Any) -> Any:
@@ -152,10 +179,11 @@ def refresh(opt_state: Any, scale: Any) -> Any:
     Args:
         opt_state: state of a chain with `tempbalance`, wrapped or not (`MultiSteps`, `masked`, `partition`,
             `nnx.Optimizer`).
-        scale: tree like the parameters, as from `lr_scale`; a transform of some parameters takes theirs.
+        scale: tree like the parameters, as from `lr_scale`; a transform of some parameters takes theirs. Where the
+            state is replicated, or holds one training for each seed, it may be that of one, for all.
 
     Returns:
-        The same structure with the new factors, none of which shares its buffer.
+        The same structure with the new factors, on the same devices; none shares its buffer.
 
     Raises:
         ValueError: there is no `TempBalanceState`, or `scale` does not fit.
@@ -167,7 +195,8 @@ def refresh(opt_state: Any, scale: Any) -> Any:
     def refreshed(node: Any) -> Any:
         if not is_ours(node):
             return node
-        return node._replace(hyperparams={**node.hyperparams, _RATES: like(node.hyperparams[_RATES], scale)})
+        new = like(node.hyperparams[_RATES], scale, jnp.shape(node.count))
+        return node._replace(hyperparams={**node.hyperparams, _RATES: new})
 
     if not any(map(is_ours, jax.tree.leaves(opt_state, is_leaf=is_ours))):
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(opt_state)]

@@ -146,9 +146,11 @@ def _factors(
     fitted = (report.alpha > 0) & counts
     if range_quantiles is not None:
         # Of the scores themselves, nothing in between: an outlier next to a quantile does not move it.
-        known = jnp.where(fitted, scores, jnp.nan)
-        lowest = jnp.nanquantile(known, float(range_quantiles[0]), method="higher")
-        highest = jnp.nanquantile(known, float(range_quantiles[1]), method="lower")
+        # Not by `nanquantile`: the NaN would stop a program under `jax_debug_nans`.
+        ascending = jnp.sort(jnp.where(fitted, scores, jnp.inf))
+        last = jnp.maximum(fitted.sum(dtype=scores.dtype) - 1, 0)
+        lowest = ascending[jnp.ceil(range_quantiles[0] * last).astype(jnp.int32)]
+        highest = ascending[jnp.floor(range_quantiles[1] * last).astype(jnp.int32)]
         scores = jnp.clip(scores, lowest, jnp.maximum(lowest, highest))
     least, most = scores.min(where=fitted, initial=jnp.inf), scores.max(where=fitted, initial=-jnp.inf)
     # Layers without a tail get the mean of the others, which leaves the range as it is. It is clipped because a mean of
@@ -156,7 +158,7 @@ def _factors(
     mean = jnp.where(fitted, scores, 0).sum() / jnp.maximum(fitted.sum(dtype=scores.dtype), 1)
     scores = jnp.where(fitted, scores, jnp.where(fitted.any(), jnp.clip(mean, least, most), 1))
     if mapping in mappings.NAMED.values():
-        factors = mapping(scores, low, high, where=fitted)
+        factors = mapping(scores, low, high, where=fitted | ~fitted.any())  # a mean of none would be NaN
     else:
         factors = mapping(scores, low, high)
     return jnp.where(fitted & (most > least), factors, 1).astype(jnp.float32)

@@ -6,6 +6,7 @@ import sys
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+import flax.jax_utils
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +131,8 @@ def traced(results):
         placed = jax.device_put(weight, NamedSharding(EXPLICIT, P("y", "x")))
         found = jax.jit(lambda w: farms_jax.analyze({"w": w}, mesh=EXPLICIT, **settings))(placed)
         results["explicit axes"] = difference(found, expected)
+        found = jax.jit(lambda w: farms_jax.analyze({"w": w}, **settings))(placed)
+        results["explicit axes without a mesh"] = difference(found, expected)
 
 
 def train(mesh):
@@ -172,6 +175,59 @@ def training(results):
     results["step compiled"] = compiled
 
 
+def stacked_params():
+    weights = {"blocks": {"kernel": normal(3, 32, 64), "bias": normal(3, 64)}, "head": {"kernel": normal(64, 32)}}
+    return weights, farms_jax.measure_scale(weights, stack={"blocks/.*": 0})
+
+
+def refreshed(results):
+    """A compiled step of a sharded state takes factors wherever they were measured, in one compilation."""
+    weights, scale = stacked_params()
+    specs = {"blocks": {"kernel": P(None, "x", "y"), "bias": P(None, "y")}, "head": {"kernel": P("y", "x")}}
+    shardings = jax.tree.map(lambda spec: NamedSharding(MESH, spec), specs)
+    params = jax.device_put(weights, shardings)
+    tx = farms_jax.tempbalance(refresh_every=None)
+    state = jax.device_put(farms_jax.refresh(tx.init(params), scale), NamedSharding(MESH, P()))
+    step = jax.jit(lambda grads, state: tx.update(grads, state), donate_argnums=1)
+    compiled = step.lower(params, state).compile()
+    on_one = jax.device_put(weights, jax.devices()[3])
+    updates = None
+    for measured in (weights, on_one):
+        new = farms_jax.measure_scale(measured, stack={"blocks/.*": 0})
+        state = farms_jax.refresh(state, jax.tree.map(lambda factor: 2 * factor, new))
+        results["state on all devices"] = all(
+            leaf.sharding.is_fully_replicated and len(leaf.devices()) == 8 for leaf in jax.tree.leaves(state)
+        )
+        updates, state = compiled(params, state)
+    wanted = jax.tree.map(lambda weight, factor: 2 * weight * factor, weights, scale)
+    results["refreshed"] = largest_difference(updates, wanted)
+
+
+def replicated(results):
+    """The state of a `pmap` is refreshed by the factors of one replica."""
+    weights, scale = stacked_params()
+    tx = farms_jax.tempbalance(refresh_every=None)
+    params, state = flax.jax_utils.replicate((weights, tx.init(weights)))
+    step = jax.pmap(lambda grads, state: tx.update(grads, state), donate_argnums=1)
+    for _ in range(2):
+        measured = farms_jax.measure_scale(flax.jax_utils.unreplicate(params), stack={"blocks/.*": 0})
+        updates, state = step(params, farms_jax.refresh(state, measured))
+        wanted = jax.tree.map(lambda weight, factor: np.stack([weight * factor] * 8), weights, scale)
+        results["replicated"] = largest_difference(updates, wanted)
+
+
+def largest_difference(found, wanted):
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), found, wanted)))
+
+
+def lowered(results):
+    """A step over a mesh of CPU devices may be lowered for another platform."""
+    tx, weights = farms_jax.tempbalance(refresh_every=1, mesh=MESH), {"w": normal(64, 48)}
+    traced = jax.jit(tx.update).trace(weights, tx.init(weights), weights)
+    for platform in ("cpu", "cuda", "tpu"):
+        results[f"callback on {platform}"] = "callback" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
 def faults(results):
     names = ("both", "replicated")
     halves = [Mesh(MESH.devices[part], ("x", "y")) for part in (slice(2), slice(2, 4))]
@@ -206,6 +262,6 @@ def faults(results):
 
 if __name__ == "__main__":
     results = {}
-    for part in (same_result, accelerator, ways_in, traced, training, faults):
+    for part in (same_result, accelerator, ways_in, traced, training, refreshed, replicated, lowered, faults):
         part(results)
     sys.stdout.write(json.dumps(results))

@@ -35,6 +35,7 @@ def results():
 
 CASES = ["median", "little memory", "ks, pooled", "svd", "gram64, whole", "eigenvalues", "accelerator", "training"]
 CASES += ["host arrays", "arrays of one device", "two meshes", "traced", "explicit axes", "traced without a mesh"]
+CASES += ["explicit axes without a mesh", "refreshed", "replicated"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -57,6 +58,14 @@ def test_programs_are_compiled_once(results):
     assert results["scales differ"] > 0.5
     assert results["step compiled"] == 1
     assert results["compiled again"] == 0  # by twenty analyses
+
+
+def test_a_state_stays_on_its_devices(results):
+    assert results["state on all devices"] is True
+
+
+def test_the_platform_of_a_mesh_is_where_the_program_runs(results):
+    assert [results[f"callback on {platform}"] for platform in ("cpu", "cuda", "tpu")] == [True, False, False]
 
 
 def test_weights_that_cannot_be_analysed_are_named(results):

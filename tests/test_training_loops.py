@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.jax_utils
 import flax.linen as nn
 import flax.serialization
 import jax
@@ -180,8 +181,61 @@ def test_a_state_restored_without_its_target_is_told_from_one_without_factors():
 def test_inside_shard_map_a_measurement_is_an_error():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     measure = jax.shard_map(farms_jax.measure_scale, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
-    with pytest.raises(ValueError, match="inside shard_map over data a weight may be a shard"):
+    with pytest.raises(ValueError, match="inside shard_map or pmap, here over data, a weight may be a shard"):
         measure(make_params())
+    tx = farms_jax.tempbalance(refresh_every=1)
+    replicated = flax.jax_utils.replicate(make_params(), jax.devices()[:1])
+    step = jax.pmap(lambda params: tx.update(params, tx.init(params), params), "batch", devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="inside shard_map or pmap, here over batch, .* by `refresh`"):
+        step(replicated)
+
+
+def stacked_params(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"blocks": {"kernel": (3, 32, 32), "bias": (3, 32)}, "head": {"kernel": (32, 24), "bias": (24,)}}
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def stacked_factors(seed):
+    of_layers = jnp.linspace(0.5, 1.5, 3) * (1 + seed)
+    return {
+        "blocks": {"kernel": of_layers[:, None, None], "bias": of_layers[:, None]},
+        "head": {"kernel": jnp.float32(2.0), "bias": jnp.float32(2.0)},
+    }
+
+
+@pytest.mark.parametrize("factors", [[stacked_factors(0), stacked_factors(1)], [stacked_factors(0)]])
+def test_refresh_of_a_training_for_each_seed(factors):
+    """Seeds come first in the state, before the stack of layers that only the new factors have."""
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), stacked_params(0), stacked_params(1))
+    # Factors of each seed, or the same for all of them.
+    written = jax.tree.map(lambda *leaves: jnp.stack(leaves), *factors) if len(factors) == 2 else factors[0]
+    tx = farms_jax.tempbalance(refresh_every=None)
+    state = jax.vmap(tx.init)(params)
+    for _ in range(2):  # the second time into factors of their own shape
+        updates, state = jax.vmap(tx.update)(params, farms_jax.refresh(state, written))
+        for seed in range(2):
+            wanted = jax.tree.map(jnp.multiply, stacked_params(seed), factors[seed % len(factors)])
+            jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda leaf: leaf[seed], updates), wanted)  # noqa: B023
+
+
+OF_STACK: dict = {"stack": {"blocks/.*": 0}}
+
+
+@pytest.mark.parametrize("settings", [{}, {"range_quantiles": (0.1, 0.9)}, {"mapping": "sqrt"}])
+def test_no_nan_is_computed_on_the_way(settings):
+    params = stacked_params()
+    flat = jax.tree.map(jnp.zeros_like, params)
+    wanted, without_tail = (farms_jax.measure_scale(each, **OF_STACK, **settings) for each in (params, flat))
+    with jax.debug_nans(True):
+        found = farms_jax.measure_scale(params, **OF_STACK, **settings)
+        assert set(jax.tree.leaves(jax.tree.map(lambda leaf: float(leaf.min()), without_tail))) == {1.0}
+        farms_jax.measure_scale(flat, **OF_STACK, **settings)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 @pytest.mark.parametrize("tail", ["median", "ks"])

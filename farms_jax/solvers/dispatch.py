@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental.buffer_callback import buffer_callback
+from jax.sharding import NamedSharding, PartitionSpec
 
 from farms_jax._axes import LeafAxes, as_matrices
 from farms_jax._windows import Grid
@@ -50,12 +51,18 @@ def pooled_eigenvalues(weights: Sequence[Any], cuts: Sequence[Cut], options: Opt
     """
     if not weights:
         return []
-    weights = [in_working_precision(weight) for weight in weights]
+    weights = [_whole(in_working_precision(weight)) for weight in weights]
     on_host = functools.partial(_on_host, cuts=cuts, options=options)
     on_device = functools.partial(_on_device, cuts=cuts, options=options)
     if options.platform is None:
         return lax.platform_dependent(weights, cpu=on_host, default=on_device)
     return on_host(weights) if options.platform == "cpu" else on_device(weights)
+
+
+def _whole(weight: Array) -> Array:
+    """Bring a weight with explicitly sharded axes whole to all devices; XLA does so where it is free to choose."""
+    sharding = jax.typeof(weight).sharding
+    return jax.sharding.reshard(weight, NamedSharding(sharding.mesh, PartitionSpec())) if any(sharding.spec) else weight
 
 
 def _on_device(weights: Sequence[Array], cuts: Sequence[Cut], options: Options) -> list[Array]:

@@ -159,8 +159,13 @@ def shard_evenly(shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec
 @functools.partial(jax.jit, static_argnames=("cut", "mesh", "options"))
 def _solve(weight: Array, cut: Cut, mesh: Mesh, options: Options) -> Array:
     """Return the spectrum (D, E) of a weight that every device has."""
-    solve = _on_cpu_devices if options.platform == "cpu" else _on_accelerators
-    solve = functools.partial(solve, cut=cut, mesh=mesh, options=options)
+    on_cpu, on_accelerators = (
+        functools.partial(solve, cut=cut, mesh=mesh, options=options) for solve in (_on_cpu_devices, _on_accelerators)
+    )
+    if options.platform is None:
+        solve = functools.partial(lax.platform_dependent, cpu=on_cpu, default=on_accelerators)
+    else:
+        solve = on_cpu if options.platform == "cpu" else on_accelerators
     everywhere = PartitionSpec()
     # JAX does not see that what all devices have gathered is the same, hence no `check_vma`.
     return jax.shard_map(solve, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)(weight)
