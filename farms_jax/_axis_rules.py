@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from farms_jax._axes import FLAX_AXES, Axes, LeafAxes
+from farms_jax._default_axes import is_small
 from farms_jax._names import matching, name_of
 from farms_jax.errors import InputError
 
@@ -30,15 +31,17 @@ class AxisRules:
     Attributes:
         axes: a spelling for each pattern: one letter for every axis of the leaf except those of its stack, `I` for
             inputs, `O` for outputs, others for kernel positions, such as `"HWIO"` or `"KIO"`; axes with the same letter
-            I or O are merged in order. `Axes` instead are for 2-D weights and 4-D kernels, optax's
-            `MuonDimensionNumbers` for any; `None` says that the leaf is no matrix.
-        stack: for each pattern the axis that counts layers, experts or seeds, or a tuple of several, outermost first.
+            I or O are merged in order. Of several spellings, `"IO|IOO"`, that of the leaf's rank counts. `Axes` instead
+            are for 2-D weights and 4-D kernels, optax's `MuonDimensionNumbers` for any; `None` says that the leaf is no
+            matrix.
+        stack: for each pattern the axis that counts layers, experts or seeds, or a tuple of several, outermost first;
+            `None` for no stack.
         default: axes of the 2-D weights and 4-D kernels that no pattern of `axes` matches.
         file: file that describes one network with these rules: errors name it, and each pattern has to match a leaf.
     """
 
     axes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    stack: Mapping[str, int | tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    stack: Mapping[str, int | tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
     default: Axes = FLAX_AXES
     file: str | None = None
 
@@ -73,8 +76,7 @@ def declared_axes(
     Raises:
         InputError: a pattern matches nothing, a tree lacks a leaf, or a declaration does not fit its leaf.
     """
-    axes = axes(params) if callable(axes) else axes
-    stack = stack(params) if callable(stack) else stack
+    axes, stack = (value(params) if _is_function(value) else value for value in (axes, stack))
     try:
         return _declared(leaves, AxisRules(default=axes) if isinstance(axes, Axes) else axes, stack)
     except InputError as error:
@@ -89,14 +91,15 @@ def _declared(leaves: Sequence[tuple[str, Any]], rules: Any, stack: Any) -> tupl
         if stack is not None and rules.stack:
             raise InputError("stack: the AxisRules given as axes have one; give it in one place")
         default, strict = rules.default, rules.file is not None
-        spellings = _by_pattern(names, rules.axes, "axes", strict=strict)
-        stacks = _by_pattern(names, rules.stack, "stack", strict=strict)
+        spellings = _by_pattern(names, rules.axes, "axes", _is_spelling, strict=strict)
+        stacks = _by_pattern(names, rules.stack, "stack", _is_stack, strict=strict)
     else:
         default, stacks = FLAX_AXES, {}
         spellings = _by_name(names, rules, "axes", _is_spelling)
     if stack is None:
-        # Haiku's `layer_stack` has a name that nothing else has.
-        stacks = {name: 0 for name in names if re.search(r"(^|/)(__)?layer_stack", name)} | stacks
+        # Haiku's `layer_stack` has a name that nothing else has; one in another has an axis for each.
+        depths = {name: len(re.findall(r"(?:^|/)(?:__)?layer_stack", name)) for name in names}
+        stacks = {name: tuple(range(depth)) for name, depth in depths.items() if depth} | stacks
     else:
         stacks = dict.fromkeys(names, stack) if _is_stack(stack) else _by_name(names, stack, "stack", _is_stack)
     found = {}
@@ -104,7 +107,10 @@ def _declared(leaves: Sequence[tuple[str, Any]], rules: Any, stack: Any) -> tupl
         shape = tuple(getattr(leaf, "shape", ()))
         own = _stack_axes(name, stacks.get(name), shape)
         spelling = spellings.get(name)
-        if spelling is None:
+        if hasattr(spelling, "reduction_axis") and is_small(name, len(shape) - len(own)):
+            # Muon's numbers are often made by rank alone, and a bias of attention has two axes.
+            found[name] = Declared(own)
+        elif spelling is None:
             found[name] = Declared(own, is_matrix=name not in spellings)
         else:
             spelt = axes_spelt(name, spelling, shape, own)
@@ -115,19 +121,21 @@ def _declared(leaves: Sequence[tuple[str, Any]], rules: Any, stack: Any) -> tupl
 def _by_name(names: list[str], values: Any, argument: str, is_value: Callable[[Any], bool]) -> dict[str, Any]:
     """Return what a mapping from patterns, or a tree, gives for these names."""
     if isinstance(values, Mapping) and all(map(is_value, values.values())):
-        return _by_pattern(names, values, argument, strict=True)
+        return _by_pattern(names, values, argument, is_value, strict=True)
     tree = {name_of(path): value for path, value in jax.tree_util.tree_leaves_with_path(values, is_leaf=is_value)}
-    if wrong := [name for name, value in tree.items() if not is_value(value)]:
-        raise InputError(
-            f"{argument}: {tree[wrong[0]]!r}, given for {wrong[0]}, is none of what farms_jax.AxisRules has"
-        )
+    _check(tree, argument, is_value)
     if missing := [name for name in names if name not in tree]:
-        raise InputError(f"{argument}: the tree has nothing for {missing[0]}; it must be like the parameters")
+        raise InputError(
+            f"{argument}: the tree has nothing for {missing[0]}; give one like the parameters, or patterns"
+        )
     return {name: tree[name] for name in names}
 
 
-def _by_pattern(names: list[str], values: Mapping[str, Any], argument: str, *, strict: bool) -> dict[str, Any]:
+def _by_pattern(
+    names: list[str], values: Mapping[str, Any], argument: str, is_value: Callable[[Any], bool], *, strict: bool
+) -> dict[str, Any]:
     """Return the value of the first pattern that matches, by name; `strict` where each has to match one."""
+    _check(values, argument, is_value)
     found: dict[str, Any] = {}
     for pattern, value in values.items():
         # A flat tree of parameters is a mapping too: a name matches itself, whatever characters it has.
@@ -136,12 +144,24 @@ def _by_pattern(names: list[str], values: Mapping[str, Any], argument: str, *, s
     return found
 
 
+def _check(values: Mapping[str, Any], argument: str, is_value: Callable[[Any], bool]) -> None:
+    if wrong := [key for key, value in values.items() if not is_value(value)]:
+        raise InputError(
+            f"{argument}: {values[wrong[0]]!r}, given for {wrong[0] or 'all'}, is none of what farms_jax.AxisRules has"
+        )
+
+
+def _is_function(value: Any) -> bool:
+    # A tree may be callable too: a module of Equinox, or of NNX.
+    return callable(value) and jax.tree_util.all_leaves([value])
+
+
 def _is_spelling(value: Any) -> bool:
     return value is None or isinstance(value, str | Axes | LeafAxes) or hasattr(value, "reduction_axis")
 
 
 def _is_stack(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, tuple) and all(type(axis) is int for axis in value))
+    return value is None or all(type(axis) is int for axis in (value if isinstance(value, tuple) else (value,)))
 
 
 def _stack_axes(name: str, stack: int | tuple[int, ...] | None, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -179,21 +199,27 @@ def axes_spelt(name: str, spelling: Any, shape: tuple[int, ...], stack: tuple[in
         return LeafAxes((outputs,), (inputs,), stack)
     outputs = _counted(name, "axes", _as_tuple(spelling.output_axis), rest, shape)
     inputs = _counted(name, "axes", _as_tuple(spelling.reduction_axis), rest, shape)
+    if shared := set(outputs) & set(inputs):
+        raise InputError(f"axes: {name} is given axis {min(shared)} for its inputs and for its outputs")
     others = [axis for axis in rest if axis not in {*outputs, *inputs}]  # Muon takes such matrices one by one
     return LeafAxes(outputs, inputs, (*stack, *others))
 
 
 def _by_letters(name: str, spelling: str, shape: tuple[int, ...], stack: tuple[int, ...], rest: list[int]) -> LeafAxes:
-    if not spelling.isalpha() or not {"I", "O"} <= set(spelling):
+    spellings = spelling.split("|")
+    letters = next((each for each in spellings if len(each) == len(rest)), spellings[0])
+    if not letters.isalpha() or not {"I", "O"} <= set(letters):
         raise InputError(
             f"axes: {spelling!r}, given for {name}, must be letters, with an I for inputs and an O for outputs"
         )
-    if len(spelling) != len(rest):
+    if len(letters) != len(rest):
         beside = f" beside its stack's {len(stack)}" if stack else ""
+        remedy = "; say with `stack` which of them count layers, experts or seeds" if len(letters) < len(rest) else ""
         raise InputError(
-            f"axes: {spelling!r}, given for {name}, spells {len(spelling)} axes; it has {len(rest)}{beside}: {shape}"
+            f"axes: {spelling!r}, given for {name}, spells {len(letters)} axes; "
+            f"it has {len(rest)}{beside}: {shape}{remedy}"
         )
-    of_letter = {letter: tuple(a for a, own in zip(rest, spelling, strict=True) if own == letter) for letter in "OI"}
+    of_letter = {letter: tuple(a for a, own in zip(rest, letters, strict=True) if own == letter) for letter in "OI"}
     return LeafAxes(of_letter["O"], of_letter["I"], stack)
 
 

@@ -6,9 +6,21 @@ from typing import NamedTuple
 
 from farms_jax._axes import Axes
 
-_SMALL = re.compile(r"(.*_)?bias(_.*)?|b|scale|offset|beta|gamma")
-_POSITIONS = re.compile(r"(.*[/._])?(wpe|pos(ition|itional)?_?emb\w*|embed_positions?)([/._].*)?")
+_SMALL = re.compile(
+    r"(.*_)?bias(es)?(_.*)?|b(_?\d+)?|(.*_)?(scale|offset|beta|gamma)s?(_?\d+|_[a-z])?|A_log"  # A_log: of Mamba
+)
+_NORM = re.compile(
+    r"(?i)(.*[/.])?(\w*norm(_?\d+|_[a-z])?|(\w*_)?(ln(_\w+)?|bn)\d*)([/.](weight|w|kernel|scale|g)|_weight|_w)?"
+)
+_TABLE = r"([/.](embeddings?|weight|w|table))?"
+_POSITIONS = re.compile(
+    r"(.*[/._])?(wpe|pos(ition|itional)?_?(emb\w*|enc\w*|table)|embed_positions?|relative_attention_bias|"
+    rf"rel(ative)?_?(pos(ition)?_?)?(emb\w*|table)){_TABLE}|"
+    rf"(.*[/.])?((abs_|rel_)?pos(_[hw])?|positions?){_TABLE}|(.*[/.])?pe"
+)
 _LONGEST_POSITIONS = 32  # patches of vision transformers are up to 32 pixels wide; embeddings and stacks are longer
+_SMALL_POSITIONS = 7  # other kernels seldom have more, along an axis
+_FEW_CHANNELS = 16
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of the leaves without the axes of their stacks, by name."""
@@ -34,7 +46,8 @@ def is_small(name: str, ndim: int) -> bool:
 def default_spelling(name: str, shapes: Shapes, default: Axes) -> str | Axes | LeftOut:
     """Return the spelling of a leaf's axes (see `AxisRules`), or why it is no layer."""
     shape = shapes[name]
-    if is_small(name, len(shape)) or (len(shape) == 3 and sum(size > 1 for size in shape) < 2):  # a token, (1, 1, n)
+    is_token = len(shape) == 3 and sum(size > 1 for size in shape) < 2  # (1, 1, n)
+    if is_small(name, len(shape)) or is_token or _is_norm(name, shapes):
         return LeftOut("bias, norm or other vector")
     if _POSITIONS.fullmatch(name):
         return LeftOut("embedding of positions")
@@ -49,11 +62,19 @@ def default_spelling(name: str, shapes: Shapes, default: Axes) -> str | Axes | L
     return LeftOut("4 axes that are no convolution's: say with `axes` or `stack` what they count", undeclared=True)
 
 
+def _is_norm(name: str, shapes: Shapes) -> bool:
+    """Tell whether a leaf multiplies element by element: its bias has its own shape, or its module is called a norm."""
+    bias = shapes.get(_beside(name, "bias"))
+    is_called_so = len(shapes[name]) < 4 and _NORM.fullmatch(name) is not None
+    return is_called_so if bias is None else bias == shapes[name]
+
+
 def _attention(name: str, shapes: Shapes) -> str | None:
     """Return the spelling of a kernel of Flax's attention.
 
     The kernels of query, key and value, (inputs, heads, head size), and that of `out`, (heads, head size, outputs),
-    share heads and head size, apart from grouped keys and values, which have fewer heads.
+    share heads and head size, apart from grouped keys and values, which have fewer heads. Those of an attention to
+    something else have inputs of their own.
     """
     parts = re.fullmatch(r"(.*[/.])?(query|key|value|out)([/.]kernel)", name)
     if parts is None:
@@ -63,7 +84,8 @@ def _attention(name: str, shapes: Shapes) -> str | None:
         return None
     if parts[2] == "out":
         return "IIO"
-    return "IOO" if shapes[name][0] == query[0] and shapes[name][2] == query[2] else None
+    _, heads, size = shapes[name]
+    return "IOO" if query[1] % heads == 0 and size == query[2] else None
 
 
 def _dense_general(name: str, shapes: Shapes) -> str | None:
@@ -82,8 +104,16 @@ def _may_be_convolution(name: str, shapes: Shapes, default: Axes) -> bool:
     # A stack of layers, or attention, has a long axis in place of a position, or a bias with several axes.
     shape, bias = shapes[name], shapes.get(_beside(name, "bias"), ())
     positions = [size for axis, size in enumerate(shape) if axis not in {default.rows % 4, default.cols % 4}]
+    channels = shape[default.rows], shape[default.cols]
     if max(positions) > _LONGEST_POSITIONS or sum(size > 1 for size in bias) > 1:
         return False
+    modules = "/".join(re.split(r"[/.]", name)[-3:])
+    if re.search(r"(?i)moe|expert", modules):
+        return False
+    is_square = min(positions) in {1, max(positions)}
+    # A patch of an image has few channels.
+    if not (is_square and (max(positions) <= _SMALL_POSITIONS or min(channels) <= _FEW_CHANNELS)):
+        return re.search(r"(?i)conv|patch|stem", modules) is not None
     return positions == [1, 1] or not _in_attention(name, shapes)
 
 
@@ -94,4 +124,4 @@ def _in_attention(name: str, shapes: Shapes) -> bool:
 
 def _beside(name: str, leaf: str) -> str:
     """Return the name of another leaf of the same module."""
-    return re.sub(r"[^/.]*$", leaf, name)
+    return re.sub(r"[^/.]+$", leaf, name)

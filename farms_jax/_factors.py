@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,6 +14,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from farms_jax._names import name_of, named_leaves, without_boxes
+from farms_jax.errors import LeftOutWarning
 
 _RATES = "lr_scale"
 
@@ -109,7 +111,12 @@ def next_factors(name: str, state: State, params: Any, measure: Callable[[Any], 
 
 
 def _measured(due: Array, old: Any, params: Any, measure: Callable[[Any], Any]) -> Any:
-    return lax.cond(due, lambda before: like(before, measure(params)), lambda before: before, old)
+    def new(before: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LeftOutWarning)  # `init` has warned, once
+            return like(before, measure(params))
+
+    return lax.cond(due, new, lambda before: before, old)
 
 
 def scaled(path: tuple[Any, ...], factor: Any, update: Any) -> Any:

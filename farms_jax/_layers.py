@@ -17,7 +17,7 @@ from farms_jax._default_axes import LeftOut, default_spelling
 from farms_jax._names import indexed_names, matching
 from farms_jax._tail import Tail
 from farms_jax._windows import Grid, Window, make_grid
-from farms_jax.errors import InputError, listed
+from farms_jax.errors import InputError, LeftOutWarning, listed
 
 _UNDECLARED = 0.1  # share of the weights that may be left out, for want of a declaration, without a warning
 _THIN = 4  # independent eigenvalues of a fit; with fewer, the alpha of noise lies anywhere between 1.5 and 6
@@ -159,6 +159,7 @@ def _warn_of(undeclared: list[tuple[str, Any]], layers: list[Leaf]) -> None:
         warnings.warn(
             f"{missing / total:.0%} of the weights are left out, because nothing says what their axes "
             f"count: {listed([name for name, _ in undeclared], 3, ', ')}; {SAY_IT}",
+            LeftOutWarning,
             stacklevel=4,
         )
 

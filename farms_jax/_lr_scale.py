@@ -11,7 +11,7 @@ from jax import Array
 
 from farms_jax import mappings
 from farms_jax._default_axes import is_small
-from farms_jax._names import Follow, indexed_names, leader, matching, module_of, named_leaves
+from farms_jax._names import Follow, indexed_names, leader, matching, module_of, named_leaves, weights_of_bias
 from farms_jax._report import METRICS, LayerReport
 
 MappingName = Literal["linear", "sqrt", "log2", "step", "sigmoid"]
@@ -59,14 +59,7 @@ def lr_scale(
     Raises:
         ValueError: unknown mapping or metric, `low` above `high`, or a layer that `params` does not have.
     """
-    if metric not in METRICS:
-        raise ValueError(f"lr_scale: metric must be one of {', '.join(METRICS)}; got {metric!r}")
-    if not callable(mapping) and mapping not in mappings.NAMED:
-        raise ValueError(f"lr_scale: mapping must be a function or one of {', '.join(mappings.NAMED)}; got {mapping!r}")
-    if isinstance(low, int | float) and isinstance(high, int | float) and not 0 < low <= high:
-        raise ValueError(f"lr_scale: low and high must satisfy 0 < low <= high, got {low} and {high}")
-    if range_quantiles is not None and not 0 <= range_quantiles[0] < range_quantiles[1] <= 1:
-        raise ValueError(f"lr_scale: range_quantiles must be two ascending numbers in [0, 1], got {range_quantiles}")
+    _check(low, high, mapping, metric, range_quantiles)
     leaves = named_leaves(params)
     stacks = {name: axes.stack for name, axes in report.axes}
     layers = {name: indexed_names(name, _stack_shape(leaf, stacks.get(name, ()))) for name, leaf in leaves}
@@ -84,32 +77,53 @@ def lr_scale(
     place = {name: i for i, name in enumerate(report.names)}
     # Of each leaf that holds a layer, the factors in the shape of its stack; 1 for layers left out of the report.
     with_one = jnp.append(factors, 1)
-    own_factors: dict[str | None, Array] = {}
+    own_factors: dict[str, Array] = {}
     modules: Counter[str] = Counter()
     for name, leaf in leaves:
         if not place.keys().isdisjoint(layers[name]):
             places = np.array([place.get(layer, -1) for layer in layers[name]])
             own_factors[name] = with_one[places].reshape(_stack_shape(leaf, stacks.get(name, ())))
             modules[module_of(name)] += 1
-    single = [name for name, _ in leaves if name in own_factors and modules[module_of(name)] == 1]
-    by_module: dict[str | None, Array] = {module_of(name): own_factors[name] for name in single}
+    single = {module_of(name): name for name in own_factors if modules[module_of(name)] == 1}
+    shapes = {name: jnp.shape(leaf) for name, leaf in leaves}
 
     def factor_of(name: str, leaf: Any) -> Array:
         stack = stacks.get(name, ())
-        leading = leader(name, follow)
+        if name in fixed_factors:
+            return _spread(fixed_factors[name], stack, leaf)
+        followed = [name] if (leading := leader(name, follow)) is None else [name, leading]
         # A weight that was left out does not follow its module, as a bias does.
-        module = module_of(name) if is_small(name, jnp.ndim(leaf) - len(stack)) else None
-        candidates = (
-            fixed_factors.get(name),
-            own_factors.get(name),
-            own_factors.get(leading),
-            by_module.get(module),
-            by_module.get(leading),
-        )
-        found = next((own for own in candidates if own is not None), jnp.ones((), jnp.float32))
-        return _spread(found, stack, leaf)
+        if is_small(name, jnp.ndim(leaf) - len(stack)):
+            followed += [*weights_of_bias(name), module_of(name)]
+        found = [each for own in followed for each in (own, single.get(own)) if each in own_factors]
+        if not found:
+            return _spread(jnp.ones((), jnp.float32), stack, leaf)
+        stack = stack or _stack_like(shapes[name], shapes[found[0]], stacks.get(found[0], ()))
+        return _spread(own_factors[found[0]], stack, leaf)
 
     return jax.tree.unflatten(jax.tree.structure(params), [factor_of(name, leaf) for name, leaf in leaves])
+
+
+def _check(low: Any, high: Any, mapping: Any, metric: str, range_quantiles: tuple[float, float] | None) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"lr_scale: metric must be one of {', '.join(METRICS)}; got {metric!r}")
+    if not callable(mapping) and mapping not in mappings.NAMED:
+        raise ValueError(f"lr_scale: mapping must be a function or one of {', '.join(mappings.NAMED)}; got {mapping!r}")
+    if isinstance(low, int | float) and isinstance(high, int | float) and not 0 < low <= high:
+        raise ValueError(f"lr_scale: low and high must satisfy 0 < low <= high, got {low} and {high}")
+    if range_quantiles is not None and not 0 <= range_quantiles[0] < range_quantiles[1] <= 1:
+        raise ValueError(f"lr_scale: range_quantiles must be two ascending numbers in [0, 1], got {range_quantiles}")
+
+
+def _stack_like(shape: tuple[int, ...], weight: tuple[int, ...], stack: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the stack of a leaf, where only that of the weight it follows is known: the same axes, counted alike."""
+    for shift in (0, len(shape) - len(weight)):  # from the first axis, or from the last
+        axes = tuple(axis + shift for axis in stack)
+        if all(0 <= axis < len(shape) for axis in axes) and all(
+            shape[axis] == weight[own] for axis, own in zip(axes, stack, strict=True)
+        ):
+            return axes
+    return ()
 
 
 def _stack_shape(leaf: Any, stack: tuple[int, ...]) -> tuple[int, ...]:

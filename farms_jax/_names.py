@@ -14,9 +14,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.tree_util import GetAttrKey, default_registry, keystr
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, default_registry, keystr
 
 from farms_jax.errors import InputError
+
+# Of the array in an NNX variable or a partitioned array of Linen; in a node that gives its only array no name, as
+# Haliax's named arrays do.
+_IN_BOXES = (GetAttrKey("value"), FlattenedIndexKey(0))
+
+_WEIGHTS_OF_BIAS = {
+    r"(.*[^/.])_bias": (r"\1", r"\1_weight", r"\1_proj"),
+    r"(.*[/.])?(.*_)?bias(_.*)?": (r"\1\2weight\3",),
+}
 
 Follow = Mapping[str, str] | Callable[[str], str | None]
 
@@ -41,7 +50,7 @@ def without_boxes(tree: Any) -> Any:
 
 
 def is_box(node: Any) -> bool:
-    """Tell whether a node holds one array and what is said of it: an NNX variable, a partitioned array of Linen."""
+    """Tell whether a node holds one array and what is said of it: an NNX variable, a partitioned or named array."""
     try:
         keys_and_children = default_registry.flatten_one_level_with_keys(node)
     except ValueError:  # a type that JAX knows as no node
@@ -49,14 +58,22 @@ def is_box(node: Any) -> bool:
     if keys_and_children is None:
         return False
     children = list(keys_and_children[0])
-    return [key for key, _ in children] == [GetAttrKey("value")] and jax.tree.structure(children[0][1]).num_leaves == 1
+    keys = [key for key, _ in children]
+    return len(keys) == 1 and keys[0] in _IN_BOXES and jax.tree.structure(children[0][1]).num_leaves == 1
 
 
 def name_of(path: tuple[Any, ...]) -> str:
-    """Return the name of the leaf at a path of JAX's key entries."""
-    if len(path) > 1 and path[-1] == GetAttrKey("value"):  # an NNX variable's own array
+    """Return the name of the leaf at a path of JAX's key entries.
+
+    The keys of a flattened dictionary of Flax, which are tuples, give the names of the tree that it is of.
+    """
+    if len(path) > 1 and path[-1] in _IN_BOXES:
         path = path[:-1]
-    return keystr(path, simple=True, separator="/")
+    keys = []
+    for key in path:
+        parts = getattr(key, "key", None)
+        keys.extend(map(DictKey, parts) if isinstance(parts, tuple) else [key])
+    return keystr(tuple(keys), simple=True, separator="/")
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
@@ -79,6 +96,18 @@ def module_of(name: str) -> str:
     """Return the name of the module that holds a leaf: `conv1/kernel` -> `conv1`, `conv1.weight` -> `conv1`."""
     match = re.fullmatch(r"(.*)[/.][^/.]*", name)
     return match[1] if match else ""
+
+
+def weights_of_bias(name: str) -> list[str]:
+    """Return what a bias may belong to by its own name, leaves and modules: there may be several in its module.
+
+    >>> weights_of_bias("attention/q_bias"), weights_of_bias("lstm.bias_ih_l0")
+    (['attention/q', 'attention/q_weight', 'attention/q_proj'], ['lstm.weight_ih_l0'])
+    """
+    for pattern, templates in _WEIGHTS_OF_BIAS.items():
+        if match := re.fullmatch(pattern, name):
+            return [match.expand(template) for template in templates]
+    return []
 
 
 def block_of(name: str) -> str:

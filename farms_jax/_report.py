@@ -169,12 +169,14 @@ class LayerReport:
         return known and all(measure.shape == (len(self),) for measure in measures)
 
     def _notes(self) -> list[str]:
-        """Return the lines below the table: what is read as convolutions, and what was left out."""
+        """Return the lines below the table: what is read as convolutions, what is merged, and what was left out."""
         kernels: dict[int, list[str]] = {}
         for name, positions in zip(self.names, self.num_positions, strict=False):
             if positions:
                 kernels.setdefault(positions, []).append(name)
         read = [f"convolutions of {count} positions: {listed(names, 3, ', ')}" for count, names in kernels.items()]
+        if merged := [name for name, axes in self.axes if max(len(axes.outputs), len(axes.inputs)) > 1]:
+            read.append(f"matrices whose rows or columns are several axes, as heads are: {listed(merged, 3, ', ')}")
         return read + left_out_lines(self.left_out)
 
     def _cells(self) -> list[list[str]]:

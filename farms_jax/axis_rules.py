@@ -2,8 +2,8 @@
 
 >>> import farms_jax
 >>> rules = farms_jax.axis_rules.maxtext(scan_axis=1)
->>> rules.axes[".*/out/kernel"], rules.stack[".*decoder/(dense_|moe_)?layers/.*"]
-('IIO', 1)
+>>> rules.axes[".*/out/kernel"]
+'IIO|IO'
 """
 
 import itertools
@@ -18,12 +18,30 @@ import jax
 
 from farms_jax._axes import FLAX_AXES, TORCH_AXES
 from farms_jax._axis_rules import AxisRules
+from farms_jax._default_axes import is_small
 from farms_jax._names import is_box, name_of
 from farms_jax._torch_axes import torch as torch
 from farms_jax.errors import InputError, one_line, short_repr
 
-# Dense layers with several axes on one side: query, key and value give heads, `out` takes them.
-_ATTENTION = {r".*/(query|key|value)/kernel": "IOO", r".*/out/kernel": "IIO"}
+# Dense layers with several axes on one side: query, key and value give heads, `out` takes them. In some models heads
+# are merged already.
+_ATTENTION = {r".*/(query|key|value)/kernel": "IOO|IO", r".*/out/kernel": "IIO|IO"}
+
+# Kernels of einsums, with keys and values, or gate and up, in one leaf.
+_GEMMA_AXES = {r".*/(q|k|qkv|kv)_einsum/w": "OIO", r".*/attn_vec_einsum/w": "IIO"}
+
+
+def _gemma_stacks() -> dict[str, int | tuple[int, ...]]:
+    """Return the stacks in Gemma's models: of keys and values, of gate and up, of experts; and of scanned layers."""
+    both = r"((qkv|kv)_einsum/w|gating_einsum(/w)?)"
+    scanned = r"(.*/)?layers/\D[^/]*/"  # where layers are not scanned, a number follows
+    return {
+        r".*/moe/gating_einsum": (0, 1),
+        r".*/moe/linear|.*/mlp/(gate|up|down)_proj": 0,
+        scanned + rf"(.*/)?{both}": (0, 1),
+        scanned + r".*": 0,
+        rf".*/{both}": 0,
+    }
 
 
 def flax_attention() -> AxisRules:
@@ -32,48 +50,53 @@ def flax_attention() -> AxisRules:
 
 
 def maxtext(scan_axis: int = 1) -> AxisRules:
-    """Return the axes of MaxText's decoders with scanned layers, Linen and NNX, mixtures of experts included.
+    """Return the axes of MaxText's decoders, Linen and NNX, mixtures of experts included, with scanned layers or not.
 
     Args:
         scan_axis: its setting `param_scan_axis`.
     """
-    layers = r".*decoder/(dense_|moe_)?layers/"
-    experts = layers + r".*(MoeBlock_0|moe_block)/(wi_0|wi_1|wo)"
+    scanned = r".*decoder/((dense_|moe_)?layers(_outside_pipeline|_\d+_\d+)?|scanned_blocks)/"
+    experts = r".*/(wi|wi_0|wi_1|wo)"  # the leaf itself; of a dense layer it is the module
+    # The experts' axis comes before or after that of the layers.
+    of_experts = (scan_axis, 1 if scan_axis == 0 else 0)
     return AxisRules(
         {
-            layers + r".*/(wq_b|wkv_b)/kernel": "IOO",  # multi-head latent attention
-            layers + r".*/qkv_proj/kernel": "IOOO",
+            r".*/(wq_b|wkv_b)/kernel": "IOO",  # multi-head latent attention
+            r".*/qkv_proj/kernel": "IOO|IOOO",
+            r".*/mlp/wi/kernel": "IO|IOO",  # the activations side by side
             experts: "IO",
             **_ATTENTION,
         },
-        # The experts' axis comes before or after that of the layers.
-        stack={experts: (scan_axis, 1 if scan_axis == 0 else 0), layers + r".*": scan_axis},
+        stack={scanned + experts + "(_bias)?": of_experts, scanned + r".*": scan_axis, experts + "(_bias)?": 0},
     )
 
 
 def tunix() -> AxisRules:
-    """Return the axes of Tunix's models and of Gemma's: einsum kernels, with keys and values in one leaf."""
+    """Return the axes of Tunix's models and of Gemma's: einsum kernels, keys and values in one leaf, adapters."""
     return AxisRules(
         {
-            r".*/q_einsum/w": "OIO",
-            r".*/(qkv|kv)_einsum/w": "OIO",
-            r".*/attn_vec_einsum/w": "IIO",
-            r".*/(q|k|v)_proj/w": "IOO",
-            r".*/o_proj/w": "IIO",
-            r".*/gating_einsum(/w)?": "IO",
+            **_GEMMA_AXES,
+            r".*/(q|k|v)_proj/(w|kernel)": "IOO|IO",
+            r".*/o_proj/(w|kernel)": "IIO|IO",
+            # Qwix's LoRA: the rank comes last in a, first in b, and the other axes are the kernel's.
+            r".*/\w+_(proj|einsum)/(w|kernel)_lora_a": "IO|IIO",
+            r".*/\w+_(proj|einsum)/(w|kernel)_lora_b": "IO|IOO",
         },
-        stack={r".*/(qkv|kv)_einsum/w": 0, r".*/gating_einsum(/w)?": 0},
+        stack={r".*/(qkv|kv)_einsum/w_lora_b": 1, **_gemma_stacks()},
     )
 
 
 def big_vision() -> AxisRules:
-    """Return the axes of big_vision's transformers, scanned or not."""
-    return AxisRules(_ATTENTION, stack={r".*encoderblock/.*": 0})
+    """Return the axes of big_vision's transformers, scanned or not, its Gemma included."""
+    return AxisRules(
+        {**_ATTENTION, **_GEMMA_AXES},
+        stack={r".*encoderblock/.*": 0, r".*EncDecBlock/.*": 1, **_gemma_stacks()},
+    )
 
 
 def haiku() -> AxisRules:
     """Return the axes of Haiku's networks: the parameters of `hk.layer_stack` count layers by their first axis."""
-    return AxisRules(stack={r".*layer_stack.*": 0})
+    return AxisRules(stack={r".*layer_stack.*layer_stack.*": (0, 1), r".*layer_stack.*": 0})
 
 
 def equinox(params: Any) -> AxisRules:
@@ -87,25 +110,30 @@ def equinox(params: Any) -> AxisRules:
     spellings: dict[str, str | None] = {}
     modules = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_equinox_module)
     for name, module in ((name_of(path), module) for path, module in modules if _is_equinox_module(module)):
-        kind = type(module).__name__
-        if kind.endswith("Norm"):
+        if _is_norm(module):
             spellings[_exactly(name, "weight")] = None
-        elif kind.startswith("Conv"):
+        else:
             spellings[_exactly(name, "weight")] = "OI" + "K" * module.num_spatial_dims
     return AxisRules(spellings, default=TORCH_AXES)
 
 
 def _is_equinox_module(node: Any) -> bool:
-    is_module = type(node).__module__.startswith("equinox.nn")
-    return is_module and (type(node).__name__.endswith("Norm") or hasattr(node, "num_spatial_dims"))
+    kinds = [kind for kind in type(node).__mro__ if kind.__module__.startswith("equinox.nn")]
+    return len(kinds) > 0 and (_is_norm(node) or hasattr(node, "num_spatial_dims"))
 
 
-_STACK_NAMES = {"layers", "layer", "stage", "stages", "experts", "expert", "exp"}
-_HEAD_NAMES = {"heads", "kv", "kv_heads", "q_heads", "head_dim", "kv_head_dim", "head", "qkv"}
+def _is_norm(module: Any) -> bool:
+    return any(kind.__name__.endswith("Norm") for kind in type(module).__mro__)
+
+
+_STACK = re.compile(
+    r"(.*_)?layers?(_.*)?|(.*_)?blocks?|stages?|experts?|exp(_.*)?|circular_repeats"  # pipelines repeat their stages
+)
+_HEADS = re.compile(r"(.*_)?heads?(_per_group|_dim|_size)?|kv|qkv")
 
 
 def logical_names(params: Any) -> AxisRules:
-    """Return the axes of a model by the logical names that Flax's modules give them, Linen and NNX.
+    """Return the axes of a model by the logical names that Flax's modules give them, Linen and NNX, or Haliax's.
 
     A function of the parameters with their names, that is, before Linen's are unboxed: give it as it is,
     `axes=farms_jax.axis_rules.logical_names`, or what it returns. Axes called `layers` or `experts`, or the like, are a
@@ -120,21 +148,28 @@ def logical_names(params: Any) -> AxisRules:
         names = _names_of(box)
         if not names:
             continue
-        name = re.escape(name_of(path))
-        stacks[name] = tuple(axis for axis, own in enumerate(names) if own in _STACK_NAMES)
-        rest = [own in _HEAD_NAMES for own in names if own not in _STACK_NAMES]
+        name = name_of(path)
+        stacks[name] = tuple(axis for axis, own in enumerate(names) if _STACK.fullmatch(str(own)))
+        others = [str(own) for axis, own in enumerate(names) if axis not in stacks[name]]
+        if is_small(name, len(others)):
+            continue
+        rest = [_HEADS.fullmatch(own) is not None for own in others]
         groups = [len(list(same)) for _, same in itertools.groupby(rest)] if any(rest) else [1] * len(rest)
         if len(groups) == 2:
             spellings[name] = "I" * groups[0] + "O" * groups[1]
-    return AxisRules(spellings, {name: axes for name, axes in stacks.items() if axes})
+    return AxisRules(
+        {re.escape(name): spelling for name, spelling in spellings.items()},
+        {re.escape(name): axes for name, axes in stacks.items() if axes},
+    )
 
 
 def _names_of(box: Any) -> tuple[Any, ...]:
-    """Return the logical names of the axes in a box of Linen or a variable of NNX; none where they are not given."""
+    """Return the names of the axes in a box of Linen, a variable of NNX or a named array; none where it has none."""
     if hasattr(box, "get_metadata"):
         metadata = box.get_metadata()
         return tuple(metadata.get("out_sharding") or metadata.get("sharding_names") or ())
-    return tuple(getattr(box, "names", ()))
+    named = [getattr(axis, "name", None) for axis in getattr(box, "axes", ())]  # of Haliax
+    return tuple(getattr(box, "names", named))
 
 
 def _exactly(module: str, leaf: str) -> str:

@@ -18,6 +18,10 @@ class InputError(ValueError):
     """Something given cannot be used; the message names it, says why, and what to do."""
 
 
+class LeftOutWarning(UserWarning):
+    """Much of a network is left out of an analysis, because nothing says what the axes of its weights count."""
+
+
 class _ShortRepr(reprlib.Repr):
     """`repr` of bounded length: few items, few levels, the middle of long texts left out."""
 
