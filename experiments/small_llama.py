@@ -102,7 +102,8 @@ def train(config: Config) -> dict[str, Any]:
         vocab_size=tokenizer.get_vocab_size(), **{name: getattr(config, name) for name in sizes}
     )
     network = make_network(model_config)
-    trained = _fit(network, config, tokens["training"], consecutive(tokens["validation"], config.length))
+    validation = consecutive(tokens["validation"], config.length)
+    trained = fit(network, _optimizer(config), config, tokens["training"], validation)
     stored = {name: np.asarray(array, np.float16) for name, array in to_tensors(network, trained.params).items()}
     record = _record(network, config, stored, tokens, trained) | {"seconds": round(time.monotonic() - start)}
     _write_folder(config, model_config, corpus, tokenizer, stored, record)
@@ -124,20 +125,45 @@ def draw(ids: np.ndarray, config: Config, step: int) -> np.ndarray:
     return ids[starts[:, None] + np.arange(config.length + 1)]
 
 
-def _optimizer(config: Config) -> optax.GradientTransformation:
-    rate = optax.warmup_cosine_decay_schedule(
+def rate_of(config: Config) -> optax.Schedule:
+    """Return the learning rate by step: a warm-up, then a cosine."""
+    return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, min(config.warmup, config.steps - 1), config.steps, config.learning_rate / 10
     )
 
-    def decayed(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
 
-    adamw = optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay, mask=decayed)
+def decayed(params: Any) -> Any:
+    """Tell for each leaf whether its weights decay: all but the norms' do."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+
+
+def _optimizer(config: Config) -> optax.GradientTransformation:
+    adamw = optax.adamw(rate_of(config), b2=0.95, weight_decay=config.weight_decay, mask=decayed)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
-def _fit(network: Network, config: Config, training: np.ndarray, validation: np.ndarray) -> Trained:
-    optimizer = _optimizer(config)
+def fit(
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    training: np.ndarray,
+    validation: np.ndarray,
+) -> Trained:
+    """Train on random sequences of a text.
+
+    Args:
+        network: the model.
+        optimizer: its optimizer.
+        config: settings.
+        training: tokens to draw from (N,), int32.
+        validation: sequences (M, T), int32.
+
+    Returns:
+        The weights of the lowest validation loss.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
 
     @jax.jit
     def step(params: Params, opt_state: Any, ids: Array) -> tuple[Any, Any, Array]:

@@ -15,6 +15,7 @@ from experiments import (
     allocation_stability,
     coloured_digits,
     fitted_tails,
+    layerwise_transforms,
     marchenko_pastur,
     random_init,
     teacher_student,
@@ -24,7 +25,15 @@ from farms_jax.errors import InputError
 from farms_jax.marchenko_pastur import hill_alpha
 from train.data import load
 
-NAMES = ["random_init", "marchenko_pastur", "teacher_student", "fitted_tails", "allocation_stability", "window_grid"]
+NAMES = [
+    "random_init",
+    "marchenko_pastur",
+    "teacher_student",
+    "fitted_tails",
+    "layerwise_transforms",
+    "allocation_stability",
+    "window_grid",
+]
 
 
 def arguments(module, *given):
@@ -141,6 +150,33 @@ def test_the_grid_is_filled_once_and_its_ends_are_marked(tmp_path, monkeypatch):
     for setting in {row["setting"] for row in stability.rows}:
         shares = [row["sparsity"] for row in stability.rows if row["setting"] == setting]
         assert np.mean(shares) == pytest.approx(0.6, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_layerwise_transform_trains_and_none_trains_like_another(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(["cat", "fox", "sees", "eats", "the", "red"], 12)) for _ in range(4000)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    tiny = ["--text", tmp_path / "text.txt", "--steps", 6, "--hidden-size", 16, "--blocks", 2, "--vocab-size", 300]
+    tiny += ["--methods", "AdamW", "LLR, FARMS", "AlphaDecay, FARMS", "HTMuon", "--rates", 0.03, "--seeds", 0]
+    result = layerwise_transforms.experiment(arguments(layerwise_transforms, *tiny))
+    losses = {row["method"]: row["loss"] for row in result.rows}
+    assert len(set(losses.values())) == len(losses) == 4
+    assert max(losses.values()) < np.log(300)
+    assert {row["method"]: row["loss"] for row in result.summary} == losses
+
+
+def test_methods_are_compared_at_the_best_rate_of_each():
+    losses = {("AdamW", 0.1): (3, 5), ("AdamW", 0.2): (2, 3), ("LLR", 0.1): (2, 4), ("LLR", 0.2): (7, 7)}
+    rows = [
+        {"method": method, "rate": rate, "seed": seed, "loss": float(loss)}
+        for (method, rate), own in losses.items()
+        for seed, loss in enumerate(own)
+    ]
+    assert layerwise_transforms.summarise(rows) == [
+        {"method": "AdamW", "rate": 0.2, "loss": 2.5, "difference": 0.0, "range": 0.0},
+        {"method": "LLR", "rate": 0.1, "loss": 3.0, "difference": 0.5, "range": 1.0},
+    ]
 
 
 def test_a_result_is_three_files_and_a_table(tmp_path, monkeypatch, capsys):
