@@ -131,6 +131,11 @@ def block_of(name: str) -> str:
     return f"{part[0] if part else re.split('[/.]', leaf)[0]}[{index[1]}]" if index else name
 
 
+def depth_key(name: str) -> tuple[Any, ...]:
+    """Return a sort key that puts layers in network order, those of a stack with the others of their block."""
+    return natural_key(block_of(name)), natural_key(name)
+
+
 def matching(
     names: Iterable[str], patterns: str | Iterable[str], argument: str = "exclude", *, strict: bool = True
 ) -> set[str]:

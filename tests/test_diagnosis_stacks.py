@@ -68,6 +68,13 @@ def test_every_layer_of_a_stack_is_diagnosed_as_if_it_were_alone():
     assert {row["layer"]: row["alpha"] for row in diagnosis.layers} == pytest.approx(found, rel=1e-5)
 
 
+def test_layers_of_a_scanned_network_are_in_the_order_of_its_blocks():
+    diagnosis = farms_jax.diagnose(FLAT, axes=RULES, exclude="head/.*", **QUICK)
+    blocks = [f"blocks/{name}/kernel[{i}]" for i in range(LAYERS) for name in ("query", "up")]
+    assert diagnosis.column("layer") == blocks
+    assert [row["layer"] for row in diagnosis.sort("alpha")._by_depth()] == blocks
+
+
 def test_single_layers_are_included_and_excluded():
     settings = {"axes": RULES, "include": r"blocks/up/.*", "exclude": r".*\[1\]", **QUICK}
     diagnosis = farms_jax.diagnose(FLAT, **settings)

@@ -8,6 +8,7 @@ from weights_helpers import close_gguf
 
 import farms_jax
 from farms_jax import TORCH_AXES, axis_rules
+from farms_jax._axes import LeafAxes
 from farms_jax.weights import open_weights
 
 RNG = np.random.default_rng(0)
@@ -108,3 +109,34 @@ def test_interleaved_heads_of_a_mixture_of_experts_in_gguf_are_put_in_order(tmp_
     close_gguf(writer)
     with open_weights(tmp_path / "model.gguf") as source:
         np.testing.assert_array_equal(source.read("blk.0.attn_q.weight"), rows)
+
+
+def test_experts_of_gpt_oss_in_four_bits_are_dequantised(tmp_path):
+    """Values by the table of the format: sign, two bits of exponent with a bias of one, one bit of mantissa."""
+    codes = RNG.integers(0, 16, (EXPERTS, HIDDEN, 64))
+    exponents = RNG.integers(120, 130, (EXPERTS, HIDDEN, 2))
+    exponent, mantissa = codes >> 1 & 3, codes & 1
+    sizes = np.where(exponent == 0, mantissa / 2, 2.0 ** (exponent - 1) * (1 + mantissa / 2))
+    weights = np.where(codes & 8, -sizes, sizes) * np.repeat(2.0 ** (exponents - 127), 32, axis=-1)
+    name = "model.layers.0.mlp.experts.down_proj"
+    halves = codes.reshape(EXPERTS, HIDDEN, 2, 16, 2)
+    stored = {
+        f"{name}_blocks": (halves[..., 0] | halves[..., 1] << 4).astype(np.uint8),
+        f"{name}_scales": exponents.astype(np.uint8),
+        f"{name}_bias": noise(EXPERTS, HIDDEN),
+    }
+    safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
+    with open_weights(tmp_path / "model.safetensors") as source:
+        assert list(source.tensors) == [name, f"{name}_bias"]
+        np.testing.assert_array_equal(source.read(name), weights.astype(np.float32))
+        part = source.read_layer(name, LeafAxes((1,), (2,), (0,)), (2,))
+        np.testing.assert_array_equal(part, weights[2].astype(np.float32))
+    diagnosis = farms_jax.diagnose(tmp_path / "model.safetensors", resamples=0, randomize=False)
+    assert diagnosis.column("layer") == [f"{name}[{i}]" for i in range(EXPERTS)]
+
+
+def test_bytes_that_are_no_pair_stay_as_they_are(tmp_path):
+    stored = {"a_blocks": np.ones((4, 2, 16), np.uint8), "a_scales": np.ones((4, 3), np.uint8), "b_blocks": noise(4, 8)}
+    safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
+    with open_weights(tmp_path / "model.safetensors") as source:
+        assert set(source.tensors) == set(stored)

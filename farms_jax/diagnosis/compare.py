@@ -128,6 +128,9 @@ def _side(model: Any, opening: contextlib.ExitStack, **options: Any) -> tuple[Di
 def _moved(a: WeightSource, b: WeightSource, names: list[str], *, progress: bool) -> Iterator[tuple[str, float]]:
     """Yield |B - A| / |A| of the layers that have one shape in both."""
     places_a, places_b = (layers_of(source, Settings(tail=Tail(min_count=2)))[0] for source in (a, b))
+    # One tensor after the other: a stack may be read as a whole.
+    common = set(names)
+    names = [name for name in places_a if name in common]
     for name in tqdm(names, desc="compare", unit="layer", leave=False, disable=None if progress else True):
         first, second = places_a[name].read(a), places_b[name].read(b)
         if first.shape == second.shape:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from farms_jax._extras import from_extra
-from farms_jax._names import natural_key
+from farms_jax._names import depth_key
 from farms_jax._present import left_out_lines
 from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column, Row, number, plain, with_interval
 from farms_jax.diagnosis.spectrum import Histogram
@@ -154,4 +154,4 @@ class Diagnosis(LayerTable):
 
     def _by_depth(self) -> list[Row]:
         """Return the layers in network order, however the table was sorted."""
-        return sorted(self.layers, key=lambda row: natural_key(row["layer"]))
+        return sorted(self.layers, key=lambda row: depth_key(row["layer"]))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from farms_jax._axes import FLAX_AXES, Axes, LeafAxes, layer_of
 from farms_jax._axis_rules import AxisRules
 from farms_jax._layers import Leaf, select_layers
-from farms_jax._names import matching, named_leaves
+from farms_jax._names import depth_key, matching, named_leaves
 from farms_jax.diagnosis.columns import Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.measure import Measured, measure
@@ -128,7 +128,7 @@ def diagnose(
         }
         return Diagnosis(
             model=source.name,
-            layers=_rows({layer.name: found[layer.name] for layer in layers}, chosen),
+            layers=_rows({name: found[name] for name in sorted(found, key=depth_key)}, chosen),
             left_out=left_out,
             settings=dataclasses.asdict(chosen) | {"axes": _shown(source.axes), "stack": _shown(source.stack)},
             facts=facts,

@@ -9,6 +9,7 @@ import numpy as np
 from farms_jax._axes import LeafAxes
 from farms_jax._torch_axes import torch
 from farms_jax.errors import InputError, listed, printable, short_repr
+from farms_jax.weights import mxfp4
 from farms_jax.weights.reading import DOWNLOAD_AGAIN, TensorInfo, part_of, read_json
 from farms_jax.weights.safetensors_file import Entry, read_layout, read_tensor
 from farms_jax.weights.source import WeightSource
@@ -40,22 +41,34 @@ class SafetensorsSource(WeightSource):
                     )
                 self.file_of[name] = filename
         tensors = {name: entry.info for layout in self.layouts.values() for name, entry in layout.tensors.items()}
+        self._packed = mxfp4.unpacked(tensors)
+        for packed in self._packed:
+            del tensors[packed + mxfp4.BLOCKS], tensors[packed + mxfp4.SCALES]
+        tensors |= self._packed
         name = path.resolve().name if path == self._folder else path.stem
         super().__init__(path, name, "safetensors", torch(tensors), tensors)
 
     def _read(self, name: str) -> np.ndarray:
-        filename = self.file_of[name]
-        return read_tensor(self._folder / filename, name, self.layouts[filename].tensors[name])
+        return self._read_values(name, 0, self.tensors[name].shape)
 
     def _read_part(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray | None:
+        part = part_of(self.tensors[name].shape, axes, index)
+        return None if part is None else self._read_values(name, *part)
+
+    def _read_values(self, name: str, number: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Read the part of this number and shape of a tensor."""
+        if name not in self._packed:
+            return self._read_stored(name, number, shape)
+        *rows, cols = shape
+        scales = self._read_stored(name + mxfp4.SCALES, number, (*rows, cols // 32))
+        return mxfp4.dequantize(self._read_stored(name + mxfp4.BLOCKS, number, (*scales.shape, 16)), scales)
+
+    def _read_stored(self, name: str, number: int, shape: tuple[int, ...]) -> np.ndarray:
         filename = self.file_of[name]
         entry = self.layouts[filename].tensors[name]
-        if (part := part_of(entry.info.shape, axes, index)) is None:
-            return None
-        number, shape = part
-        info = TensorInfo(entry.info.dtype, shape)
-        start = entry.start + number * info.nbytes
-        return read_tensor(self._folder / filename, name, Entry(info, start, start + info.nbytes))
+        part = TensorInfo(entry.info.dtype, shape)
+        start = entry.start + number * part.nbytes
+        return read_tensor(self._folder / filename, name, Entry(part, start, start + part.nbytes))
 
 
 def open_indexed(path: Path) -> SafetensorsSource:
