@@ -18,6 +18,7 @@ _POSITIONS = re.compile(
     rf"rel(ative)?_?(pos(ition)?_?)?(emb\w*|table)){_TABLE}|"
     rf"(.*[/.])?((abs_|rel_)?pos(_[hw])?|positions?){_TABLE}|(.*[/.])?pe"
 )
+_LORA = re.compile(r"((?:.*[/.])?(?:\w*lora_|lora[/.]))([ab])", re.IGNORECASE)
 _LONGEST_POSITIONS = 32  # patches of vision transformers are up to 32 pixels wide; embeddings and stacks are longer
 _SMALL_POSITIONS = 7  # other kernels seldom have more, along an axis
 _FEW_CHANNELS = 16
@@ -46,6 +47,8 @@ def is_small(name: str, ndim: int) -> bool:
 def default_spelling(name: str, shapes: Shapes, default: Axes) -> str | Axes | LeftOut:
     """Return the spelling of a leaf's axes (see `AxisRules`), or why it is no layer."""
     shape = shapes[name]
+    if spelling := _low_rank(name, shapes, default):
+        return spelling
     is_token = len(shape) == 3 and sum(size > 1 for size in shape) < 2  # (1, 1, n)
     if is_small(name, len(shape)) or is_token or _is_norm(name, shapes):
         return LeftOut("bias, norm or other vector")
@@ -60,6 +63,21 @@ def default_spelling(name: str, shapes: Shapes, default: Axes) -> str | Axes | L
     if _may_be_convolution(name, shapes, default):
         return default
     return LeftOut("4 axes that are no convolution's: say with `axes` or `stack` what they count", undeclared=True)
+
+
+def _low_rank(name: str, shapes: Shapes, default: Axes) -> str | Axes | None:
+    """Return the spelling of one of the two factors of an adapter, LoRA: the rank is last in a, and first in b."""
+    parts = _LORA.fullmatch(name)
+    if parts is None:
+        return None
+    first, second = (shapes.get(parts[1] + letter, ()) for letter in ("ab" if parts[2].islower() else "AB"))
+    if min(len(first), len(second)) < 2:
+        return None
+    if len(shapes[name]) == 2:
+        return default
+    if first[-1] != second[0]:
+        return None
+    return "I" * (len(first) - 1) + "O" if parts[2] in "aA" else "I" + "O" * (len(second) - 1)
 
 
 def _is_norm(name: str, shapes: Shapes) -> bool:

@@ -72,17 +72,14 @@ def maxtext(scan_axis: int = 1) -> AxisRules:
 
 
 def tunix() -> AxisRules:
-    """Return the axes of Tunix's models and of Gemma's: einsum kernels, keys and values in one leaf, adapters."""
+    """Return the axes of Tunix's models and of Gemma's: einsum kernels, keys and values in one leaf."""
     return AxisRules(
         {
             **_GEMMA_AXES,
             r".*/(q|k|v)_proj/(w|kernel)": "IOO|IO",
             r".*/o_proj/(w|kernel)": "IIO|IO",
-            # Qwix's LoRA: the rank comes last in a, first in b, and the other axes are the kernel's.
-            r".*/\w+_(proj|einsum)/(w|kernel)_lora_a": "IO|IIO",
-            r".*/\w+_(proj|einsum)/(w|kernel)_lora_b": "IO|IOO",
         },
-        stack={r".*/(qkv|kv)_einsum/w_lora_b": 1, **_gemma_stacks()},
+        stack={r".*/(qkv|kv)_einsum/(w_lora_b|lora/b)": 1, **_gemma_stacks()},
     )
 
 

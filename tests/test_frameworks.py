@@ -226,20 +226,37 @@ def test_gemma(library, is_scanned):
     assert_matrices(found, wanted)
 
 
-def test_tunix_has_experts_and_adapters():
+def test_tunix_has_experts_and_biases_beside_their_modules():
     experts, kernel = noise(EXPERTS, WIDTH, HIDDEN), noise(WIDTH, HEADS, SIZE)
-    a, b = noise(HEADS, SIZE, 6), noise(6, HEADS, SIZE)
     params = {
         "layers": {
             "0": {
-                "attn": {"q_proj": {"w": kernel, "w_lora_b": b}, "o_proj": {"w_lora_a": a}, "q_bias": noise(4, 8)},
+                "attn": {"q_proj": {"w": kernel}, "q_bias": noise(4, 8)},
                 "mlp": {"up_proj": experts},
             }
         }
     }
-    at = "layers/0/attn"
-    wanted = {f"{at}/q_proj/w": heads(kernel), f"{at}/q_proj/w_lora_b": heads(b), f"{at}/o_proj/w_lora_a": heads(a, 2)}
+    wanted = {"layers/0/attn/q_proj/w": heads(kernel)}
     wanted |= {f"layers/0/mlp/up_proj[{j}]": experts[j] for j in range(EXPERTS)}
+    assert_matrices(matrices_of(params, axis_rules.tunix()), wanted)
+    factors = factors_of(params, axes=axis_rules.tunix())
+    assert factors["layers/0/attn/q_bias"] == factors["layers/0/attn/q_proj/w"] != 1
+
+
+def test_adapters_are_recognised_by_their_rank():
+    a, b, kv = noise(HEADS, SIZE, 6), noise(6, WIDTH), noise(6, 2, HEADS, SIZE)
+    params = {
+        "layer_0": {
+            "attn_vec_einsum": {"lora": {"a": a, "b": b}},
+            "kv_einsum": {"lora": {"a": noise(WIDTH, 6), "b": kv}},
+            "bias": {"b": noise(6, WIDTH)},
+        }
+    }
+    at = "layer_0/kv_einsum/lora"
+    wanted = {"layer_0/attn_vec_einsum/lora/a": heads(a, 2), "layer_0/attn_vec_einsum/lora/b": b}
+    wanted |= {f"{at}/a": params["layer_0"]["kv_einsum"]["lora"]["a"]}
+    assert_matrices(matrices_of(params), wanted | {f"{at}/b": heads(kv)})
+    wanted |= {f"{at}/b[{i}]": heads(kv[:, i]) for i in range(2)}
     assert_matrices(matrices_of(params, axis_rules.tunix()), wanted)
 
 
