@@ -36,13 +36,14 @@ class AxisRules:
             matrix.
         stack: for each pattern the axis that counts layers, experts or seeds, or a tuple of several, outermost first;
             `None` for no stack.
-        default: axes of the 2-D weights and 4-D kernels that no pattern of `axes` matches.
+        default: axes of the 2-D weights and 4-D kernels that no pattern of `axes` matches; `None` for those of the
+            checkpoint's format, and `FLAX_AXES` for a tree.
         file: file that describes one network with these rules: errors name it, and each pattern has to match a leaf.
     """
 
     axes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stack: Mapping[str, int | tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
-    default: Axes = FLAX_AXES
+    default: Axes | None = FLAX_AXES
     file: str | None = None
 
 
@@ -90,7 +91,7 @@ def _declared(leaves: Sequence[tuple[str, Any]], rules: Any, stack: Any) -> tupl
     if isinstance(rules, AxisRules):
         if stack is not None and rules.stack:
             raise InputError("stack: the AxisRules given as axes have one; give it in one place")
-        default, strict = rules.default, rules.file is not None
+        default, strict = rules.default or FLAX_AXES, rules.file is not None
         spellings = _by_pattern(names, rules.axes, "axes", _is_spelling, strict=strict)
         stacks = _by_pattern(names, rules.stack, "stack", _is_stack, strict=strict)
     else:

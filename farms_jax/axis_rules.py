@@ -177,7 +177,8 @@ def read_rules(path: Path) -> AxisRules:
     """Read rules from a TOML or JSON file.
 
     It has the tables `axes`, from patterns to spellings (`"none"` for no matrix), and `stack`, from patterns to an axis
-    or a list of axes; and `default`, `"flax"` or `"torch"`. All are optional.
+    or a list of axes; and `default`, `"flax"` or `"torch"`. All are optional; without a default, what no pattern
+    matches goes by the format of the checkpoint.
 
     Args:
         path: the file; one that ends in `.json` is JSON.
@@ -193,7 +194,7 @@ def read_rules(path: Path) -> AxisRules:
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no TOML or JSON file of axes ({one_line(error)})") from error
-    known = {"axes": {}, "stack": {}, "default": "flax"}
+    known = {"axes": {}, "stack": {}, "default": None}
     unknown = sorted(content.keys() - known.keys()) if isinstance(content, dict) else [content]
     if unknown:
         raise InputError(
@@ -203,8 +204,8 @@ def read_rules(path: Path) -> AxisRules:
     for key in ("axes", "stack"):
         if not isinstance(content[key], dict):
             raise InputError(f"{path}: {key} must be a table with patterns as its keys; got {content[key]!r}")
-    default = {"flax": FLAX_AXES, "torch": TORCH_AXES}.get(str(content["default"]))
-    if default is None:
+    defaults = {"None": None, "flax": FLAX_AXES, "torch": TORCH_AXES}
+    if str(content["default"]) not in defaults:
         raise InputError(f"{path}: default must be 'flax' or 'torch', got {content['default']!r}")
     spellings = {pattern: None if spelling == "none" else spelling for pattern, spelling in content["axes"].items()}
     stacks = {pattern: tuple(axes) if isinstance(axes, list) else axes for pattern, axes in content["stack"].items()}
@@ -214,7 +215,7 @@ def read_rules(path: Path) -> AxisRules:
     for key, value in stacks.items():
         if not all(type(axis) is int for axis in (value if isinstance(value, tuple) else (value,))):
             raise InputError(f"{path}: stack.{key} must be an axis or a list of axes; got {value!r}")
-    return AxisRules(spellings, stacks, default, file=str(path))
+    return AxisRules(spellings, stacks, defaults[str(content["default"])], file=str(path))
 
 
 NAMED: dict[str, AxisRules | Callable[[Any], AxisRules]] = {

@@ -3,8 +3,10 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import farms_jax
 from farms_jax import AxisRules, axis_rules
@@ -100,6 +102,48 @@ def test_optimiser_states_of_other_ranks_are_not_what_is_declared(tmp_path):
     diagnosis = farms_jax.diagnose(tmp_path / "model.npz", axes=rules, exclude=r"opt_state/.*", **QUICK)
     assert len(diagnosis.layers) == 7
     assert dict(diagnosis.left_out)["opt_state/v_row/head/kernel"] == "optimiser state"
+
+
+def test_experts_in_one_tensor_are_layers(tmp_path):
+    experts = RNG.standard_normal((2, 48, 32)).astype("f")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    safetensors.numpy.save_file({name: experts, f"{name}_bias": np.ones((2, 48), "f")}, tmp_path / "m.safetensors")
+    diagnosis = farms_jax.diagnose(tmp_path / "m.safetensors", **QUICK)
+    assert diagnosis.column("layer") == [f"{name}[0]", f"{name}[1]"]
+    alone = farms_jax.diagnose({"w": experts[1]}, axes=farms_jax.TORCH_AXES, **QUICK)
+    assert diagnosis.column("alpha")[1] == alone.column("alpha")[0]
+
+
+def test_a_function_of_the_parameters_sees_their_modules():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.Sequential([eqx.nn.Conv1d(16, 24, 3, key=jax.random.key(0)), eqx.nn.LayerNorm((8, 24))])
+    diagnosis = farms_jax.diagnose(model, axes=axis_rules.equinox, **QUICK)
+    assert diagnosis.column("layer") == ["layers/0/weight"]
+    wanted = farms_jax.analyze(model, axes={".*0/weight": "OIK", ".*1/weight": None})
+    assert diagnosis.column("alpha") == pytest.approx(np.asarray(wanted.alpha).tolist(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*of the weights are left out")
+def test_a_file_adds_to_what_the_format_knows(tmp_path):
+    """Experts are recognised, outputs come first; a default of its own stands for itself alone."""
+    tensors = {
+        "model.layers.0.mlp.experts.up_proj": RNG.standard_normal((2, 48, 32)).astype("f"),
+        "opt_state.mlp.experts.up_proj": np.ones((2, 48, 32), "f"),
+        "kernels": RNG.standard_normal((32, 3, 40)).astype("f"),
+        "head.weight": RNG.standard_normal((40, 32)).astype("f"),
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    declared = '[axes]\nkernels = "IO"\n[stack]\nkernels = 1\n'
+    names = {}
+    for default in ("", 'default = "torch"\n'):
+        (tmp_path / "axes.toml").write_text(default + declared)
+        rules = axis_rules.read_rules(tmp_path / "axes.toml")
+        with farms_jax.open_weights(tmp_path / "model.safetensors", axes=rules) as source:
+            assert source.axes.default == farms_jax.TORCH_AXES
+            names[default] = set(farms_jax.diagnose(source, **QUICK).names)
+    experts = {f"model.layers.0.mlp.experts.up_proj[{i}]" for i in range(2)}
+    assert names[""] == {*experts, "kernels[0]", "kernels[1]", "kernels[2]", "head.weight"}
+    assert names['default = "torch"\n'] == names[""] - experts
 
 
 def test_what_moved_is_said_layer_by_layer():

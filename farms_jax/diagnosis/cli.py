@@ -23,7 +23,7 @@ from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.pipeline import Place, diagnose, layers_of
 from farms_jax.diagnosis.settings import CommonSettings, Settings
 from farms_jax.diagnosis.watch import Rules, watch
-from farms_jax.errors import InputError
+from farms_jax.errors import InputError, LeftOutWarning
 from farms_jax.programs.cache import default_folder
 from farms_jax.programs.exits import reported
 from farms_jax.programs.files import write_text
@@ -212,7 +212,7 @@ def _warnings_told(name: str) -> Generator[None]:
             sys.stderr.write(f"{name}: {text}\n")
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("always", message=".* of the weights are left out")
+        warnings.simplefilter("always", LeftOutWarning)
         warnings.showwarning = tell
         yield
 

@@ -183,9 +183,12 @@ class _Tree(WeightSource):
     """A pytree in memory, read like a file."""
 
     def __init__(self, tree: Any, axes: Any, stack: Any) -> None:
-        self._leaves = dict(named_leaves(tree))
+        # Modules have functions and numbers among their leaves.
+        self._leaves = {name: leaf for name, leaf in named_leaves(tree) if hasattr(leaf, "dtype")}
+        # Functions look at the tree itself, at its modules and boxes.
+        axes, stack = (declared(tree) if callable(declared) else declared for declared in (axes, stack))
         super().__init__(Path("weights in memory"), "weights in memory", "pytree", axes, self._leaves)
-        self.stack = stack
+        self.declare(stack=stack)
 
     def _read(self, name: str) -> np.ndarray:
         return np.array(self._leaves[name])
@@ -200,7 +203,7 @@ def opened(model: Any, axes: Any = None, stack: Any = None) -> AbstractContextMa
     Without `axes`, a checkpoint has those of its format, a pytree `FLAX_AXES`; an open source takes them over.
     """
     if isinstance(model, WeightSource):
-        model.axes, model.stack = model.axes if axes is None else axes, model.stack if stack is None else stack
+        model.declare(axes, stack)
         return nullcontext(model)
     if isinstance(model, str | Path):
         return open_weights(model, axes=axes, stack=stack)

@@ -60,7 +60,7 @@ class GGUFSource(WeightSource):
         shapes = {name: found[own_name].shape for name, own_name in self._names.items()}
         self._heads = _interleaved_heads(self.metadata, shapes, str(path))
         tensors = {name: TensorInfo(_FLOAT32, shape) for name, shape in shapes.items()}
-        super().__init__(path, path.stem, "gguf", torch(tensors), tensors)
+        super().__init__(path, path.stem, "gguf", torch, tensors)
 
     def _read(self, name: str) -> np.ndarray:
         array = read_tensor(self._file, self._names[name])

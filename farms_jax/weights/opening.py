@@ -53,9 +53,7 @@ def open_weights(path: str | Path, *, axes: Any = None, stack: Any = None) -> We
                 f"{error.filename}: no such file or folder; check the path, and download a model of the hub first: "
                 "hf download OWNER/NAME --local-dir FOLDER"
             ) from error
-    if axes is not None:
-        source.axes = axes
-    source.stack = stack
+    source.declare(axes, stack)
     return source
 
 

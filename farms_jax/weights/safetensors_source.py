@@ -46,7 +46,7 @@ class SafetensorsSource(WeightSource):
             del tensors[packed + mxfp4.BLOCKS], tensors[packed + mxfp4.SCALES]
         tensors |= self._packed
         name = path.resolve().name if path == self._folder else path.stem
-        super().__init__(path, name, "safetensors", torch(tensors), tensors)
+        super().__init__(path, name, "safetensors", torch, tensors)
 
     def _read(self, name: str) -> np.ndarray:
         return self._read_values(name, 0, self.tensors[name].shape)

@@ -1,5 +1,6 @@
 """Weights on disk, whatever their format: named arrays, read one at a time."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from farms_jax._axes import LeafAxes, layer_of
+from farms_jax._axis_rules import AxisRules
 from farms_jax._names import natural_key
 from farms_jax.errors import InputError, printable
 from farms_jax.weights.reading import TensorInfo, check_name
@@ -28,16 +30,36 @@ class WeightSource(ABC):
     """
 
     def __init__(self, path: Path, name: str, format: str, axes: Any, tensors: Mapping[str, TensorInfo]) -> None:
-        """Check the tensors, given in any order; an InputError if there are none, or a name cannot be shown."""
+        """Check the tensors, given in any order.
+
+        `axes` may be a function of the tensors that are weights.
+
+        Raises:
+            InputError: There are none, or a name cannot be shown.
+        """
         if not tensors:
             raise InputError(f"{path}: there are no arrays in it; give the checkpoint of a model")
         for tensor in tensors:
             check_name(tensor, str(path))
-        self.path, self.name, self.format, self.axes = path, name, format, axes
+        self.path, self.name, self.format = path, name, format
         self.tensors = {tensor: tensors[tensor] for tensor in sorted(tensors, key=natural_key)}
         self.skipped = not_weights(self.tensors)
+        if callable(axes):
+            axes = axes({tensor: info for tensor, info in self.tensors.items() if tensor not in self.skipped})
+        self.axes = self._own_axes = axes
         self.stack: Any = None
         self._held: tuple[tuple[Any, ...], np.ndarray] | None = None  # what layers are cut out of
+
+    def declare(self, axes: Any = None, stack: Any = None) -> None:
+        """Say what the axes of the arrays count, as `farms_jax.analyze` takes it; what is `None` stays as it is.
+
+        Where no default is in `AxisRules`, what their patterns do not match goes by the format.
+        """
+        if isinstance(axes, AxisRules) and axes.default is None:
+            own = self._own_axes if isinstance(self._own_axes, AxisRules) else AxisRules(default=self._own_axes)
+            spellings, stacks = {**axes.axes, **own.axes}, {**axes.stack, **own.stack}
+            axes = dataclasses.replace(axes, axes=spellings, stack=stacks, default=own.default)
+        self.axes, self.stack = self.axes if axes is None else axes, self.stack if stack is None else stack
 
     def read(self, name: str) -> np.ndarray:
         """Read one tensor.
