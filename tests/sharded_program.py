@@ -1,5 +1,6 @@
 """Analyses on 8 forced CPU devices, each against one device: prints what `test_sharded.py` asserts, as JSON."""
 
+import functools
 import json
 import os
 import sys
@@ -135,6 +136,21 @@ def traced(results):
         results["explicit axes without a mesh"] = difference(found, expected)
 
 
+def experts(results):
+    """A stack of layers of experts, whichever axes are sharded: no device holds more of it than one layer whole."""
+    settings = {"window": Window(rows=12, per_axis=2), "stack": (0, 2)}
+    weights = [normal(2, 96, 8, 64) for _ in range(2)]
+    expected = farms_jax.analyze(weights, **settings)
+    results["experts"], results["temporary of experts"] = 0, 0
+    for mesh, spec in ((MESH, P(None, None, ("x", "y"))), (MESH, P("y", "x")), (EXPLICIT, P("y", None, "x"))):
+        placed = jax.device_put(weights, NamedSharding(mesh, spec))
+        program = jax.jit(functools.partial(farms_jax.analyze, mesh=mesh, **settings)).lower(placed).compile()
+        memory = program.memory_analysis().temp_size_in_bytes
+        results["temporary of experts"] = max(results["temporary of experts"], memory)
+        for found in (program(placed), farms_jax.analyze(placed, **settings)):
+            results["experts"] = max(results["experts"], difference(found, expected))
+
+
 def train(mesh):
     """Parameters and factors after three steps in float64, and how often the step was compiled."""
     tx = optax.chain(optax.sgd(0.5, momentum=0.9), farms_jax.tempbalance(refresh_every=2, low=0.5, high=1.5, mesh=mesh))
@@ -262,6 +278,6 @@ def faults(results):
 
 if __name__ == "__main__":
     results = {}
-    for part in (same_result, accelerator, ways_in, traced, training, refreshed, replicated, lowered, faults):
+    for part in (same_result, accelerator, ways_in, traced, experts, training, refreshed, replicated, lowered, faults):
         part(results)
     sys.stdout.write(json.dumps(results))

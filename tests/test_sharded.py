@@ -35,7 +35,7 @@ def results():
 
 CASES = ["median", "little memory", "ks, pooled", "svd", "gram64, whole", "eigenvalues", "accelerator", "training"]
 CASES += ["host arrays", "arrays of one device", "two meshes", "traced", "explicit axes", "traced without a mesh"]
-CASES += ["explicit axes without a mesh", "refreshed", "replicated"]
+CASES += ["experts", "explicit axes without a mesh", "refreshed", "replicated"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -51,6 +51,7 @@ def test_every_device_has_the_report_in_the_precision_asked_for(results):
 def test_inside_jit_no_device_holds_two_layers(results):
     """Six layers are analysed; of one there are copies while it is gathered, and in another order of axes."""
     assert results["temporary"] < 3 * results["layer"]
+    assert results["temporary of experts"] < 3 * results["layer"]
     assert results["alpha of NaN"] == 0
 
 

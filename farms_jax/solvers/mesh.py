@@ -65,13 +65,10 @@ def pooled_eigenvalues(weights: Sequence[Any], cuts: Sequence[Cut], mesh: Mesh, 
 
     Weights may be traced or not, sharded or not. The bound on bytes holds for each accelerator, or on CPU each process.
     """
-    layers = _layers(weights, cuts)
     if any(isinstance(weight, Tracer) for weight in weights):
-        spectra: list[Array] = []
-        for weight, cut in layers:
-            later = _after(weight, spectra[-1], mesh) if spectra else weight
-            spectra.append(_solve(jax.device_put(later, _replicated(mesh)), cut, mesh, options))
-    elif options.platform == "cpu" and jax.process_count() == 1:
+        return _solve_traced(weights, cuts, mesh, options)
+    layers = _layers(weights, cuts)
+    if options.platform == "cpu" and jax.process_count() == 1:
         spectra = _solve_on_one_host(layers, mesh, options)
     else:
         # One at a time: with over 32 programs under way XLA's threads on CPU wait to start another one, and none is
@@ -89,7 +86,50 @@ def _layers(weights: Sequence[Any], cuts: Sequence[Cut]) -> Iterator[tuple[Any, 
     for weight, cut in zip(weights, cuts, strict=True):
         own = Cut(cut.axes.of_layer(weight.ndim), cut.grid)
         for index in cut.axes.indices(weight.shape):
-            yield layer_of(weight, cut.axes, index), own
+            if index and isinstance(weight, jax.Array):
+                yield _layer_at(weight, np.array(index), stack=cut.axes.stack), own
+            else:
+                yield layer_of(weight, cut.axes, index), own
+
+
+def _solve_traced(weights: Sequence[Any], cuts: Sequence[Cut], mesh: Mesh, options: Options) -> list[Array]:
+    """Return the spectra (L, D, E) of traced leaves; the program is as long for a stack as for one layer."""
+    spectra: list[Array] = []
+    for weight, cut in zip(weights, cuts, strict=True):
+        own = Cut(cut.axes.of_layer(weight.ndim), cut.grid)
+
+        def solve(layer: Any, own: Cut = own) -> Array:
+            return _solve(jax.device_put(layer, _replicated(mesh)), own, mesh, options)
+
+        if cut.axes.stack:
+            indices = jnp.array(cut.axes.indices(weight.shape))
+            if spectra:  # in this order, for the reason that `_after` has
+                indices = jnp.where(spectra[-1][0, 0, 0] < 0, 0, indices)
+            pick = functools.partial(_layer_at, weight, stack=cut.axes.stack)
+            spectra.append(lax.map(lambda index, pick=pick, solve=solve: solve(pick(index)), indices))
+        else:
+            spectra.append(solve(_after(weight, spectra[-1][0], mesh) if spectra else weight)[None])
+    return spectra
+
+
+@functools.partial(jax.jit, static_argnames="stack")
+def _layer_at(weight: Array, index: Array, stack: tuple[int, ...]) -> Array:
+    """Return the layer at an index (n,) of a stack with n axes, whichever axes of the weight are sharded.
+
+    A gather: of an axis that is sharded XLA takes the one layer from the device that has it. For a slice it would bring
+    the whole stack to all devices first.
+    """
+    sizes = [1 if axis in stack else size for axis, size in enumerate(weight.shape)]
+    kept = tuple(range(weight.ndim - len(stack)))
+    numbers = lax.GatherDimensionNumbers(kept, collapsed_slice_dims=tuple(sorted(stack)), start_index_map=stack)
+
+    def pick(weight: Array, index: Array) -> Array:
+        return lax.gather(weight, index, numbers, sizes, mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+
+    sharding = jax.typeof(weight).sharding
+    if any(sharding.spec):  # explicit axes have no rule for a gather from one that is sharded
+        pick = jax.sharding.auto_axes(pick, out_sharding=NamedSharding(sharding.mesh, PartitionSpec()))
+    return pick(weight, index)
 
 
 def _solve_on_one_host(layers: Iterator[tuple[Any, Cut]], mesh: Mesh, options: Options) -> list[Array]:
