@@ -37,7 +37,7 @@ def alphadecay(
     ... )
 
     Args:
-        weight_decay: the decay that is scaled.
+        weight_decay: the decay that is scaled, or a schedule of it.
         refresh_every: updates from one measurement to the next.
         **settings: of `analyze` and `lr_scale`, as `tempbalance` takes them. `low` and `high`, factors of the smallest
             and the largest alpha, are 0.5 and 1.5 by default, as in the paper.
@@ -66,11 +66,12 @@ def alphadecay(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, AlphaDecayState]:
         del extra_args
+        now = weight_decay(state.count) if callable(weight_decay) else weight_decay
         state = next_factors(_NAME, state, params, measure, schedule)
         decay = jax.tree.map_with_path(scaled, state.hyperparams[_NAME], params)
 
         def decayed(update: Any, amount: Any) -> Any:
-            return update + jnp.asarray(weight_decay, update.dtype) * amount.astype(update.dtype)
+            return update + jnp.asarray(now, update.dtype) * amount.astype(update.dtype)
 
         return jax.tree.map(decayed, updates, decay), state
 

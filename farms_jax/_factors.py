@@ -61,8 +61,10 @@ class Schedule(NamedTuple):
         """Check the numbers.
 
         Raises:
+            TypeError: one is an array.
             ValueError: one is out of its range, or has no effect.
         """
+        check_static(caller, refresh_every=self.every, ramp=self.ramp, until=self.until)
         for name, value, least in (("refresh_every", self.every, 1), ("ramp", self.ramp, 1), ("until", self.until, 1)):
             if value is not None and (value < least or value != int(value)):
                 raise ValueError(f"{caller}: {name} must be a whole number from {least} on, got {value}")
@@ -72,11 +74,28 @@ class Schedule(NamedTuple):
             raise ValueError(f"{caller}: ramp must be at most refresh_every, {self.every}, got {self.ramp}")
 
 
-def init_factors(kind: type[State], name: str, params: Any, measure: Callable[[Any], Any], schedule: Schedule) -> State:
-    """Return a state of ones under hyperparameter `name`, in the shapes that measurements will have."""
+def check_static(caller: str, **numbers: Any) -> None:
+    """Check that numbers are Python's, so that they are the same in every step.
+
+    Raises:
+        TypeError: one is an array.
+    """
+    for name, value in numbers.items():
+        if isinstance(value, Array):
+            raise TypeError(
+                f"{caller}: {name} must be a number of Python, not an array; under optax.inject_hyperparams name it in "
+                "static_args"
+            )
+
+
+def init_factors(
+    kind: type[State], name: str, params: Any, measure: Callable[[Any], Any] | None, schedule: Schedule
+) -> State:
+    """Return a state of ones under hyperparameter `name`, in the shapes that measurements will have; `None` for ()."""
     # Without boxes: the sharding of a weight, which they name, is none for its factor.
     scale = jax.tree.map(lambda _: jnp.ones((), jnp.float32), without_boxes(params))
-    if schedule.every is not None:
+    # `optax.tree.map_params` asks for the state of a tree without leaves, in which no pattern finds its own.
+    if measure is not None and jax.tree.leaves(params):
         shapes = {leaf: factor.shape for leaf, factor in named_leaves(jax.eval_shape(measure, params))}
         scale = jax.tree.map_with_path(lambda path, _: jnp.ones(shapes.get(name_of(path), ()), jnp.float32), scale)
     ramp = {key: jax.tree.map(jnp.copy, scale) for key in ("start", "target")} if schedule.ramp is not None else {}

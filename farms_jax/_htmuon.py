@@ -38,8 +38,8 @@ def scale_by_htmuon(
 
     With the momentum's singular value decomposition U S V^T, the update of a matrix is U S^p V^T times
     sqrt(max(1, rows / cols)). p = 0 is Muon, which makes all singular values equal; above 0 the update has a heavier
-    tail, and so in time has the weight. By the SVD itself, in float32: on CPU one matrix at a time, in threads, outside
-    XLA.
+    tail, and so in time has the weight. By the SVD itself, in float32 or complex64: on CPU one matrix at a time, in
+    threads, outside XLA. Singular values that are only rounding give no update, whatever the power.
 
     For matrices only: give other parameters another optimizer, by `optax.partition`. Kernel positions count as inputs.
 
@@ -68,7 +68,8 @@ def scale_by_htmuon(
         raise ValueError(f"scale_by_htmuon: power must be at least 0, got {power}")
 
     def init(params: optax.Params) -> HTMuonState:
-        _axes_of(params, axes, stack)
+        if jax.tree.leaves(params):  # `optax.tree.map_params` asks for the state of a tree without leaves
+            _axes_of(params, axes, stack)
         return HTMuonState(optax.tree.zeros_like(params))
 
     def update(
@@ -101,7 +102,8 @@ def _axes_of(params: Any, axes: Any, stack: Any) -> list[LeafAxes]:
 
 def _corrected(leaves: Sequence[Array], axes: Sequence[LeafAxes], power: Any) -> list[Array]:
     """Return each leaf with the singular values of its matrices raised to a power, and scaled by its shape."""
-    matrices = [as_matrices(leaf.astype(jnp.float32), own)[:, 0] for leaf, own in zip(leaves, axes, strict=True)]
+    single = [leaf.astype(jnp.complex64 if jnp.iscomplexobj(leaf) else jnp.float32) for leaf in leaves]
+    matrices = [as_matrices(leaf, own)[:, 0] for leaf, own in zip(single, axes, strict=True)]
     new = lax.platform_dependent(matrices, jnp.asarray(power, jnp.float32), cpu=_on_host, default=_on_device)
     found = []
     for leaf, own, values in zip(leaves, axes, new, strict=True):
@@ -111,10 +113,16 @@ def _corrected(leaves: Sequence[Array], axes: Sequence[LeafAxes], power: Any) ->
     return found
 
 
+def _powers(numpy: Any, values: Any, power: Any, shape: tuple[int, ...]) -> Any:
+    """Return singular values (..., R), descending, to a power, by NumPy or JAX's; zeros where they are rounding."""
+    noise = max(shape[-2:]) * np.finfo(np.float32).eps * values[..., :1]
+    return numpy.where(values > noise, values**power, 0)
+
+
 def _on_device(matrices: Sequence[Array], power: Array) -> list[Array]:
     def one(stack: Array) -> Array:
         left, values, right = jnp.linalg.svd(stack, full_matrices=False)
-        return (left * values[:, None] ** power) @ right
+        return (left * _powers(jnp, values, power, stack.shape)[:, None]) @ right
 
     return [one(stack) for stack in matrices]
 
@@ -129,7 +137,7 @@ def _on_host(matrices: Sequence[Array], power: Array) -> list[Array]:
             if not np.isfinite(matrix).all():
                 return np.full_like(matrix, np.nan)
             left, values, right = np.linalg.svd(matrix, full_matrices=False)
-            return (left * values**exponent) @ right
+            return (left * _powers(np, values, exponent, matrix.shape)) @ right
 
         singles = [matrix for stack in arrays for matrix in read_only(stack)]
         found = iter(each_in_threads(one, singles))

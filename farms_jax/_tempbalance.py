@@ -12,7 +12,7 @@ from typing import Any, Unpack
 import jax
 import optax
 
-from farms_jax._factors import Schedule, TempBalanceState, init_factors, next_factors, scaled
+from farms_jax._factors import Schedule, TempBalanceState, check_static, init_factors, next_factors, scaled
 from farms_jax._measure import Settings, chosen, lists_settings, measure_scale
 
 _NAME = "lr_scale"
@@ -31,7 +31,9 @@ def tempbalance(
 
     Put it last in a chain. The factors are state, found by `optax.tree.get(opt_state, "lr_scale")`. With
     `refresh_every=N` they are measured inside `update`, at updates 0, N, 2N, ...; with `refresh_every=None` they stay
-    as they are until `refresh(opt_state, scale)` is called, for instance between epochs. Both train alike. Under `vmap`
+    as they are until `refresh(opt_state, scale)` is called, for instance between epochs. Both train alike; give `stack`
+    and `axes` to both, so that the state has the shapes of the factors from the start: the step is then compiled once,
+    and a checkpoint is restored into `tx.init(params)`. Under `vmap`
     over seeds take `None`: there `lax.cond` computes both branches, a spectral analysis at every step. In a training
     step on several devices give their `mesh`: each then measures its share of the windows, and holds no more than one
     layer whole.
@@ -52,7 +54,7 @@ def tempbalance(
         **settings: `window`, `tail`, `axes`, `stack`, `exclude`, `kernel_scale`, `solver`, `max_batch_bytes`, `mesh` of
             `analyze`; `low`, `high`, `mapping`, `metric`, `follow`, `range_quantiles`, `fixed` of `lr_scale`. Under
             `optax.inject_hyperparams(tempbalance, static_args="refresh_every")`, `low` and `high` may be
-            schedules.
+            schedules; name in its `static_args` also what is a function, such as `axes`.
 
     Returns:
         The transform; its `update` needs `params` where `refresh_every` is a number.
@@ -60,7 +62,7 @@ def tempbalance(
     Raises:
         ValueError: `refresh_every`, `ramp` or `until` out of range; settings that would have no effect, beside a
             `scale_fn` or without `refresh_every`.
-        TypeError: an unknown setting.
+        TypeError: an unknown setting; an array in the place of `refresh_every`, `ramp` or `until`.
 
     References:
         Zhou et al., Temperature Balancing, Layer-wise Weight Analysis, and Neural Network Training, NeurIPS 2023.
@@ -68,13 +70,15 @@ def tempbalance(
     schedule = Schedule(refresh_every, ramp, until)
     schedule.check("tempbalance")
     given = chosen("tempbalance", settings)
-    if given and (scale_fn is not None or refresh_every is None):
+    effective = () if scale_fn is not None else {"axes", "stack"} if refresh_every is None else given
+    if without_effect := given.keys() - effective:
         why = "scale_fn replaces them" if scale_fn is not None else "pass them to lr_scale and analyze before refresh"
-        raise ValueError(f"tempbalance: {', '.join(sorted(given))} would have no effect here: {why}")
+        raise ValueError(f"tempbalance: {', '.join(sorted(without_effect))} would have no effect here: {why}")
     measure = scale_fn or (lambda params: measure_scale(params, **given))
 
     def init(params: optax.Params) -> TempBalanceState:
-        return init_factors(TempBalanceState, _NAME, params, measure, schedule)
+        shaped = refresh_every is not None or bool(given)
+        return init_factors(TempBalanceState, _NAME, params, measure if shaped else None, schedule)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -87,6 +91,7 @@ def tempbalance(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@lists_settings
 def llr(
     total_steps: int,
     ends: str | Iterable[str],
@@ -118,13 +123,15 @@ def llr(
 
     Raises:
         ValueError: an argument out of its range.
+        TypeError: an unknown setting; an array in the place of a number.
 
     References:
         One LR Doesn't Fit All: Heavy-Tail Guided Layerwise Learning Rates for LLMs, ICML 2026, arXiv 2605.22297.
     """
+    check_static("llr", total_steps=total_steps, share=share)
     if not 0 < share <= 1 or total_steps < 1:
         raise ValueError(f"llr: share must be in (0, 1] and total_steps at least 1, got {share} and {total_steps}")
     patterns = (ends,) if isinstance(ends, str) else ends
-    own: Settings = {"low": 1.0, "high": 5.0, "fixed": dict.fromkeys(patterns, "high")}
-    merged: Settings = {**own, **settings}
-    return tempbalance(refresh_every=refresh_every, ramp=ramp, until=max(1, int(share * total_steps)), **merged)
+    own = {"low": 1.0, "high": 5.0, "fixed": dict.fromkeys(patterns, "high")}
+    until = max(1, int(share * total_steps))
+    return tempbalance(refresh_every=refresh_every, ramp=ramp, until=until, **{**own, **chosen("llr", settings)})

@@ -16,13 +16,19 @@ from farms_jax import TempBalanceState, Window
 
 
 def toy_scale(params):
-    """Factor 1 + mean |weight|: depends on the parameters, differs by leaf."""
-    return jax.tree.map(lambda weight: 1 + jnp.abs(weight).mean(), params)
+    """Factor 1 + mean |weight|: depends on the parameters, differs by leaf, and by layer of a stack (three axes)."""
+
+    def factor(weight):
+        stacked = weight.ndim == 3
+        return 1 + jnp.abs(weight).mean((1, 2) if stacked else None, keepdims=stacked)
+
+    return jax.tree.map(factor, params)
 
 
 def toy_params(dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 3)
     return {
+        "blocks": {"kernel": jax.random.normal(keys[2], (2, 4, 3), dtype)},
         "dense1": {"kernel": jax.random.normal(keys[0], (4, 3), dtype), "bias": jnp.full(3, 0.25, dtype)},
         "dense2": {"kernel": jax.random.normal(keys[1], (3, 2), dtype), "bias": jnp.full(2, -0.5, dtype)},
         "norm": {"scale": jnp.ones(3, dtype)},
@@ -33,11 +39,17 @@ def toy_grads(params, step=0):
     return jax.tree.map(lambda weight: 0.3 * weight + jnp.asarray(0.1 * (step + 1), weight.dtype), params)
 
 
+STACK = {"blocks/.*": 0}
 FACTORS = {
+    "blocks": {"kernel": np.array([0.8, 1.4]).reshape(2, 1, 1)},
     "dense1": {"kernel": 0.5, "bias": 0.75},
     "dense2": {"kernel": 1.5, "bias": 1.25},
     "norm": {"scale": 1.0},
 }
+
+
+def balance_by_hand():
+    return farms_jax.tempbalance(refresh_every=None, stack=STACK)
 
 
 def assert_close(actual, desired, rtol=1e-6, atol=0.0):
@@ -61,9 +73,11 @@ def test_starts_with_ones_and_a_zero_count():
     assert (state.count, state.count.dtype) == (0, jnp.int32)
     assert_close(state.hyperparams["lr_scale"], jax.tree.map(lambda _: 1.0, params))
     assert all(leaf.dtype == jnp.float32 and leaf.shape == () for leaf in jax.tree.leaves(state.hyperparams))
-    tx = optax.chain(optax.sgd(0.1, momentum=0.9), farms_jax.tempbalance(refresh_every=3, low=0.6))
-    shapes = jax.eval_shape(tx.init, jax.eval_shape(toy_params))
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == types_of(tx.init(params))
+    for settings in ({"refresh_every": 3, "low": 0.6}, {"refresh_every": None}):
+        tx = optax.chain(optax.sgd(0.1, momentum=0.9), farms_jax.tempbalance(**settings, stack=STACK))
+        shapes = jax.eval_shape(tx.init, jax.eval_shape(toy_params))
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == types_of(tx.init(params))
+        assert types_of(lr_scale_of(tx.init(params))) == types_of(jax.tree.map(jnp.float32, FACTORS))
 
 
 # --- The rule of refresh_every.
@@ -102,10 +116,11 @@ def test_compiles_once(every):
     """Not again at the second call, nor after factors were written by `refresh` or `optax.tree.set`."""
     traces = []
     params = toy_params()
-    tx = optax.chain(optax.adamw(0.1), farms_jax.tempbalance(toy_scale, refresh_every=every))
+    balance = farms_jax.tempbalance(toy_scale, refresh_every=2) if every else balance_by_hand()
+    tx = optax.chain(optax.adamw(0.1), balance)
     opt_state = tx.init(params)
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
     def step(grads, opt_state, params):
         traces.append(1)
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -192,7 +207,7 @@ def test_numbers_may_be_injected():
 def test_under_masked_the_others_are_never_seen():
     params = toy_params()
     mask = {"dense1": {"kernel": True, "bias": True}, "dense2": {"kernel": False, "bias": False}, "norm": {"scale": 0}}
-    mask = jax.tree.map(bool, mask)
+    mask = jax.tree.map(bool, mask | {"blocks": {"kernel": True}})
     inner = farms_jax.tempbalance(toy_scale, refresh_every=2)
     tx = optax.chain(optax.sgd(1.0), optax.masked(inner, mask))
     opt_state = tx.init(params)
@@ -200,7 +215,7 @@ def test_under_masked_the_others_are_never_seen():
     updates, opt_state = jax.jit(tx.update)(grads, opt_state, params)
     factors = jax.tree.map(lambda factor, ours: factor if ours else 1.0, toy_scale(params), mask)
     assert_close(updates, jax.tree.map(lambda grad, factor: -grad * factor, grads, factors))
-    assert len(jax.tree.leaves(lr_scale_of(opt_state))) == 2
+    assert len(jax.tree.leaves(lr_scale_of(opt_state))) == 3
     masked_factors = jax.tree.map(lambda factor, ours: factor if ours else optax.MaskedNode(), FACTORS, mask)
     opt_state = farms_jax.refresh(opt_state, masked_factors)
     assert_close(lr_scale_of(opt_state)["dense1"], FACTORS["dense1"])
@@ -229,12 +244,14 @@ def test_multi_steps_measures_once_per_applied_update():
 
 def test_map_params_meets_a_factor_for_every_parameter():
     params = toy_params()
-    tx = optax.chain(optax.sgd(0.1, momentum=0.9), farms_jax.tempbalance(refresh_every=None))
+    tx = optax.chain(
+        optax.sgd(0.1, momentum=0.9), optax.masked(balance_by_hand(), jax.tree.map(lambda _: True, params))
+    )
     names = jax.tree.unflatten(jax.tree.structure(params), [name for name, _ in farms_jax.named_leaves(params)])
     mapped = optax.tree.map_params(tx, lambda leaf, name: (name, leaf.ndim), tx.init(params), names)
     assert optax.tree.get(mapped, "trace") == jax.tree.map(lambda name, leaf: (name, leaf.ndim), names, params)
-    assert lr_scale_of(mapped) == jax.tree.map(lambda name: (name, 0), names)
-    assert mapped[-1].count == 0
+    assert lr_scale_of(mapped) == jax.tree.map(lambda name, factor: (name, np.ndim(factor)), names, FACTORS)
+    assert mapped[-1].inner_state.count == 0
 
 
 def test_vmap_over_seeds():
@@ -317,8 +334,9 @@ def kinds(tree):
 
 
 def conv_params():
-    keys = jax.random.split(jax.random.key(1), 4)
+    keys = jax.random.split(jax.random.key(1), 5)
     return {
+        "blocks": {"kernel": 0.3 * jax.random.t(keys[4], 4, (2, 24, 24)), "bias": jnp.zeros((2, 24))},
         "conv": {"kernel": 0.2 * jax.random.normal(keys[0], (3, 3, 8, 16)), "bias": jnp.zeros(16)},
         "norm": {"scale": jnp.ones(16), "bias": jnp.zeros(16)},
         "hidden": {"kernel": 0.3 * jax.random.normal(keys[1], (16, 24)), "bias": jnp.zeros(24)},
@@ -327,7 +345,7 @@ def conv_params():
     }
 
 
-OF_ANALYSIS = {"window": Window(rows=12, per_axis=3), "exclude": r"head/.*", "kernel_scale": 0.4}
+OF_ANALYSIS = {"window": Window(rows=12, per_axis=3), "exclude": r"head/.*", "kernel_scale": 0.4, "stack": STACK}
 OF_SCALE = {"low": 0.3, "high": 2.0, "follow": {r"norm/.*": "conv/kernel"}}
 
 
@@ -371,7 +389,10 @@ def test_both_doors_train_alike():
     np.testing.assert_array_equal(of_leaf["norm/scale"], of_leaf["conv/kernel"])
     hidden = np.asarray(of_leaf["hidden/kernel"])  # measured at 0, 2, 4; the weights move, and the factor with them
     assert hidden[0] == hidden[1] and hidden[2] == hidden[3]
-    spread = np.stack([of_leaf[f"{name}/kernel"] for name in ("conv", "hidden", "middle")])
+    spread = np.vstack([
+        np.reshape(of_leaf[f"{name}/kernel"], (5, -1)).T for name in ("blocks", "conv", "hidden", "middle")
+    ])
+    np.testing.assert_array_equal(of_leaf["blocks/bias"][..., 0], of_leaf["blocks/kernel"][..., 0, 0])
     np.testing.assert_allclose([spread.min(), spread.max()], [0.3, 2.0], rtol=1e-5)
     assert len({tuple(np.asarray(column)) for column in spread[:, ::2].T}) == 3
     plain, _ = train(chain(refresh_every=None))
@@ -391,22 +412,24 @@ def test_what_does_not_fit_the_parameters_is_refused():
     params = toy_params()
     tx = farms_jax.tempbalance(lambda params: params["dense1"], refresh_every=1)
     state = tx.init(params)
-    with pytest.raises(ValueError, match="scale: no factor for 'dense1/bias'"):
+    with pytest.raises(ValueError, match="scale: no factor for 'blocks/kernel'"):
         tx.update(params, state, params)
     with pytest.raises(ValueError, match=re.escape("call tx.update(grads, opt_state, params): it measures params")):
         tx.update(params, state)
-    other_names = {"a": {"x": 2.0, "y": 3.0}, "b": {"x": 4.0, "y": 5.0}, "c": {"x": 6.0}}  # as many leaves
+    other_names = {"a": {"x": 2.0, "y": 3.0}, "b": {"x": 4.0, "y": 5.0}, "c": {"x": 6.0}, "d": 7.0}  # as many leaves
+    state = balance_by_hand().init(params)
     for scale, message in (
-        (FACTORS["dense1"], "scale: no factor for 'dense1/bias'"),
-        (other_names, "scale: no factor for 'dense1/bias'"),
+        (FACTORS["dense1"], "scale: no factor for 'blocks/kernel'"),
+        (other_names, "scale: no factor for 'blocks/kernel'"),
     ):
         with pytest.raises(ValueError, match=message):
             farms_jax.refresh(state, scale)
-    state = farms_jax.refresh(state, FACTORS | {"norm": {"scale": jnp.ones(4)}})
-    with pytest.raises(
-        ValueError, match=re.escape("the factor of norm/scale has shape (4,), which does not broadcast to (3,)")
+    for other, message in (
+        ({"norm": {"scale": jnp.ones(4)}}, "the factor of norm/scale has shape (4,), which does not broadcast to (3,)"),
+        ({"blocks": {"kernel": jnp.ones((3, 1, 1))}}, "blocks/kernel has shape (3, 1, 1), which does not broadcast"),
     ):
-        farms_jax.tempbalance(refresh_every=None).update(params, state, params)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            balance_by_hand().update(params, farms_jax.refresh(state, FACTORS | other), params)
 
 
 def test_factors_go_by_name_not_by_position():
@@ -428,12 +451,16 @@ def test_settings_are_checked_at_once():
         farms_jax.tempbalance(refresh_every=2, windows=Window())
     with pytest.raises(TypeError, match="refresh_every"):
         farms_jax.tempbalance()
+    with pytest.raises(TypeError, match=r"refresh_every must be a number of Python.*static_args"):
+        optax.inject_hyperparams(farms_jax.tempbalance)(refresh_every=2).init(toy_params())
 
 
-def test_orbax_round_trip(tmp_path):
+@pytest.mark.parametrize("every", [None, 2])
+def test_orbax_round_trip(tmp_path, every):
     params = toy_params()
-    tx = optax.chain(optax.adamw(0.1), farms_jax.tempbalance(toy_scale, refresh_every=2))
-    opt_state = tx.init(params)
+    balance = farms_jax.tempbalance(toy_scale, refresh_every=every) if every else balance_by_hand()
+    tx = optax.chain(optax.adamw(0.1), balance)
+    opt_state = farms_jax.refresh(tx.init(params), FACTORS)
     for count in range(3):
         updates, opt_state = tx.update(toy_grads(params, count), opt_state, params)
         params = optax.apply_updates(params, updates)

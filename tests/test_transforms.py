@@ -1,6 +1,7 @@
 """LLR, AlphaDecay and HTMuon, each against a plain NumPy reading of its paper."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -64,6 +65,38 @@ def test_alphadecay_scales_the_decay_and_nothing_else():
         np.testing.assert_allclose(found, 0.5 + 0.1 * factors[name] * weights[name], rtol=1e-5, err_msg=name)
 
 
+def test_llr_is_injected_with_a_schedule():
+    numbers = ("total_steps", "refresh_every", "ramp", "share")
+    tx = optax.inject_hyperparams(farms_jax.llr, static_args=numbers)(
+        20, [r"embed/.*", r"head/.*"], refresh_every=1, ramp=1, window=None, high=optax.linear_schedule(4.0, 6.0, 2)
+    )
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    for high in (4, 5, 6):
+        _, state = update(GRADS, state, PARAMS)
+        factors = optax.tree.get(state.inner_state, "lr_scale")
+        found = [factors[name]["kernel"] for name in ("up", "down")]
+        np.testing.assert_allclose(sorted(found), [1, high], rtol=1e-6)
+        assert factors["head"]["kernel"] == high
+    with pytest.raises(TypeError, match="llr: total_steps must be a number of Python.*static_args"):
+        optax.inject_hyperparams(farms_jax.llr)(20, r"head/.*").init(PARAMS)
+
+
+@pytest.mark.parametrize("injected", [False, True])
+def test_alphadecay_follows_a_schedule_and_a_mask(injected):
+    amount = optax.linear_schedule(0.1, 0.2, 2)
+    make = optax.inject_hyperparams(farms_jax.alphadecay, static_args="refresh_every") if injected else None
+    decay = (make or farms_jax.alphadecay)(amount, refresh_every=1, window=None)
+    tx = optax.masked(decay, jax.tree.map(lambda leaf: leaf.ndim > 1, PARAMS))
+    factors = farms_jax.measure_scale(PARAMS, window=None)
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    for now in (0.1, 0.15, 0.2):
+        updates, state = update(GRADS, state, PARAMS)
+        np.testing.assert_array_equal(updates["up"]["bias"], GRADS["up"]["bias"])
+        for name in ("up", "down"):
+            wanted = 0.5 + now * factors[name]["kernel"] * PARAMS[name]["kernel"]
+            np.testing.assert_allclose(updates[name]["kernel"], wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_alphadecay_beside_tempbalance_scales_both():
     decay, rates = farms_jax.alphadecay(0.1, refresh_every=1), farms_jax.tempbalance(refresh_every=1)
     both = optax.chain(decay, rates)
@@ -111,6 +144,34 @@ def test_htmuon_takes_the_layers_of_a_stack_one_by_one():
         matrix = {"kernel": layer.reshape(16, 32)}
         wanted, _ = plain.update(matrix, plain.init(matrix))
         np.testing.assert_allclose(found.reshape(16, 32), wanted["kernel"], atol=1e-5)
+
+
+def test_htmuon_takes_rounding_for_no_singular_value():
+    """Tokens fewer than inputs give gradients of low rank, an expert without tokens gives zeros."""
+    rank_2 = (RNG.standard_normal((32, 2)) @ RNG.standard_normal((2, 48))).astype("f")
+    left, values, right = np.linalg.svd(rank_2.astype(np.float64), full_matrices=False)
+    gradients = {"experts": np.stack([rank_2, np.zeros_like(rank_2)])}
+    for power in (0.0, 0.125):
+        tx = farms_jax.scale_by_htmuon(beta=0.0, power=power, stack=0)
+        for update in (tx.update, jax.jit(tx.update)):
+            found, _ = update(gradients, tx.init(gradients))
+            wanted = (left[:, :2] * values[:2] ** power) @ right[:2] * (48 / 32) ** 0.5
+            np.testing.assert_allclose(found["experts"][0], wanted, atol=2e-5)
+            assert not found["experts"][1].any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "complex64"])
+def test_htmuon_keeps_the_dtype(dtype):
+    gradient = RNG.standard_normal((16, 24)) + 1j * RNG.standard_normal((16, 24)) * (dtype == "complex64")
+    gradient = jnp.asarray(gradient if dtype == "complex64" else gradient.real, dtype)
+    tx = farms_jax.scale_by_htmuon(beta=0.0)
+    updates, state = jax.jit(tx.update)({"kernel": gradient}, tx.init({"kernel": gradient}))
+    assert updates["kernel"].dtype == state.momentum["kernel"].dtype == dtype
+    left, values, right = np.linalg.svd(np.asarray(gradient, complex), full_matrices=False)
+    wanted = (left * values**0.125) @ right * (24 / 16) ** 0.5
+    np.testing.assert_allclose(
+        np.asarray(updates["kernel"], complex), wanted, atol=1e-2 if dtype == "bfloat16" else 2e-5
+    )
 
 
 def test_htmuon_names_what_is_no_matrix():
