@@ -81,6 +81,17 @@ def test_dense_layers_with_several_axes_are_recognised_by_their_bias():
     assert "rows or columns are several axes, as heads are: DenseGeneral_0/kernel\n" in report
 
 
+def test_a_stack_along_the_last_axis_is_no_dense_layer_with_several_outputs():
+    params = {
+        "query": {"kernel": noise(WIDTH, HEADS, SIZE, LAYERS), "bias": noise(HEADS, SIZE, LAYERS)},
+        "norm": {"scale": noise(WIDTH, LAYERS)},
+    }
+    assert matrices_of(params) == {}
+    kernel = params["query"]["kernel"]
+    wanted = {f"query/kernel[{i}]": heads(kernel[..., i]) for i in range(LAYERS)}
+    assert_matrices(matrices_of(params, {"query/kernel": "IOO"}, stack=-1), wanted)
+
+
 def test_attention_to_something_else_is_recognised():
     module = nn.MultiHeadDotProductAttention(HEADS, qkv_features=HEADS * SIZE)
     params = parameters(module, (1, 2, WIDTH), (1, 2, HIDDEN))
