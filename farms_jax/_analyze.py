@@ -52,11 +52,11 @@ def analyze(
     r"""Measure the heavy tail of every layer's weight spectrum.
 
     Layers are the 2-D weights and 4-D kernels of the tree, real or complex, Flax's attention and `DenseGeneral`, and
-    what `axes` and `stack` declare; every index of a stack is a layer of its own, `kernel[3]`. Biases, scales of norms and embeddings
-    of positions are none. Every other leaf is listed in the report's `left_out` with its reason. Eigenvalues are
-    squared singular values, computed in float32 (float64 under `jax_enable_x64`) whatever the weights' dtype; a complex
-    weight, computed in complex64 (complex128), has as many as a real one of its shape. Runs eagerly, or traced inside
-    `jit`, `lax.cond`, `lax.scan`.
+    what `axes` and `stack` declare; every index of a stack is a layer of its own, `kernel[3]`. Biases, scales of norms
+    and embeddings of positions are none. Every other leaf is listed in the report's `left_out` with its reason.
+    Eigenvalues are squared singular values, computed in float32 (float64 under `jax_enable_x64`) whatever the weights'
+    dtype; a complex weight, computed in complex64 (complex128), has as many as a real one of its shape. Runs eagerly,
+    or traced inside `jit`, `lax.cond`, `lax.scan`.
 
     >>> import farms_jax, jax
     >>> params = {"dense": {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}}
