@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from farms_jax.marchenko_pastur import hill_alpha
@@ -37,8 +38,8 @@ class Tail:
         bins: histogram bins of the peak rule.
         min_eigenvalue: leave out eigenvalues up to this (the reference's filter uses 1e-5); if that leaves none,
             all are kept. `None` keeps all.
-        min_count: a layer with fewer eigenvalues, over all its windows and before the filter, is left out.
-
+        min_count: a layer whose fits have fewer eigenvalues is left out; a fit has those of one division, or all where
+            divisions are pooled, before the filter.
         flat: for the median rule, an alpha above this many times that of noise in windows of the same shape counts as
             no tail: the eigenvalues are nearly equal. `None`, as in the reference, for no such bound.
 
@@ -93,13 +94,14 @@ def highest_alpha(rows: int, cols: int, tail: Tail) -> float:
 
 
 def without_flat(fits: TailFit, highest: Any) -> TailFit:
-    """Return the fits with no tail where alpha is above `highest`, which broadcasts to the batch's shape."""
+    """Return fits, arrays of NumPy or JAX, with no tail where alpha is above `highest`, which broadcasts to them."""
+    xp = np if isinstance(fits.alpha, np.ndarray) else jnp  # JAX would take NumPy's float64 for float32
     is_flat = fits.alpha > highest
-    none = jnp.zeros_like(fits.alpha)
+    none = xp.zeros_like(fits.alpha)
     return fits._replace(
-        alpha=jnp.where(is_flat, none, fits.alpha),
-        ks_distance=jnp.where(is_flat, 1, fits.ks_distance),
-        xmin=jnp.where(is_flat, none, fits.xmin),
+        alpha=xp.where(is_flat, none, fits.alpha),
+        ks_distance=xp.where(is_flat, 1, fits.ks_distance),
+        xmin=xp.where(is_flat, none, fits.xmin),
     )
 
 

@@ -56,6 +56,13 @@ def test_names_of_a_report_have_its_numbers(kind):
         assert abs(row["aspect_ratio_bias"] - (row["whole_alpha"] - row["alpha"])) < 1e-12
 
 
+def test_fits_of_a_diagnosis_are_in_float64():
+    row = measure({"square": WEIGHTS["square"]}, TORCH_AXES, QUICK)["square"].row
+    eigenvalues = np.linalg.svd(WEIGHTS["square"], compute_uv=False)[::-1] ** 2
+    logs = np.log(eigenvalues[30:] / eigenvalues[30])
+    assert row["whole_alpha"] == pytest.approx(1 + 30 / logs.sum(), rel=1e-12)
+
+
 def test_every_column_is_there_and_ready_for_json(measured):
     of_the_network = {"layer", "status", "reason", "rank", "rank_low", "rank_high", "rank_flips"}
     for name, found in measured.items():
