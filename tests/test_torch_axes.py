@@ -137,6 +137,7 @@ def test_experts_of_gpt_oss_in_four_bits_are_dequantised(tmp_path):
 
 def test_bytes_that_are_no_pair_stay_as_they_are(tmp_path):
     stored = {"a_blocks": np.ones((4, 2, 16), np.uint8), "a_scales": np.ones((4, 3), np.uint8), "b_blocks": noise(4, 8)}
+    stored |= {"c_blocks": np.ones(16, np.uint8), "c_scales": np.ones((), np.uint8)}
     safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
     with open_weights(tmp_path / "model.safetensors") as source:
         assert set(source.tensors) == set(stored)

@@ -24,9 +24,11 @@ def unpacked(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Return the float32 weights that pairs of tensors stand for, by name."""
     found = {}
     for name in (name.removesuffix(BLOCKS) for name in tensors if name.endswith(BLOCKS)):
-        blocks, scales = tensors[name + BLOCKS], tensors.get(name + SCALES)
-        pair = blocks, scales
-        if scales and pair == ((_BYTES, (*scales.shape, 16)), (_BYTES, scales.shape)) and name not in tensors:
+        scales = tensors.get(name + SCALES)
+        if name in tensors or scales is None or not scales.shape:
+            continue
+        pair = TensorInfo(_BYTES, (*scales.shape, 16)), TensorInfo(_BYTES, scales.shape)
+        if (tensors[name + BLOCKS], scales) == pair:
             *shape, count = scales.shape
             found[name] = TensorInfo(np.dtype(np.float32), (*shape, 32 * count))
     return found
