@@ -52,7 +52,7 @@ def default_spelling(name: str, shapes: Shapes, default: Axes) -> str | Axes | L
     is_token = len(shape) == 3 and sum(size > 1 for size in shape) < 2  # (1, 1, n)
     if is_small(name, len(shape)) or is_token or _is_norm(name, shapes):
         return LeftOut("bias, norm or other vector")
-    if _POSITIONS.fullmatch(name):
+    if _is_positions(name, shapes):
         return LeftOut("embedding of positions")
     if len(shape) == 2:
         return default
@@ -85,6 +85,13 @@ def _is_norm(name: str, shapes: Shapes) -> bool:
     bias = shapes.get(_beside(name, "bias"))
     is_called_so = len(shapes[name]) < 4 and _NORM.fullmatch(name) is not None
     return is_called_so if bias is None else bias == shapes[name]
+
+
+def _is_positions(name: str, shapes: Shapes) -> bool:
+    """Tell whether a leaf is a table of positions by its name; a dense layer that is called so has a bias."""
+    has_bias = not shapes.keys().isdisjoint({_beside(name, "bias"), _beside(name, "b")})
+    is_dense = has_bias and re.search(r"[/.](weight|w)$", name) is not None
+    return not is_dense and _POSITIONS.fullmatch(name) is not None
 
 
 def _attention(name: str, shapes: Shapes) -> str | None:
@@ -135,7 +142,7 @@ def _may_be_convolution(name: str, shapes: Shapes, default: Axes) -> bool:
     is_square = min(positions) in {1, max(positions)}
     # A patch of an image has few channels.
     if not (is_square and (max(positions) <= _SMALL_POSITIONS or min(channels) <= _FEW_CHANNELS)):
-        return re.search(r"(?i)conv|patch|stem", modules) is not None
+        return re.search(r"(?i)conv|patch|stem|/sr/", modules) is not None  # sr: spatial reduction
     return positions == [1, 1] or not _in_attention(name, shapes)
 
 

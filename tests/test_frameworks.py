@@ -142,6 +142,11 @@ def test_what_is_a_matrix_in_spite_of_its_name(name):
     assert list(matrices_of({name: noise(*shape)})) == [name]
 
 
+def test_a_dense_layer_called_after_positions_has_a_bias():
+    params = {"pos": {"w": noise(16, 20), "b": noise(20)}, "position": {"w": noise(16, 20)}}
+    assert_matrices(matrices_of(params), {"pos/w": params["pos"]["w"]})
+
+
 def test_a_weight_of_the_shape_of_its_bias_multiplies_element_by_element():
     params = {"first": {"weight": noise(16, 20), "bias": noise(16, 20)}, "dense_norm": {"kernel": noise(16, 20)}}
     params["dense_norm"]["bias"] = noise(20)
