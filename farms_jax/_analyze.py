@@ -70,7 +70,7 @@ def analyze(
       eps emax / e, n times that at worst for windows of n rows. Exact enough for the upper half of a spectrum and no
       further. On CPU a layer whose median is below 1e-3 of its largest eigenvalue is solved again in float64.
     - `"gram64"`: the same in float64, at 1.5 times the time: eps, down to e = 1e-9 emax. On an accelerator it needs
-      `jax_enable_x64`.
+      `jax_enable_x64`; without it, that is an error, or inside `jit` `"svd"` takes its place there.
     - `"svd"`: squared singular values in the working precision: 2 eps sqrt(emax / e), up to four times that at worst.
     - `"auto"`: `"gram"` for the median rule. Where small eigenvalues count too (`peak`, `ks`, `min_eigenvalue`,
       `xmin_pos` above 2, `eigenvalues=True`): `"gram64"` on CPU, `"svd"` on an accelerator.
@@ -124,7 +124,8 @@ def analyze(
     weights = tuple(leaf.weight for leaf in selection.leaves)
     mesh = mesh_solver.common_mesh(weights, mesh)
     platform = _platform(weights, mesh)
-    check_solver(solver, platform or jax.default_backend())
+    if platform is not None:
+        check_solver(solver, platform)
     plan = _Plan(
         cuts=tuple(Cut(leaf.axes, leaf.grid) for leaf in selection.leaves),
         factors=tuple(kernel_scale if leaf.is_kernel else 1.0 for leaf in selection.leaves),

@@ -17,6 +17,7 @@ import farms_jax
 
 RNG = np.random.default_rng(0)
 SHAPES = {"dense_0": (32, 48), "dense_1": (48, 40), "head": (40, 16)}
+OF_STACK: dict = {"stack": {"blocks/.*": 0}}
 FROZEN = {"dense_0": "trained", "dense_1": "trained", "head": "frozen"}
 
 
@@ -101,6 +102,40 @@ def test_an_nnx_optimizer_of_annotated_modules_steps_under_a_mesh():
     found = dict(farms_jax.named_leaves(optax.tree.get(nnx.as_pure(optimizer.opt_state), "lr_scale")))
     for name, factor in farms_jax.named_leaves(wanted):
         np.testing.assert_allclose(found[name], factor, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("written_by", ["refresh", "tree.set"])
+def test_a_scanned_nnx_model_trains_with_a_factor_for_each_block(written_by):
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def blocks(rngs):
+        return nnx.Linear(32, 32, rngs=rngs)
+
+    model = nnx.Sequential(nnx.Linear(32, 32, rngs=nnx.Rngs(0)))
+    model.blocks = blocks(nnx.Rngs(1))
+    tx = optax.chain(optax.sgd(0.1), farms_jax.tempbalance(refresh_every=None))
+    optimizer = nnx.ModelAndOptimizer(model, tx)
+    params = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+    scale = farms_jax.measure_scale(params, **OF_STACK)
+    if written_by == "refresh":
+        optimizer.opt_state = farms_jax.refresh(optimizer.opt_state, scale)
+    else:
+        optimizer.opt_state = optax.tree.set(optimizer.opt_state, lr_scale=scale)
+
+    @functools.partial(nnx.jit, donate_argnums=0)
+    def step(optimizer):
+        optimizer.update(jax.tree.map(jnp.ones_like, nnx.state(optimizer.model, nnx.Param)))
+
+    step(optimizer)
+    step(optimizer)
+    factors = dict(farms_jax.named_leaves(scale))
+    assert factors["blocks/kernel"].shape == (3, 1, 1) and np.ptp(factors["blocks/kernel"]) > 0
+    before, after = (dict(farms_jax.named_leaves(each)) for each in (params, nnx.state(model, nnx.Param)))
+    for name, factor in farms_jax.named_leaves(optax.tree.get(nnx.as_pure(optimizer.opt_state), "lr_scale")):
+        np.testing.assert_array_equal(factor, factors[name], err_msg=name)
+        np.testing.assert_allclose(
+            before[name] - after[name], np.broadcast_to(0.2 * factor, after[name].shape), rtol=1e-4
+        )
 
 
 def balanced():
@@ -223,9 +258,6 @@ def test_refresh_of_a_training_for_each_seed(factors):
             jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda leaf: leaf[seed], updates), wanted)  # noqa: B023
 
 
-OF_STACK: dict = {"stack": {"blocks/.*": 0}}
-
-
 @pytest.mark.parametrize("settings", [{}, {"range_quantiles": (0.1, 0.9)}, {"mapping": "sqrt"}])
 def test_no_nan_is_computed_on_the_way(settings):
     params = stacked_params()
@@ -236,6 +268,14 @@ def test_no_nan_is_computed_on_the_way(settings):
         assert set(jax.tree.leaves(jax.tree.map(lambda leaf: float(leaf.min()), without_tail))) == {1.0}
         farms_jax.measure_scale(flat, **OF_STACK, **settings)
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_a_step_on_the_cpu_of_a_machine_with_an_accelerator_is_solved_there(monkeypatch):
+    params, settings = make_params(), {"solver": "gram64", "tail": farms_jax.Tail("ks")}
+    wanted = farms_jax.measure_scale(params, **settings)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = jax.jit(functools.partial(farms_jax.measure_scale, **settings))(params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, wanted)
 
 
 @pytest.mark.parametrize("tail", ["median", "ks"])
