@@ -123,7 +123,7 @@ def _dense_general(name: str, shapes: Shapes) -> str | None:
     if inputs < 1 or len(bias) < 1 or shape[inputs:] != bias or shape[0] == bias[0]:
         return None
     # Or the last axis, which vectors then have too.
-    vectors = [own for other, own in shapes.items() if re.fullmatch(r"(.*[/.])?(scale|out[/.]bias)", other)]
+    vectors = (own for other, own in shapes.items() if other.endswith(("scale", "out/bias", "out.bias")))
     if any(len(own) > 1 and own[-1] == bias[-1] for own in vectors):
         return None
     return "I" * inputs + "O" * len(bias)
