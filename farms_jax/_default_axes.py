@@ -153,4 +153,4 @@ def _in_attention(name: str, shapes: Shapes) -> bool:
 
 def _beside(name: str, leaf: str) -> str:
     """Return the name of another leaf of the same module."""
-    return re.sub(r"[^/.]+$", leaf, name)
+    return re.sub(r"[^/.]*$", leaf, name, count=1)

@@ -18,7 +18,7 @@ from farms_jax._layers import axes_of_leaves
 from farms_jax._names import named_leaves
 from farms_jax.errors import InputError
 from farms_jax.solvers.cpu import each_in_threads
-from farms_jax.solvers.dispatch import read_only
+from farms_jax.solvers.dispatch import read_only, whole
 
 
 class HTMuonState(NamedTuple):
@@ -102,7 +102,7 @@ def _axes_of(params: Any, axes: Any, stack: Any) -> list[LeafAxes]:
 
 def _corrected(leaves: Sequence[Array], axes: Sequence[LeafAxes], power: Any) -> list[Array]:
     """Return each leaf with the singular values of its matrices raised to a power, and scaled by its shape."""
-    single = [leaf.astype(jnp.complex64 if jnp.iscomplexobj(leaf) else jnp.float32) for leaf in leaves]
+    single = [whole(leaf.astype(jnp.complex64 if jnp.iscomplexobj(leaf) else jnp.float32)) for leaf in leaves]
     matrices = [as_matrices(leaf, own)[:, 0] for leaf, own in zip(single, axes, strict=True)]
     new = lax.platform_dependent(matrices, jnp.asarray(power, jnp.float32), cpu=_on_host, default=_on_device)
     found = []

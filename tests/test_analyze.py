@@ -180,6 +180,12 @@ def test_one_row_and_empty_trees():
         assert str(report)
 
 
+def test_an_array_alone_is_a_layer_without_a_name():
+    weight = normal(24, 16)
+    assert analyze(weight).names == ("",)
+    assert analyze(np.stack([weight, weight]), stack=0).names == ("[0]", "[1]")
+
+
 def test_two_leaves_of_one_name_are_an_error():
     with pytest.raises(ValueError, match="two leaves are called 'a/b'"):
         analyze({"a": {"b": normal(5, 5)}, "a/b": normal(5, 5)})

@@ -51,7 +51,7 @@ def pooled_eigenvalues(weights: Sequence[Any], cuts: Sequence[Cut], options: Opt
     """
     if not weights:
         return []
-    weights = [_whole(in_working_precision(weight)) for weight in weights]
+    weights = [whole(in_working_precision(weight)) for weight in weights]
     on_host = functools.partial(_on_host, cuts=cuts, options=options)
     on_device = functools.partial(_on_device, cuts=cuts, options=options)
     if options.platform is None:
@@ -59,7 +59,7 @@ def pooled_eigenvalues(weights: Sequence[Any], cuts: Sequence[Cut], options: Opt
     return on_host(weights) if options.platform == "cpu" else on_device(weights)
 
 
-def _whole(weight: Array) -> Array:
+def whole(weight: Array) -> Array:
     """Bring a weight with explicitly sharded axes whole to all devices; XLA does so where it is free to choose."""
     sharding = jax.typeof(weight).sharding
     return jax.sharding.reshard(weight, NamedSharding(sharding.mesh, PartitionSpec())) if any(sharding.spec) else weight
