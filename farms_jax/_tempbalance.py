@@ -116,7 +116,8 @@ def llr(
         refresh_every: updates from one measurement to the next.
         ramp: updates over which the factors move to their new values.
         share: part of the training in which the factors are measured, in (0, 1].
-        **settings: others of `tempbalance`; `low` and `high` are 1 and 5 by default, `high` also of the ends.
+        **settings: others of `tempbalance`; `low` and `high` are 1 and 5 by default, `high` also of the ends,
+            to which `fixed` adds.
 
     Returns:
         The transform.
@@ -131,7 +132,8 @@ def llr(
     check_static("llr", total_steps=total_steps, share=share)
     if not 0 < share <= 1 or total_steps < 1:
         raise ValueError(f"llr: share must be in (0, 1] and total_steps at least 1, got {share} and {total_steps}")
+    given = {"low": 1.0, "high": 5.0, **chosen("llr", settings)}
     patterns = (ends,) if isinstance(ends, str) else ends
-    own = {"low": 1.0, "high": 5.0, "fixed": dict.fromkeys(patterns, "high")}
+    given["fixed"] = {**dict.fromkeys(patterns, "high"), **given.get("fixed", {})}
     until = max(1, int(share * total_steps))
-    return tempbalance(refresh_every=refresh_every, ramp=ramp, until=until, **{**own, **chosen("llr", settings)})
+    return tempbalance(refresh_every=refresh_every, ramp=ramp, until=until, **given)

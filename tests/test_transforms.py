@@ -65,7 +65,7 @@ def test_alphadecay_scales_the_decay_and_nothing_else():
         np.testing.assert_allclose(found, 0.5 + 0.1 * factors[name] * weights[name], rtol=1e-5, err_msg=name)
 
 
-def test_llr_is_injected_with_a_schedule():
+def test_llr_takes_settings_of_tempbalance_and_schedules():
     numbers = ("total_steps", "refresh_every", "ramp", "share")
     tx = optax.inject_hyperparams(farms_jax.llr, static_args=numbers)(
         20, [r"embed/.*", r"head/.*"], refresh_every=1, ramp=1, window=None, high=optax.linear_schedule(4.0, 6.0, 2)
@@ -77,6 +77,10 @@ def test_llr_is_injected_with_a_schedule():
         found = [factors[name]["kernel"] for name in ("up", "down")]
         np.testing.assert_allclose(sorted(found), [1, high], rtol=1e-6)
         assert factors["head"]["kernel"] == high
+    tx = farms_jax.llr(20, r"head/.*", fixed={r"embed/.*": 2.0}, window=None)
+    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    target = state.ramp["target"]
+    assert (target["head"]["kernel"], target["embed"]["embedding"]) == (5, 2)
     with pytest.raises(TypeError, match="llr: total_steps must be a number of Python.*static_args"):
         optax.inject_hyperparams(farms_jax.llr)(20, r"head/.*").init(PARAMS)
 
