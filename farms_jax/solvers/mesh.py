@@ -127,9 +127,11 @@ def _layer_at(weight: Array, index: Array, stack: tuple[int, ...]) -> Array:
         return lax.gather(weight, index, numbers, sizes, mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
     sharding = jax.typeof(weight).sharding
-    if any(sharding.spec):  # explicit axes have no rule for a gather from one that is sharded
-        pick = jax.sharding.auto_axes(pick, out_sharding=NamedSharding(sharding.mesh, PartitionSpec()))
-    return pick(weight, index)
+    if not any(sharding.spec):
+        return pick(weight, index)
+    # Explicit axes have no rule for a gather from one that is sharded.
+    automatic: Any = jax.sharding.auto_axes(pick, out_sharding=NamedSharding(sharding.mesh, PartitionSpec()))
+    return automatic(weight, index)
 
 
 def _solve_on_one_host(layers: Iterator[tuple[Any, Cut]], mesh: Mesh, options: Options) -> list[Array]:
