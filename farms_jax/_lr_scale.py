@@ -66,42 +66,57 @@ def lr_scale(
     known = {layer for own in layers.values() for layer in own}
     if unknown := sorted(set(report.names) - known):
         raise ValueError(f"lr_scale: params has no {unknown[0]!r}, which the report has; pass the analysed params")
+    pinned = _fixed_factors(fixed or {}, layers, low, high)
+    pinned_layers = {layer for name in pinned for layer in layers[name]}
+    counts = np.array([name not in pinned_layers for name in report.names], bool)
     map_scores = mapping if callable(mapping) else mappings.NAMED[mapping]
-    fixed_factors = {}
-    for pattern, factor in (fixed or {}).items():
-        value = {"low": low, "high": high}.get(factor, factor) if isinstance(factor, str) else factor
-        fixed_factors |= {name: jnp.asarray(value, jnp.float32) for name in matching(layers, pattern, "fixed")}
-    fixed_layers = {layer for name in fixed_factors for layer in layers[name]}
-    counts = np.array([name not in fixed_layers for name in report.names], bool)
     factors = _factors(report, metric, map_scores, low, high, range_quantiles, counts)
-    place = {name: i for i, name in enumerate(report.names)}
-    # Of each leaf that holds a layer, the factors in the shape of its stack; 1 for layers left out of the report.
-    with_one = jnp.append(factors, 1)
-    own_factors: dict[str, Array] = {}
-    modules: Counter[str] = Counter()
-    for name, leaf in leaves:
-        if not place.keys().isdisjoint(layers[name]):
-            places = np.array([place.get(layer, -1) for layer in layers[name]])
-            own_factors[name] = with_one[places].reshape(_stack_shape(leaf, stacks.get(name, ())))
-            modules[module_of(name)] += 1
-    single = {module_of(name): name for name in own_factors if modules[module_of(name)] == 1}
     shapes = {name: jnp.shape(leaf) for name, leaf in leaves}
+    own = _by_leaf(dict(zip(report.names, factors, strict=True)), layers, shapes, stacks)
+    modules = Counter(map(module_of, own))
+    single = {module_of(name): name for name in own if modules[module_of(name)] == 1}
 
     def factor_of(name: str, leaf: Any) -> Array:
         stack = stacks.get(name, ())
-        if name in fixed_factors:
-            return _spread(fixed_factors[name], stack, leaf)
+        if name in pinned:
+            return _spread(pinned[name], stack, leaf)
         followed = [name] if (leading := leader(name, follow)) is None else [name, leading]
         # A weight that was left out does not follow its module, as a bias does.
         if is_small(name, jnp.ndim(leaf) - len(stack)):
             followed += [*weights_of_bias(name), module_of(name)]
-        found = [each for own in followed for each in (own, single.get(own)) if each in own_factors]
-        if not found:
+        found = next((each for place in followed for each in (place, single.get(place)) if each in own), None)
+        if found is None:
             return _spread(jnp.ones((), jnp.float32), stack, leaf)
-        stack = stack or _stack_like(shapes[name], shapes[found[0]], stacks.get(found[0], ()))
-        return _spread(own_factors[found[0]], stack, leaf)
+        stack = stack or _stack_like(shapes[name], shapes[found], stacks.get(found, ()))
+        return _spread(own[found], stack, leaf)
 
     return jax.tree.unflatten(jax.tree.structure(params), [factor_of(name, leaf) for name, leaf in leaves])
+
+
+def _fixed_factors(fixed: Fixed, layers: Mapping[str, list[str]], low: float, high: float) -> dict[str, Array]:
+    """Return the fixed factors by leaf."""
+    found: dict[str, Array] = {}
+    for pattern, factor in fixed.items():
+        value = {"low": low, "high": high}.get(factor, factor) if isinstance(factor, str) else factor
+        found |= dict.fromkeys(matching(layers, pattern, "fixed"), jnp.asarray(value, jnp.float32))
+    return found
+
+
+def _by_leaf(
+    factors: Mapping[str, Array],
+    layers: Mapping[str, list[str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    stacks: Mapping[str, tuple[int, ...]],
+) -> dict[str, Array]:
+    """Return the factors of each leaf that holds layers, in the shape of its stack; 1 for one that has none."""
+    one = jnp.ones((), jnp.float32)
+    return {
+        name: jnp.stack([factors.get(layer, one) for layer in own]).reshape([
+            shapes[name][axis] for axis in stacks.get(name, ())
+        ])
+        for name, own in layers.items()
+        if not factors.keys().isdisjoint(own)
+    }
 
 
 def _check(low: Any, high: Any, mapping: Any, metric: str, range_quantiles: tuple[float, float] | None) -> None:
