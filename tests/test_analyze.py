@@ -10,6 +10,7 @@ import farms_jax
 from farms_jax import Tail, Window, analyze
 from farms_jax._axes import as_matrices
 from farms_jax._windows import make_grid
+from farms_jax.errors import LeftOutWarning
 
 
 def normal(*shape, seed=0):
@@ -76,7 +77,8 @@ def test_every_leaf_is_in_the_report_or_left_out_with_its_reason():
         "head": normal(20, 10),
         "key": jax.random.key(0),
     }
-    report = analyze(params, exclude=("head",))
+    with pytest.warns(LeftOutWarning, match="b/kernel, spectral"):
+        report = analyze(params, exclude=("head",))
     assert report.names == ("a/kernel",)
     undeclared = "3 axes: say with `axes` or `stack` what they count"
     assert dict(report.left_out) == {

@@ -12,6 +12,8 @@ from optax import contrib
 
 import farms_jax
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:optax")  # deprecated ones are tried too
+
 RATE = 0.05
 KEYS = jax.random.split(jax.random.key(0), 3)
 PARAMS = {"stack": jax.random.normal(KEYS[0], (2, 4, 4)), "head": jax.random.normal(KEYS[1], (4, 5))}

@@ -11,7 +11,7 @@ from dpot_helpers import compiled
 import farms_jax
 from farms_jax.errors import InputError
 from farms_jax.programs.epoch_loop import layer_rows
-from sciml.balanced_layers import ENDS, measure, spectral_view
+from sciml.balanced_layers import AXES, ENDS, measure, spectral_view
 from sciml.config import RECIPES, SETTINGS, Config, resolve
 from sciml.model import NAMED, ModelConfig, make_network
 from sciml.optimizer import make_optimizer, one_cycle, schedules
@@ -190,7 +190,7 @@ def test_fourier_weights_have_the_singular_values_of_their_complex_blocks(networ
     weight = np.asarray(params["blocks"]["0"]["filter"]["w1"], np.float64)
     blocks = weight[0] + 1j * weight[1]
     expected = np.sort(np.concatenate([np.linalg.svd(block, compute_uv=False) ** 2 for block in blocks]))
-    report = farms_jax.analyze(spectral_view(params), window=None, eigenvalues=True)
+    report = farms_jax.analyze(spectral_view(params), window=None, axes=AXES, eigenvalues=True)
     found = report.eigenvalues[report.names.index("blocks/0/filter/w1")][0]
     np.testing.assert_allclose(found, 0.5 * expected, rtol=1e-4)  # kernels count half, as in the reference
 
