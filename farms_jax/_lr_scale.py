@@ -1,7 +1,7 @@
 """lr_scale(): from a report to one learning-rate factor for every leaf of the parameters."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -72,7 +72,7 @@ def lr_scale(
     map_scores = mapping if callable(mapping) else mappings.NAMED[mapping]
     factors = _factors(report, metric, map_scores, low, high, range_quantiles, counts)
     shapes = {name: jnp.shape(leaf) for name, leaf in leaves}
-    own = _by_leaf(dict(zip(report.names, factors, strict=True)), layers, shapes, stacks)
+    own = _by_leaf(report.names, factors, layers, shapes, stacks)
     modules = Counter(map(module_of, own))
     single = {module_of(name): name for name in own if modules[module_of(name)] == 1}
 
@@ -103,20 +103,21 @@ def _fixed_factors(fixed: Fixed, layers: Mapping[str, list[str]], low: float, hi
 
 
 def _by_leaf(
-    factors: Mapping[str, Array],
+    names: Sequence[str],
+    factors: Array,
     layers: Mapping[str, list[str]],
     shapes: Mapping[str, tuple[int, ...]],
     stacks: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Array]:
     """Return the factors of each leaf that holds layers, in the shape of its stack; 1 for one that has none."""
-    one = jnp.ones((), jnp.float32)
-    return {
-        name: jnp.stack([factors.get(layer, one) for layer in own]).reshape([
-            shapes[name][axis] for axis in stacks.get(name, ())
-        ])
-        for name, own in layers.items()
-        if not factors.keys().isdisjoint(own)
-    }
+    place = {name: i for i, name in enumerate(names)}
+    with_one = jnp.append(factors, 1)
+    found = {}
+    for name, own in layers.items():
+        if not place.keys().isdisjoint(own):
+            places = np.array([place.get(layer, -1) for layer in own])
+            found[name] = with_one[places].reshape([shapes[name][axis] for axis in stacks.get(name, ())])
+    return found
 
 
 def _check(low: Any, high: Any, mapping: Any, metric: str, range_quantiles: tuple[float, float] | None) -> None:

@@ -158,10 +158,10 @@ def test_a_layerwise_transform_trains_and_none_trains_like_another(tmp_path):
     lines = [" ".join(rng.choice(["cat", "fox", "sees", "eats", "the", "red"], 12)) for _ in range(4000)]
     (tmp_path / "text.txt").write_text("\n".join(lines))
     tiny = ["--text", tmp_path / "text.txt", "--steps", 6, "--hidden-size", 16, "--blocks", 2, "--vocab-size", 300]
-    tiny += ["--methods", "AdamW", "LLR, FARMS", "AlphaDecay, FARMS", "HTMuon", "--rates", 0.03, "--seeds", 0]
+    tiny += ["--methods", "LLR, FARMS", "AlphaDecay, FARMS", "HTMuon", "--rates", 0.03, "--seeds", 0]
     result = layerwise_transforms.experiment(arguments(layerwise_transforms, *tiny))
     losses = {row["method"]: row["loss"] for row in result.rows}
-    assert len(set(losses.values())) == len(losses) == 4
+    assert len(set(losses.values())) == len(losses) == 3
     assert max(losses.values()) < np.log(300)
     assert {row["method"]: row["loss"] for row in result.summary} == losses
 

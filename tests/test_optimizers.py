@@ -216,12 +216,14 @@ def test_the_documentation_says_the_same():
 
 
 @pytest.mark.parametrize("name", ALONE)
+@pytest.mark.slow
 def test_behind_it_equals_an_optimizer_for_each_layer(name):
     found = with_factors(name, balanced(ALONE[name](RATE)))
     assert difference(found, one_for_each_layer(name, ALONE[name])) < EQUAL
 
 
 @pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.slow
 def test_behind_it_equals_groups_in_one_optimizer(name):
     found = with_factors(name, balanced(TOGETHER[name](RATE)))
     assert difference(found, one_with_groups(name, TOGETHER[name])) < EQUAL
@@ -229,6 +231,7 @@ def test_behind_it_equals_groups_in_one_optimizer(name):
 
 
 @pytest.mark.parametrize("name", UNEQUAL)
+@pytest.mark.slow
 def test_behind_it_equals_nothing(name):
     found = with_factors(name, balanced(UNEQUAL[name](RATE)))
     assert difference(found, one_for_each_layer(name, UNEQUAL[name])) > UNLIKE

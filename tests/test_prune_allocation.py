@@ -107,7 +107,7 @@ def test_alphas_are_stretched_around_one_and_scaled_to_the_budget(allocation, tm
 # --- Budget ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("granularity", ["block", "layer"])
+@pytest.mark.parametrize("granularity", few(["layer", "block"], 2))
 def test_the_budget_is_met_exactly_and_reached_to_the_method_s_rounding(granularity, tmp_path):
     # So high that some layers would lose more than all.
     settings = {"granularity": granularity, "sparsity": 0.85, "epsilon": "0.5"}

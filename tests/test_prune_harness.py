@@ -198,6 +198,7 @@ def plain_accuracies(task):
     return np.mean(likeliest), np.mean(normed)
 
 
+@pytest.mark.slow
 def test_a_local_task_gives_the_plain_likelihoods_and_accuracies(lm, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # data files are found beside the task file
     loaded = tasks.load_tasks(["local_choice", "local_letter"], TASKS)

@@ -157,6 +157,7 @@ def test_hash_is_of_the_weights_whatever_their_files(finished, tmp_path):
     assert hash_of("changed", **{"model.norm.weight": changed}) != finished.weights
 
 
+@pytest.mark.slow
 def test_text_goes_through_the_tokenizer_and_a_given_one_goes_with_the_model(tmp_path):
     model, other, text = folder_with_tokenizer("llama_tiny", tmp_path), tmp_path / "other", tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 9)  # a byte is a token

@@ -90,6 +90,7 @@ def totals(fields):
     return np.stack([density * vx, density * vy, density, energy]).sum((-2, -1))
 
 
+@pytest.mark.slow
 def test_conserves_mass_momenta_and_energy():
     initial = random_state(jax.random.key(0), 32, 1.0)
     last = simulate(initial, Gas(0.01, 0.02), jnp.array([0, 0.5]))[-1]
@@ -117,6 +118,7 @@ def test_a_state_that_breaks_down_is_nan_from_then_on():
     assert np.isnan(fields[1]).all()
 
 
+@pytest.mark.slow
 def test_shock_tube():
     """Sod's, mirrored at x = 0.5; the exact states are those of Toro 2009, chapter 4 (gamma 1.4)."""
     x = (np.arange(400) + 0.5) / 400

@@ -129,6 +129,7 @@ def trained():
     return network, normalise, images, labels, epoch, start
 
 
+@pytest.mark.slow
 def test_an_epoch_is_a_function_of_state_and_key(trained):
     *_, epoch, start = trained
     first, other = epoch(start(), 1), epoch(start(), 2)

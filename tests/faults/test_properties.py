@@ -269,6 +269,7 @@ def test_an_allocation_removes_what_was_asked_for(values, sparsity, epsilon, rul
     st.floats(1, 50),
     st.sampled_from(sorted(mappings.NAMED)),
 )
+@pytest.mark.slow
 def test_rates_stay_within_their_bounds(alphas, low, high, mapping):
     params = {f"layer{i}": {"kernel": np.ones((2, 3)), "bias": np.ones(3)} for i in range(len(alphas))}
     report = report_of(names=[f"layer{i}/kernel" for i in range(len(alphas))], alpha=alphas)
