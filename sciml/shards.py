@@ -1,5 +1,6 @@
 """Trajectories of random flows, computed in shards, so that a kill while a data set is made costs little work."""
 
+import collections
 import contextlib
 import itertools
 import os
@@ -7,8 +8,9 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,7 @@ _TRIES = 10  # redraws of one trajectory, or of one in ten, after which the sett
 _UNSTABLE = "density or pressure does not stay positive: {}; lower --mach, or raise --eta and --zeta, or --size"
 
 Solver = Callable[[np.ndarray, np.ndarray], Array]
+T = TypeVar("T")
 
 
 def ranges(config: FlowConfig) -> list[range]:
@@ -104,11 +107,20 @@ def _compute(config: FlowConfig, indices: list[int]) -> Generator[tuple[np.ndarr
     full = [np.array(batch + batch[-1:] * (lanes - len(batch)), np.uint32) for batch in batches]
     pool = ThreadPoolExecutor(threads)
     try:
-        for batch, (fields, redraws) in zip(batches, pool.map(lambda batch: _draw(solve, batch), full), strict=True):
+        futures = collections.deque(pool.submit(_draw, solve, batch) for batch in full)
+        for batch in batches:
+            fields, redraws = _finished(futures.popleft())
             for lane in range(len(batch)):
                 yield fields[lane], int(redraws[lane])
     finally:  # whoever stops this does not wait for flows that are being computed, which can take minutes
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _finished(future: Future[T]) -> T:
+    """Return a result. Python hears a signal that comes just before a wait only at its end: no wait is long."""
+    while not future.done():
+        wait([future], timeout=1)
+    return future.result()
 
 
 def _solver(config: FlowConfig, lanes: int) -> Solver:
