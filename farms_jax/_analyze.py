@@ -141,10 +141,10 @@ def analyze(
         on_mesh = mesh_solver.pooled_eigenvalues(weights, plan.cuts, mesh, plan.options)
         measures, spectra = _fit(tuple(on_mesh), plan)
     report = LayerReport(
-        names=tuple(layer for leaf in selection.leaves for layer in leaf.layers),
+        names=selection.layers,
         num_params=tuple(math.prod(leaf.shape[1:]) for leaf in selection.leaves for _ in leaf.layers),
         left_out=tuple(selection.left_out),
-        num_positions=tuple(leaf.shape[1] * leaf.is_kernel for leaf in selection.leaves for _ in leaf.layers),
+        num_positions=selection.num_positions,
         axes=tuple(selection.axes),
         eigenvalues=spectra if eigenvalues else None,
         **measures,

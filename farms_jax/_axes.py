@@ -61,6 +61,10 @@ class LeafAxes(NamedTuple):
         named = {*self.outputs, *self.inputs, *self.stack}
         return tuple(axis for axis in range(ndim) if axis not in named)
 
+    def is_kernel(self, ndim: int) -> bool:
+        """Tell whether a leaf with `ndim` axes has kernel positions."""
+        return len(self.positions(ndim)) > 0
+
     def stack_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the lengths of the stack's axes in a leaf of this shape."""
         return tuple(shape[axis] for axis in self.stack)

@@ -87,15 +87,15 @@ def scale_by_htmuon(
 
 def _axes_of(params: Any, axes: Any, stack: Any) -> list[LeafAxes]:
     """Return what the axes of each leaf count, kernel positions as inputs."""
-    leaves = named_leaves(params)
+    leaves = dict(named_leaves(params))
     found = []
-    for name, known in axes_of_leaves(leaves, axes, stack, params).items():
+    for name, known in axes_of_leaves(list(leaves.items()), axes, stack, params).items():
         if isinstance(known.axes, LeftOut):
             raise InputError(
                 f"scale_by_htmuon: {name} is no matrix ({known.axes.reason}); declare its axes, or give it another "
                 "optimizer by optax.partition"
             )
-        positions = known.axes.positions(len(dict(leaves)[name].shape))
+        positions = known.axes.positions(len(leaves[name].shape))
         found.append(known.axes._replace(inputs=(*positions, *known.axes.inputs)))
     return found
 

@@ -47,7 +47,7 @@ class Leaf(NamedTuple):
     @property
     def is_kernel(self) -> bool:
         """Whether it has kernel positions."""
-        return len(self.axes.positions(len(self.weight.shape))) > 0
+        return self.axes.is_kernel(len(self.weight.shape))
 
     @property
     def layers(self) -> list[str]:
@@ -73,6 +73,16 @@ class Selection(NamedTuple):
     left_out: list[tuple[str, str]]
     axes: list[tuple[str, LeafAxes]]
     excluded: list[str]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of all layers."""
+        return tuple(layer for leaf in self.leaves for layer in leaf.layers)
+
+    @property
+    def num_positions(self) -> tuple[int, ...]:
+        """Kernel positions of each layer; 0 for a matrix that is no convolution's."""
+        return tuple(leaf.shape[1] * leaf.is_kernel for leaf in self.leaves for _ in leaf.layers)
 
 
 def select_layers(
@@ -171,7 +181,7 @@ def _fitting(name: str, leaf: Any, axes: LeafAxes | LeftOut, window: Window | No
     _, positions, rows, cols = shape = axes.matrices_shape(leaf.shape)
     if positions * min(rows, cols) < _THIN:
         return LeftOut("too thin for a fit")
-    grid = make_grid(window, shape[1:], is_kernel=bool(axes.positions(len(leaf.shape))))
+    grid = make_grid(window, shape[1:], is_kernel=axes.is_kernel(len(leaf.shape)))
     pooled = grid.divisions if window is not None and window.divisions == "pooled" else 1
     count = pooled * grid.num_eigenvalues(positions)
     if count < tail.min_count:

@@ -33,10 +33,9 @@ def tempbalance(
     `refresh_every=N` they are measured inside `update`, at updates 0, N, 2N, ...; with `refresh_every=None` they stay
     as they are until `refresh(opt_state, scale)` is called, for instance between epochs. Both train alike; give `stack`
     and `axes` to both, so that the state has the shapes of the factors from the start: the step is then compiled once,
-    and a checkpoint is restored into `tx.init(params)`. Under `vmap`
-    over seeds take `None`: there `lax.cond` computes both branches, a spectral analysis at every step. In a training
-    step on several devices give their `mesh`: each then measures its share of the windows, and holds no more than one
-    layer whole.
+    and a checkpoint is restored into `tx.init(params)`. Under `vmap` over seeds take `None`: there `lax.cond` computes
+    both branches, a spectral analysis at every step. In a training step on several devices give their `mesh`: each then
+    measures its share of the windows, and holds no more than one layer whole.
 
     >>> import farms_jax, jax.numpy as jnp, optax
     >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), farms_jax.tempbalance(refresh_every=390, low=0.6, high=1.4))

@@ -94,16 +94,15 @@ def analyze(
 
     # Before anything is solved, which takes long: the other processes would learn of an error only at its end.
     (selection, weights, axes_of), found = _collective(read)
-    names = [layer for leaf in selection.leaves for layer in leaf.layers]
     if len({given for given, _ in found}) > 1:
         raise ValueError("multihost.analyze: the processes were given different models or settings; give all the same")
-    raise_if_not_finite([name for name in names if any(name in bad for _, bad in found)])
+    raise_if_not_finite([name for name in selection.layers if any(name in bad for _, bad in found)])
 
     def measure() -> tuple[None, LayerReport]:
         return None, jax.device_get(_analyze.analyze(weights, window=window, tail=tail, axes=axes_of, **settings))
 
     _, reports = _collective(measure)
-    return _merge(names, selection, reports).without(selection.excluded)
+    return _merge(selection, reports).without(selection.excluded)
 
 
 def _local_leaves(params: Any) -> list[tuple[str, Any]]:
@@ -131,16 +130,16 @@ def _cost(leaf: Leaf) -> float:
     return leaf.shape[1] * len(leaf.grid.starts) * leaf.grid.window_cost(is_complex=is_complex)
 
 
-def _merge(names: list[str], selection: Selection, reports: Sequence[LayerReport]) -> LayerReport:
-    """Merge the reports of all processes into one, with its layers in the order of `names`."""
+def _merge(selection: Selection, reports: Sequence[LayerReport]) -> LayerReport:
+    """Merge the reports of all processes into one, with its layers in the order of the selection."""
     found = [name for report in reports for name in report.names]
-    order = np.array([found.index(name) for name in names], int)
+    order = np.array([found.index(name) for name in selection.layers], int)
     spectra = [values for report in reports for values in report.eigenvalues or ()]
     num_params = [count for report in reports for count in report.num_params]
     return LayerReport(
-        names=tuple(names),
+        names=selection.layers,
         num_params=tuple(num_params[place] for place in order),
-        num_positions=tuple(leaf.shape[1] * leaf.is_kernel for leaf in selection.leaves for _ in leaf.layers),
+        num_positions=selection.num_positions,
         left_out=tuple(selection.left_out),
         axes=tuple(selection.axes),
         eigenvalues=None if reports[0].eigenvalues is None else tuple(jnp.asarray(spectra[place]) for place in order),

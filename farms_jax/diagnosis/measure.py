@@ -88,7 +88,7 @@ def measure(
 def _layer(name: str, weight: np.ndarray, axes: LeafAxes, settings: Settings) -> _Layer:
     dtype = weight.dtype if weight.dtype.char in "fdFD" else np.dtype(np.float32)  # half precisions
     (stack,) = as_matrices(np.asarray(weight, dtype), axes)
-    is_kernel = bool(axes.positions(weight.ndim))
+    is_kernel = axes.is_kernel(weight.ndim)
     grid = make_grid(settings.window, stack.shape, is_kernel=is_kernel)
     intervals = interval_grid(grid, stack.shape) if settings.resamples else grid
     return _Layer(name, weight.shape, stack, is_kernel, grid, intervals)

@@ -15,19 +15,13 @@ from jax.scipy.linalg import eigh_tridiagonal
 from farms_jax._windows import Grid
 
 
-def spectra(stacks: Sequence[Array], grids: Sequence[Grid], *, solver: str, max_bytes: int) -> list[Array]:
-    """Return pooled eigenvalues (D, E), ascending, of stacks (K, R, C) of one precision, real or complex.
-
-    They are eigenvalues of Gram matrices, or squared singular values by `"svd"`, in the stacks' precision; zeros for a
-    stack with NaN or Inf.
-    """
-    values = window_spectra(stacks, tuple(grids), solver=solver, max_bytes=max_bytes)
-    return [jnp.sort(grid.pool(flat), axis=-1) for flat, grid in zip(values, grids, strict=True)]
-
-
 @functools.partial(jax.jit, static_argnames=("grids", "solver", "max_bytes"))
 def window_spectra(stacks: Sequence[Array], grids: tuple[Grid, ...], *, solver: str, max_bytes: int) -> list[Array]:
-    """Return eigenvalues (K * W, n) window by window, each row ascending; compiled for each selection of layers."""
+    """Return eigenvalues (K * W, n) of stacks (K, R, C) of one precision, real or complex, window by window.
+
+    They are eigenvalues of Gram matrices, or squared singular values by `"svd"`, in the stacks' precision, each row
+    ascending; zeros for a stack with NaN or Inf. Compiled for each selection of layers.
+    """
     by_layer: dict[int, Array] = {}
     for layers in _groups(stacks, grids):
         located = _locate([stacks[i].shape for i in layers], [grids[i] for i in layers])
