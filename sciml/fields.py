@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from farms_jax.errors import InputError
+from farms_jax.programs.files import expanded
 
 from .hdf5 import Source, open_source
 
@@ -95,8 +96,8 @@ def open_fields(
     share = Fraction(ratio).limit_denominator(1_000_000) if 0 < ratio <= 1 else Fraction(0)
     if share == 0:
         raise InputError(f"ratio must be in (0, 1], got {ratio}; 0.05 uses every twentieth training trajectory")
-    path = path.expanduser()
-    train_path, test_path = _paths(path, test and test.expanduser())
+    path = expanded(path)
+    train_path, test_path = _paths(path, test and expanded(test))
     with contextlib.ExitStack() as opened:
         train_source = opened.enter_context(contextlib.closing(open_source(train_path)))
         test_source = opened.enter_context(contextlib.closing(open_source(test_path or train_path)))

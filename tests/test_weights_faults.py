@@ -63,7 +63,10 @@ SHARD = safetensors.numpy.save({"w": WEIGHT})
             {"net-00001-of-00003.safetensors": SHARD},
             "net-00002-of-00003.safetensors: this shard is missing, as are 1 more",
         ),
-        ({"a.safetensors": SHARD, "b.safetensors": SHARD}, "w is in two shards, a.safetensors and b.safetensors"),
+        (
+            {"a.safetensors": SHARD, "b.safetensors": SHARD},
+            "w is in two files, a.safetensors and b.s.*, which are several",
+        ),
     ],
 )
 def test_a_folder_that_is_no_model(tmp_path, files, message):

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from farms_jax.programs.files import atomic
+from farms_jax.programs.files import atomic, expanded
 
 from .sources import SIZE, DataError, Images, open_tar
 
@@ -49,7 +49,7 @@ def load_folder(name: str, cache_dir: Path) -> Images:
     Raises:
         DataError: the path or a split is missing, the splits have other classes, or an image cannot be read.
     """
-    path = Path(name.removeprefix("folder:")).expanduser().resolve()
+    path = expanded(name.removeprefix("folder:")).resolve()
     if not path.exists():
         raise DataError(f"dataset='folder:{path}': no such file or directory.")
     archives = _find_archives(path)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import sys
 import time
 import warnings
@@ -196,6 +197,7 @@ def main(name: str) -> None:
     """Run `farms analyze`, `farms compare` or `farms watch`; a mistake is one line on stderr, and exit status 2."""
     options = {"farms analyze": Analyze, "farms compare": Compare, "farms watch": Watch}[name]
     return_freed_memory()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home it tells at length where its fonts are
     with reported(name, when_stopped="; what was measured is kept, the same command goes on"), _warnings_told(name):
         tyro.cli(options, prog=name).run()
 

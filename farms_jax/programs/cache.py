@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ import numpy as np
 from farms_jax.programs.files import write_json
 
 
-def default_folder() -> Path:
-    """Return where results are kept: `$XDG_CACHE_HOME/farms_jax`, or `~/.cache/farms_jax`."""
+def default_folder() -> Path | None:
+    """Return where results are kept: `$XDG_CACHE_HOME/farms_jax`, or `~/.cache/farms_jax`; `None` without a home."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "farms_jax"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "farms_jax"
+    except RuntimeError:  # a user whom the system does not know, as in a container
+        warnings.warn("this user has no home folder, so results are not kept; --cache-dir names one", stacklevel=2)
+        return None
 
 
 def weights_key(weights: Mapping[str, np.ndarray], *settings: Any) -> str:
@@ -51,11 +56,15 @@ def _sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Cache:
-    """A folder of JSON objects by key; without a folder, nothing is kept."""
+    """A folder of JSON objects by key; without a folder, nothing is kept.
+
+    One that cannot be written costs a warning: results matter more than what they save the next time.
+    """
 
     folder: Path | None
+    is_writable: bool = dataclasses.field(default=True, init=False)  # as far as is known
 
     def get(self, key: str) -> dict[str, Any] | None:
         """Return the object of a key; `None` where there is none, or it is damaged."""
@@ -68,5 +77,11 @@ class Cache:
 
     def put(self, key: str, content: Mapping[str, Any]) -> None:
         """Keep an object of what JSON knows."""
-        if self.folder is not None:
+        if self.folder is None or not self.is_writable:
+            return
+        try:
             write_json(self.folder / f"{key}.json", with_checksum(content), shared=True)
+        except OSError as error:
+            self.is_writable = False
+            text = f"{self.folder}: results cannot be kept there ({error.strerror or error})"
+            warnings.warn(f"{text}; free space, or take another folder", stacklevel=2)

@@ -15,6 +15,11 @@ CHECKSUMS = "SHA256SUMS"
 _PIECE = 1 << 22  # bytes read at a time for a checksum
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with the home folder for `~`; one of a user who is unknown stays as it is: no such file."""
+    return Path(os.path.expanduser(path))
+
+
 @contextlib.contextmanager
 def atomic(path: Path, *, shared: bool = False) -> Generator[Path, None, None]:
     """Write a file atomically: under another name, and renamed when it is complete.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from farms_jax.errors import InputError, printable, short_repr
+from farms_jax.programs.files import expanded
 from farms_jax.weights.conversion import Shape
 from farms_jax.weights.reading import TensorInfo, read_json
 from farms_jax.weights.safetensors_source import SafetensorsSource
@@ -23,13 +24,17 @@ _PREFIX = "base_model.model."
 # A is (r, in, ...) and B (out, r, ...) for linear layers and kernels; (r, tokens) and (width, r) for embeddings.
 _FACTORS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
 _MERGE = "merge it with PEFT first: model.merge_and_unload().save_pretrained(FOLDER), and give that folder"
+_MODEL = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")  # as transformers calls it
 _FLOAT32 = np.dtype(np.float32)
 _LARGEST = float(np.finfo(_FLOAT32).max)
 
 
 def is_lora(path: str | Path) -> bool:
-    """Return whether a path is the folder of a PEFT LoRA adapter."""
-    return (Path(path).expanduser() / ADAPTER_CONFIG).is_file()
+    """Return whether a path is the folder of a PEFT adapter; a model with a config of one beside it is a model."""
+    folder = expanded(path)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    return not any(_MODEL.fullmatch(child.name) for child in folder.iterdir())
 
 
 class LoraSource(WeightSource):
@@ -37,7 +42,7 @@ class LoraSource(WeightSource):
 
     def __init__(self, base: WeightSource, adapter: str | Path) -> None:
         """Match the folder of a PEFT adapter to the open model that it was trained on."""
-        path = Path(adapter).expanduser()
+        path = expanded(adapter)
         self._base, self._config = base, read_json(path / ADAPTER_CONFIG, "give the folder of a PEFT adapter")
         self._alphas = _read_alphas(path / ADAPTER_CONFIG, self._config)
         if not (path / _ADAPTER).is_file():

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from farms_jax.errors import InputError
+from farms_jax.programs.files import expanded
+from farms_jax.weights.folders import CACHED, open_safetensors_folder, snapshot_of, unfinished
 from farms_jax.weights.gguf_source import GGUFSource
-from farms_jax.weights.lora import ADAPTER_CONFIG
+from farms_jax.weights.lora import is_lora
 from farms_jax.weights.msgpack_source import MsgpackSource
 from farms_jax.weights.npz_source import NpzSource
 from farms_jax.weights.orbax_source import open_orbax
 from farms_jax.weights.reading import os_errors_named
 from farms_jax.weights.runs import model_of
-from farms_jax.weights.safetensors_source import SafetensorsSource, open_safetensors_folder
+from farms_jax.weights.safetensors_source import SafetensorsSource
 from farms_jax.weights.source import WeightSource
 
 _READERS: dict[str, Callable[[Path], WeightSource]] = {
@@ -30,9 +32,9 @@ def open_weights(path: str | Path, *, axes: Any = None, stack: Any = None) -> We
     """Open a model's weights; headers are read and checked, arrays are not.
 
     Args:
-        path: Hugging Face folder, or any other with safetensors; `.safetensors`, `.gguf`, `.npz` or Flax `.msgpack`
-            file; Orbax checkpoint, or a folder of numbered ones; run directory of one of the programs, which stands
-            for its first seed's best checkpoint or its pruned model.
+        path: Hugging Face folder, also `models--OWNER--NAME` of the hub's cache, or any other with safetensors;
+            `.safetensors`, `.gguf`, `.npz` or Flax `.msgpack` file; Orbax checkpoint, or a folder of numbered ones;
+            run directory of one of the programs, which stands for its first seed's best checkpoint or its pruned model.
         axes: What the axes of the arrays count, as `farms_jax.analyze` takes it; default: as usual in the format, that
             is `farms_jax.axis_rules.torch` in safetensors and GGUF, outputs last in all others.
         stack: Which of them count layers, experts or seeds, likewise.
@@ -43,11 +45,11 @@ def open_weights(path: str | Path, *, axes: Any = None, stack: Any = None) -> We
     Raises:
         InputError: There is no such path, or it is damaged, not finished, or of a kind that is not read.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     with os_errors_named(path):
         try:
             mode = path.stat().st_mode
-            source = _open_folder(path) if stat.S_ISDIR(mode) else _open_file(path, mode)
+            source = _open_cached(path) if stat.S_ISDIR(mode) else _open_file(path, mode)
         except FileNotFoundError as error:
             raise InputError(
                 f"{error.filename}: no such file or folder; check the path, and download a model of the hub first: "
@@ -75,6 +77,21 @@ def _open_file(path: Path, mode: int) -> WeightSource:
     raise InputError(f"{path}: not a kind of weights that can be read; give {_KNOWN}")
 
 
+def _open_cached(path: Path) -> WeightSource:
+    """Open a folder, which may be one of the hub's cache, or one that the hub's client is still writing."""
+    snapshot = snapshot_of(path)
+    folder = path if snapshot is None else snapshot[0]
+    try:
+        source = _open_folder(folder)
+    except (InputError, FileNotFoundError) as error:
+        if not unfinished(folder):
+            raise
+        raise InputError(f"{error}; its download has not come to its end: give the same hf download again") from error
+    if snapshot is not None:
+        source.name = snapshot[1]
+    return source
+
+
 def _open_folder(path: Path) -> WeightSource:
     filenames = sorted(child.name for child in path.iterdir())
     if model := model_of(path):
@@ -84,7 +101,7 @@ def _open_folder(path: Path) -> WeightSource:
         return source
     if source := open_orbax(path):
         return source
-    if ADAPTER_CONFIG in filenames:
+    if is_lora(path):
         raise InputError(f"{path}: a LoRA adapter, which is no model by itself; give the model that it was trained on")
     if source := open_safetensors_folder(path, filenames):
         return source
@@ -104,7 +121,8 @@ def _nothing_in(path: Path, filenames: list[str], files: list[str]) -> str:
     inside = [
         name
         for name in filenames
-        if (path / name).is_dir() and any(child.suffix in _READERS for child in (path / name).iterdir())
+        if (path / name).is_dir()
+        and (name.startswith(CACHED) or any(child.suffix in _READERS for child in (path / name).iterdir()))
     ]
     if inside:
         return f"{path}: there are no weights in it, but in its folders {', '.join(inside[:5])}; give one of them"

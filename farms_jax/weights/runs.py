@@ -8,7 +8,7 @@ from farms_jax._names import natural_key
 from farms_jax.errors import InputError
 from farms_jax.programs.files import CHECKSUMS, damaged_files
 from farms_jax.weights import orbax_source
-from farms_jax.weights.safetensors_source import WEIGHTS
+from farms_jax.weights.folders import WEIGHTS
 
 SUFFIXES = (".safetensors", ".gguf", ".npz", ".msgpack")
 # One setting and several seeds; several settings; `sciml`, whose phases have no seed.

@@ -6,9 +6,10 @@ from typing import Any
 
 from farms_jax.errors import InputError
 from farms_jax.programs.files import atomic
+from farms_jax.weights.folders import INDEX, WEIGHTS, open_indexed
 from farms_jax.weights.reading import read_json
 from farms_jax.weights.safetensors_file import FileLayout
-from farms_jax.weights.safetensors_source import INDEX, WEIGHTS, SafetensorsSource, open_indexed
+from farms_jax.weights.safetensors_source import SafetensorsSource
 
 from ..tokenizing import check_tokenizer, tokenizer_faults
 from .base import Checkpoint, save_tokenizer
@@ -67,7 +68,7 @@ def _open_weights(folder: Path) -> SafetensorsSource:
     if (folder / WEIGHTS).is_file():
         return SafetensorsSource(folder, [WEIGHTS])
     if (folder / INDEX).is_file():
-        return open_indexed(folder / INDEX)
+        return open_indexed(folder / INDEX, exact=True)
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     if pickles:
         raise InputError(

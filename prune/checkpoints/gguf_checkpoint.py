@@ -9,10 +9,10 @@ import numpy as np
 
 from farms_jax.errors import InputError, short_repr
 from farms_jax.programs.files import write_json
+from farms_jax.weights.folders import WEIGHTS
 from farms_jax.weights.gguf_file import read_gguf
 from farms_jax.weights.gguf_source import ROPE_FACTORS, GGUFSource, architecture_of, same_in_all_blocks
 from farms_jax.weights.safetensors_file import FileLayout, make_layout
-from farms_jax.weights.safetensors_source import WEIGHTS
 
 from .base import Checkpoint, save_tokenizer
 from .gguf_tokenizer import make_tokenizer

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from farms_jax.errors import InputError
-from farms_jax.weights.safetensors_source import WEIGHTS
+from farms_jax.programs.files import expanded
+from farms_jax.weights.folders import WEIGHTS
 
 from .base import Checkpoint
 from .folder import FolderCheckpoint, how_to_convert, load_tokenizer
@@ -25,7 +26,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     Raises:
         InputError: There is no such model, it cannot be downloaded, or it is damaged.
     """
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         return FolderCheckpoint(path)
     if path.is_file():
@@ -53,7 +54,7 @@ def _open_file(path: Path) -> Checkpoint:
 
 def open_tokenizer(source: str) -> Any:
     """Load a tokenizer from a folder, a file in one or the hub ("OWNER/NAME@REVISION"); none of its code is run."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.exists():
         return load_tokenizer(path if path.is_dir() else path.parent)
     if match := _HUB_ID.fullmatch(source):

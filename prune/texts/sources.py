@@ -45,7 +45,7 @@ def read(source: str, flag: Flag) -> Source:
     """
     if source in NAMED:
         return _read_named(source, flag)
-    path, where = Path(source).expanduser(), f"{flag} {source}"
+    path, where = files.expanded(source), f"{flag} {source}"
     if path.is_dir():
         raise InputError(f"{where}: is a folder; give one file of it")
     if not path.is_file():
