@@ -1,16 +1,18 @@
 """Two models side by side."""
 
 import json
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from farms_jax import TORCH_AXES
+from farms_jax import TORCH_AXES, Tail, Window
 from farms_jax.diagnosis import compare, diagnose
 from farms_jax.errors import InputError
 
-FAST = {"resamples": 20, "randomize": False}
+FAST: dict[str, Any] = {"resamples": 20, "randomize": False}
 
 
 def layers(seed=0):
@@ -76,3 +78,57 @@ def test_a_lora_adapter_is_its_base_with_the_change_added(tmp_path):
     assert comparison.column("moved")[1] == 0
     with pytest.raises(InputError, match="needs the weights of its base model"):
         compare(diagnose(base, **FAST), tmp_path, **FAST)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda name: f"_orig_mod.{name}", lambda name: f"module.{name}", lambda name: name[6:]]
+)
+def test_layers_are_found_without_what_wraps_a_model(tmp_path, wrap):
+    weights = {f"model.{name}.weight": weight for name, weight in layers().items()}
+    wrapped = {wrap(name): weight * np.float32(1.5) for name, weight in weights.items()}
+    for name, tensors in (("plain", weights), ("wrapped", wrapped)):
+        safetensors.numpy.save_file(tensors, tmp_path / f"{name}.safetensors")
+    for order in (["plain", "wrapped"], ["wrapped", "plain"]):
+        comparison = compare(*(tmp_path / f"{name}.safetensors" for name in order), **FAST)
+        assert set(comparison.names) == {min(name, wrap(name), key=len) for name in weights}
+        assert comparison.column("moved") == pytest.approx([0.5 if order[0] == "plain" else 1 / 3] * 4)
+        assert not comparison.only_a + comparison.only_b
+
+
+@pytest.mark.parametrize("a", [np.float16, np.float32, ml_dtypes.float8_e4m3fn])
+@pytest.mark.parametrize("b", [ml_dtypes.bfloat16, np.float64])
+def test_any_two_dtypes(a, b):
+    weight = layers()["layer_0"]
+    first, second = weight.astype(a), (2 * weight).astype(b)
+    (moved,) = compare({"w": first}, {"w": second}, resamples=0, randomize=False).column("moved")
+    first, second = first.astype(float), second.astype(float)
+    assert moved == pytest.approx(np.linalg.norm(second - first) / np.linalg.norm(first), rel=1e-5)
+
+
+def test_written_diagnoses_are_compared_under_their_settings(tmp_path):
+    before, after = layers(), layers(1)
+    other: dict[str, Any]
+    other, window = {"tail": Tail("ks"), "level": 0.9}, {"window": Window(rows=16)}
+    for name, settings in (("a", other), ("b", {}), ("c", window)):
+        diagnose(before, **FAST | settings).write_json(tmp_path / f"{name}.json")
+    with pytest.raises(
+        InputError, match=r"different settings \(level 0.9 and 0.95; tail xmin ks and median\); measure"
+    ):
+        compare(tmp_path / "a.json", tmp_path / "b.json")
+    with pytest.raises(InputError, match=r"other settings than those asked for \(window rows 16 and 8\)"):
+        compare(after, tmp_path / "c.json", window=Window(rows=8))
+    taken, direct = compare(tmp_path / "a.json", after), compare(before, after, **FAST | other)
+    assert taken.names == direct.names
+    for column in ("alpha_change", "error"):
+        assert taken.column(column) == pytest.approx(direct.column(column))
+    assert "level 0.9 and 0.95" in str(taken)
+    (tmp_path / "b.json").write_text((tmp_path / "b.json").read_text().replace('"xmin_pos"', '"position"'))
+    with pytest.raises(InputError, match="settings are damaged, or of another version"):
+        compare(tmp_path / "b.json", after)
+
+
+def test_kernels_read_under_other_axes_are_not_compared():
+    kernel = {"conv": np.random.default_rng(0).normal(size=(3, 3, 16, 24)).astype(np.float32)}
+    first, second = (diagnose(kernel, axes={"conv": axes}, **FAST) for axes in ("HWIO", "IOHW"))
+    with pytest.raises(InputError, match="3x3x16x24, was measured as 24 x 16 and as .* axes"):
+        compare(first, second)

@@ -150,7 +150,10 @@ class Compare(Measuring):
         """Measure both, print, write."""
         outputs = _checked({"--csv": self.csv, "--json": self.json})
         _sort_column(self.sort, Comparison.possible)  # before any long work
-        comparison = compare(self.a, self.b, **self.options()).sort(self.sort, descending=True, magnitude=True)
+        # What was not asked for is as in the diagnosis that one of the models is.
+        usual = vars(Settings())
+        options = {name: value for name, value in self.options().items() if name not in usual or value != usual[name]}
+        comparison = compare(self.a, self.b, **options).sort(self.sort, descending=True, magnitude=True)
         comparison.show()
         _write(comparison, outputs, hint="--csv changes.csv writes all columns")
 

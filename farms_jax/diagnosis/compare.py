@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,13 +10,14 @@ import numpy as np
 from tqdm import tqdm
 
 from farms_jax._tail import Tail
-from farms_jax.diagnosis.columns import BY_NAME, Column, Row, half_width, text
+from farms_jax.diagnosis.columns import BY_NAME, Column, Row, half_width, plain, text
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.pipeline import diagnose, layers_of, opened
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.table import LayerTable
 from farms_jax.errors import InputError, listed
 from farms_jax.weights import LoraSource, WeightSource, is_lora
+from farms_jax.weights.wrappers import paired
 
 _BEFORE_AND_AFTER = ("alpha", "whole_alpha", "ww_alpha", "ks_distance", "whole_stable_rank", "mp_spikes", "rank")
 _SHOWN = {"alpha", "mp_spikes"}  # of these, in the terminal
@@ -30,6 +31,7 @@ class Comparison(LayerTable):
         models: names of A and B.
         only_a: layers of A alone.
         only_b: layers of B alone.
+        settings: settings of both diagnoses, in types of JSON.
     """
 
     possible: ClassVar[tuple[Column, ...]] = (
@@ -52,6 +54,7 @@ class Comparison(LayerTable):
     models: tuple[str, str]
     only_a: tuple[str, ...] = ()
     only_b: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def headline(self) -> str:
         """Return how many layers moved, in a line."""
@@ -62,9 +65,11 @@ class Comparison(LayerTable):
         return f"A {self.models[0]}, B {self.models[1]}: {len(self)} layers of one name{beyond}{unchanged}"
 
     def closing(self) -> list[str]:
-        """Return the layers that one model alone has."""
+        """Return the settings that are not the usual ones, and the layers that one model alone has."""
+        unusual = Settings.from_json(self.settings).differences(Settings()).values() if self.settings else ()
         sides = (("A", self.only_a), ("B", self.only_b))
-        return [f"only in {side}: {listed(names, 5, ', ')}" for side, names in sides if names]
+        lines = [f"only in {side}: {listed(names, 5, ', ')}" for side, names in sides if names]
+        return [f"settings here and by default: {'; '.join(unusual)}"] * bool(unusual) + lines
 
 
 def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Comparison:
@@ -89,6 +94,8 @@ def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Compar
         InputError: a model cannot be read, or they have no layer in common.
         ValueError: an option is out of its range.
     """
+    a, b = (_read(model) for model in (a, b))
+    options = _common_settings([model for model in (a, b) if isinstance(model, Diagnosis)], options)
     with contextlib.ExitStack() as opening:
         before, weights_a = _side(a, opening, progress=progress, **options)
         if isinstance(b, str | Path) and is_lora(b):
@@ -99,50 +106,97 @@ def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Compar
             b = opening.enter_context(LoraSource(weights_a, Path(b)))
         after, weights_b = _side(b, opening, progress=progress, **options)
         rows_a, rows_b = ({row["layer"]: row for row in side.layers} for side in (before, after))
-        common = [name for name in rows_a if name in rows_b]
-        if not common:
+        pairs = paired(rows_a, rows_b)
+        if not pairs:
             raise InputError(
                 f"{before.model} and {after.model} have no layer of one name: {next(iter(rows_a))} in the first, "
                 f"{next(iter(rows_b))} in the second; give two checkpoints of one model or family, in one format"
             )
-        moved = dict(_moved(weights_a, weights_b, common, progress=progress)) if weights_a and weights_b else {}
+        moved = dict(_moved(weights_a, weights_b, pairs, progress=progress)) if weights_a and weights_b else {}
+    common_a, common_b = (set(names) for names in zip(*pairs.values(), strict=True))
     comparison = Comparison(
-        layers=tuple(_row(rows_a[name], rows_b[name], moved.get(name)) for name in common),
+        layers=tuple(_row(name, rows_a[a], rows_b[b], moved.get(name)) for name, (a, b) in pairs.items()),
         models=(before.model, after.model),
-        only_a=tuple(name for name in rows_a if name not in rows_b),
-        only_b=tuple(name for name in rows_b if name not in rows_a),
+        only_a=tuple(name for name in rows_a if name not in common_a),
+        only_b=tuple(name for name in rows_b if name not in common_b),
+        settings=before.settings,
     )
     return comparison.sort("alpha_change", descending=True, magnitude=True)
 
 
+def _read(model: Any) -> Any:
+    """Return what a model in JSON says, and any other model as it is."""
+    return Diagnosis.read_json(model) if isinstance(model, str | Path) and Path(model).suffix == ".json" else model
+
+
+def _common_settings(known: list[Diagnosis], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options under which all is measured: those of the diagnoses that are known, else as they were given.
+
+    Raises:
+        InputError: Two diagnoses have other settings, or one has others than those that were given.
+    """
+    if not known:
+        return options
+    settings = [Settings.from_json(plain(one.settings)) for one in known]
+    if unlike := settings[0].differences(settings[-1]):
+        names = " and ".join(one.model for one in known)
+        raise InputError(
+            f"{names} were measured under different settings ({listed(unlike.values())}); measure one of them again "
+            "under those of the other, or give its weights"
+        )
+    asked = {name: value for name, value in options.items() if hasattr(settings[0], name)}
+    if unlike := settings[0].differences(dataclasses.replace(settings[0], **asked)):
+        raise InputError(
+            f"{known[0].model} was measured under other settings than those asked for ({listed(unlike.values())}); "
+            "leave them away, or give its weights"
+        )
+    return options | vars(settings[0])
+
+
 def _side(model: Any, opening: contextlib.ExitStack, **options: Any) -> tuple[Diagnosis, WeightSource | None]:
-    """Return a model's diagnosis and its weights, open as long as `opening`; of a written diagnosis there are none."""
+    """Return a model's diagnosis and its weights, open as long as `opening`; of a known diagnosis there are none."""
     if isinstance(model, Diagnosis):
         return model, None
-    if isinstance(model, str | Path) and Path(model).suffix == ".json":
-        return Diagnosis.read_json(Path(model)), None
     source = opening.enter_context(opened(model, options.get("axes"), options.get("stack")))
     return diagnose(source, **options), source
 
 
-def _moved(a: WeightSource, b: WeightSource, names: list[str], *, progress: bool) -> Iterator[tuple[str, float]]:
+def _moved(
+    a: WeightSource, b: WeightSource, pairs: Mapping[str, tuple[str, str]], *, progress: bool
+) -> Iterator[tuple[str, float]]:
     """Yield |B - A| / |A| of the layers that have one shape in both."""
     places_a, places_b = (layers_of(source, Settings(tail=Tail(min_count=2)))[0] for source in (a, b))
     # One tensor after the other: a stack may be read as a whole.
-    common = set(names)
-    names = [name for name in places_a if name in common]
+    order = {name: number for number, name in enumerate(places_a)}
+    names = sorted(pairs, key=lambda name: order[pairs[name][0]])
     for name in tqdm(names, desc="compare", unit="layer", leave=False, disable=None if progress else True):
-        first, second = places_a[name].read(a), places_b[name].read(b)
+        first, second = places_a[pairs[name][0]].read(a), places_b[pairs[name][1]].read(b)
         if first.shape == second.shape:
-            exact = np.result_type(first.dtype, second.dtype, np.float32)
-            first = first.astype(exact, copy=False)
-            size = float(np.linalg.norm(first))
-            change = float(np.linalg.norm(second.astype(exact, copy=False) - first))
-            yield name, change / size if size else float(change > 0)
+            yield name, _distance(first, second)
 
 
-def _row(a: Row, b: Row, moved: float | None) -> Row:
-    row: dict[str, Any] = {"layer": a["layer"]}
+def _distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Return |second - first| / |first| of two weights of one shape, whatever their dtypes and sizes.
+
+    >>> _distance(np.full(4, 2e30, np.float32), np.full(4, 4e30, np.float64))
+    1.0
+    """
+    exact = np.result_type(*(array.dtype if array.dtype.char in "fdFD" else np.float32 for array in (first, second)))
+    first, second = (array.astype(exact, copy=False) for array in (first, second))
+    if not (largest := max(np.abs(first).max(), np.abs(second).max())):
+        return 0.0
+    first, second = first / largest, second / largest  # whose squares exist
+    size, change = float(np.linalg.norm(first)), float(np.linalg.norm(second - first))
+    return change / size if size else 1.0
+
+
+def _row(layer: str, a: Row, b: Row, moved: float | None) -> Row:
+    if a["shape"] == b["shape"] and (a["N"], a["M"]) != (b["N"], b["M"]):
+        sizes = " and as ".join(f"{side['N']} x {side['M']}" for side in (a, b))
+        raise InputError(
+            f"{layer}, of shape {a['shape']}, was measured as {sizes}, under different axes; measure one of them again"
+        )
+    row: dict[str, Any] = {"layer": layer}
     for name in ("status", "shape"):
         before, after = (text(side, BY_NAME[name]) for side in (a, b))
         row[name] = before if before == after else f"{before} -> {after}"

@@ -1,9 +1,12 @@
 """What a diagnosis measures, and how finely."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
 from farms_jax._tail import Tail
 from farms_jax._windows import Window
+from farms_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,3 +54,39 @@ class Settings(CommonSettings):
             raise ValueError(f"Settings: tolerance must be above 0, got {self.tolerance}")
         if self.tolerance is not None and self.resamples == 0:
             raise ValueError("Settings: tolerance needs resamples; give at least 20, or no tolerance")
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Return the settings of a written diagnosis, which has other entries too.
+
+        Raises:
+            InputError: they are those of another version, or damaged.
+        """
+        try:
+            fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
+            window, tail = fields["window"], Tail(**fields["tail"])
+            return cls(**fields | {"window": None if window is None else Window(**window), "tail": tail})
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError("its settings are damaged, or of another version; measure it again") from error
+
+    def differences(self, other: Self) -> dict[str, str]:
+        """Return field -> the values of both, of those that differ and can change a result.
+
+        >>> Settings(seed=1).differences(Settings(tail=Tail("ks")))
+        {'seed': 'seed 1 and 0', 'tail': 'tail xmin median and ks'}
+        """
+        pairs = ((name, value, getattr(other, name)) for name, value in vars(self).items() if name != _BOUND)
+        return {name: ", ".join(_unlike(name, *values)) for name, *values in pairs if values[0] != values[1]}
+
+
+_BOUND = "max_batch_bytes"
+
+
+def _unlike(name: str, first: Any, second: Any) -> Iterator[str]:
+    """Yield the entries of two settings that differ."""
+    if dataclasses.is_dataclass(first) and dataclasses.is_dataclass(second):
+        for part, value in vars(first).items():
+            if value != getattr(second, part):
+                yield f"{name} {part} {value} and {getattr(second, part)}"
+    else:
+        yield f"{name} {first} and {second}"

@@ -1,0 +1,64 @@
+"""Names of arrays without what wraps a model: torch.compile, FSDP, DDP, or a model that has it as a part.
+
+>>> unwrapped("model._orig_mod.layers.0._fsdp_wrapped_module.up.weight")
+'model.layers.0.up.weight'
+>>> paired(["layers.0.weight", "head.weight"], ["module.layers.0.weight", "module.norm.weight"])
+{'layers.0.weight': ('layers.0.weight', 'module.layers.0.weight')}
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+# torch.compile, FSDP, activation checkpointing, Lightning Fabric: no module of a model is called so.
+_WRAPPERS = re.compile(r"(?<![^./])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)[./]")
+_PARALLEL = "module."  # what DDP puts before all names; a module of a model may be called so too
+
+
+def unwrapped(name: str) -> str:
+    """Return a name without the wrappers that have names of their own, anywhere in it."""
+    return _WRAPPERS.sub("", name)
+
+
+def paired(first: Iterable[str], second: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return which names of two models are of the same array: name to show -> name in each, in the first's order.
+
+    Those are names that are equal without wrappers; and of the others those that are equal where one of the models is
+    without the prefix, such as `model.`, by which most become equal.
+    """
+    a, b = _without_wrappers(first), _without_wrappers(second)
+    same = {name: name for name in a if name in b}
+    alone = [[name for name in names if name not in same] for names in (a, b)]
+    counts = Counter(
+        (side, prefix)
+        for side, names in enumerate(alone)
+        for name in names
+        for prefix, rest in _endings(name)
+        if rest in (b, a)[side] and rest not in same
+    )
+    match counts.most_common(2):
+        case [((side, prefix), count), *others] if not others or count > others[0][1]:
+            for name in alone[side]:
+                rest = name.removeprefix(prefix)
+                if name.startswith(prefix) and rest in (b, a)[side] and rest not in same:
+                    same |= {name: rest} if side == 0 else {rest: name}
+    return {min(name, same[name], key=len): (a[name], b[same[name]]) for name in a if name in same}
+
+
+def _without_wrappers(names: Iterable[str]) -> dict[str, str]:
+    """Return name without wrappers -> name, the first where several become equal."""
+    found: dict[str, str] = {}
+    for name in names:
+        found.setdefault(unwrapped(name), name)
+    while found and all(name.startswith(_PARALLEL) for name in found):
+        found = {name.removeprefix(_PARALLEL): full for name, full in found.items()}
+    return found
+
+
+def _endings(name: str) -> list[tuple[str, str]]:
+    """Return the ways to cut a name into a prefix and a rest.
+
+    >>> _endings("model.up.weight")
+    [('model.', 'up.weight'), ('model.up.', 'weight')]
+    """
+    return [(name[: match.end()], name[match.end() :]) for match in re.finditer(r"[./]", name)]
