@@ -107,8 +107,8 @@ def test_any_two_dtypes(a, b):
 
 def test_written_diagnoses_are_compared_under_their_settings(tmp_path):
     before, after = layers(), layers(1)
-    other: dict[str, Any]
-    other, window = {"tail": Tail("ks"), "level": 0.9}, {"window": Window(rows=16)}
+    other: dict[str, Any] = {"tail": Tail("ks"), "level": 0.9}
+    window: dict[str, Any] = {"window": Window(rows=16)}
     for name, settings in (("a", other), ("b", {}), ("c", window)):
         diagnose(before, **FAST | settings).write_json(tmp_path / f"{name}.json")
     with pytest.raises(
