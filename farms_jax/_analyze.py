@@ -16,10 +16,11 @@ from farms_jax._axes import FLAX_AXES
 from farms_jax._layers import not_finite, raise_if_not_finite, select_layers
 from farms_jax._names import named_leaves, natural_key
 from farms_jax._report import METRICS, LayerReport
+from farms_jax._scaling import times_power
 from farms_jax._tail import Tail, fit_tail, highest_alpha, without_flat
 from farms_jax._windows import Window
 from farms_jax.solvers import mesh as mesh_solver
-from farms_jax.solvers.dispatch import Cut, Options, Solver, check_solver, pooled_eigenvalues
+from farms_jax.solvers.dispatch import Cut, Options, Solver, Spectra, check_solver, pooled_eigenvalues
 
 _BATCH = 2**24  # numbers in each of the few arrays that are alive while spectra are fitted in parallel
 
@@ -185,17 +186,23 @@ def _measure(weights: tuple[Any, ...], plan: _Plan) -> tuple[dict[str, Array], t
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _fit(spectra: tuple[Array, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
-    """Return what `_measure` does, given the spectra (L, D, E) of the leaves."""
-    scaled = [spectrum * factor for spectrum, factor in zip(spectra, plan.factors, strict=True)]
+def _fit(spectra: tuple[Spectra, ...], plan: _Plan) -> tuple[dict[str, Array], tuple[Array, ...]]:
+    """Return what `_measure` does, given the spectra of the leaves."""
+    scaled = [leaf.values * factor for leaf, factor in zip(spectra, plan.factors, strict=True)]
     if plan.pooled:
         scaled = [jnp.sort(e.reshape(len(e), 1, -1), axis=-1) for e in scaled]
-    kept = tuple(layer for leaf in scaled for layer in leaf) if plan.keep_eigenvalues else ()
-    return _measure_spectra(scaled, plan), kept
+    kept = ()
+    if plan.keep_eigenvalues:
+        whole = [times_power(e, 2 * leaf.exponents[:, None, None]) for e, leaf in zip(scaled, spectra, strict=True)]
+        kept = tuple(layer for leaf in whole for layer in leaf)
+    return _measure_spectra(scaled, [leaf.exponents for leaf in spectra], plan), kept
 
 
-def _measure_spectra(spectra: list[Array], plan: _Plan) -> dict[str, Array]:
-    """Return the measures by name, each (number of layers,): means over the divisions of the spectra (L, D, E)."""
+def _measure_spectra(spectra: list[Array], exponents: list[Array], plan: _Plan) -> dict[str, Array]:
+    """Return the measures by name, each (number of layers,): means over the divisions of the spectra (L, D, E).
+
+    Those of each leaf are to be multiplied by 4 to the power of its exponents (L,).
+    """
     if not spectra:
         return {key: jnp.zeros(0, jnp.int32 if key == "num_eigenvalues" else float) for key in METRICS}
     # Padded in front to one length: a fit is compiled once, not for each length.
@@ -205,13 +212,16 @@ def _measure_spectra(spectra: list[Array], plan: _Plan) -> dict[str, Array]:
     sizes = np.repeat([e.shape[2] for e in spectra], [len(own) for own in rows])
     divisions_of_layers = np.repeat([e.shape[1] for e in spectra], [e.shape[0] for e in spectra])
     layer_of = np.repeat(np.arange(len(divisions_of_layers)), divisions_of_layers)
+    powers = 2 * jnp.concatenate(exponents)[layer_of]
     at_once = max(1, _BATCH // longest)
-    fits = lax.map(lambda row: fit_tail(row[0], plan.tail, size=row[1]), (padded, sizes), batch_size=at_once)
+    fits = lax.map(
+        lambda row: fit_tail(row[0], plan.tail, size=row[1], power=row[2]), (padded, sizes, powers), batch_size=at_once
+    )
     highest = [highest_alpha(cut.grid.rows, cut.grid.cols, plan.tail) for cut in plan.cuts]
     fits = without_flat(fits, np.repeat(highest, [len(own) for own in rows]))
     largest, norm = padded[:, -1], padded.sum(-1)
     positive = jnp.where(largest > 0, largest, 1)
-    alpha_hat = fits.alpha * jnp.log10(positive)
+    alpha_hat = fits.alpha * (jnp.log10(positive) + powers * math.log10(2))
 
     def total(values: Array) -> Array:
         return jax.ops.segment_sum(values, layer_of, num_segments=len(divisions_of_layers), indices_are_sorted=True)
@@ -222,8 +232,8 @@ def _measure_spectra(spectra: list[Array], plan: _Plan) -> dict[str, Array]:
         "alpha": total(fits.alpha) / fitted,
         "ks_distance": total(fits.ks_distance) / divisions,
         "xmin": total(fits.xmin) / fitted,
-        "largest_eigenvalue": total(largest) / divisions,
-        "norm": total(norm) / divisions,
+        "largest_eigenvalue": total(times_power(largest, powers)) / divisions,
+        "norm": total(times_power(norm, powers)) / divisions,
         "stable_rank": total(norm / positive) / divisions,
         "alpha_hat": total(alpha_hat) / fitted,
         "num_eigenvalues": total(fits.num_eigenvalues),

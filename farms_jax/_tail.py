@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from farms_jax._scaling import times_power
 from farms_jax.marchenko_pastur import hill_alpha
 
 _ROUNDING = 8  # units in the last place by which rounding may set equal numbers apart
@@ -106,15 +107,22 @@ def without_flat(fits: TailFit, highest: Any) -> TailFit:
 
 
 class _Spectrum(NamedTuple):
-    """Eigenvalues (E,) ascending, logarithms relative to the largest, and the index of the first kept and usable."""
+    """Eigenvalues (E,) ascending, logarithms relative to the largest, and the index of the first kept and usable.
+
+    `in_units` are the eigenvalues times 2^power: 0 or infinite where they are beyond the dtype's range.
+    """
 
     eigenvalues: Array
     logs: Array
     kept_from: Array
     usable_from: Array
+    in_units: Array
+    power: Array
 
 
-def fit_tail(eigenvalues: Array, tail: Tail, size: Array | int | None = None) -> TailFit:
+def fit_tail(
+    eigenvalues: Array, tail: Tail, size: Array | int | None = None, power: Array | int | None = None
+) -> TailFit:
     """Fit the tail of one spectrum.
 
     There is no tail where all eigenvalues are zero, where those from the threshold on are equal to within
@@ -126,11 +134,14 @@ def fit_tail(eigenvalues: Array, tail: Tail, size: Array | int | None = None) ->
         tail: the rule.
         size: number of eigenvalues that count, from the last one back; the others are padding, and zero. `None`
             counts all.
+        power: the eigenvalues are to be multiplied by 2 to this power, int32: what they are compared with, and `xmin`,
+            are of that size, which may be beyond their dtype's range. `None` for 0.
 
     Returns:
         The fit, of scalars. `jax.vmap` maps it over spectra, padded to one length where they differ.
     """
-    spectrum = _prepare(eigenvalues, tail.min_eigenvalue, eigenvalues.size if size is None else size)
+    power = jnp.zeros((), jnp.int32) if power is None else jnp.asarray(power, jnp.int32)
+    spectrum = _prepare(eigenvalues, tail.min_eigenvalue, eigenvalues.size if size is None else size, power)
     kept = eigenvalues.size - spectrum.kept_from
     if tail.xmin == "median":
         # In whole numbers: in float32, N / xmin_pos may fall just short of the integer that it should be.
@@ -143,19 +154,20 @@ def fit_tail(eigenvalues: Array, tail: Tail, size: Array | int | None = None) ->
     else:
         index, alpha, distance = _search(spectrum, _candidates(spectrum, tail))
     found = alpha > 0
-    return TailFit(alpha, distance, jnp.where(found, eigenvalues[index], 0), kept.astype(jnp.int32))
+    return TailFit(alpha, distance, jnp.where(found, spectrum.in_units[index], 0), kept.astype(jnp.int32))
 
 
-def _prepare(eigenvalues: Array, min_eigenvalue: float | None, size: Array | int) -> _Spectrum:
+def _prepare(eigenvalues: Array, min_eigenvalue: float | None, size: Array | int, power: Array) -> _Spectrum:
+    in_units = times_power(eigenvalues, power)
     zeros = (eigenvalues <= 0).sum()
     kept_from = jnp.asarray(eigenvalues.size - size, zeros.dtype)
     if min_eigenvalue is not None:
-        small = (eigenvalues <= min_eigenvalue).sum()
+        small = (in_units <= min_eigenvalue).sum()
         kept_from = jnp.where(small < eigenvalues.size, jnp.maximum(small, kept_from), kept_from)
     largest = eigenvalues[-1]
     safe = jnp.where(eigenvalues > 0, eigenvalues, jnp.where(largest > 0, largest, 1))
     logs = jnp.log(safe / jnp.where(largest > 0, largest, 1))
-    return _Spectrum(eigenvalues, logs, kept_from, jnp.maximum(zeros, kept_from))
+    return _Spectrum(eigenvalues, logs, kept_from, jnp.maximum(zeros, kept_from), in_units, power)
 
 
 def _hill(count: Array, spread: Array) -> Array:
@@ -190,19 +202,19 @@ def _deviation(logs: Array, index: Array, alpha: Array, offset: Array) -> Array:
 
 def _candidates(spectrum: _Spectrum, tail: Tail) -> Array:
     """Return which indices may be the threshold, shape (E,), bool: usable, and not the last."""
-    eigenvalues, logs, kept_from, usable_from = spectrum
+    eigenvalues, logs, _, usable_from, in_units, power = spectrum
     position = jnp.arange(logs.size)
     usable = (position >= usable_from) & (position < logs.size - 1)
     if tail.xmin == "ks":
         return usable
     log10 = logs / jnp.log(jnp.asarray(10, logs.dtype))
-    shift = jnp.log10(jnp.where(eigenvalues[-1] > 0, eigenvalues[-1], 1))
+    shift = jnp.log10(jnp.where(eigenvalues[-1] > 0, eigenvalues[-1], 1)) + power * math.log10(2)
     low = log10[jnp.minimum(usable_from, logs.size - 1)]
     width = jnp.where(low < 0, -low, 1)  # the largest eigenvalue's relative log10 is 0
     bins = jnp.clip(((log10 - low) / width * tail.bins).astype(jnp.int32), 0, tail.bins - 1)
     counts = jnp.zeros(tail.bins, jnp.int32).at[bins].add((position >= usable_from).astype(jnp.int32))
     peak = 10 ** (shift + low + jnp.argmax(counts).astype(low.dtype) * (width / tail.bins))
-    return usable & (eigenvalues >= jnp.log10(0.95 * peak)) & (eigenvalues <= 1.5 * peak)
+    return usable & (in_units >= jnp.log10(0.95 * peak)) & (in_units <= 1.5 * peak)
 
 
 def _search(spectrum: _Spectrum, candidates: Array) -> tuple[Array, Array, Array]:

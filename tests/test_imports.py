@@ -11,7 +11,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOW = ["errors", "_extras", "_present", "_figures", "_names", "_axes", "_default_axes", "_axis_rules"]
 FLOW += ["_torch_axes", "axis_rules"]
-FLOW += ["_windows", "marchenko_pastur", "_tail", "mappings", "_report", "programs", "solvers", "_layers", "_analyze"]
+FLOW += [
+    "_windows",
+    "marchenko_pastur",
+    "_scaling",
+    "_tail",
+    "mappings",
+    "_report",
+    "programs",
+    "solvers",
+    "_layers",
+    "_analyze",
+]
 FLOW += ["multihost", "_lr_scale", "_measure", "_factors", "_tempbalance", "_alphadecay", "_htmuon", "_sparsity"]
 FLOW += ["weights", "diagnosis", "__main__"]
 

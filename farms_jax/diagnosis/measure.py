@@ -11,6 +11,7 @@ import numpy as np
 from farms_jax import marchenko_pastur
 from farms_jax._analyze import needs_small_eigenvalues
 from farms_jax._axes import Axes, LeafAxes, as_matrices
+from farms_jax._scaling import in_range
 from farms_jax._tail import highest_alpha, without_flat
 from farms_jax._windows import Grid, make_grid
 from farms_jax.diagnosis.resampling import deviations, interval, interval_grid
@@ -42,7 +43,8 @@ class Measured(NamedTuple):
 class _Layer(NamedTuple):
     name: str
     shape: tuple[int, ...]
-    stack: np.ndarray  # (K, R, C)
+    stack: np.ndarray  # (K, R, C), to be multiplied by 2**exponent
+    exponent: int
     is_kernel: bool
     grid: Grid  # windows of the estimate
     intervals: Grid  # windows that are resampled for the interval
@@ -88,15 +90,16 @@ def measure(
 def _layer(name: str, weight: np.ndarray, axes: LeafAxes, settings: Settings) -> _Layer:
     dtype = weight.dtype if weight.dtype.char in "fdFD" else np.dtype(np.float32)  # half precisions
     (stack,) = as_matrices(np.asarray(weight, dtype), axes)
+    stack, exponent = in_range(stack)
     is_kernel = axes.is_kernel(weight.ndim)
     grid = make_grid(settings.window, stack.shape, is_kernel=is_kernel)
     intervals = interval_grid(grid, stack.shape) if settings.resamples else grid
-    return _Layer(name, weight.shape, stack, is_kernel, grid, intervals)
+    return _Layer(name, weight.shape, stack, exponent, is_kernel, grid, intervals)
 
 
 def _solve(layers: list[_Layer], values: _Values, settings: Settings) -> None:
     """Add the eigenvalues of all windows that `values` lacks; no window of a layer is solved twice."""
-    stacks = {layer.name: layer.stack for layer in layers}
+    by_name = {layer.name: layer for layer in layers}
     wanted: dict[tuple[str, Grid], Solver] = {}
     for layer in layers:
         if settings.whole:
@@ -105,23 +108,29 @@ def _solve(layers: list[_Layer], values: _Values, settings: Settings) -> None:
             wanted.setdefault((layer.name, grid), _window_solver(settings))
     for kind in ("gram", "gram64"):
         keys = [key for key, solver in wanted.items() if solver == kind and key not in values]
-        found = _eigenvalues([stacks[name] for name, _ in keys], [grid for _, grid in keys], kind, settings)
+        found = _eigenvalues([by_name[name] for name, _ in keys], [grid for _, grid in keys], kind, settings)
         values.update(zip(keys, found, strict=True))
     # Ranks and the smallest singular values are beyond a Gram matrix where few directions are missing or nearly so.
     for layer in layers if settings.whole else ():
         solved = values[layer.name, layer.whole]
         if (solved[:, 0] < _RESOLVED * solved.max()).any() and solved.max() > 0:
             exact = layer.stack.astype(np.result_type(layer.stack.dtype, np.float64), copy=False)
-            (values[layer.name, layer.whole],) = _eigenvalues([exact], [layer.whole], "svd", settings)
+            (found,) = _eigenvalues([layer._replace(stack=exact)], [layer.whole], "svd", settings)
+            values[layer.name, layer.whole] = found
 
 
 def _window_solver(settings: Settings) -> Solver:
     return "gram64" if needs_small_eigenvalues(settings.tail) else "gram"
 
 
-def _eigenvalues(stacks: list[np.ndarray], grids: list[Grid], solver: Solver, settings: Settings) -> list[np.ndarray]:
-    platform = jax.default_backend()
-    return window_eigenvalues(stacks, grids, platform=platform, solver=solver, max_bytes=settings.max_batch_bytes)
+def _eigenvalues(layers: list[_Layer], grids: list[Grid], solver: Solver, settings: Settings) -> list[np.ndarray]:
+    stacks, platform = [layer.stack for layer in layers], jax.default_backend()
+    found = window_eigenvalues(stacks, grids, platform=platform, solver=solver, max_bytes=settings.max_batch_bytes)
+    # In float64 they fit whatever the exponent of a float32 weight is.
+    return [
+        values.astype(np.float64) * 4.0**layer.exponent if layer.exponent else values
+        for values, layer in zip(found, layers, strict=True)
+    ]
 
 
 def _measured(layer: _Layer, values: _Values, shuffled: np.ndarray | None, settings: Settings) -> Measured:
@@ -199,7 +208,8 @@ def _shuffled_spectra(layers: list[_Layer], settings: Settings, overwrite: bool)
 
     with ThreadPoolExecutor(cores()) as threads:
         stacks = list(threads.map(shuffle, layers))
-    found = _eigenvalues(stacks, [layer.whole for layer in layers], "gram", settings)
+    shuffled = [layer._replace(stack=stack) for layer, stack in zip(layers, stacks, strict=True)]
+    found = _eigenvalues(shuffled, [layer.whole for layer in layers], "gram", settings)
     return {layer.name: np.sort(values.ravel()) for layer, values in zip(layers, found, strict=True)}
 
 
@@ -216,7 +226,7 @@ def _adapted(layer: _Layer, values: _Values, settings: Settings, tolerance: floa
     while count < len(starts):
         count = min(max(2 * count, _FIRST_WINDOWS), len(starts))
         more = layer.grid._replace(starts=starts[len(solved) : count])
-        (part,) = _eigenvalues([layer.stack], [more], _window_solver(settings), settings)
+        (part,) = _eigenvalues([layer], [more], _window_solver(settings), settings)
         solved = np.concatenate([solved, part])
         grid = layer.grid._replace(starts=starts[:count])
         layer = layer._replace(grid=grid, intervals=grid)

@@ -13,6 +13,7 @@ from jax.experimental.buffer_callback import buffer_callback
 from jax.sharding import NamedSharding, PartitionSpec
 
 from farms_jax._axes import LeafAxes, as_matrices
+from farms_jax._scaling import in_range, in_range_traced
 from farms_jax._windows import Grid
 from farms_jax.solvers import accelerator, cpu
 
@@ -44,11 +45,21 @@ def in_working_precision(weight: Any) -> Array:
     return jnp.asarray(weight, jnp.result_type(complex if jnp.iscomplexobj(weight) else float))
 
 
-def pooled_eigenvalues(weights: Sequence[Any], cuts: Sequence[Cut], options: Options) -> list[Array]:
-    """Return the squared singular values of all windows, pooled: an array (L, D, E) per leaf, ascending, not negative.
+class Spectra(NamedTuple):
+    """Pooled eigenvalues of the layers of a leaf: `values * 4**exponents`.
 
-    They are real, in the working precision, and not divided by a dimension.
+    Attributes:
+        values: squared singular values of all windows (L, D, E), ascending, not negative, not divided by a dimension;
+            real, in the working precision.
+        exponents: (L,) int32, 0 for most layers; see `_scaling`.
     """
+
+    values: Array
+    exponents: Array
+
+
+def pooled_eigenvalues(weights: Sequence[Any], cuts: Sequence[Cut], options: Options) -> list[Spectra]:
+    """Return the spectra of each leaf's layers."""
     if not weights:
         return []
     weights = [whole(in_working_precision(weight)) for weight in weights]
@@ -65,38 +76,42 @@ def whole(weight: Array) -> Array:
     return jax.sharding.reshard(weight, NamedSharding(sharding.mesh, PartitionSpec())) if any(sharding.spec) else weight
 
 
-def _on_device(weights: Sequence[Array], cuts: Sequence[Cut], options: Options) -> list[Array]:
+def _on_device(weights: Sequence[Array], cuts: Sequence[Cut], options: Options) -> list[Spectra]:
     shapes = [cut.axes.matrices_shape(weight.shape) for weight, cut in zip(weights, cuts, strict=True)]
+    leaves, exponents = zip(
+        *(jax.vmap(in_range_traced)(as_matrices(weight, cut.axes)) for weight, cut in zip(weights, cuts, strict=True)),
+        strict=True,
+    )
     # The layers of a stack are solved like kernel positions, and pooled apart.
-    stacks = [
-        as_matrices(weight, cut.axes).reshape(-1, rows, cols)
-        for weight, cut, (_, _, rows, cols) in zip(weights, cuts, shapes, strict=True)
-    ]
+    stacks = [leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves]
     grids = tuple(cut.grid for cut in cuts)
     solver = options.solver_on("default")
     values = accelerator.window_spectra(stacks, grids, solver=solver, max_bytes=options.max_bytes)
-    return [
+    spectra = [
         jnp.sort(jax.vmap(cut.grid.pool)(flat.reshape(layers, -1, cut.grid.gram_rows)), axis=-1)
         for flat, cut, (layers, *_) in zip(values, cuts, shapes, strict=True)
     ]
+    return [Spectra(*pair) for pair in zip(spectra, exponents, strict=True)]
 
 
-def _on_host(weights: Sequence[Array], cuts: Sequence[Cut], options: Options) -> list[Array]:
+def _on_host(weights: Sequence[Array], cuts: Sequence[Cut], options: Options) -> list[Spectra]:
     def solve(context: Any, spectra: Sequence[Any], arrays: Sequence[Any]) -> None:
         del context
         leaves = [as_matrices(read_only(array), cut.axes) for array, cut in zip(arrays, cuts, strict=True)]
-        stacks = [stack for leaf in leaves for stack in leaf]
+        stacks, exponents = zip(*(in_range(stack) for leaf in leaves for stack in leaf), strict=True)
         grids = [cut.grid for leaf, cut in zip(leaves, cuts, strict=True) for _ in leaf]
         found = cpu.spectra(stacks, grids, solver=options.solver_on("cpu"), max_bytes=options.max_bytes)
-        layers = iter(found)
-        for out in map(np.asarray, spectra):
-            for row in out:
-                row[...] = next(layers)
+        layers = zip(found, exponents, strict=True)
+        for own in spectra:
+            values, powers = map(np.asarray, own)
+            for layer in range(len(values)):
+                values[layer], powers[layer] = next(layers)
 
-    def spectrum(weight: Array, cut: Cut) -> jax.ShapeDtypeStruct:
+    def spectrum(weight: Array, cut: Cut) -> Spectra:
         layers, positions, _, _ = cut.axes.matrices_shape(weight.shape)
         shape = layers, cut.grid.divisions, cut.grid.num_eigenvalues(positions)
-        return jax.ShapeDtypeStruct(shape, weight.real.dtype)
+        struct = jax.ShapeDtypeStruct
+        return Spectra(struct(shape, weight.real.dtype), struct((layers,), np.int32))  # pyright: ignore[reportArgumentType]
 
     # Not a `pure_callback`: that copies its arguments in a thread of XLA's pool, which has one for each core or device,
     # and all of them may be in callbacks that wait for such a copy; on a single core one is enough for a standstill.

@@ -27,9 +27,10 @@ from jax.experimental.buffer_callback import buffer_callback
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from farms_jax._axes import as_matrices, layer_of
+from farms_jax._scaling import in_range, in_range_traced
 from farms_jax._windows import Grid
 from farms_jax.solvers import accelerator, cpu
-from farms_jax.solvers.dispatch import Cut, Options, in_working_precision, read_only
+from farms_jax.solvers.dispatch import Cut, Options, Spectra, in_working_precision, read_only
 
 _PENDING: dict[Any, tuple[Future[np.ndarray], int]] = {}  # results, and the number of devices that still need them
 _PENDING_LOCK = threading.Lock()
@@ -60,7 +61,7 @@ def _devices(mesh: Mesh) -> str:
     return f"{mesh.size} devices ({', '.join(str(device) for device in mesh.devices.flat[:4])}, ...)"
 
 
-def pooled_eigenvalues(weights: Sequence[Any], cuts: Sequence[Cut], mesh: Mesh, options: Options) -> list[Array]:
+def pooled_eigenvalues(weights: Sequence[Any], cuts: Sequence[Cut], mesh: Mesh, options: Options) -> list[Spectra]:
     """Return what `dispatch.pooled_eigenvalues` does, replicated on the mesh.
 
     Weights may be traced or not, sharded or not. The bound on bytes holds for each accelerator, or on CPU each process.
@@ -78,7 +79,7 @@ def pooled_eigenvalues(weights: Sequence[Any], cuts: Sequence[Cut], mesh: Mesh, 
         ]
     counts = [cut.axes.matrices_shape(weight.shape)[0] for weight, cut in zip(weights, cuts, strict=True)]
     ends = np.cumsum([0, *counts])
-    return [jnp.stack(spectra[first:last]) for first, last in itertools.pairwise(ends)]
+    return [Spectra(*map(jnp.stack, zip(*spectra[a:b], strict=True))) for a, b in itertools.pairwise(ends)]
 
 
 def _layers(weights: Sequence[Any], cuts: Sequence[Cut]) -> Iterator[tuple[Any, Cut]]:
@@ -92,23 +93,24 @@ def _layers(weights: Sequence[Any], cuts: Sequence[Cut]) -> Iterator[tuple[Any, 
                 yield layer_of(weight, cut.axes, index), own
 
 
-def _solve_traced(weights: Sequence[Any], cuts: Sequence[Cut], mesh: Mesh, options: Options) -> list[Array]:
-    """Return the spectra (L, D, E) of traced leaves; the program is as long for a stack as for one layer."""
-    spectra: list[Array] = []
+def _solve_traced(weights: Sequence[Any], cuts: Sequence[Cut], mesh: Mesh, options: Options) -> list[Spectra]:
+    """Return the spectra of traced leaves; the program is as long for a stack as for one layer."""
+    spectra: list[Spectra] = []
     for weight, cut in zip(weights, cuts, strict=True):
         own = Cut(cut.axes.of_layer(weight.ndim), cut.grid)
 
-        def solve(layer: Any, own: Cut = own) -> Array:
+        def solve(layer: Any, own: Cut = own) -> Spectra:
             return _solve(jax.device_put(layer, _replicated(mesh)), own, mesh, options)
 
         if cut.axes.stack:
             indices = jnp.array(cut.axes.indices(weight.shape))
             if spectra:  # in this order, for the reason that `_after` has
-                indices = jnp.where(spectra[-1][0, 0, 0] < 0, 0, indices)
+                indices = jnp.where(spectra[-1].values[0, 0, 0] < 0, 0, indices)
             pick = functools.partial(_layer_at, weight, stack=cut.axes.stack)
             spectra.append(lax.map(lambda index, pick=pick, solve=solve: solve(pick(index)), indices))
         else:
-            spectra.append(solve(_after(weight, spectra[-1][0], mesh) if spectra else weight)[None])
+            single = solve(_after(weight, spectra[-1], mesh) if spectra else weight)
+            spectra.append(Spectra(*(part[None] for part in single)))
     return spectra
 
 
@@ -134,21 +136,21 @@ def _layer_at(weight: Array, index: Array, stack: tuple[int, ...]) -> Array:
     return automatic(weight, index)
 
 
-def _solve_on_one_host(layers: Iterator[tuple[Any, Cut]], mesh: Mesh, options: Options) -> list[Array]:
-    """Return the spectra (D, E) of layers, where the host solves for all devices: each holds another layer.
+def _solve_on_one_host(layers: Iterator[tuple[Any, Cut]], mesh: Mesh, options: Options) -> list[Spectra]:
+    """Return the spectra of layers, where the host solves for all devices: each holds another layer.
 
     Several layers keep all cores busy, even where a layer has a single window.
     """
-    spectra: list[Array] = []
+    spectra: list[Spectra] = []
     while group := list(itertools.islice(layers, mesh.size)):
         placed = [jax.device_put(layer, device) for (layer, _), device in zip(group, mesh.devices.flat, strict=False)]
         cuts = [cut for _, cut in group]
-        stacks = [
-            _matrices(np.asarray(in_working_precision(each)), cut) for each, cut in zip(placed, cuts, strict=True)
-        ]
+        whole = [np.asarray(in_working_precision(each)) for each in placed]
+        stacks, exponents = zip(*(in_range(_matrices(*pair)) for pair in zip(whole, cuts, strict=True)), strict=True)
         grids = [cut.grid for cut in cuts]
         found = cpu.spectra(stacks, grids, solver=options.solver_on("cpu"), max_bytes=options.max_bytes)
-        spectra += jax.device_put(found, _replicated(mesh))
+        own = list(zip(found, np.array(exponents, np.int32), strict=True))
+        spectra += [Spectra(*pair) for pair in jax.device_put(own, _replicated(mesh))]
     return spectra
 
 
@@ -168,13 +170,13 @@ def _on_all_devices(weight: Any, mesh: Mesh) -> Array:
     return jax.device_put(weight, _replicated(mesh))
 
 
-def _after(weight: Any, previous: Array, mesh: Mesh) -> Array:
+def _after(weight: Any, previous: Spectra, mesh: Mesh) -> Array:
     """Return a traced weight that depends on the previous layer's spectrum: XLA would gather all layers at once.
 
     XLA does not know that no eigenvalue is negative. `lax.optimization_barrier` would not help: on CPU it is removed
     before XLA decides on the order.
     """
-    later = jnp.where(previous[0, 0] < 0, jnp.nan, weight)
+    later = jnp.where(previous.values[0, 0, 0] < 0, jnp.nan, weight)
     automatic = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
     # Sharded explicitly: where XLA is free to choose, it gathers the weight first, and holds it whole.
     spec = shard_evenly(weight.shape, {name: mesh.shape[name] for name in automatic})
@@ -199,8 +201,9 @@ def shard_evenly(shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec
 
 
 @functools.partial(jax.jit, static_argnames=("cut", "mesh", "options"))
-def _solve(weight: Array, cut: Cut, mesh: Mesh, options: Options) -> Array:
-    """Return the spectrum (D, E) of a weight that every device has."""
+def _solve(weight: Array, cut: Cut, mesh: Mesh, options: Options) -> Spectra:
+    """Return the spectrum, values (D, E) and exponent (), of a layer that every device has."""
+    weight, exponent = in_range_traced(in_working_precision(weight))
     on_cpu, on_accelerators = (
         functools.partial(solve, cut=cut, mesh=mesh, options=options) for solve in (_on_cpu_devices, _on_accelerators)
     )
@@ -210,12 +213,13 @@ def _solve(weight: Array, cut: Cut, mesh: Mesh, options: Options) -> Array:
         solve = on_cpu if options.platform == "cpu" else on_accelerators
     everywhere = PartitionSpec()
     # JAX does not see that what all devices have gathered is the same, hence no `check_vma`.
-    return jax.shard_map(solve, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)(weight)
+    solve = jax.shard_map(solve, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    return Spectra(solve(weight), exponent)
 
 
 def _on_accelerators(weight: Array, cut: Cut, mesh: Mesh, options: Options) -> Array:
     """Return the spectrum of a layer inside `shard_map`: every device solves an equal part of the windows."""
-    stack = _matrices(in_working_precision(weight), cut)
+    stack = _matrices(weight, cut)
     number, solver = lax.axis_index(mesh.axis_names), options.solver_on("default")
     values = accelerator.part_of_windows(stack, cut.grid, number, mesh.size, solver=solver, max_bytes=options.max_bytes)
     values = lax.all_gather(values, mesh.axis_names, tiled=True)[: len(stack) * len(cut.grid.starts)]
@@ -224,7 +228,6 @@ def _on_accelerators(weight: Array, cut: Cut, mesh: Mesh, options: Options) -> A
 
 def _on_cpu_devices(weight: Array, cut: Cut, mesh: Mesh, options: Options) -> Array:
     """Return the spectrum of a layer inside `shard_map`: every process solves a part of the windows."""
-    weight = in_working_precision(weight)
     _, positions, _, _ = cut.axes.matrices_shape(weight.shape)
     grid = cut.grid
     shape = jax.ShapeDtypeStruct((positions * len(grid.starts), grid.gram_rows), weight.real.dtype)
