@@ -221,7 +221,7 @@ def _measure_spectra(spectra: list[Array], exponents: list[Array], plan: _Plan) 
     fits = without_flat(fits, np.repeat(highest, [len(own) for own in rows]))
     largest, norm = padded[:, -1], padded.sum(-1)
     positive = jnp.where(largest > 0, largest, 1)
-    alpha_hat = fits.alpha * (jnp.log10(positive) + powers * math.log10(2))
+    alpha_hat = fits.alpha * (jnp.log10(positive) + powers.astype(positive.dtype) * math.log10(2))
 
     def total(values: Array) -> Array:
         return jax.ops.segment_sum(values, layer_of, num_segments=len(divisions_of_layers), indices_are_sorted=True)

@@ -208,7 +208,7 @@ def _candidates(spectrum: _Spectrum, tail: Tail) -> Array:
     if tail.xmin == "ks":
         return usable
     log10 = logs / jnp.log(jnp.asarray(10, logs.dtype))
-    shift = jnp.log10(jnp.where(eigenvalues[-1] > 0, eigenvalues[-1], 1)) + power * math.log10(2)
+    shift = jnp.log10(jnp.where(eigenvalues[-1] > 0, eigenvalues[-1], 1)) + power.astype(logs.dtype) * math.log10(2)
     low = log10[jnp.minimum(usable_from, logs.size - 1)]
     width = jnp.where(low < 0, -low, 1)  # the largest eigenvalue's relative log10 is 0
     bins = jnp.clip(((log10 - low) / width * tail.bins).astype(jnp.int32), 0, tail.bins - 1)

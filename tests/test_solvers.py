@@ -214,8 +214,8 @@ def test_an_accelerator_solves_the_weights_of_a_network():
     # One window at a time: on CPU batches may wait forever.
     cuts = [dispatch.Cut(FLAX_AXES.of(2), grid) for grid in grids]
     found = dispatch.pooled_eigenvalues(weights, cuts, dispatch.Options("gpu", "svd", False, 1))
-    for values, weight in zip(found, weights, strict=True):
-        np.testing.assert_allclose(values[0, 0], np.linalg.svd(weight, compute_uv=False)[::-1] ** 2, rtol=1e-4)
+    for spectra, weight in zip(found, weights, strict=True):
+        np.testing.assert_allclose(spectra.values[0, 0], np.linalg.svd(weight, compute_uv=False)[::-1] ** 2, rtol=1e-4)
 
 
 def test_nan_gives_zeros_in_its_own_layer_only():
