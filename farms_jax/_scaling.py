@@ -2,7 +2,8 @@
 
 In float32 the eigenvalues of a weight whose entries are about 1e-25 vanish, and those of 1e20 overflow, though its
 tail, its ranks and its KS distance are those of any multiple. So such a layer is divided by a power of two, which is
-exact; any other stays as it is, to the bit.
+exact; any other stays as it is, to the bit. Its largest entry comes to lie at the upper end of the range, so that
+beside one huge entry the others keep products that do not vanish.
 """
 
 import math
@@ -23,6 +24,7 @@ def in_range(stack: np.ndarray) -> tuple[np.ndarray, int]:
     _, exponent = math.frexp(largest)
     if not math.isfinite(largest) or abs(exponent) <= _SAFE:
         return stack, 0
+    exponent -= _SAFE
     return times_power(stack, -exponent), exponent
 
 
@@ -32,7 +34,7 @@ def in_range_traced(stack: Array) -> tuple[Array, Array]:
     largest = jnp.stack([jnp.abs(part).max() for part in parts]).max()
     _, exponent = jnp.frexp(largest)
     is_safe = ~jnp.isfinite(largest) | (jnp.abs(exponent) <= _SAFE)
-    exponent = jnp.where(is_safe, 0, exponent).astype(jnp.int32)
+    exponent = jnp.where(is_safe, 0, exponent - _SAFE).astype(jnp.int32)
     return times_power(stack, -exponent), exponent
 
 

@@ -166,7 +166,10 @@ def _prepare(eigenvalues: Array, min_eigenvalue: float | None, size: Array | int
         kept_from = jnp.where(small < eigenvalues.size, jnp.maximum(small, kept_from), kept_from)
     largest = eigenvalues[-1]
     safe = jnp.where(eigenvalues > 0, eigenvalues, jnp.where(largest > 0, largest, 1))
-    logs = jnp.log(safe / jnp.where(largest > 0, largest, 1))
+    unit = jnp.where(largest > 0, largest, 1)
+    ratios = safe / unit
+    # Beside one huge eigenvalue the ratio of another may vanish, though their logarithms exist.
+    logs = jnp.where(ratios >= jnp.finfo(ratios.dtype).tiny, jnp.log(ratios), jnp.log(safe) - jnp.log(unit))
     return _Spectrum(eigenvalues, logs, kept_from, jnp.maximum(zeros, kept_from), in_units, power)
 
 
