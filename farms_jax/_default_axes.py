@@ -52,7 +52,7 @@ def default_spelling(name: str, shapes: Shapes, default: Axes) -> str | Axes | L
     is_token = len(shape) == 3 and sum(size > 1 for size in shape) < 2  # (1, 1, n)
     if is_small(name, len(shape)) or is_token or _is_norm(name, shapes):
         return LeftOut("bias, norm or other vector")
-    if _is_positions(name, shapes):
+    if is_positions(name, shapes):
         return LeftOut("embedding of positions")
     if len(shape) == 2:
         return default
@@ -87,7 +87,7 @@ def _is_norm(name: str, shapes: Shapes) -> bool:
     return is_called_so if bias is None else bias == shapes[name]
 
 
-def _is_positions(name: str, shapes: Shapes) -> bool:
+def is_positions(name: str, shapes: Shapes) -> bool:
     """Tell whether a leaf is a table of positions by its name; a dense layer that is called so has a bias."""
     has_bias = not shapes.keys().isdisjoint({_beside(name, "bias"), _beside(name, "b")})
     is_dense = has_bias and re.search(r"[/.](weight|w)$", name) is not None

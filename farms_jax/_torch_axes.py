@@ -1,19 +1,34 @@
 """What the axes of Torch's checkpoints count, and of GGUF's: by names and shapes, with experts in one tensor."""
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from farms_jax._axes import TORCH_AXES
 from farms_jax._axis_rules import AxisRules
+from farms_jax._default_axes import is_positions
 from farms_jax._names import name_of
 
 _EXPERTS = re.compile(r"(.*[/.])?(experts[/.].*|(input|output)_linear\.weight|ffn_\w+_exps\.weight)")
 _CONVOLUTION = re.compile(r"(.*[/.])?([^/.]*conv[^/.]*|patch_embed[^/.]*[/.]proj)[/.]weight")
 # The state transitions of Mamba, its depthwise convolution in GGUF, and biases of attention by distance.
 _NO_MATRIX = re.compile(r"(.*[/.])?(A_log|ssm_a|ssm_conv1d[/.]weight|(relative_attention_bias|attn_rel_b)[/.]weight)")
+
+# By the classes of Torch, and of transformers' GPT-2; inputs first in transposed convolutions, too.
+_CLASSES = {
+    "Linear": "OI",
+    "Conv": "OI",
+    "ConvTranspose": "IO",
+    "Bilinear": "OII",
+    "Embedding": "IO",
+    "EmbeddingBag": "IO",
+    "Conv1D": "IO",
+}
+_CLASS = re.compile(r"(?:torch\.(?:ao\.)?nn|transformers)\..*\.(?:Lazy)?(\w+?)(?:[123]d)?")
+_WEIGHT = re.compile(r"(?:.*\.)?(?:weight(?:_v|_orig)?|parametrizations\.weight\.original\d?)")
 
 _Shapes = Mapping[str, tuple[int, ...]]
 
@@ -43,6 +58,27 @@ def torch(params: Any) -> AxisRules:
             # A depthwise convolution mixes no channels.
             spellings[pattern] = None if shape[1] == 1 else "OI" + "K" * (len(shape) - 2)
     return AxisRules(spellings, stack, default=TORCH_AXES)
+
+
+def of_classes(rules: AxisRules, classes: Mapping[str, Sequence[str]], params: Mapping[str, Any]) -> AxisRules:
+    """Return rules in which what the class of a weight's module says comes before what its name does.
+
+    Args:
+        rules: rules by names.
+        classes: full names of the classes of the module, by the name of the weight.
+        params: arrays by name, or anything with their shapes.
+    """
+    shapes = {name: tuple(leaf.shape) for name, leaf in params.items()}
+    spellings: dict[str, str | None] = {}
+    for name, shape in shapes.items():
+        known = (_CLASSES.get(match[1]) for kind in classes.get(name, ()) if (match := _CLASS.fullmatch(kind)))
+        spelling = next(filter(None, known), None)
+        if spelling is None or not _WEIGHT.fullmatch(name) or is_positions(name, shapes):
+            continue
+        positions = len(shape) - len(spelling)
+        if positions >= 0 and not (positions in {1, 3} and shape[1] == 1):  # depthwise: as by its name
+            spellings[re.escape(name)] = spelling + "K" * positions
+    return dataclasses.replace(rules, axes=spellings | dict(rules.axes))
 
 
 def _of_experts(module: str, shapes: _Shapes) -> str:

@@ -13,7 +13,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model"
 _USUAL = ("model", "diffusion_pytorch_model")  # what transformers and diffusers load of a folder
-_FILE = re.compile(r"(?P<model>.*?)(-(?P<number>\d+)-of-(?P<count>\d+))?(?P<variant>(?<=\d)\.[^.]+)?\.safetensors")
+_FILE = re.compile(r"(?P<model>.*?)(-(?P<number>\d+)-of-(?P<count>\d+))?(?P<variant>(?<=\d)\.[^.]+)?(?P<end>\.\w+)")
 _INDEX = re.compile(r"(?P<model>.*)\.safetensors\.index(?P<variant>\.[^.]+)?\.json")
 CACHED = "models--"  # how the hub's cache calls the folder of a model, "models--OWNER--NAME"
 
@@ -31,7 +31,7 @@ def open_safetensors_folder(path: Path, filenames: Iterable[str]) -> Safetensors
         InputError: A shard is missing, or there are several models.
     """
     seen = [name for name in filenames if not name.startswith(".")]
-    files = _by_model(seen, _FILE)
+    files = _by_model([name for name in seen if name.endswith(".safetensors")], _FILE)
     for usual in _USUAL:
         if files.get(usual) == [f"{usual}.safetensors"]:
             return SafetensorsSource(path, files[usual])
@@ -41,7 +41,7 @@ def open_safetensors_folder(path: Path, filenames: Iterable[str]) -> Safetensors
         return open_indexed(path / indices[0])
     if not (shards := _main(files)):
         return None
-    _check_numbers(path, shards)
+    check_numbers(path, shards)
     return SafetensorsSource(path, shards)
 
 
@@ -78,7 +78,7 @@ def open_indexed(path: Path, *, exact: bool = False) -> SafetensorsSource:
     Raises:
         InputError: A shard is missing; or, with `exact`, the index disagrees with the shards.
     """
-    weight_map = _read_weight_map(path)
+    weight_map = read_weight_map(path)
     filenames = sorted(set(weight_map.values()))
     for filename in filenames:
         if not (path.parent / filename).is_file():
@@ -105,7 +105,7 @@ def _faults(weight_map: Mapping[str, str], file_of: Mapping[str, str]) -> list[s
     ]
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
+def read_weight_map(path: Path) -> dict[str, str]:
     """Return an index's table, tensor -> file name."""
     weight_map = read_json(path, DOWNLOAD_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -120,18 +120,18 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_numbers(folder: Path, filenames: Iterable[str]) -> None:
+def check_numbers(folder: Path, filenames: Iterable[str]) -> None:
     """Check by the numbers in their names that all shards exist, where no index tells."""
-    found: dict[tuple[str, str, str], set[int]] = {}
+    found: dict[tuple[str, ...], set[int]] = {}
     for match in filter(None, map(_FILE.fullmatch, filenames)):
         if match["number"]:
-            key = match["model"], match["count"], match["variant"] or ""
+            key = match["model"], match["count"], (match["variant"] or "") + match["end"]
             found.setdefault(key, set()).add(int(match["number"]))
-    for (model, count, variant), numbers in found.items():
+    for (model, count, end), numbers in found.items():
         if missing := sorted(set(range(1, int(count) + 1)) - numbers):
             number = str(missing[0]).zfill(len(count))
             raise InputError(
-                f"{folder / f'{model}-{number}-of-{count}{variant}.safetensors'}: this shard is missing"
+                f"{folder / f'{model}-{number}-of-{count}{end}'}: this shard is missing"
                 f"{f', as are {len(missing) - 1} more' if len(missing) > 1 else ''}; {DOWNLOAD_AGAIN}"
             )
 

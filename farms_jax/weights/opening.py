@@ -1,6 +1,8 @@
 """Open weights by their path, whatever their format."""
 
+import shlex
 import stat
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from farms_jax.weights.reading import os_errors_named
 from farms_jax.weights.runs import model_of
 from farms_jax.weights.safetensors_source import SafetensorsSource
 from farms_jax.weights.source import WeightSource
+from farms_jax.weights.torch_file import is_torch_file
+from farms_jax.weights.torch_files import model_files, open_torch_folder
+from farms_jax.weights.torch_source import open_torch
 
 _READERS: dict[str, Callable[[Path], WeightSource]] = {
     ".safetensors": SafetensorsSource,
@@ -24,8 +29,7 @@ _READERS: dict[str, Callable[[Path], WeightSource]] = {
     ".npz": NpzSource,
     ".msgpack": MsgpackSource,
 }
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-_KNOWN = f"{', '.join(_READERS)}, a Hugging Face folder, an Orbax checkpoint, or a run directory"
+_KNOWN = f"{', '.join(_READERS)}, a file of torch.save, a Hugging Face folder, an Orbax checkpoint, or a run directory"
 
 
 def open_weights(path: str | Path, *, axes: Any = None, stack: Any = None) -> WeightSource:
@@ -66,15 +70,35 @@ def _open_file(path: Path, mode: int) -> WeightSource:
         raise InputError(f"{path}: the file is empty; download or save it again")
     if path.suffix in _READERS:
         return _READERS[path.suffix](path)
+    reader = _reader_of(path)
+    if reader is None:
+        raise InputError(f"{path}: not a kind of weights that can be read; give {_KNOWN}")
+    return reader(path)
+
+
+def _reader_of(path: Path) -> Callable[[Path], WeightSource] | None:
+    """Return the reader of a file by what it starts with, whatever it is called."""
+    if is_torch_file(path):
+        return open_torch
     with path.open("rb") as file:
-        start = file.read(4)
-    # Whatever it is called: a pickle of protocol 2 or later begins so.
-    if path.suffix in _PICKLES or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5"):
-        raise InputError(_pickled(path))
+        start = file.read(9)
+    if start.startswith(b"GGUF"):
+        return GGUFSource
+    if start.startswith(b"PK\3\4"):
+        if not zipfile.is_zipfile(path):
+            raise InputError(f"{path}: ends too early: not finished, or damaged; download or save it again")
+        return NpzSource
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return SafetensorsSource
+    if start[0] == 0x80 and start[1:2] in b"\2\3\4\5":
+        raise InputError(
+            f"{path}: a pickle, which can run any code and is never loaded; load it where you trust it, and save its "
+            "arrays with numpy.savez, or with torch.save if they are Torch's"
+        )
     # Checkpoints of flax.training have no suffix; a map is what a msgpack file starts with.
     if not path.suffix and (0x80 < start[0] < 0x90 or start[0] in {0xDE, 0xDF}):
-        return MsgpackSource(path)
-    raise InputError(f"{path}: not a kind of weights that can be read; give {_KNOWN}")
+        return MsgpackSource
+    return None
 
 
 def _open_cached(path: Path) -> WeightSource:
@@ -108,31 +132,32 @@ def _open_folder(path: Path) -> WeightSource:
     files = [name for name in filenames if Path(name).suffix in _READERS and not name.startswith(".")]
     if len(files) == 1:  # safetensors were opened above
         return open_weights(path / files[0])
+    # Where the same model is there in another format, Torch is not needed.
+    if not files and (source := open_torch_folder(path, filenames)):
+        return source
     raise InputError(_nothing_in(path, filenames, files))
 
 
 def _nothing_in(path: Path, filenames: list[str], files: list[str]) -> str:
     if not filenames:
         return f"{path}: the folder is empty; give {_KNOWN}"
-    if files:
-        return f"{path}: it has several models ({', '.join(files[:5])}); give one of the files"
-    if pickles := [name for name in filenames if Path(name).suffix in _PICKLES]:
-        return _pickled(path / pickles[0])
+    if several := files or model_files(path, filenames):
+        return f"{path}: it has several models ({', '.join(several[:5])}); give one of the files"
+    if any(name.endswith(".distcp") for name in filenames):
+        return (
+            f"{path}: a distributed checkpoint of Torch; make one file of it: "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(str(path))} weights.pt"
+        )
     inside = [
         name
         for name in filenames
-        if (path / name).is_dir()
-        and (name.startswith(CACHED) or any(child.suffix in _READERS for child in (path / name).iterdir()))
+        if (path / name).is_dir() and (name.startswith(CACHED) or _has_weights(path / name))
     ]
     if inside:
         return f"{path}: there are no weights in it, but in its folders {', '.join(inside[:5])}; give one of them"
     return f"{path}: there are no weights in it ({', '.join(filenames[:5])}); give {_KNOWN}"
 
 
-def _pickled(path: Path) -> str:
-    return (
-        f"{path}: pickled weights can run any code and are never loaded. Convert them where torch is installed: python "
-        '-c "import sys, torch; from safetensors.torch import save_file; state = torch.load(sys.argv[1], '
-        "map_location='cpu', weights_only=True); save_file({k: v.clone() for k, v in state.get('state_dict', "
-        f'state).items()}}, sys.argv[2])" {path} {path.with_suffix(".safetensors")}'
-    )
+def _has_weights(folder: Path) -> bool:
+    names = [child.name for child in folder.iterdir()]
+    return any(Path(name).suffix in _READERS for name in names) or bool(model_files(folder, names))

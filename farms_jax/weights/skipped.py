@@ -24,7 +24,7 @@ _ALWAYS = {
 # Words that modules may have too: they count only where the same arrays are elsewhere in the checkpoint.
 _WHERE_MIRRORED = {
     **dict.fromkeys(("trace", "momentum", "velocity"), OPTIMISER),
-    **dict.fromkeys(("ema", "ema_params", "params_ema", "ema_model", "model_ema"), AVERAGE),
+    **dict.fromkeys(("ema", "ema_params", "params_ema", "ema_model", "model_ema", "state_dict_ema"), AVERAGE),
 }
 _ADAM = frozenset({"mu", "nu", "ema", "count"})  # fields of optax's states that count their steps
 

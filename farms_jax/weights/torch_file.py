@@ -1,0 +1,188 @@
+"""Files that `torch.save` wrote, read by Torch's own loader of weights: no code in them is ever run.
+
+Besides tensors such files have whatever a training put beside them: command lines, metrics, whole modules. Torch's
+loader (`torch.load(weights_only=True)`) refuses a file with any class that it does not know; here a class without
+behaviour stands for each of them, so that the tensors can be read and nothing else happens.
+"""
+
+import _compat_pickle
+import pickle
+import pickletools
+import re
+import shlex
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from farms_jax.errors import InputError, one_line
+
+_LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # what a file from before Torch 1.6 starts with
+_LEGACY_PICKLES = 4  # of such a file: that number, a version, the machine, and the content
+_BLOCKED = {"os", "posix", "nt", "sys"}  # modules that Torch refuses even where it is told to allow them
+_MOST_TRIES = 20  # classes in one file that hold entries
+
+# For any Python with torch and safetensors. No `!`, `$`, backtick or double quote: a shell has it between such.
+_CONVERSION = (
+    "import sys, torch, zipfile; from safetensors.torch import save_file; "
+    "files, s = sys.argv[1:-1], torch.serialization; "
+    "inert = type('Inert', (), {'__init__': lambda self, *given: None, '__setstate__': lambda self, state: None}); "
+    "s.add_safe_globals([(inert, name) for file in files if zipfile.is_zipfile(file) "
+    "for name in s.get_unsafe_globals_in_checkpoint(file)] + [(inert, 'argparse.Namespace')]); "
+    "dense = lambda x: (x.dequantize() if x.is_quantized else x).detach().to_dense(); "
+    "flat = lambda x, at: {at[1:]: dense(x).clone(memory_format=torch.contiguous_format)} "
+    "if isinstance(x, torch.Tensor) and x.device.type == 'cpu' else {name: x for key, part in "
+    "(x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()) "
+    "for name, x in flat(part, f'{at}.{key}').items()}; "
+    "tensors = {name: x for file in files for name, x in "
+    "flat(torch.load(file, map_location='cpu', weights_only=True), '').items()}; "
+    "save_file(tensors or sys.exit('no tensors in it'), sys.argv[-1])"
+)
+
+
+class Inert:
+    """What stands for an object of a class that a file names: its attributes, and no behaviour."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Take whatever the class takes."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep the attributes, if the state is of such."""
+        if isinstance(state, dict):
+            vars(self).update(state)
+
+
+def load(path: Path) -> Any:
+    """Return the content of a file of `torch.save`: tensors on CPU, in dicts, lists and `Inert` objects.
+
+    Tensors of files since Torch 1.6 are mapped: they take no memory until they are read.
+
+    Raises:
+        InputError: Torch is not installed, or the file is damaged, or of a kind that cannot be read safely.
+    """
+    can_map = _check_kind(path)
+    torch = import_torch([path])
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": can_map}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return torch.load(path, **options)
+            except pickle.UnpicklingError:
+                return _load_with_stand_ins(path, options)
+    except pickle.UnpicklingError as error:
+        reason = re.split(r"WeightsUnpickler error: |\n\n", str(error).partition("\n\nCheck the doc")[0])[-1]
+        raise InputError(
+            f"{path}: cannot be read without running code in it ({one_line(ValueError(reason))}); load it where you trust "
+            "it, and save its weights alone: torch.save(model.state_dict(), 'weights.pt')"
+        ) from error
+    except Exception as error:  # of any kind: it depends on what is damaged
+        raise InputError(
+            f"{path}: damaged, not finished, or no file of torch.save ({one_line(error)}); save it again"
+        ) from error
+
+
+def import_torch(paths: Sequence[Path]) -> Any:
+    """Import Torch to read files; the error without it says how to convert them."""
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: saved by torch, which is not "
+            'installed: pip install "farms-jax[torch]", or convert it where torch (2.6 or later) and safetensors are: '
+            f"{conversion_command(paths)}"
+        ) from error
+    return torch
+
+
+def conversion_command(paths: Sequence[Path]) -> str:
+    """Return a command that writes all tensors of files of Torch to one safetensors file beside them."""
+    name = re.sub(r"(-\d+-of-\d+)?(\.(pth|pt|bin|ckpt|pkl|tar))*$", "", paths[0].name)
+    files = " ".join(shlex.quote(str(path)) for path in [*paths, paths[0].with_name(f"{name}.safetensors")])
+    return f'python -c "{_CONVERSION}" {files}'
+
+
+def is_torch_file(path: Path) -> bool:
+    """Return whether a file's content is that of `torch.save`, `torch.jit.save` or `torch.export.save`."""
+    if zipfile.is_zipfile(path):
+        return not {"data.pkl", *_PROGRAMS}.isdisjoint(member for member, _ in _members(path))
+    with path.open("rb") as file:
+        return file.read(len(_LEGACY)) == _LEGACY
+
+
+_SAVE_AGAIN = "which is never run; save its weights where you trust it: torch.save(torch."
+_PROGRAMS = {
+    "constants.pkl": f"a TorchScript archive, that is a program, {_SAVE_AGAIN}jit.load(FILE).state_dict(), 'weights.pt')",
+    "archive_format": f"a program of torch.export, {_SAVE_AGAIN}export.load(FILE).state_dict, 'weights.pt')",
+    "serialized_exported_program.json": f"a program of torch.export, {_SAVE_AGAIN}export.load(FILE).state_dict, "
+    "'weights.pt')",
+}
+
+
+def _members(path: Path) -> list[tuple[str, zipfile.ZipInfo]]:
+    """Return the members of an archive by their names, without the folder that all are in."""
+    with zipfile.ZipFile(path) as archive:
+        return [(member.filename.rpartition("/")[2], member) for member in archive.infolist()]
+
+
+def _check_kind(path: Path) -> bool:
+    """Return whether a file's tensors can be mapped; refuse programs."""
+    if not zipfile.is_zipfile(path):
+        return False
+    members = _members(path)
+    for name, what in _PROGRAMS.items():
+        if name in dict(members):
+            raise InputError(f"{path}: {what}")
+    return all(member.compress_type == zipfile.ZIP_STORED for _, member in members)
+
+
+def _load_with_stand_ins(path: Path, options: dict[str, Any]) -> Any:
+    import torch
+
+    stand_ins = {name: _stand_in(name) for name in _classes(path)}
+    for _ in range(_MOST_TRIES):
+        try:
+            with torch.serialization.safe_globals([(kind, name) for name, kind in stand_ins.items()]):
+                return torch.load(path, **options)
+        except pickle.UnpicklingError as error:
+            # Dictionaries and lists of other classes: their entries are only put into Python's own.
+            refused = re.search(r"Can only (SETITEM|append|extend).*but got <class '([^']+)'>", str(error))
+            if refused is None or refused[2] not in stand_ins:
+                raise
+            stand_ins[refused[2]] = _stand_in(refused[2], OrderedDict if refused[1] == "SETITEM" else list)
+    raise pickle.UnpicklingError("too many classes with entries")
+
+
+def _stand_in(name: str, container: Any = None) -> type:
+    module, _, kind = name.rpartition(".")
+    own: dict[str, Any] = {"__module__": module}
+    if container is not None:
+        own["__new__"] = lambda *_, **__: container()
+    return type(kind, (Inert,), own)
+
+
+def _classes(path: Path) -> set[str]:
+    """Return full names of the classes and functions in a file, in the way that Torch spells them."""
+    names = {str(name) for code, name, _ in _operations(path) if code.name == "GLOBAL"}
+    found = set()
+    for module, _, attribute in (name.partition(" ") for name in names):
+        # Python 2's names, which Torch still writes.
+        module, attribute = _compat_pickle.NAME_MAPPING.get(
+            (module, attribute), (_compat_pickle.IMPORT_MAPPING.get(module, module), attribute)
+        )
+        if module not in _BLOCKED:
+            found.add(f"{module}.{attribute}")
+    return found
+
+
+def _operations(path: Path) -> Iterator[Any]:
+    if zipfile.is_zipfile(path):
+        member = dict(_members(path))["data.pkl"]
+        with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+            yield from pickletools.genops(stream.read())
+    else:
+        with path.open("rb") as file:
+            for _ in range(_LEGACY_PICKLES):
+                yield from pickletools.genops(file)

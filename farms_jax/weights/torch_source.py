@@ -1,0 +1,129 @@
+"""Tensors of Torch as weights: of files, and of modules and state dicts in memory."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from farms_jax._axes import LeafAxes, layer_of
+from farms_jax._axis_rules import AxisRules
+from farms_jax._torch_axes import of_classes, torch as torch_axes
+from farms_jax.errors import InputError, one_line
+from farms_jax.weights.reading import TensorInfo
+from farms_jax.weights.source import WeightSource
+from farms_jax.weights.torch_file import import_torch, load
+from farms_jax.weights.torch_tree import Found, tensors_in
+
+_UNKNOWN = np.dtype("V1")  # of tensors without values in any dtype of NumPy
+
+
+class TorchSource(WeightSource):
+    """Tensors of Torch, on any device and of any layout, converted one by one; quantised ones are dequantised."""
+
+    def __init__(self, path: Path, name: str, format: str, found: Iterable[Found], files: Sequence[Path] = ()) -> None:
+        """Take the tensors; `files` are those that they are mapped from, which must not change meanwhile."""
+        self._tensors: dict[str, Any] = {}
+        self._versions = {file: _version(file) for file in files}
+        reasons: dict[str, str] = {}
+        classes: dict[str, tuple[str, ...]] = {}
+        firsts: dict[Any, str] = {}
+        for item in found:
+            full = item.name or "tensor"
+            while full in self._tensors:  # a key with a dot in it
+                full += "'"
+            self._tensors[full], classes[full] = item.tensor, item.classes
+            first = firsts.setdefault(_place(item.tensor), full)
+            if reason := item.left_out or _fault(item.tensor) or ("" if first == full else f"the same as {first}"):
+                reasons[full] = reason
+
+        def axes(weights: Mapping[str, TensorInfo]) -> AxisRules:
+            return of_classes(torch_axes(weights), classes, weights)
+
+        super().__init__(path, name, format, axes, {full: _info(tensor) for full, tensor in self._tensors.items()})
+        self.skipped = reasons | self.skipped
+
+    def _read(self, name: str) -> np.ndarray:
+        return self._values(name, self._tensors[name])
+
+    def _read_part(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray | None:
+        return self._values(name, layer_of(self._tensors[name], axes, index))
+
+    def _values(self, name: str, tensor: Any) -> np.ndarray:
+        # Pages that are no longer in a mapped file would end the process.
+        if changed := [file for file, version in self._versions.items() if _version(file) != version]:
+            raise InputError(f"{changed[0]}: has changed since it was opened; open it again")
+        try:
+            return _as_numpy(tensor, self.tensors[name].dtype)
+        except (RuntimeError, TypeError, ValueError, MemoryError) as error:
+            raise InputError(f"{self.path}: {name} cannot be read ({one_line(error)}); leave it out") from error
+
+
+def open_torch(path: Path, *more: Path) -> TorchSource:
+    """Open a file of `torch.save`, or all shards of a model.
+
+    Raises:
+        InputError: Torch is not installed, a file cannot be read safely, or there are no tensors.
+    """
+    paths = [path, *more]
+    import_torch(paths)
+    try:
+        found = [item for each in paths for item in tensors_in(load(each))]
+    except RecursionError as error:
+        raise InputError(f"{path}: what is in it is nested without end; save it again") from error
+    folder = path.resolve().parent
+    name = folder.name if more else path.stem.removesuffix(".pth")  # of .pth.tar
+    return TorchSource(folder if more else path, name, "torch", found, paths)
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    try:
+        status = file.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _place(tensor: Any) -> Any:
+    """Return what tells the values of two tensors apart."""
+    try:
+        start = tensor.data_ptr()
+        return (start, tensor.dtype, tensor.shape, tensor.stride()) if start and tensor.numel() else object()
+    except (RuntimeError, ValueError, NotImplementedError):  # sparse ones, and those that are spread over devices
+        return object()
+
+
+def _fault(tensor: Any) -> str:
+    """Return why a tensor has no values; empty where it has."""
+    if _info(tensor).dtype == _UNKNOWN:
+        return f"{tensor.dtype}, which NumPy does not have"
+    return "no values: on the device meta" if tensor.device.type == "meta" else ""
+
+
+def _info(tensor: Any) -> TensorInfo:
+    name = "float32" if tensor.is_quantized else str(tensor.dtype).removeprefix("torch.")
+    name = {"complex32": "complex64"}.get(name, name)
+    try:
+        dtype = np.dtype(getattr(ml_dtypes, name) if name.startswith(("bfloat16", "float8")) else name)
+        return TensorInfo(dtype, tuple(tensor.shape))
+    except (AttributeError, TypeError, RuntimeError):  # packed in less than a byte; nested, or not initialised
+        return TensorInfo(_UNKNOWN, ())
+
+
+def _as_numpy(tensor: Any, dtype: np.dtype[Any]) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):  # spread over devices
+        tensor = tensor.full_tensor()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.dtype == torch.complex32:
+        tensor = tensor.cfloat()
+    if dtype.isbuiltin != 1:  # NumPy knows them by ml_dtypes, Torch does not
+        bits = tensor.contiguous().view(torch.int16 if dtype.itemsize == 2 else torch.uint8)
+        return bits.numpy(force=True).view(dtype).copy()
+    return np.array(tensor.numpy(force=True), order="C")
