@@ -99,24 +99,29 @@ def haiku() -> AxisRules:
 def equinox(params: Any) -> AxisRules:
     """Return the axes of Equinox's modules, by their types: outputs, inputs, kernel positions; norms have no matrices.
 
-    A function of the parameters: give it as it is, `axes=farms_jax.axis_rules.equinox`.
+    Layers that `eqx.filter_vmap` has stacked are layers of their own. A function of the parameters: give it as it is,
+    `axes=farms_jax.axis_rules.equinox`.
 
     Args:
         params: a model, or one filtered to its arrays.
     """
     spellings: dict[str, str | None] = {}
-    modules = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_equinox_module)
-    for name, module in ((name_of(path), module) for path, module in modules if _is_equinox_module(module)):
-        if _is_norm(module):
-            spellings[_exactly(name, "weight")] = None
-        else:
-            spellings[_exactly(name, "weight")] = "OI" + "K" * module.num_spatial_dims
-    return AxisRules(spellings, default=TORCH_AXES)
+    stacks: dict[str, tuple[int, ...]] = {}
+    modules = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_equinox_module)
+    for name, module in ((name_of(path), module) for path, module in modules if is_equinox_module(module)):
+        weight = _exactly(name, "weight")
+        spellings[weight] = None if _is_norm(module) else "OI" + "K" * getattr(module, "num_spatial_dims", 0)
+        # Of layers made by `eqx.filter_vmap`, its first axes count them.
+        extra = getattr(module.weight, "ndim", 0) - len(spellings[weight] or "")
+        if extra > 0 and spellings[weight]:
+            stacks[weight] = tuple(range(extra))
+    return AxisRules(spellings, stacks, default=TORCH_AXES)
 
 
-def _is_equinox_module(node: Any) -> bool:
+def is_equinox_module(node: Any) -> bool:
+    """Tell whether a node is a layer of Equinox with a weight, whose type says what its axes count."""
     kinds = [kind for kind in type(node).__mro__ if kind.__module__.startswith("equinox.nn")]
-    return len(kinds) > 0 and (_is_norm(node) or hasattr(node, "num_spatial_dims"))
+    return len(kinds) > 0 and hasattr(node, "weight")
 
 
 def _is_norm(module: Any) -> bool:

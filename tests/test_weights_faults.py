@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shlex
 import shutil
 import sys
 import zipfile
@@ -54,7 +55,13 @@ SHARD = safetensors.numpy.save({"w": WEIGHT})
     [
         ({}, "the folder is empty"),
         ({f"{i}.png": b"" for i in range(9)}, "there are no weights in it .0.png, 1.png.*safetensors"),
-        ({"model.bin": pickle.dumps(Bomb())}, "model.bin: pickled weights can run any code.*torch.load"),
+        ({"model.bin": pickle.dumps(Bomb())}, "model.bin: a pickle, which can run any code.*numpy.savez"),
+        (
+            {"optimizer.pt": b"\x80", "rng_state_0.pth": b"\x80"},
+            "there are no weights in it .optimizer.pt, rng",
+        ),
+        ({"a.pt": b"a", "b.ckpt": b"b", "optimizer.pt": b"c"}, "several models .a.pt, b.ckpt.; give"),
+        ({"__0_0.distcp": b"0"}, "a distributed checkpoint of Torch.*format_utils dcp_to_torch"),
         ({"a.npz": b"", "b.npz": b""}, "several models .a.npz, b.npz"),
         ({"unet/model.safetensors": SHARD}, "in its folders unet"),
         ({"adapter_config.json": b"{}"}, "a LoRA adapter"),
@@ -111,14 +118,31 @@ def test_gone_after_it_was_opened(tmp_path, form):
     ("name", "content", "message"),
     [
         ("weights.pt", b"", "the file is empty"),
-        ("weights.pt", pickle.dumps(Bomb()), "never loaded.*save_file"),
-        ("weights", pickle.dumps(Bomb()), "never loaded.*save_file"),  # known by its first bytes
+        ("weights.pt", pickle.dumps(Bomb()), "never loaded.*numpy.savez"),
+        ("weights", pickle.dumps(Bomb()), "never loaded.*numpy.savez"),  # known by its first bytes
+        ("weights.pt", b"PK\3\4" * 9, "weights.pt: ends too early"),
         ("weights.h5", b"\x89HDF", "not a kind of weights that can be read; give .safetensors, .gguf, .npz, .msgpack"),
     ],
 )
 def test_another_kind_of_file(tmp_path, name, content, message):
     (path := tmp_path / name).write_bytes(content)
     refused(path, message)
+
+
+def test_without_torch_its_files_are_said_to_need_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (folder := tmp_path / "my model").mkdir()
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    for name in ("optimizer.pt", *names):
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            archive.writestr("archive/data.pkl", b"")
+    install = r'saved by torch, which is not installed: pip install "farms-jax\[torch\]", or convert it where torch'
+    with pytest.raises(InputError, match=f"{names[0]} and 1 more: {install} .*: python -c ") as caught:
+        open_weights(folder)
+    *_, first, second, converted = shlex.split(str(caught.value))
+    assert [first, second, converted] == [str(folder / name) for name in (*names, "pytorch_model.safetensors")]
+    with pytest.raises(InputError, match=f"optimizer.pt: {install}"):
+        open_weights(folder / "optimizer.pt")
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from farms_jax._axes import FLAX_AXES, Axes, LeafAxes, layer_of
+from farms_jax._axes import Axes, LeafAxes
 from farms_jax._axis_rules import AxisRules
 from farms_jax._layers import Leaf, select_layers
-from farms_jax._names import depth_key, matching, named_leaves
+from farms_jax._names import depth_key, matching
 from farms_jax.diagnosis.columns import Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
+from farms_jax.diagnosis.in_memory import open_in_memory
 from farms_jax.diagnosis.measure import Measured, measure
 from farms_jax.diagnosis.resampling import rank_flips
 from farms_jax.diagnosis.settings import Settings
@@ -81,11 +82,13 @@ def diagnose(
     ['undertrained']
 
     Args:
-        model: path of a checkpoint (see `farms_jax.open_weights`), an open `WeightSource`, or a pytree of arrays.
+        model: path of a checkpoint (see `farms_jax.open_weights`), an open `WeightSource`, a pytree of arrays (a module
+            of Equinox, Flax's variables, a train state), a module of NNX, a bound one of Linen, or a module or state
+            dict of Torch, on any device.
         include: regular expressions of layer names, matched whole; without any, all layers.
         exclude: regular expressions of layer names to leave out, matched whole.
-        axes: what the axes of the weights count, as `analyze` takes it; by default those of the format, and
-            `FLAX_AXES` for a pytree.
+        axes: what the axes of the weights count, as `analyze` takes it; by default those of the format, or of the
+            framework.
         stack: which of them count layers, experts or seeds, as `analyze` takes it.
         cache: folder of earlier results, by hash of the weights; `None` keeps nothing.
         progress: show progress bars, where the standard error is a terminal.
@@ -179,35 +182,18 @@ def _shown(axes: Any) -> Any:
     return axes if axes is None or isinstance(axes, str | int | tuple) else repr(axes)
 
 
-class _Tree(WeightSource):
-    """A pytree in memory, read like a file."""
-
-    def __init__(self, tree: Any, axes: Any, stack: Any) -> None:
-        # Modules have functions and numbers among their leaves.
-        self._leaves = {name: leaf for name, leaf in named_leaves(tree) if hasattr(leaf, "dtype")}
-        # Functions look at the tree itself, at its modules and boxes.
-        axes, stack = (declared(tree) if callable(declared) else declared for declared in (axes, stack))
-        super().__init__(Path("weights in memory"), "weights in memory", "pytree", axes, self._leaves)
-        self.declare(stack=stack)
-
-    def _read(self, name: str) -> np.ndarray:
-        return np.array(self._leaves[name])
-
-    def _read_part(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray:
-        return np.array(layer_of(np.asarray(self._leaves[name]), axes, index))
-
-
 def opened(model: Any, axes: Any = None, stack: Any = None) -> AbstractContextManager[WeightSource]:
     """Return any model as a source of weights for a `with` block, which closes it only if it was opened here.
 
-    Without `axes`, a checkpoint has those of its format, a pytree `FLAX_AXES`; an open source takes them over.
+    Without `axes`, a checkpoint has those of its format, a model in memory those of its framework; an open source takes
+    them over.
     """
     if isinstance(model, WeightSource):
         model.declare(axes, stack)
         return nullcontext(model)
     if isinstance(model, str | Path):
         return open_weights(model, axes=axes, stack=stack)
-    return _Tree(model, FLAX_AXES if axes is None else axes, stack)
+    return open_in_memory(model, axes, stack)
 
 
 def _hashed(source: WeightSource, places: Mapping[str, Place], settings: Settings, *, progress: bool) -> list[_Layer]:

@@ -20,7 +20,7 @@ from farms_jax.weights.runs import model_of
 from farms_jax.weights.safetensors_source import SafetensorsSource
 from farms_jax.weights.source import WeightSource
 from farms_jax.weights.torch_file import is_torch_file
-from farms_jax.weights.torch_files import model_files, open_torch_folder
+from farms_jax.weights.torch_files import model_files, model_in
 from farms_jax.weights.torch_source import open_torch
 
 _READERS: dict[str, Callable[[Path], WeightSource]] = {
@@ -130,11 +130,12 @@ def _open_folder(path: Path) -> WeightSource:
     if source := open_safetensors_folder(path, filenames):
         return source
     files = [name for name in filenames if Path(name).suffix in _READERS and not name.startswith(".")]
-    if len(files) == 1:  # safetensors were opened above
-        return open_weights(path / files[0])
-    # Where the same model is there in another format, Torch is not needed.
-    if not files and (source := open_torch_folder(path, filenames)):
-        return source
+    # Where the same model is there in another format, Torch is not needed; safetensors were opened above.
+    model = files if files else model_in(path, filenames)
+    if len(model) == 1:
+        return open_weights(path / model[0])
+    if model and not files:
+        return open_torch(*(path / name for name in model))
     raise InputError(_nothing_in(path, filenames, files))
 
 
@@ -149,9 +150,7 @@ def _nothing_in(path: Path, filenames: list[str], files: list[str]) -> str:
             f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(str(path))} weights.pt"
         )
     inside = [
-        name
-        for name in filenames
-        if (path / name).is_dir() and (name.startswith(CACHED) or _has_weights(path / name))
+        name for name in filenames if (path / name).is_dir() and (name.startswith(CACHED) or _has_weights(path / name))
     ]
     if inside:
         return f"{path}: there are no weights in it, but in its folders {', '.join(inside[:5])}; give one of them"

@@ -22,19 +22,26 @@ from farms_jax.errors import InputError, one_line
 _LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # what a file from before Torch 1.6 starts with
 _LEGACY_PICKLES = 4  # of such a file: that number, a version, the machine, and the content
 _BLOCKED = {"os", "posix", "nt", "sys"}  # modules that Torch refuses even where it is told to allow them
+# Programs, by what is in their archives only: what they are, and how their weights are had.
+_SCRIPT = "a TorchScript archive", "torch.jit.load(FILE).state_dict()"
+_EXPORT = "an archive of torch.export", "torch.export.load(FILE).state_dict"
+_PROGRAMS = {"constants.pkl": _SCRIPT, "archive_format": _EXPORT, "serialized_exported_program.json": _EXPORT}
 _MOST_TRIES = 20  # classes in one file that hold entries
 
 # For any Python with torch and safetensors. No `!`, `$`, backtick or double quote: a shell has it between such.
 _CONVERSION = (
     "import sys, torch, zipfile; from safetensors.torch import save_file; "
     "files, s = sys.argv[1:-1], torch.serialization; "
-    "inert = type('Inert', (), {'__init__': lambda self, *given: None, '__setstate__': lambda self, state: None}); "
+    "inert = type('Inert', (), {'__init__': lambda self, *given: None, "
+    "'__setstate__': lambda self, state: vars(self).update(state if isinstance(state, dict) else {})}); "
     "s.add_safe_globals([(inert, name) for file in files if zipfile.is_zipfile(file) "
-    "for name in s.get_unsafe_globals_in_checkpoint(file)] + [(inert, 'argparse.Namespace')]); "
+    "for name in s.get_unsafe_globals_in_checkpoint(file)] + [(inert, name) for name in "
+    "'argparse.Namespace numpy.dtype numpy.core.multiarray.scalar numpy._core.multiarray.scalar'.split()]); "
     "dense = lambda x: (x.dequantize() if x.is_quantized else x).detach().to_dense(); "
     "flat = lambda x, at: {at[1:]: dense(x).clone(memory_format=torch.contiguous_format)} "
     "if isinstance(x, torch.Tensor) and x.device.type == 'cpu' else {name: x for key, part in "
-    "(x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()) "
+    "(x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else "
+    "{**x._parameters, **x._buffers, **x._modules}.items() if hasattr(x, '_modules') else ()) "
     "for name, x in flat(part, f'{at}.{key}').items()}; "
     "tensors = {name: x for file in files for name, x in "
     "flat(torch.load(file, map_location='cpu', weights_only=True), '').items()}; "
@@ -75,8 +82,8 @@ def load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         reason = re.split(r"WeightsUnpickler error: |\n\n", str(error).partition("\n\nCheck the doc")[0])[-1]
         raise InputError(
-            f"{path}: cannot be read without running code in it ({one_line(ValueError(reason))}); load it where you trust "
-            "it, and save its weights alone: torch.save(model.state_dict(), 'weights.pt')"
+            f"{path}: cannot be read without running code in it ({one_line(ValueError(reason))}); load it where you "
+            "trust it, and save its weights alone: torch.save(model.state_dict(), 'weights.pt')"
         ) from error
     except Exception as error:  # of any kind: it depends on what is damaged
         raise InputError(
@@ -112,15 +119,6 @@ def is_torch_file(path: Path) -> bool:
         return file.read(len(_LEGACY)) == _LEGACY
 
 
-_SAVE_AGAIN = "which is never run; save its weights where you trust it: torch.save(torch."
-_PROGRAMS = {
-    "constants.pkl": f"a TorchScript archive, that is a program, {_SAVE_AGAIN}jit.load(FILE).state_dict(), 'weights.pt')",
-    "archive_format": f"a program of torch.export, {_SAVE_AGAIN}export.load(FILE).state_dict, 'weights.pt')",
-    "serialized_exported_program.json": f"a program of torch.export, {_SAVE_AGAIN}export.load(FILE).state_dict, "
-    "'weights.pt')",
-}
-
-
 def _members(path: Path) -> list[tuple[str, zipfile.ZipInfo]]:
     """Return the members of an archive by their names, without the folder that all are in."""
     with zipfile.ZipFile(path) as archive:
@@ -132,9 +130,12 @@ def _check_kind(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     members = _members(path)
-    for name, what in _PROGRAMS.items():
+    for name, (what, state) in _PROGRAMS.items():
         if name in dict(members):
-            raise InputError(f"{path}: {what}")
+            raise InputError(
+                f"{path}: {what}, that is a program, which is never run; where you trust it, save its weights alone: "
+                f"torch.save({state}, 'weights.pt')"
+            )
     return all(member.compress_type == zipfile.ZIP_STORED for _, member in members)
 
 

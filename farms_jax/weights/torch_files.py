@@ -6,7 +6,6 @@ from pathlib import Path
 
 from farms_jax.weights.folders import check_numbers, read_weight_map
 from farms_jax.weights.torch_file import is_torch_file
-from farms_jax.weights.torch_source import TorchSource, open_torch
 
 _NAMES = re.compile(r".*\.(pt|pth|ckpt|bin)(\.tar)?")
 _MODELS = ("pytorch_model.bin", "diffusion_pytorch_model.bin")  # as Hugging Face names them
@@ -37,22 +36,20 @@ def model_files(folder: Path, filenames: Iterable[str]) -> list[str]:
     return [name for name in names if not name.endswith(".bin") or "model" in name or is_torch_file(folder / name)]
 
 
-def open_torch_folder(folder: Path, filenames: Iterable[str]) -> TorchSource | None:
-    """Open the model in a folder of Torch's files; `None` where there is none, or several.
+def model_in(folder: Path, filenames: Iterable[str]) -> list[str]:
+    """Return the files of the model among Torch's in a folder, several where they are shards; none where it is open.
 
     Raises:
-        InputError: A shard is missing, or the files cannot be read.
+        InputError: A shard is missing.
     """
     filenames = list(filenames)
     files = model_files(folder, filenames)
-    shards = [name for name in files if is_shard(name)]
+    if len(files) == 1 and not is_shard(files[0]):
+        return files
     indices = [name for name in filenames if name.endswith(_INDEX)]
-    if files and files[0] in _MODELS:
-        files = files[:1]
-    elif len(indices) == 1:
-        files = sorted(set(read_weight_map(folder / indices[0]).values()))
-    elif shards == files:
-        check_numbers(folder, shards)
-    elif len(files) > 1:
-        return None
-    return open_torch(*(folder / name for name in files)) if files else None
+    if len(indices) == 1:
+        return sorted(set(read_weight_map(folder / indices[0]).values()))
+    if not all(map(is_shard, files)):
+        return []
+    check_numbers(folder, files)
+    return files

@@ -63,6 +63,9 @@ class TorchSource(WeightSource):
 def open_torch(path: Path, *more: Path) -> TorchSource:
     """Open a file of `torch.save`, or all shards of a model.
 
+    Returns:
+        The open weights.
+
     Raises:
         InputError: Torch is not installed, a file cannot be read safely, or there are no tensors.
     """
@@ -97,7 +100,7 @@ def _place(tensor: Any) -> Any:
 def _fault(tensor: Any) -> str:
     """Return why a tensor has no values; empty where it has."""
     if _info(tensor).dtype == _UNKNOWN:
-        return f"{tensor.dtype}, which NumPy does not have"
+        return f"not initialised, or no array of NumPy ({tensor.dtype})"
     return "no values: on the device meta" if tensor.device.type == "meta" else ""
 
 

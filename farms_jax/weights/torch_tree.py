@@ -7,7 +7,17 @@ from farms_jax.errors import printable
 from farms_jax.weights.skipped import OPTIMISER
 
 # What trainings call the model, beside which they put optimiser and epoch; the surest first.
-_MODEL_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights")
+_MODEL_KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "module",
+    "net",
+    "network",
+    "params",
+    "weights",
+)
 _WRAPPER = "_orig_mod"  # the module that `torch.compile` wraps
 
 
@@ -67,14 +77,13 @@ def _walk_module(
 ) -> Iterator[Found]:
     """Yield what is in a module; the classes of one that is parametrised are those of its original weights."""
     classes = parametrised or tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
-    parts = vars(module)
-    for name, tensor in parts["_parameters"].items():
+    for name, tensor in module._parameters.items():
         if _is_tensor(tensor):
             yield Found(".".join((*at, name)), tensor, left_out, classes)
-    for name, tensor in parts.get("_buffers", {}).items():
+    for name, tensor in module._buffers.items():
         if _is_tensor(tensor):
             yield Found(".".join((*at, name)), tensor, left_out or "buffer of a module, no parameter")
-    for name, child in parts["_modules"].items():
+    for name, child in module._modules.items():
         if _is_module(child):
             inside = at if name == _WRAPPER else (*at, name)
             passed = classes if parametrised or name == "parametrizations" else ()
@@ -88,5 +97,4 @@ def _is_tensor(node: Any) -> bool:
 
 
 def _is_module(node: Any) -> bool:
-    parts = getattr(node, "__dict__", {})
-    return all(isinstance(parts.get(name), Mapping) for name in ("_parameters", "_modules"))
+    return all(hasattr(node, part) for part in ("_parameters", "_buffers", "_modules"))
