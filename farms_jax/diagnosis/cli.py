@@ -100,7 +100,8 @@ class Analyze(Measuring):
     """Measure every layer of a model: alpha and its interval, aspect-ratio bias, noise, a status with its reason."""
 
     model: _Model
-    """A Hugging Face folder, a .safetensors, .gguf, .npz or .msgpack file, an Orbax checkpoint, or a run directory."""
+    """A Hugging Face folder, a .safetensors, .gguf, .npz or .msgpack file, a .pt, .pth, .bin or .ckpt of torch.save
+    (with the extra torch), an Orbax checkpoint, or a run directory."""
     html: Path | None = None
     """Write one self-contained report for a browser."""
     csv: Path | None = None

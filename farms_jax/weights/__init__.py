@@ -5,7 +5,7 @@
         source.tensors                         # {"model.embed_tokens.weight": TensorInfo(dtype, shape), ...}
         source.read("model.embed_tokens.weight")
 
-Opening reads headers only. Nothing is ever unpickled, and every fault is one `farms_jax.errors.InputError`.
+Opening reads headers only. No code in a file is ever run, and every fault is one `farms_jax.errors.InputError`.
 """
 
 from farms_jax.weights.lora import LoraSource as LoraSource, is_lora as is_lora

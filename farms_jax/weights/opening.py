@@ -37,10 +37,11 @@ def open_weights(path: str | Path, *, axes: Any = None, stack: Any = None) -> We
 
     Args:
         path: Hugging Face folder, also `models--OWNER--NAME` of the hub's cache, or any other with safetensors;
-            `.safetensors`, `.gguf`, `.npz` or Flax `.msgpack` file; Orbax checkpoint, or a folder of numbered ones;
-            run directory of one of the programs, which stands for its first seed's best checkpoint or its pruned model.
+            `.safetensors`, `.gguf`, `.npz` or Flax `.msgpack` file, or one of `torch.save`; Orbax checkpoint, or a
+            folder of numbered ones; run directory of one of the programs, which stands for its first seed's best
+            checkpoint or its pruned model.
         axes: What the axes of the arrays count, as `farms_jax.analyze` takes it; default: as usual in the format, that
-            is `farms_jax.axis_rules.torch` in safetensors and GGUF, outputs last in all others.
+            is `farms_jax.axis_rules.torch` in safetensors, GGUF and Torch's files, outputs last in all others.
         stack: Which of them count layers, experts or seeds, likewise.
 
     Returns:

@@ -22,7 +22,7 @@ class WeightSource(ABC):
     Attributes:
         name: Name to show.
         path: Path of the file or folder.
-        format: safetensors, gguf, orbax, msgpack or npz.
+        format: safetensors, gguf, torch, orbax, msgpack or npz; pytree in memory.
         axes: What the axes of the arrays count, as `farms_jax.analyze` takes it.
         stack: Which of them count layers, likewise.
         tensors: Full name -> dtype and shape, in natural order: `layer2` before `layer10`.
