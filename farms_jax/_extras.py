@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Generator
 
-from farms_jax.errors import InputError
+from farms_jax.errors import MissingPackageError
 
 
 @contextlib.contextmanager
@@ -13,10 +13,10 @@ def from_extra(extra: str, needed_by: str = "") -> Generator[None]:
     >>> with from_extra("train", "model.bin: this format"):
     ...     import no_such_package
     Traceback (most recent call last):
-    farms_jax.errors.InputError: model.bin: this format needs no_such_package; pip install "farms-jax[train]"
+    farms_jax.errors.MissingPackageError: model.bin: this format needs no_such_package; pip install "farms-jax[train]"
 
     Raises:
-        InputError: a package is not installed.
+        MissingPackageError: a package is not installed.
         ModuleNotFoundError: a module of farms_jax itself is missing.
     """
     try:
@@ -26,4 +26,4 @@ def from_extra(extra: str, needed_by: str = "") -> Generator[None]:
         if package == "farms_jax":  # not a missing extra but a mistake of ours
             raise
         told = f"{needed_by} needs {package}" if needed_by else f"{package} is not installed"
-        raise InputError(f'{told}; pip install "farms-jax[{extra}]"') from error
+        raise MissingPackageError(told, f'; pip install "farms-jax[{extra}]"') from error

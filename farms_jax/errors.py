@@ -18,6 +18,15 @@ class InputError(ValueError):
     """Something given cannot be used; the message names it, says why, and what to do."""
 
 
+class MissingPackageError(InputError):
+    """A package is not installed; `what` says which, and what needs it, and the message how to do without or get it."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        """Join both."""
+        super().__init__(what + remedy)
+        self.what = what
+
+
 class LeftOutWarning(UserWarning):
     """Much of a network is left out of an analysis, because nothing says what the axes of its weights count."""
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import sys
 import time
@@ -24,10 +23,10 @@ from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.pipeline import Place, diagnose, layers_of
 from farms_jax.diagnosis.settings import CommonSettings, Settings
 from farms_jax.diagnosis.watch import Rules, watch
+from farms_jax.diagnosis.watch_log import WatchLog
 from farms_jax.errors import InputError, LeftOutWarning
 from farms_jax.programs.cache import default_folder
 from farms_jax.programs.exits import reported
-from farms_jax.programs.files import write_text
 from farms_jax.programs.memory import return_freed_memory
 from farms_jax.weights import WeightSource, open_weights
 
@@ -161,7 +160,7 @@ class Compare(Measuring):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Watch(Measuring):
-    """Follow a training run's checkpoints; alert when a layer's alpha falls low, it goes constant, or grows spikes."""
+    """Follow a training run's checkpoints; alert when a layer's alpha falls low, it explodes, goes constant, grows spikes."""
 
     run_dir: _Folder
     """Directory that a training writes its checkpoints to."""
@@ -173,28 +172,29 @@ class Watch(Measuring):
     """Alert when WeightWatcher's alpha of the whole matrix falls below this."""
     spikes: int = Rules.spikes
     """Alert when at least this many eigenvalues stand beyond the bulk of noise, where none did before."""
+    scale: float = Rules.scale
+    """Alert when a layer's norm is so many times larger or smaller than in the checkpoint before."""
     out: Path | None = None
     """Where alerts.jsonl and the diagnoses go; RUN_DIR/farms by default."""
 
     def run(self) -> None:
         """Look, print, write, again and again."""
-        run, rules = Path(self.run_dir), Rules(ww_alpha_below=self.ww_alpha_below, spikes=self.spikes)
+        if not 0 < self.every < float("inf"):
+            raise InputError(f"--every {self.every:g}: must be a number of seconds above 0")
+        if not self.scale > 1:
+            raise InputError(f"--scale {self.scale:g}: must be above 1")
+        run, rules = Path(self.run_dir), Rules(self.ww_alpha_below, self.spikes, self.scale)
         out = self.out or run / "farms"
-        lines = []
-        for checkpoint, diagnosis, alerts in watch(
-            run, rules=rules, every=None if self.once else self.every, **self.options()
-        ):
-            told = diagnosis.headline() if diagnosis else "cannot be measured"
-            sys.stdout.write(f"{time.strftime('%H:%M:%S')} {checkpoint}: {told}\n")
-            for alert in alerts:
+        log, count, every = WatchLog(run, out), 0, None if self.once else self.every
+        for seen in watch(run, rules=rules, every=every, earlier=log.earlier(), **self.options()):
+            told = seen.diagnosis.headline() if seen.diagnosis else "cannot be measured"
+            sys.stdout.write(f"{time.strftime('%H:%M:%S')} {seen.checkpoint}: {told}\n")
+            for alert in seen.alerts:
                 sys.stdout.write(f"  ALERT {alert.rule}: {alert.layer or 'checkpoint'}: {alert.message}\n")
-                lines.append(json.dumps(alert._asdict()) + "\n")
             sys.stdout.flush()
-            if diagnosis is not None:
-                parts = checkpoint.relative_to(run).parts or (run.resolve().name,)  # the directory may be a checkpoint
-                diagnosis.write_json(out / f"{'-'.join(parts).removesuffix(checkpoint.suffix)}.json")
-            write_text(out / "alerts.jsonl", "".join(lines))
-        sys.stdout.write(f"{len(lines)} alerts; written to {out}\n")
+            log.add(seen)
+            count += len(seen.alerts)
+        sys.stdout.write(f"{count} alerts; written to {out}\n")
 
 
 def main(name: str) -> None:

@@ -1,9 +1,12 @@
 """watch(): follow the checkpoints of a training run, and raise an alert where a layer goes wrong."""
 
 import dataclasses
+import math
+import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +14,7 @@ from farms_jax.diagnosis.columns import Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.pipeline import diagnose
 from farms_jax.diagnosis.status import OVER_CORRELATED
-from farms_jax.errors import InputError
+from farms_jax.errors import InputError, MissingPackageError, one_line
 from farms_jax.weights import checkpoints
 
 
@@ -24,10 +27,12 @@ class Rules:
     Attributes:
         ww_alpha_below: WeightWatcher's alpha of the whole matrix is below this.
         spikes: this many eigenvalues stand beyond the bulk of noise, where none did in the checkpoint before.
+        scale: the layer's Frobenius norm is so many times larger, or smaller, than in the checkpoint before.
     """
 
     ww_alpha_below: float = OVER_CORRELATED
     spikes: int = 1
+    scale: float = 100.0
 
 
 class Alert(NamedTuple):
@@ -35,7 +40,7 @@ class Alert(NamedTuple):
 
     checkpoint: str  # its path
     layer: str  # its name; empty where the whole checkpoint is meant
-    rule: str  # "ww_alpha", "degenerate", "spikes" or "checkpoint"
+    rule: str  # "ww_alpha", "degenerate", "spikes", "scale" or "checkpoint"
     message: str  # the reason in plain words
 
 
@@ -47,15 +52,24 @@ class Seen(NamedTuple):
     alerts: list[Alert]
 
 
-def watch(run: Path, *, rules: Rules = Rules(), every: float | None = None, **options: Any) -> Iterator[Seen]:  # noqa: B008
+def watch(
+    run: Path,
+    *,
+    rules: Rules = Rules(),  # noqa: B008
+    every: float | None = None,
+    earlier: Iterable[tuple[Path, Diagnosis]] = (),
+    **options: Any,
+) -> Iterator[Seen]:
     """Measure the checkpoints of a run, oldest first, and go on with new ones.
 
-    A checkpoint that cannot be read is tried once more later: it may be half written. One that is gone is forgotten.
+    Nothing that is found in the directory ends it. A checkpoint that cannot be measured is tried once more later, as it
+    may be half written, and is an alert then; one that is gone is forgotten.
 
     Args:
         run: directory of the run.
         rules: rules that raise an alert.
         every: seconds from one look at the directory to the next; `None` looks once.
+        earlier: checkpoints that are gone, with their diagnoses, oldest first: what was wrong with them is no news.
         **options: options of `diagnose`.
 
     Yields:
@@ -64,38 +78,82 @@ def watch(run: Path, *, rules: Rules = Rules(), every: float | None = None, **op
     Raises:
         InputError: `run` is no directory, or, when looking once, has no checkpoint.
     """
-    done: set[tuple[Path, int]] = set()
-    failed: set[tuple[Path, int]] = set()
-    before: dict[str, dict[str, Row]] = {}  # the last layers of each series of checkpoints, by name
-    while True:
-        found = checkpoints(run)
-        if every is None and not found:
+    done: set[Any] = set()
+    failed: set[Any] = set()
+    missing: set[str] = set()  # packages, as far as they were told
+    # The last layers of each series of checkpoints, by name.
+    before = {_series(path): _by_name(diagnosis) for path, diagnosis in earlier}
+    found = checkpoints(run)
+    if not found:
+        if every is None:
             raise InputError(f"{run}: no checkpoint in it; give the directory that a training writes to")
+        warnings.warn(f"{run}: no checkpoint in it yet; it is looked at every {every:g} seconds", stacklevel=2)
+    while True:
         for path in found:
-            try:
-                version = path, path.stat().st_mtime_ns  # files are overwritten in place
-            except OSError:  # it is gone
+            version = _version(path)
+            if version is None or version in done:
                 continue
-            if version in done:
-                continue
-            try:
-                diagnosis = diagnose(path, **options)
-            except InputError as error:
-                if every is not None and version not in failed:
-                    failed.add(version)
-                elif path.exists():
-                    done.add(version)
-                    yield Seen(path, None, [Alert(str(path), "", "checkpoint", str(error))])
-                continue
-            done.add(version)
-            # What the checkpoints of one training share: their path without numbers of steps, with those of seeds.
-            series = re.sub(r"(?<!seed)(?<!\d)\d+", "#", str(path))
-            alerts = _alerts(path, before.get(series, {}), diagnosis.layers, rules)
-            yield Seen(path, diagnosis, list(alerts))
-            before[series] = {row["layer"]: row for row in diagnosis.layers}
+            result = _diagnosed(path, options)
+            if isinstance(result, Diagnosis):
+                alerts = list(_alerts(path, before.get(_series(path), {}), result.layers, rules))
+                before[_series(path)] = _by_name(result)
+                done.add(version)
+                yield Seen(path, result, alerts)
+            elif every is not None and version not in failed and not isinstance(result, MissingPackageError):
+                failed.add(version)
+            elif os.path.exists(path):
+                done.add(version)
+                yield Seen(path, None, [Alert(str(path), "", "checkpoint", _reason(path, result, missing))])
         if every is None:
             return
         time.sleep(every)
+        found = _found_again(run)
+
+
+def _found_again(run: Path) -> list[Path]:
+    """Return the checkpoints of a run that was there before; without it there are none for now."""
+    try:
+        return checkpoints(run)
+    except (InputError, OSError) as error:
+        warnings.warn(f"{one_line(error)}; it is looked at again", stacklevel=2)
+        return []
+
+
+def _version(path: Path) -> Any:
+    """Return what changes with the files of a checkpoint, which may be overwritten in place; `None` once it is gone."""
+    try:
+        files = [path, *(path.iterdir() if path.is_dir() else ())]
+        return path, tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(files))
+    except OSError:
+        return None
+
+
+def _diagnosed(path: Path, options: Mapping[str, Any]) -> Diagnosis | Exception:
+    try:
+        return diagnose(path, **options)
+    except Exception as error:  # of any kind: the next checkpoint may be a good one
+        return error
+
+
+def _reason(path: Path, error: Exception, missing: set[str]) -> str:
+    """Return why a checkpoint cannot be measured; how to get a package only once."""
+    if isinstance(error, MissingPackageError):
+        package = error.what.rpartition(": ")[2]
+        reason = error.what if package in missing else str(error)
+        missing.add(package)
+        return reason
+    if isinstance(error, InputError):
+        return str(error)
+    return f"{path}: cannot be measured ({type(error).__name__}: {one_line(error)})"
+
+
+def _series(path: Path) -> str:
+    """Return what the checkpoints of one training share: their path without numbers of steps, with those of seeds."""
+    return re.sub(r"(?<!seed)(?<!\d)\d+", "#", str(path))
+
+
+def _by_name(diagnosis: Diagnosis) -> dict[str, Row]:
+    return {row["layer"]: row for row in diagnosis.layers}
 
 
 def _alerts(checkpoint: Path, before: Mapping[str, Row], now: Sequence[Row], rules: Rules) -> Iterator[Alert]:
@@ -114,3 +172,14 @@ def _alerts(checkpoint: Path, before: Mapping[str, Row], now: Sequence[Row], rul
             some = "eigenvalue" if spikes == 1 else "eigenvalues"
             message = f"{spikes} {some} beyond the bulk of noise, where there was none"
             yield Alert(str(checkpoint), name, "spikes", message)
+        grown = _log_norm(row) - _log_norm(then)  # NaN where one of them is not known
+        if abs(grown) >= math.log10(rules.scale):
+            change = "larger" if grown > 0 else "smaller"
+            message = f"its norm is {10 ** min(abs(grown), 300):.3g} times {change} than in the checkpoint before"
+            yield Alert(str(checkpoint), name, "scale", message)
+
+
+def _log_norm(row: Row) -> float:
+    """Return log10 of the Frobenius norm of a layer; NaN where it was not measured, or is no number."""
+    log = row.get("whole_log_norm")
+    return math.nan if log is None or not math.isfinite(log) else log / 2

@@ -1,6 +1,7 @@
 """Run directories of the programs here, and the checkpoints in them."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from farms_jax._names import natural_key
 from farms_jax.errors import InputError
 from farms_jax.programs.files import CHECKSUMS, damaged_files
 from farms_jax.weights import orbax_source
-from farms_jax.weights.folders import WEIGHTS
+from farms_jax.weights.folders import WEIGHTS, check_numbers
+from farms_jax.weights.torch_files import is_shard, model_files
 
 SUFFIXES = (".safetensors", ".gguf", ".npz", ".msgpack")
 # One setting and several seeds; several settings; `sciml`, whose phases have no seed.
@@ -62,7 +64,8 @@ def checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints in a run directory of any program, as paths for `open_weights`, oldest first.
 
     They are Orbax steps, folders of shards and files. `best` beside `last` is left out, since every best checkpoint has
-    once been the last.
+    once been the last; so are optimiser states, a second format of a model, and shards of which some are not there yet.
+    A folder that cannot be read costs a warning.
 
     Raises:
         InputError: There is no such folder.
@@ -82,18 +85,46 @@ def _inside(folder: Path) -> Iterator[Path]:
         if orbax_source.trees(folder):
             yield folder
             return
+        models = _models_among(folder, children)
+        folders = [child for child in children if child.is_dir() and not child.is_symlink()]
     except FileNotFoundError:
         return
-    names = {child.name for child in children}
-    if any(name.endswith(".safetensors.index.json") for name in names) or "adapter_config.json" in names:
-        yield folder
-    elif WEIGHTS in names:
-        yield folder / WEIGHTS
-    else:
-        yield from (child for child in children if child.suffix in SUFFIXES and child.is_file())
-    for child in children:
-        if child.is_dir() and not child.is_symlink() and not (child.name == "best" and "last" in names):
+    except OSError as error:
+        warnings.warn(f"{folder}: cannot be read ({error.strerror or error}); what is in it is left out", stacklevel=2)
+        return
+    yield from models
+    has_last = any(child.name == "last" for child in folders)
+    for child in folders:
+        if not (child.name == "best" and has_last):
             yield from _inside(child)
+
+
+def _models_among(folder: Path, children: list[Path]) -> list[Path]:
+    """Return the models that lie in a folder itself; it stands for one in shards."""
+    # A link to another checkpoint of the folder, such as the last, is no further one.
+    files = [child.name for child in children if child.is_file() and not (child.is_symlink() and _is_inside(child))]
+    if any(name.endswith((".safetensors.index.json", ".bin.index.json")) for name in files):
+        return [folder]
+    if "adapter_config.json" in files:
+        return [folder]
+    if WEIGHTS in files:
+        return [folder / WEIGHTS]
+    found = [name for name in files if name.endswith(SUFFIXES)]
+    stems = {Path(name).stem for name in found}
+    found += [name for name in model_files(folder, files) if Path(name).stem not in stems]
+    shards = [name for name in found if is_shard(name)]
+    if any(Path(name).stem == "last" for name in found):
+        found = [name for name in found if Path(name).stem != "best"]
+    whole = [folder / name for name in found if name not in shards]
+    try:
+        check_numbers(folder, shards)
+    except InputError:  # their index comes last
+        return whole
+    return [folder] if shards and not whole else whole
+
+
+def _is_inside(link: Path) -> bool:
+    return link.resolve().parent == link.parent.resolve()
 
 
 def _is_draft(path: Path) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from farms_jax.errors import InputError, one_line
+from farms_jax.errors import InputError, MissingPackageError, one_line
 
 _LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # what a file from before Torch 1.6 starts with
 _LEGACY_PICKLES = 4  # of such a file: that number, a version, the machine, and the content
@@ -96,10 +96,11 @@ def import_torch(paths: Sequence[Path]) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise InputError(
-            f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: saved by torch, which is not "
-            'installed: pip install "farms-jax[torch]", or convert it where torch (2.6 or later) and safetensors are: '
-            f"{conversion_command(paths)}"
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        raise MissingPackageError(
+            f"{paths[0]}{more}: saved by torch, which is not installed",
+            ': pip install "farms-jax[torch]", or convert it where torch (2.6 or later) and safetensors are: '
+            f"{conversion_command(paths)}",
         ) from error
     return torch
 
