@@ -85,7 +85,7 @@ def test_nothing_in_the_run_ends_it(tmp_path, monkeypatch):
         return solve(path, **options)
 
     monkeypatch.setattr(module, "diagnose", diagnose)
-    seen = list(watch(tmp_path, **FAST))
+    seen = sorted(watch(tmp_path, **FAST))
     assert [one.checkpoint.parent.name for one in seen] == ["step_0", "step_1", "step_2"]
     damaged, broken = (alert.message for one in seen for alert in one.alerts)
     assert damaged.startswith(f"{tmp_path}/step_1/model.npz: damaged, or no npz archive")

@@ -160,7 +160,7 @@ class Compare(Measuring):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Watch(Measuring):
-    """Follow a training run's checkpoints; alert when a layer's alpha falls low, it explodes, goes constant, grows spikes."""
+    """Follow a training run's checkpoints; alert when a layer's alpha falls low, it explodes, dies or grows spikes."""
 
     run_dir: _Folder
     """Directory that a training writes its checkpoints to."""
