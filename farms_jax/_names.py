@@ -126,14 +126,9 @@ def block_of(name: str) -> str:
     index = re.search(r"\[(\d+)[\d,]*\]$", name)
     leaf = name[: index.start()] if index else name
     part = re.match(r"(?:[^/.]+[/.])*?[^/.]*(?i:layer|block|stack)[^/.]*", leaf)
-    if part and part[0][-1].isdigit() and (index is None or re.search("(?i)expert|moe", leaf)):
+    if part and part[0][-1].isdigit() and (index is None or re.search("(?i)expert|moe|kv_einsum", leaf)):
         return part[0]
     return f"{part[0] if part else re.split('[/.]', leaf)[0]}[{index[1]}]" if index else name
-
-
-def depth_key(name: str) -> tuple[Any, ...]:
-    """Return a sort key that puts layers in network order, those of a stack with the others of their block."""
-    return natural_key(block_of(name)), natural_key(name)
 
 
 def matching(

@@ -29,6 +29,8 @@ class Column(NamedTuple):
 _GROUPS: dict[str, tuple[Column, ...]] = {
     "layer": (
         Column("layer", "full path of the weight", "", "layer"),
+        Column("type", "kind of module, from its name: q, k, v, o, gate, up, down, conv, head", ""),
+        Column("place", "place in the network, 1 the first", "d"),
         Column("status", "undertrained, well trained, over-correlated or degenerate", "", "status"),
         Column("reason", "why, in plain words", ""),
         Column("shape", "shape of the stored array", "", "shape"),

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from farms_jax._extras import from_extra
-from farms_jax._names import depth_key
+from farms_jax._names import natural_key
 from farms_jax._present import left_out_lines
 from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column, Row, number, plain, with_interval
+from farms_jax.diagnosis.modules import network_order
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import MEANINGS, attention, counts
 from farms_jax.diagnosis.table import LayerTable
@@ -154,4 +155,6 @@ class Diagnosis(LayerTable):
 
     def _by_depth(self) -> list[Row]:
         """Return the layers in network order, however the table was sorted."""
-        return sorted(self.layers, key=lambda row: depth_key(row["layer"]))
+        order = network_order(sorted(self.names, key=natural_key))
+        place = {name: i for i, name in enumerate(order, start=1)}  # for rows that were made without
+        return sorted(self.layers, key=lambda row: row.get("place") or place[row["layer"]])

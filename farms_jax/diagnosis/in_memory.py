@@ -21,6 +21,8 @@ _NAME = "weights in memory"
 class TreeSource(WeightSource):
     """A pytree in memory, read like a file."""
 
+    in_order = True  # of fields; keys of dictionaries are in that of the alphabet
+
     def __init__(self, tree: Any, axes: Any = None, stack: Any = None) -> None:
         """Take the arrays of a tree; `axes` and `stack` are those of `farms_jax.analyze`."""
         # Modules have functions and numbers among their leaves, and keys of random numbers.

@@ -16,11 +16,12 @@ from tqdm import tqdm
 from farms_jax._axes import Axes, LeafAxes
 from farms_jax._axis_rules import AxisRules
 from farms_jax._layers import Leaf, select_layers
-from farms_jax._names import depth_key, matching
+from farms_jax._names import matching, natural_key
 from farms_jax.diagnosis.columns import Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.in_memory import open_in_memory
 from farms_jax.diagnosis.measure import Measured, measure
+from farms_jax.diagnosis.modules import network_order, types
 from farms_jax.diagnosis.resampling import rank_flips
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import Histogram
@@ -118,6 +119,10 @@ def diagnose(
             content = {"row": measured.row, "deviations": measured.deviations.tolist()}
             store.put(layer.key, content | {"histogram": measured.histogram._asdict()})
             found[layer.name] = measured
+        order = network_order(sorted(found, key=natural_key), source.listed if source.in_order else ())
+        kinds = types(
+            order, {name: min(place.leaf.shape[-2:]) for name, place in places.items() if place.leaf.is_kernel}
+        )
         facts = {
             "path": str(source.path),
             "format": source.format,
@@ -131,7 +136,7 @@ def diagnose(
         }
         return Diagnosis(
             model=source.name,
-            layers=_rows({name: found[name] for name in sorted(found, key=depth_key)}, chosen),
+            layers=_rows({name: found[name] for name in order}, dict(zip(order, kinds, strict=True)), chosen),
             left_out=left_out,
             settings=dataclasses.asdict(chosen) | {"axes": _shown(source.axes), "stack": _shown(source.stack)},
             facts=facts,
@@ -247,9 +252,12 @@ def _chunks(layers: list[_Layer]) -> Iterator[list[_Layer]]:
         yield chunk
 
 
-def _rows(found: Mapping[str, Measured], settings: Settings) -> tuple[Row, ...]:
-    """Return the complete rows of all layers, with what depends on the others (ranks) and the statuses."""
-    rows: list[dict[str, Any]] = [{"layer": name, **measured.row} for name, measured in found.items()]
+def _rows(found: Mapping[str, Measured], kinds: Mapping[str, str], settings: Settings) -> tuple[Row, ...]:
+    """Return the complete rows of all layers in their order, with types, ranks among the others, and statuses."""
+    rows: list[dict[str, Any]] = [
+        {"layer": name, "type": kinds[name], "place": place, **measured.row}
+        for place, (name, measured) in enumerate(found.items(), start=1)
+    ]
     if settings.resamples:
         alphas = np.array([row["alpha"] for row in rows], float)
         draws = np.stack([measured.deviations for measured in found.values()])

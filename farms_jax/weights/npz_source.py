@@ -25,6 +25,8 @@ _SLACK = 1 << 16  # bytes; streams shorter than this may be denser
 class NpzSource(WeightSource):
     """Weights in an `.npz` archive, named as its members."""
 
+    in_order = True
+
     def __init__(self, path: Path) -> None:
         """Read and check the headers of all members."""
         tensors: dict[str, TensorInfo] = {}

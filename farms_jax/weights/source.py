@@ -4,7 +4,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -27,7 +27,11 @@ class WeightSource(ABC):
         stack: Which of them count layers, likewise.
         tensors: Full name -> dtype and shape, in natural order: `layer2` before `layer10`.
         skipped: Name -> why an array is no weight of the model, such as "optimiser state".
+        listed: Full names as the file lists them.
+        in_order: Whether files of this format list arrays as they were put into them, such as in the network's order.
     """
+
+    in_order: ClassVar[bool] = False
 
     def __init__(self, path: Path, name: str, format: str, axes: Any, tensors: Mapping[str, TensorInfo]) -> None:
         """Check the tensors, given in any order.
@@ -41,7 +45,7 @@ class WeightSource(ABC):
             raise InputError(f"{path}: there are no arrays in it; give the checkpoint of a model")
         for tensor in tensors:
             check_name(tensor, str(path))
-        self.path, self.name, self.format = path, name, format
+        self.path, self.name, self.format, self.listed = path, name, format, tuple(tensors)
         self.tensors = {tensor: tensors[tensor] for tensor in sorted(tensors, key=natural_key)}
         self.skipped = not_weights(self.tensors)
         if callable(axes):

@@ -22,6 +22,8 @@ _UNKNOWN = np.dtype("V1")  # of tensors without values in any dtype of NumPy
 class TorchSource(WeightSource):
     """Tensors of Torch, on any device and of any layout, converted one by one; quantised ones are dequantised."""
 
+    in_order = True  # of registration
+
     def __init__(self, path: Path, name: str, format: str, found: Iterable[Found], files: Sequence[Path] = ()) -> None:
         """Take the tensors; `files` are those that they are mapped from, which must not change meanwhile."""
         self._tensors: dict[str, Any] = {}
