@@ -52,6 +52,7 @@ def _row(i, count, rng):
     row = {column.name: float(rng.random() * 100) for column in COLUMNS if column.format}
     row |= {column.name: int(row[column.name]) for column in COLUMNS if column.format == "d"}
     row |= {"layer": f"model.layers.{i // len(KINDS)}.self_attn.{kind}.weight" if i else HOSTILE, "noise_alpha": NOISE}
+    row |= {"type": kind.removesuffix("_proj"), "place": i + 1}
     row |= {"status": status, "reason": f"why it is {status}", "shape": f"{shape[0]}x{shape[1]}"}
     row |= {"num_params": longer * shorter, "N": longer, "M": shorter, "Q": longer / shorter}
     if i == count - 1:
