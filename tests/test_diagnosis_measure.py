@@ -106,7 +106,7 @@ def test_layers_of_zeros_or_few_eigenvalues():
     assert (found.row["whole_norm"], found.row["matrix_rank"], found.row["weak_rank_loss"]) == (0, 0, 20)
     assert not found.deviations.any()
     for count in (1, 2, 5):  # too few eigenvalues, and just enough
-        row = spectrum_measures(np.arange(1.0, count + 1), count, 7)
+        row = spectrum_measures(np.arange(1.0, count + 1)[None], count, 7)
         assert (row["whole_num_eigenvalues"], row["ww_alpha"] is None) == (count, count == 1)
 
 

@@ -10,7 +10,7 @@ from farms_jax._windows import Grid, make_grid
 from farms_jax.diagnosis.measure import measure
 from farms_jax.diagnosis.resampling import deviations, interval, interval_grid, rank_flips, separate_windows
 from farms_jax.diagnosis.settings import Settings
-from farms_jax.diagnosis.spectrum import fit_spectra
+from farms_jax.diagnosis.tail_fits import fit_spectra
 
 
 @pytest.mark.parametrize(

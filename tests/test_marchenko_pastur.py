@@ -5,7 +5,7 @@ import pytest
 from scipy.integrate import quad
 
 from farms_jax import Tail, marchenko_pastur
-from farms_jax.diagnosis.spectrum import fit_spectra
+from farms_jax.diagnosis.tail_fits import fit_spectra
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.9, 0.5, 0.01])

@@ -67,10 +67,10 @@ _GROUPS: dict[str, tuple[Column, ...]] = {
         Column(
             "matrix_rank", "singular values above the largest times N times machine epsilon", "d", "", "matrix_rank"
         ),
-        Column("rank_loss", "singular values at or below that", "d", "", "rank_loss"),
+        Column("rank_loss", "singular values at or below that, each kernel position by itself", "d", "", "rank_loss"),
         Column("weak_rank_loss", "eigenvalues below 1e-6", "d", "", "weak_rank_loss"),
         Column("sv_max", "largest singular value", ".4g", "", "sv_max"),
-        Column("sv_min", "smallest singular value", ".3g", "", "sv_min"),
+        Column("sv_min", "smallest singular value; of a kernel, the largest of its positions'", ".3g", "", "sv_min"),
     ),
     "WeightWatcher's fit": (
         Column("ww_alpha", "exponent with the best threshold by KS distance", ".3f", "ww", "alpha"),
@@ -83,6 +83,15 @@ _GROUPS: dict[str, tuple[Column, ...]] = {
         Column(
             "ww_log_alpha_norm", "log10 of the sum of eigenvalues to the power ww_alpha", ".3f", "", "log_alpha_norm"
         ),
+        Column(
+            "ww_num_erg_spikes",
+            "largest eigenvalues, in units of their mean, whose product is 1 (ERG or detX condition)",
+            "d",
+            "",
+            "num_ERG_spikes",
+        ),
+        Column("ww_detx_val", "smallest of these eigenvalues", ".4g", "", "detX_val"),
+        Column("ww_erg_gap", "ww_num_erg_spikes - ww_num_tail; 0 in an ideal layer", "+d", "", "ERG_gap"),
     ),
     "against noise": (
         Column("mp_sigma", "deviation of an entry that fits the bulk to the Marchenko-Pastur law", ".3g"),
@@ -98,6 +107,15 @@ _GROUPS: dict[str, tuple[Column, ...]] = {
         ),
         Column("max_rand_eval", "largest eigenvalue of the shuffled matrix", ".4g", "", "max_rand_eval"),
         Column("ww_softrank", "max_rand_eval / whole_largest_eigenvalue", ".3f", "", "ww_softrank"),
+        Column("ww_num_spikes", "eigenvalues beyond the bulk of noise that WeightWatcher fits", "d", "", "num_spikes"),
+        Column("ww_mp_softrank", "upper edge of that bulk over the largest eigenvalue", ".3f", "", "mp_softrank"),
+        Column(
+            "rand_num_spikes",
+            "eigenvalues of the shuffled matrix beyond such a bulk: correlation traps",
+            "d",
+            "",
+            "rand_num_spikes",
+        ),
     ),
 }
 COLUMNS = tuple(column._replace(group=group) for group, columns in _GROUPS.items() for column in columns)

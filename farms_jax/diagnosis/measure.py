@@ -18,12 +18,12 @@ from farms_jax.diagnosis.resampling import deviations, interval, interval_grid
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import (
     Histogram,
-    fit_spectra,
     histogram,
     resolved,
     shuffled_measures,
     spectrum_measures,
 )
+from farms_jax.diagnosis.tail_fits import fit_spectra
 from farms_jax.solvers.cpu import cores
 from farms_jax.solvers.dispatch import Solver, window_eigenvalues
 
@@ -153,16 +153,18 @@ def _measured(layer: _Layer, values: _Values, shuffled: np.ndarray | None, setti
             low, high = interval(row["alpha"], scatter, settings.level)
             row |= {"alpha_low": max(low, 1.0), "alpha_high": high}  # no alpha is below 1
     if settings.whole:
-        whole = np.sort(values[layer.name, layer.whole].ravel()) * scale
+        positions = values[layer.name, layer.whole] * scale
+        whole = np.sort(positions, axis=None)
         highest = highest_alpha(longer, shorter, settings.tail)
         fit = without_flat(fit_spectra(resolved(whole)[None], settings.tail), highest)
         alpha = float(fit.alpha[0]) or None  # 0: no tail
         bias = alpha - row["alpha"] if alpha and row["alpha"] else None
         row |= {"whole_alpha": alpha, "aspect_ratio_bias": bias}
-        row |= spectrum_measures(whole, *layer.stack.shape[1:])
+        row |= spectrum_measures(positions, *layer.stack.shape[1:])
         if row["mp_sigma"]:
             row["mp_sigma"] /= scale**0.5  # of the weight's own entries
-        row |= {} if shuffled is None else shuffled_measures(whole, shuffled * scale)
+        if shuffled is not None:
+            row |= shuffled_measures(whole, shuffled * scale, *layer.stack.shape[1:])
     return Measured(row, scatter, histogram(windows.ravel(), whole))
 
 

@@ -32,7 +32,7 @@ from farms_jax.programs.environment import installed_versions
 from farms_jax.weights import WeightSource, open_weights
 
 _CHUNK = 2**25  # bytes of weights measured at once, where a single layer is not larger: enough for all cores
-_CACHE_FORMAT = 3  # raised when a measure changes its name or its meaning
+_CACHE_FORMAT = 4  # raised when a measure changes its name or its meaning
 
 
 class Place(NamedTuple):

@@ -14,7 +14,7 @@ from scipy.special import ndtri, stdtrit
 
 from farms_jax._tail import Tail
 from farms_jax._windows import Grid
-from farms_jax.diagnosis.spectrum import fit_spectra
+from farms_jax.diagnosis.tail_fits import fit_spectra
 
 _ENOUGH = 8  # separate windows; the scatter of fewer is itself too uncertain
 _FIT = 32  # least number of eigenvalues that one resampled alpha is fitted to

@@ -4,23 +4,19 @@ Eigenvalues are those of W W^T, ascending, pooled over kernel positions and scal
 it. Numbers that do not exist for a spectrum, such as the logarithm of a norm of 0, are `None`.
 
 The columns that WeightWatcher has too (`Column.weightwatcher`) equal those of its version 0.7.7, but for these:
-`sv_min` and `rank_loss` of a kernel are of all positions together, where WeightWatcher takes the largest of the
-positions' `sv_min` and a threshold for each position; a spectrum with fewer than 20 eigenvalues above 1e-5 is fitted as
-any other, where WeightWatcher corrects for the bias of small samples; `entropy` has no 1e-10 added to its shares.
+`entropy` has no 1e-10 added to its shares, which sets it apart in the seventh digit; a number that WeightWatcher could
+not find, -1 or infinite there, is `None`; what comes of shuffling is that of one other shuffle (of five together in
+WeightWatcher's `rand_num_spikes` and `max_rand_eval`, where a matrix has less than 100 rows or columns).
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax import Array, lax
 
 from farms_jax import marchenko_pastur
-from farms_jax._tail import Tail, TailFit, fit_tail
+from farms_jax.diagnosis import weightwatcher
 
-WEIGHTWATCHER = Tail("ks", min_eigenvalue=1e-5)
 _WEAK = 1e-6  # eigenvalues below it count as a weak loss of rank, as in WeightWatcher
 _BINS = 60
 _DRAWN = 1e-8  # of the largest eigenvalue: what is smaller, rounding or no rank, is not drawn
@@ -39,42 +35,22 @@ class Histogram(NamedTuple):
         return cls(**{name: tuple(values) for name, values in content.items()})
 
 
-def fit_spectra(spectra: np.ndarray, tail: Tail) -> TailFit:
-    """Return fits in float64, NumPy arrays (S,), to the tails of spectra (S, E), each row ascending, not negative."""
-    count, length = spectra.shape
-    # From 80 on: 4 x 80 and so on hold what widths of 2^n give, over 9 kernel positions too, with little to spare.
-    padded = np.zeros((_padded(count, 1, 16), _padded(length, 80, 4)))
-    padded[:count, padded.shape[1] - length :] = spectra
-    with jax.enable_x64(True):
-        return TailFit(*(part[:count] for part in jax.device_get(_fit(padded, length, tail))))
-
-
-def _padded(size: int, least: int, factor: int) -> int:
-    """Return the smallest of few sizes that holds `size`: the fit is compiled once for each."""
-    while least < size:
-        least *= factor
-    return least
-
-
-@functools.partial(jax.jit, static_argnames="tail")
-def _fit(padded: Array, length: Array, tail: Tail) -> TailFit:
-    return lax.map(lambda spectrum: fit_tail(spectrum, tail, length), padded)
-
-
 def resolved(eigenvalues: np.ndarray) -> np.ndarray:
     """Return ascending eigenvalues (E,), as `analyze` has them: 0 below the resolution of a Gram matrix in float64."""
     floor = eigenvalues[-1] * eigenvalues.size * np.finfo(np.float64).eps
     return np.where(eigenvalues > floor, eigenvalues, 0)
 
 
-def spectrum_measures(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str, Any]:
+def spectrum_measures(positions: np.ndarray, rows: int, cols: int) -> dict[str, Any]:
     """Return the columns of a whole matrix: `ww_alpha` to `sv_min`, `mp_sigma` to `mp_spikes`.
 
-    `eigenvalues` is float64 of shape (E,), ascending, not negative, pooled over a kernel's matrices of `rows` x `cols`.
+    `positions` is float64 of shape (K, E), not negative: the eigenvalues of a kernel's K matrices of `rows` x `cols`.
     """
+    eigenvalues = np.sort(positions, axis=None)
     norm, largest = float(eigenvalues.sum()), float(eigenvalues[-1])
-    singular = np.sqrt(eigenvalues)
-    rank = int((singular > singular[-1] * max(rows, cols) * np.finfo(np.float64).eps).sum())
+    singular, each = np.sqrt(eigenvalues), np.sqrt(positions)
+    relative = max(rows, cols) * np.finfo(np.float64).eps
+    rank = int((singular > singular[-1] * relative).sum())
     return {
         **_power_law(eigenvalues),
         "whole_num_eigenvalues": eigenvalues.size,
@@ -86,34 +62,34 @@ def spectrum_measures(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str
         "effective_rank": float(np.exp(_entropy(singular))) if largest > 0 else None,
         "entropy": _entropy(eigenvalues) / float(np.log(rank)) if rank > 1 else None,
         "matrix_rank": rank,
-        "rank_loss": eigenvalues.size - rank,
+        "rank_loss": int((each <= each.max(1, keepdims=True) * relative).sum()),
         "weak_rank_loss": int((eigenvalues < _WEAK).sum()),
         "sv_max": float(singular[-1]),
-        "sv_min": float(singular[0]),
+        "sv_min": float(each.min(1).max()),
         **_bulk(resolved(eigenvalues), rows, cols),
     }
 
 
 def _power_law(eigenvalues: np.ndarray) -> dict[str, Any]:
-    """Return WeightWatcher's fit: among all eigenvalues above 1e-5, the threshold with the smallest KS distance."""
-    fit = fit_spectra(eigenvalues[None], WEIGHTWATCHER)
-    alpha, distance, xmin = (float(part[0]) for part in fit[:3])
-    if alpha == 0:
-        names = ("alpha", "ks_distance", "xmin", "xmax", "sigma", "num_tail", "alpha_hat", "log_alpha_norm")
-        return {f"ww_{name}": None for name in names}
+    """Return WeightWatcher's fit, and how it agrees with the ERG condition."""
+    names = ("alpha", "ks_distance", "xmin", "xmax", "sigma", "num_tail", "alpha_hat", "log_alpha_norm")
+    row: dict[str, Any] = {f"ww_{name}": None for name in names}
     largest = float(eigenvalues[-1])
-    spikes = int((eigenvalues >= xmin).sum())
-    relative = eigenvalues[eigenvalues > 0] / largest  # powers of these do not overflow
-    return {
-        "ww_alpha": alpha,
-        "ww_ks_distance": distance,
-        "ww_xmin": xmin,
-        "ww_xmax": largest,
-        "ww_sigma": (alpha - 1) / spikes**0.5,
-        "ww_num_tail": spikes,
-        "ww_alpha_hat": alpha * float(np.log10(largest)),
-        "ww_log_alpha_norm": float(np.log10((relative**alpha).sum()) + alpha * np.log10(largest)),
-    }
+    if fit := weightwatcher.fit_power_law(eigenvalues):
+        relative = eigenvalues[eigenvalues > 0] / largest  # powers of these do not overflow
+        row |= {
+            "ww_alpha": fit.alpha,
+            "ww_ks_distance": fit.ks_distance,
+            "ww_xmin": fit.xmin,
+            "ww_xmax": largest,
+            "ww_sigma": fit.sigma,
+            "ww_num_tail": fit.num_tail,
+            "ww_alpha_hat": fit.alpha * float(np.log10(largest)),
+            "ww_log_alpha_norm": float(np.log10((relative**fit.alpha).sum()) + fit.alpha * np.log10(largest)),
+        }
+    spikes, least = weightwatcher.erg_tail(eigenvalues) if largest > 0 else (None, None)
+    gap = spikes - fit.num_tail if fit and spikes is not None else None
+    return row | {"ww_num_erg_spikes": spikes, "ww_detx_val": least, "ww_erg_gap": gap}
 
 
 def _bulk(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str, Any]:
@@ -124,21 +100,27 @@ def _bulk(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str, Any]:
     return {"mp_sigma": bulk.sigma, "mp_min": bulk.low, "mp_max": bulk.high, "mp_spikes": spikes}
 
 
-def shuffled_measures(eigenvalues: np.ndarray, shuffled: np.ndarray) -> dict[str, Any]:
-    """Return `rand_distance`, `max_rand_eval` and `ww_softrank`, as in WeightWatcher, from one shuffle.
+def shuffled_measures(eigenvalues: np.ndarray, shuffled: np.ndarray, rows: int, cols: int) -> dict[str, Any]:
+    """Return `rand_distance` to `rand_num_spikes`, as in WeightWatcher, from one shuffle.
 
-    Both spectra are ascending, of shape (E,). The distance is Jensen and Shannon's between the two lists of
-    eigenvalues, each divided by its sum.
+    Both spectra are ascending, of shape (E,), of matrices of `rows` x `cols`. The distance is Jensen and Shannon's
+    between the two lists of eigenvalues, each divided by its sum.
     """
     highest = float(shuffled[-1])
+    row: dict[str, Any] = dict.fromkeys(("rand_distance", "ww_softrank", "ww_num_spikes", "ww_mp_softrank"))
+    row |= {"max_rand_eval": highest, "rand_num_spikes": None}
     if not (highest > 0 and eigenvalues[-1] > 0):
-        return {"rand_distance": None, "max_rand_eval": highest, "ww_softrank": None}
+        return row
     p, q = eigenvalues / eigenvalues.sum(), shuffled / shuffled.sum()
     divergence = _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2
-    return {
+    shorter, longer = sorted((rows, cols))
+    own, noise = (weightwatcher.fit_noise(values, longer / shorter, shorter) for values in (eigenvalues, shuffled))
+    return row | {
         "rand_distance": float(max(divergence, 0.0)) ** 0.5,
-        "max_rand_eval": highest,
         "ww_softrank": highest / float(eigenvalues[-1]),
+        "ww_num_spikes": own.num_spikes,
+        "ww_mp_softrank": own.softrank,
+        "rand_num_spikes": noise.num_spikes,
     }
 
 
