@@ -2,7 +2,6 @@
 
 import shlex
 import stat
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from farms_jax.weights.reading import os_errors_named
 from farms_jax.weights.runs import model_of
 from farms_jax.weights.safetensors_source import SafetensorsSource
 from farms_jax.weights.source import WeightSource
-from farms_jax.weights.torch_file import is_torch_file
+from farms_jax.weights.torch_file import is_archive, is_torch_file
 from farms_jax.weights.torch_files import model_files, model_in
 from farms_jax.weights.torch_source import open_torch
 
@@ -86,7 +85,7 @@ def _reader_of(path: Path) -> Callable[[Path], WeightSource] | None:
     if start.startswith(b"GGUF"):
         return GGUFSource
     if start.startswith(b"PK\3\4"):
-        if not zipfile.is_zipfile(path):
+        if not is_archive(path):
             raise InputError(f"{path}: ends too early: not finished, or damaged; download or save it again")
         return NpzSource
     if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:

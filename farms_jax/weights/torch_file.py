@@ -73,7 +73,8 @@ def load(path: Path) -> Any:
     torch = import_torch([path])
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": can_map}
     try:
-        with warnings.catch_warnings():
+        # Damaged indices of sparse tensors would end the process later.
+        with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants():
             warnings.simplefilter("ignore")
             try:
                 return torch.load(path, **options)
@@ -112,32 +113,46 @@ def conversion_command(paths: Sequence[Path]) -> str:
     return f'python -c "{_CONVERSION}" {files}'
 
 
+def is_archive(path: Path) -> bool:
+    """Return whether a file is a zip archive, sound or not."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
+
+
 def is_torch_file(path: Path) -> bool:
     """Return whether a file's content is that of `torch.save`, `torch.jit.save` or `torch.export.save`."""
-    if zipfile.is_zipfile(path):
-        return not {"data.pkl", *_PROGRAMS}.isdisjoint(member for member, _ in _members(path))
+    if is_archive(path):
+        try:
+            return not {"data.pkl", *_PROGRAMS}.isdisjoint(_members(path))
+        except InputError:  # damaged, as opening it will say
+            return True
     with path.open("rb") as file:
         return file.read(len(_LEGACY)) == _LEGACY
 
 
-def _members(path: Path) -> list[tuple[str, zipfile.ZipInfo]]:
-    """Return the members of an archive by their names, without the folder that all are in."""
-    with zipfile.ZipFile(path) as archive:
-        return [(member.filename.rpartition("/")[2], member) for member in archive.infolist()]
+def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
+    """Return the members of an archive by their names, without the folders that they are in."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {member.filename.rpartition("/")[2]: member for member in archive.infolist()}
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise InputError(f"{path}: damaged, or not finished ({one_line(error)}); save it again") from error
 
 
 def _check_kind(path: Path) -> bool:
     """Return whether a file's tensors can be mapped; refuse programs."""
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return False
     members = _members(path)
     for name, (what, state) in _PROGRAMS.items():
-        if name in dict(members):
+        if name in members:
             raise InputError(
                 f"{path}: {what}, that is a program, which is never run; where you trust it, save its weights alone: "
                 f"torch.save({state}, 'weights.pt')"
             )
-    return all(member.compress_type == zipfile.ZIP_STORED for _, member in members)
+    return all(member.compress_type == zipfile.ZIP_STORED for member in members.values())
 
 
 def _load_with_stand_ins(path: Path, options: dict[str, Any]) -> Any:
@@ -180,8 +195,8 @@ def _classes(path: Path) -> set[str]:
 
 
 def _operations(path: Path) -> Iterator[Any]:
-    if zipfile.is_zipfile(path):
-        member = dict(_members(path))["data.pkl"]
+    if is_archive(path):
+        member = _members(path)["data.pkl"]
         with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
             yield from pickletools.genops(stream.read())
     else:
