@@ -69,9 +69,8 @@ def load(path: Path) -> Any:
     Raises:
         InputError: Torch is not installed, or the file is damaged, or of a kind that cannot be read safely.
     """
-    can_map = _check_kind(path)
     torch = import_torch([path])
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": can_map}
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": _can_be_mapped(path)}
     try:
         # Damaged indices of sparse tensors would end the process later.
         with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants():
@@ -98,8 +97,9 @@ def import_torch(paths: Sequence[Path]) -> Any:
         import torch
     except ImportError as error:
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        fault = "is not installed" if isinstance(error, ModuleNotFoundError) else f"does not work ({one_line(error)})"
         raise MissingPackageError(
-            f"{paths[0]}{more}: saved by torch, which is not installed",
+            f"{paths[0]}{more}: saved by torch, which {fault}",
             ': pip install "farms-jax[torch]", or convert it where torch (2.6 or later) and safetensors are: '
             f"{conversion_command(paths)}",
         ) from error
@@ -141,18 +141,20 @@ def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
         raise InputError(f"{path}: damaged, or not finished ({one_line(error)}); save it again") from error
 
 
-def _check_kind(path: Path) -> bool:
-    """Return whether a file's tensors can be mapped; refuse programs."""
-    if not is_archive(path):
-        return False
-    members = _members(path)
+def refuse_programs(path: Path) -> None:
+    """Raise an `InputError` for an archive of Torch that holds a program."""
     for name, (what, state) in _PROGRAMS.items():
-        if name in members:
+        if is_archive(path) and name in _members(path):
             raise InputError(
                 f"{path}: {what}, that is a program, which is never run; where you trust it, save its weights alone: "
                 f"torch.save({state}, 'weights.pt')"
             )
-    return all(member.compress_type == zipfile.ZIP_STORED for member in members.values())
+
+
+def _can_be_mapped(path: Path) -> bool:
+    if not is_archive(path):
+        return False
+    return all(member.compress_type == zipfile.ZIP_STORED for member in _members(path).values())
 
 
 def _load_with_stand_ins(path: Path, options: dict[str, Any]) -> Any:

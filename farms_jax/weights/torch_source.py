@@ -13,7 +13,7 @@ from farms_jax._torch_axes import of_classes, torch as torch_axes
 from farms_jax.errors import InputError, one_line
 from farms_jax.weights.reading import TensorInfo
 from farms_jax.weights.source import WeightSource
-from farms_jax.weights.torch_file import import_torch, load
+from farms_jax.weights.torch_file import import_torch, load, refuse_programs
 from farms_jax.weights.torch_tree import Found, tensors_in
 
 _UNKNOWN = np.dtype("V1")  # of tensors without values in any dtype of NumPy
@@ -72,11 +72,15 @@ def open_torch(path: Path, *more: Path) -> TorchSource:
         InputError: Torch is not installed, a file cannot be read safely, or there are no tensors.
     """
     paths = [path, *more]
+    for each in paths:
+        refuse_programs(each)
     import_torch(paths)
     try:
         found = [item for each in paths for item in tensors_in(load(each))]
-    except RecursionError as error:
-        raise InputError(f"{path}: what is in it is nested without end; save it again") from error
+    except RuntimeError as error:  # nested without end, or a tensor of a kind that has no shape
+        raise InputError(
+            f"{path}: its tensors cannot be listed ({one_line(error)}); save a state dict alone"
+        ) from error
     folder = path.resolve().parent
     name = folder.name if more else path.stem.removesuffix(".pth")  # of .pth.tar
     return TorchSource(folder if more else path, name, "torch", found, paths)

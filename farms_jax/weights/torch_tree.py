@@ -1,6 +1,7 @@
 """The tensors in what `torch.save` takes: modules, state dicts, and dicts and lists of anything around them."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from farms_jax.errors import printable
@@ -8,17 +9,13 @@ from farms_jax.weights.skipped import OPTIMISER
 
 # What trainings call the model, beside which they put optimiser and epoch; the surest first.
 _MODEL_KEYS = (
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "module",
-    "net",
-    "network",
-    "params",
-    "weights",
+    *("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params"),
+    "student",  # beside the teacher, which is its average
 )
+_OPTIMISER_KEY = re.compile(r"(?i)opt|(.*_)?optim(izer)?s?(_.*)?")
+_COPY = "copy of the model's weights, such as their average"
 _WRAPPER = "_orig_mod"  # the module that `torch.compile` wraps
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)*")
 
 
 class Found(NamedTuple):
@@ -45,9 +42,22 @@ def tensors_in(content: Any) -> Iterator[Found]:
     key = next((key for key in _MODEL_KEYS if _has_model(content, key)), None)
     if key is None:
         yield from _walk(content, ())
-    else:
-        yield from tensors_in(content[key])
-        yield from _walk({other: value for other, value in content.items() if other != key}, ())
+        return
+    yield from (model := list(tensors_in(content[key])))
+    beside = list(_walk({other: value for other, value in content.items() if other != key}, ()))
+    copies = tuple(_copies(model, beside))
+    for item in beside:
+        yield item._replace(left_out=_COPY) if not item.left_out and item.name.startswith(copies) else item
+
+
+def _copies(model: Iterable[Found], beside: Iterable[Found]) -> Iterator[str]:
+    """Yield what the names begin with where all matrices of the model are there a second time: averages, teachers."""
+    originals = {_WRAPPERS.sub("", item.name): item.tensor.shape for item in model if item.tensor.dim() > 1}
+    others = {item.name: item.tensor.shape for item in beside if item.tensor.dim() > 1}
+    first = next(iter(originals), None)
+    for start in [name.removesuffix(first) for name in others if name.endswith(f".{first}")] if first else []:
+        if all(others.get(start + name) == shape for name, shape in originals.items()):
+            yield start
 
 
 def _has_model(content: Any, key: str) -> bool:
@@ -66,7 +76,8 @@ def _walk(node: Any, at: tuple[str, ...], left_out: str = "") -> Iterator[Found]
         # As `Optimizer.state_dict()` returns it, whatever the training calls it.
         left_out = left_out or (OPTIMISER if {"state", "param_groups"} <= node.keys() else "")
         for key, child in node.items():
-            yield from _walk(child, (*at, printable(str(key))), left_out)
+            named = isinstance(child, Mapping | list) and _OPTIMISER_KEY.fullmatch(str(key)) is not None
+            yield from _walk(child, (*at, printable(str(key))), left_out or (OPTIMISER if named else ""))
     elif isinstance(node, list | tuple):
         for index, child in enumerate(node):
             yield from _walk(child, (*at, str(index)), left_out)
