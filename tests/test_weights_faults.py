@@ -64,7 +64,7 @@ SHARD = safetensors.numpy.save({"w": WEIGHT})
         ({"__0_0.distcp": b"0"}, "a distributed checkpoint of Torch.*format_utils dcp_to_torch"),
         ({"a.npz": b"", "b.npz": b""}, "several models .a.npz, b.npz"),
         ({"unet/model.safetensors": SHARD}, "in its folders unet"),
-        ({"adapter_config.json": b"{}"}, "a LoRA adapter"),
+        ({"adapter_config.json": b"{}"}, "an adapter .LoRA or the like"),
         ({f"{n}.safetensors.index.json": b"{}" for n in "ab"}, "several models .a.safetensors.index.json"),
         (
             {"net-00001-of-00003.safetensors": SHARD},

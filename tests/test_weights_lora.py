@@ -21,6 +21,7 @@ BASE = {
 }
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "base_model_name_or_path": "somebody/model"}
 Q = "base_model.model.model.layers.0.q"
+TOKENS = "base_model.model.model.embed.token_adapter.trainable_tokens_delta"
 rng = np.random.default_rng(0)
 
 
@@ -104,7 +105,25 @@ def test_linear_layers_that_are_kept_transposed(tmp_path):
     ("adapter", "config", "message"),
     [
         (linear(), {"peft_type": "IA3"}, "adapter_config.json: an adapter of the kind IA3.*merge"),
-        (linear(), {"use_dora": True}, "DoRA.*merge"),
+        (linear(), {"peft_type": "PREFIX_TUNING"}, "adds inputs and changes no weight; give the model .* alone"),
+        (linear(), {"peft_type": "XLORA"}, "changes weights by the input; give the model"),
+        (linear(), {"alora_invocation_tokens": [1]}, "after its invocation tokens alone, so .* no weights of its own"),
+        (linear(), {"layer_replication": [[0, 2]]}, "repeats layers of the model.*layer_replication.*merge"),
+        (linear(), {"use_qalora": True}, "QA-LoRA.*merge"),
+        (linear(), {"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changed the model's weights before.*merge"),
+        (linear(), {"init_lora_weights": [1]}, "init_lora_weights .1. changed"),
+        (linear(), {"use_dora": True}, "no lengths .DoRA. of model.layers.0.q"),
+        (linear() | {f"{Q}.lora_magnitude_vector": normal(9)}, {}, r"lora_A.weight \(2, 8\) does not fit"),
+        (linear(), {"target_parameters": "q"}, "target_parameters 'q' is no list of names"),
+        (linear(), {"trainable_token_indices": {"embed": 3}}, "trainable_token_indices .* no lists of rows"),
+        (
+            {TOKENS: normal(2, 8)},
+            {"trainable_token_indices": [1, 99]},
+            "tokens_delta .* does not fit model.embed.weight",
+        ),
+        ({TOKENS: normal(2, 8)}, {"trainable_token_indices": {"head": [1, 2]}}, "tokens_delta .* does not fit"),
+        (linear() | {f"{Q}.lora_C.weight": normal(3)}, {}, "lora_C.weight is of a variant"),
+        (linear() | {f"{Q}.lora_B.bias": normal(9)}, {}, r"lora_B.bias \(9,\) does not fit"),
         (linear(), {"lora_alpha": None}, "lora_alpha"),
         (linear(), {"alpha_pattern": {"(": 3}}, "alpha_pattern"),
         (linear(), {"alpha_pattern": {"q": "much"}}, "alpha_pattern"),
@@ -118,7 +137,6 @@ def test_linear_layers_that_are_kept_transposed(tmp_path):
         (linear(module="base_model.model.k"), {}, "changes k.weight, which .* does not have.*somebody/model"),
         (linear(module="base_model.model.q"), {}, "changes q.weight, which"),  # there are two
         ({f"{Q}.lora_A.weight": normal(2, 8)}, {}, "only one of A and B"),
-        (linear() | {f"{Q}.lora_B.bias": normal(12)}, {}, "lora_B.bias is of a variant"),
         (linear() | {f"{Q}.bias": normal(9)}, {}, r"q.bias \(9,\) does not fit"),
         ({f"{Q}.lora_A.weight": normal(), f"{Q}.lora_B.weight": normal()}, {}, "does not fit"),
         ({f"{Q}.lora_A.weight": normal(2, 8), f"{Q}.lora_B.weight": normal(12, 3)}, {}, "does not fit"),
@@ -132,8 +150,141 @@ def test_an_adapter_that_does_not_fit_is_one_clear_error(tmp_path, adapter, conf
     assert str(caught.value).isprintable()
 
 
-def test_a_pickled_adapter_is_never_loaded(tmp_path):
-    base, _, folder = make(tmp_path, linear())
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(InputError, match="never loaded.*safe_serialization"):
+def merged(weight, adapter, scale=3.0, *, transposed=False):
+    """The product added in float64, and with magnitudes the rows of that length; weights are (out, ...)."""
+    a, b, *magnitude = (array.astype(np.float64) for array in adapter.values())
+    weight = weight.astype(np.float64).T if transposed else weight.astype(np.float64)
+    rows = weight.reshape(len(weight), -1) + scale * b.reshape(len(b), -1) @ a.reshape(len(a), -1)
+    if magnitude:
+        rows *= magnitude[0].reshape(-1, 1) / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = rows.reshape(weight.shape)
+    return rows.T if transposed else rows
+
+
+def check(base, folder, expected):
+    with LoraSource(base, folder) as source:
+        for name, array in expected.items():
+            assert source.tensors[name] == (np.float32, array.shape)
+            np.testing.assert_allclose(source.read(name), array, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("start", "transposed"), [("pissa", False), ("pissa", True), ("olora", False), ("OLoRA", False)]
+)
+def test_what_the_first_factors_took_off_the_model(tmp_path, start, transposed):
+    name = "model.layers.0.q.weight"
+    adapter = linear()
+    shapes = {name: (8, 12)} if transposed else None
+    base, arrays, folder = make(tmp_path, adapter, {"init_lora_weights": start, "fan_in_fan_out": transposed}, shapes)
+    weight = arrays[name].astype(np.float64)
+    if start == "pissa":
+        left, values, right = np.linalg.svd(weight, full_matrices=False)
+        first = left[:, :2] * values[:2] @ right[:2]
+    else:
+        q, r = np.linalg.qr(weight)
+        first = 3 * q[:, :2] @ r[:2]
+    check(base, folder, {name: merged(weight - first, adapter, transposed=transposed)})
+
+
+def test_dora_gives_rows_the_length_that_they_learned(tmp_path):
+    layers = {
+        "model.layers.0.q": linear() | {f"{Q}.lora_magnitude_vector": normal(12)},
+        "model.conv": {
+            "base_model.model.model.conv.lora_A.weight": normal(2, 4, 3, 3),
+            "base_model.model.model.conv.lora_B.weight": normal(6, 2, 1, 1),
+            "base_model.model.model.conv.lora_magnitude_vector": normal(1, 6, 1, 1),
+        },
+        "model.embed": {
+            "base_model.model.model.embed.lora_embedding_A": normal(2, 20),
+            "base_model.model.model.embed.lora_embedding_B": normal(8, 2),
+            "base_model.model.model.embed.lora_magnitude_vector": normal(8),
+        },
+    }
+    adapter = {name: array for layer in layers.values() for name, array in layer.items()}
+    base, arrays, folder = make(tmp_path, adapter, {"use_dora": True})
+    expected = {
+        f"{module}.weight": merged(arrays[f"{module}.weight"], layer, transposed="embed" in module)
+        for module, layer in layers.items()
+    }
+    check(base, folder, expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stacked_experts_with_the_sides_of_their_inputs_told_by_the_shapes(tmp_path, transposed):
+    module = "base_model.model.model.experts"
+    adapter = {  # of 3 experts, rank 2; the inner of two wrappers is the first parameter
+        f"{module}.base_layer.lora_A.weight": normal(6, 5),
+        f"{module}.base_layer.lora_B.weight": normal(10, 6),
+        f"{module}.lora_A.weight": normal(6, 5),
+        f"{module}.lora_B.weight": normal(5, 6),
+    }
+    up, down = ((3, 5, 10), (3, 5, 5)) if transposed else ((3, 10, 5), (3, 5, 5))
+    config = {"target_parameters": ["experts.up", "experts.down"], "alpha_pattern": {"experts.down": 4}}
+    base, arrays, folder = make(tmp_path, adapter, config, {"model.experts.up": up, "model.experts.down": down})
+    expected = {}
+    for name, a, b, scale in (("up", *list(adapter.values())[:2], 3), ("down", *list(adapter.values())[2:], 2)):
+        products = [b[:, e::3].astype(float) @ a[2 * e : 2 * e + 2] for e in range(3)]
+        weight = arrays[f"model.experts.{name}"].astype(float)
+        stack = np.stack([product.T if transposed else product for product in products])
+        expected[f"model.experts.{name}"] = weight + scale * stack
+    check(base, folder, expected)
+
+
+def test_a_square_stack_alone_does_not_tell_its_sides(tmp_path):
+    adapter = linear(rank=6, rows=5, cols=5, module="base_model.model.experts")
+    config = {"target_parameters": ["experts.down"]}
+    base, _, folder = make(tmp_path, adapter, config, {"experts.down": (3, 5, 5)})
+    with pytest.raises(InputError, match="which axis of experts.down has the inputs.*merge"):
+        LoraSource(base, folder)
+
+
+def test_experts_that_the_model_has_one_by_one(tmp_path):
+    adapter = linear(module="base_model.model.mlp.experts")
+    config = {"target_parameters": ["experts.down"]}
+    base, _, folder = make(tmp_path, adapter, config, {"mlp.experts.0.down.weight": (5, 4)})
+    with pytest.raises(InputError, match="changes arrays of mlp.experts, which .* does not have.*merge"):
+        LoraSource(base, folder)
+
+
+def test_square_layers_are_kept_as_the_others_whatever_the_last_one_left_in_the_config(tmp_path):
+    module = "base_model.model.h.0"
+    first, second = linear(rows=24, module=f"{module}.attn"), linear(rows=8, module=f"{module}.proj")
+    shapes = {"h.0.attn.weight": (8, 24), "h.0.proj.weight": (8, 8)}
+    base, arrays, folder = make(tmp_path, first | second, {"fan_in_fan_out": False}, shapes)
+    pairs = zip(arrays.items(), (first, second), strict=True)
+    check(base, folder, {name: merged(weight, layer, transposed=True) for (name, weight), layer in pairs})
+
+
+def test_tokens_biases_heads_and_names_of_wrapped_models(tmp_path):
+    adapter = linear()
+    more = {
+        f"{Q}.lora_B.bias": normal(12),
+        TOKENS: normal(2, 8),
+        "base_model.model.head.modules_to_save.weight": normal(23, 8),  # of a vocabulary that grew
+        "base_model.model.score.weight": normal(3, 8),  # new
+    }
+    wrapped = {
+        name.replace("model.layers", "model._orig_mod.layers"): array for name, array in (adapter | more).items()
+    }
+    config = {"lora_bias": True, "trainable_token_indices": {"embed": [4, 1]}, "modules_to_save": ["head", "score"]}
+    base, arrays, folder = make(tmp_path, wrapped, config, {f"module.{name}": shape for name, shape in BASE.items()})
+    embedding = arrays["module.model.embed.weight"].astype(float)
+    embedding[[4, 1]] = more[TOKENS]
+    bias = arrays["module.model.layers.0.q.bias"].astype(float) + 3 * more[f"{Q}.lora_B.bias"]
+    name = "module.model.layers.0.q.weight"
+    expected = {name: merged(arrays[name], adapter), "module.model.layers.0.q.bias": bias}
+    expected |= {"module.model.embed.weight": embedding, "module.head.weight": more[list(more)[2]]}
+    check(base, folder, expected | {"score.weight": more["base_model.model.score.weight"]})
+
+
+def test_a_model_beside_the_config_of_an_adapter_is_a_model(tmp_path):
+    base, arrays, folder = make(tmp_path, linear())
+    assert is_lora(folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="an adapter .LoRA or the like., which is no model by itself; farms compare"):
+        open_weights(folder)
+    (tmp_path / "model.safetensors").rename(folder / "model.safetensors")
+    assert not is_lora(folder)
+    assert open_weights(folder).tensors.keys() == arrays.keys()
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"adapter_model.safetensors: no such file"):
         LoraSource(base, folder)

@@ -1,167 +1,114 @@
 """LoRA adapters (PEFT): a model's weights with the adapter's low-rank products added, tensor by tensor.
 
-Hu et al. 2021: W + scale * B A, with scale = alpha / r; or alpha / sqrt(r), "rsLoRA" (Kalajdzievski 2023).
+Hu et al. 2021: W + scale * B A, with scale = alpha / r; or alpha / sqrt(r), "rsLoRA" (Kalajdzievski 2023). DoRA (Liu et
+al. 2024) gives every row of that the length that it learned. PiSSA (Meng et al. 2024) and OLoRA (Büyükakyüz 2024) take
+the product of the first factors off W before the training.
 """
 
-import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import scipy.linalg
 
-from farms_jax.errors import InputError, printable, short_repr
+from farms_jax.errors import InputError
 from farms_jax.programs.files import expanded
-from farms_jax.weights.conversion import Shape
-from farms_jax.weights.reading import TensorInfo, read_json
+from farms_jax.weights.adapter_config import ADAPTER_CONFIG, read_config
+from farms_jax.weights.lora_matching import Factors, match
+from farms_jax.weights.reading import TensorInfo
 from farms_jax.weights.safetensors_source import SafetensorsSource
 from farms_jax.weights.source import WeightSource
+from farms_jax.weights.torch_source import open_torch
 
-ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-# A is (r, in, ...) and B (out, r, ...) for linear layers and kernels; (r, tokens) and (width, r) for embeddings.
-_FACTORS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
-_MERGE = "merge it with PEFT first: model.merge_and_unload().save_pretrained(FOLDER), and give that folder"
+_ADAPTER = "adapter_model"
 _MODEL = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")  # as transformers calls it
 _FLOAT32 = np.dtype(np.float32)
-_LARGEST = float(np.finfo(_FLOAT32).max)
 
 
 def is_lora(path: str | Path) -> bool:
     """Return whether a path is the folder of a PEFT adapter; a model with a config of one beside it is a model."""
-    folder = expanded(path)
+    folder = _folder(path)
     if not (folder / ADAPTER_CONFIG).is_file():
         return False
     return not any(_MODEL.fullmatch(child.name) for child in folder.iterdir())
+
+
+def _folder(path: str | Path) -> Path:
+    """Return the folder of an adapter that is given by it, or by its file of factors."""
+    path = expanded(path)
+    return path.parent if path.stem == _ADAPTER else path
+
+
+def _open_adapter(folder: Path) -> WeightSource:
+    for suffix, reader in ((".safetensors", SafetensorsSource), (".bin", open_torch)):
+        if (folder / f"{_ADAPTER}{suffix}").is_file():
+            return reader(folder / f"{_ADAPTER}{suffix}")
+    raise InputError(f"{folder / _ADAPTER}.safetensors: no such file; give the folder of a PEFT adapter")
 
 
 class LoraSource(WeightSource):
     """A model with an adapter's changes: tensors that it changes are float32, all others as in the model."""
 
     def __init__(self, base: WeightSource, adapter: str | Path) -> None:
-        """Match the folder of a PEFT adapter to the open model that it was trained on."""
-        path = expanded(adapter)
-        self._base, self._config = base, read_json(path / ADAPTER_CONFIG, "give the folder of a PEFT adapter")
-        self._alphas = _read_alphas(path / ADAPTER_CONFIG, self._config)
-        if not (path / _ADAPTER).is_file():
-            raise InputError(
-                f"{path / _ADAPTER}: no such file; one in .bin is pickled and never loaded: load it with PEFT and "
-                "save it again with save_pretrained(..., safe_serialization=True)"
-            )
-        self._adapter = SafetensorsSource(path / _ADAPTER)
-        trained_on = printable(str(self._config.get("base_model_name_or_path")))
-        self._remedy = f"give the model that it was trained on, as a Hugging Face folder ({trained_on})"
-        self._factors: dict[str, dict[str, str]] = {}  # name in the model -> "A", "B" -> name in the adapter
-        self._replaced: dict[str, str] = {}  # name in the model -> name in the adapter
-        for name in self._adapter.tensors:
-            self._place(name)
-        for target, factors in self._factors.items():
-            self._check(target, factors)
-        changed = {*self._factors, *self._replaced}
-        tensors = {
-            name: TensorInfo(_FLOAT32, info.shape) if name in changed else info for name, info in base.tensors.items()
-        }
+        """Match the folder of a PEFT adapter to the open model that it was trained on.
+
+        Raises:
+            InputError: The adapter is damaged, fits another model, or is one whose weights cannot be computed here.
+        """
+        path = _folder(adapter)
+        self._base, self._config = base, read_config(path / ADAPTER_CONFIG)
+        self._adapter = _open_adapter(path)
+        self._changes = match(self._adapter, base, self._config)
+        tensors = dict(base.tensors)
+        tensors |= {name: self._adapter.tensors[own] for name, own in self._changes.replaced.items()}
+        tensors |= {name: TensorInfo(_FLOAT32, tensors[name].shape) for name in self._changes.names}
         super().__init__(path, f"{base.name} + {path.resolve().name}", base.format, base.axes, tensors)
         self.skipped, self.stack = base.skipped, base.stack
 
     def _read(self, name: str) -> np.ndarray:
-        if name in self._replaced:
-            weight = self._adapter.read(self._replaced[name]).astype(_FLOAT32)
-        else:
-            weight = self._base.read(name)
+        changes = self._changes
         # An embedding that was given new tokens is both replaced and added to.
-        if name not in self._factors:
-            return weight
-        a, b = (self._adapter.read(self._factors[name][part]).astype(_FLOAT32) for part in "AB")
-        delta = b.reshape(len(b), -1) @ a.reshape(len(a), -1)
-        delta = delta.T if self._is_transposed(name) else delta.reshape(weight.shape)
-        alpha = next(alpha for rule, alpha in self._alphas if rule.fullmatch(name.removesuffix(".weight")))
-        scale = alpha / math.sqrt(len(a)) if self._config.get("use_rslora") else alpha / len(a)
-        return weight.astype(_FLOAT32) + np.float32(scale) * delta
+        own = changes.replaced.get(name)
+        weight = self._base.read(name) if own is None else self._adapter.read(own)
+        weight = weight.astype(self.tensors[name].dtype, copy=False)
+        if name in changes.rows:
+            own, rows = changes.rows[name]
+            weight[rows] = self._adapter.read(own)
+        if name in changes.biases:
+            own, factors = changes.biases[name]
+            weight += self._scale(factors) * self._adapter.read(own).astype(_FLOAT32)
+        return self._merged(weight, changes.factors[name]) if name in changes.factors else weight
 
-    def _place(self, name: str) -> None:
-        """Find the tensor of the model that a tensor of the adapter replaces or adds to."""
-        # PEFT wraps a layer, and keeps the original as the wrapper's "base_layer".
-        module, factor = name.removeprefix(_PREFIX).replace(".base_layer.", "."), None
-        for ending, part in _FACTORS.items():
-            if module.endswith(f".{ending}"):
-                module, factor = module.removesuffix(f".{ending}"), part
-        if factor is not None:
-            self._factors.setdefault(self._target(name, f"{module}.weight"), {})[factor] = name
-            return
-        if "lora_" in module:
-            raise InputError(f"{self._adapter.path}: {name} is of a variant of LoRA that is not known; {_MERGE}")
-        target = self._target(name, module)
-        if self._adapter.tensors[name].shape != self._base.tensors[target].shape:
-            raise self._misfit(name, target)
-        self._replaced[target] = name
+    def _scale(self, factors: Factors) -> np.float32:
+        return np.float32(self._config.scale(factors.module, factors.rank))
 
-    def _target(self, name: str, wanted: str) -> str:
-        """Find a tensor by name, or the only one whose name ends alike: models differ in what they call their root."""
-        if wanted in self._base.tensors:
-            return wanted
-        alike = [n for n in self._base.tensors if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")]
-        if len(alike) != 1:
-            raise InputError(
-                f"{self._adapter.path}: {name} changes {wanted}, which {self._base.path} does not have; {self._remedy}"
-            )
-        return alike[0]
-
-    def _check(self, target: str, factors: Mapping[str, str]) -> None:
-        if set(factors) != {"A", "B"}:
-            raise InputError(f"{self._adapter.path}: {target} has only one of A and B; save the adapter again")
-        a, b = (self._adapter.tensors[factors[part]].shape for part in "AB")
-        if not _fit(self._base.tensors[target].shape, a, b, transposed=self._is_transposed(target)):
-            raise self._misfit(factors["A"], target)
-
-    def _is_transposed(self, target: str) -> bool:
-        """Return whether a weight is (in, out): embeddings are (tokens, width), and some models keep all layers so."""
-        return bool(self._config.get("fan_in_fan_out")) or "embedding" in self._factors[target].get("A", "")
-
-    def _misfit(self, name: str, target: str) -> InputError:
-        found, has = self._adapter.tensors[name].shape, self._base.tensors[target].shape
-        return InputError(
-            f"{self._adapter.path}: {name} {found} does not fit {target} {has} of {self._base.path}; {self._remedy}"
-        )
+    def _merged(self, weight: np.ndarray, factors: Factors) -> np.ndarray:
+        """Return a layer's weight with its product."""
+        a, b = (self._adapter.read(own).astype(_FLOAT32) for own in (factors.a, factors.b))
+        scale = self._scale(factors)
+        if factors.experts:
+            a, b = a.reshape(factors.experts, factors.rank, -1), b.reshape(len(b), factors.rank, -1)
+            return weight + scale * np.einsum("ore,eri->eio" if factors.is_transposed else "ore,eri->eoi", b, a)
+        if self._config.start and np.isfinite(weight).all():
+            weight = weight - _first_product(weight, factors.rank, scale, self._config.start)
+        rows = weight.T if factors.is_transposed else weight.reshape(len(weight), -1)
+        rows = rows + scale * (b.reshape(len(b), -1) @ a.reshape(len(a), -1))
+        if factors.magnitude is not None:
+            magnitudes = self._adapter.read(factors.magnitude).astype(_FLOAT32).reshape(-1, 1)
+            lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+            rows *= np.divide(magnitudes, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+        return np.ascontiguousarray(rows.T) if factors.is_transposed else rows.reshape(weight.shape)
 
 
-def _fit(shape: Shape, a: Shape, b: Shape, *, transposed: bool) -> bool:
-    """Return whether factors A (rank, in, ...) and B (out, rank, ...) have the product of a weight's shape."""
-    if min(len(shape), len(a), len(b)) < 2 or a[0] < 1 or math.prod(b[1:]) != a[0]:
-        return False
-    inputs, outputs = math.prod(a[1:]), b[0]
-    return shape == (inputs, outputs) if transposed else (shape[0], math.prod(shape[1:])) == (outputs, inputs)
-
-
-def _read_alphas(path: Path, config: Mapping[str, Any]) -> list[tuple[re.Pattern[str], float]]:
-    """Return patterns of module names with their alpha, of which the first that fits counts; the last fits all.
-
-    Raises:
-        InputError: The adapter is of another kind than LoRA, or the patterns are damaged.
-    """
-    if config.get("peft_type") != "LORA":
-        raise InputError(
-            f"{path}: an adapter of the kind {printable(str(config.get('peft_type')))}, only LORA is known; {_MERGE}"
-        )
-    if config.get("use_dora"):
-        raise InputError(f"{path}: DoRA rescales rows besides, which is not known here; {_MERGE}")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise InputError(f"{path}: alpha_pattern {short_repr(patterns)} is no table; save the adapter again")
-    alphas = []
-    for pattern, alpha in [*patterns.items(), (".*", config.get("lora_alpha"))]:
-        try:
-            # PEFT's rule: a key matches the end of a module's name, after a dot.
-            rule = re.compile(rf"(.*\.)?({pattern})")
-        except (re.error, OverflowError, RecursionError):
-            rule = None
-        is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) <= _LARGEST
-        if rule is None or not is_number:
-            raise InputError(
-                f"{path}: lora_alpha or alpha_pattern has {short_repr(pattern)}: {short_repr(alpha)}; save the "
-                "adapter again"
-            )
-        alphas.append((rule, alpha))
-    return alphas
+def _first_product(weight: np.ndarray, rank: int, scale: np.float32, start: str) -> np.ndarray:
+    """Return scale * B A of the factors that a training starts with, of a weight's shape (R, C)."""
+    if start == "olora":
+        q, r = np.linalg.qr(weight)
+        return scale * (q[:, :rank] @ r[:rank])
+    # PiSSA: the largest singular values and their vectors, of which those of the shorter axis are enough.
+    tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
+    size = tall.shape[1]
+    gram = tall.T.astype(np.float64) @ tall.astype(np.float64)
+    _, vectors = scipy.linalg.eigh(gram, subset_by_index=(max(size - rank, 0), size - 1))
+    leading = (tall @ vectors @ vectors.T).astype(weight.dtype)
+    return leading if tall is weight else leading.T

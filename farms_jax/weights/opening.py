@@ -126,7 +126,10 @@ def _open_folder(path: Path) -> WeightSource:
     if source := open_orbax(path):
         return source
     if is_lora(path):
-        raise InputError(f"{path}: a LoRA adapter, which is no model by itself; give the model that it was trained on")
+        raise InputError(
+            f"{path}: an adapter (LoRA or the like), which is no model by itself; farms compare MODEL ADAPTER measures "
+            "the model that it was trained on with it"
+        )
     if source := open_safetensors_folder(path, filenames):
         return source
     files = [name for name in filenames if Path(name).suffix in _READERS and not name.startswith(".")]

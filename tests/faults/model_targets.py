@@ -122,9 +122,11 @@ def _lora(folder: Path) -> list[Path]:
         f"{prefix}.embed.lora_embedding_A": np.ones((2, 20)),
         f"{prefix}.embed.lora_embedding_B": np.ones((8, 2)),
     }
+    adapter[f"{prefix}.layers.0.q.lora_magnitude_vector"] = np.ones(12, np.float32)
     safetensors.numpy.save_file(adapter, root / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "alpha_pattern": {r"layers\.0\.q": 5}, "use_rslora": False}
     config |= {"fan_in_fan_out": False, "use_dora": False, "base_model_name_or_path": "somebody/model"}
+    config |= {"init_lora_weights": True, "target_parameters": ["up.w"], "trainable_token_indices": {"up": [1, 2]}}
     (root / "adapter_config.json").write_text(json.dumps(config))
     return [root]
 

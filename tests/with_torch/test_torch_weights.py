@@ -9,6 +9,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -17,7 +18,7 @@ from farms_jax._tail import Tail
 from farms_jax._windows import Window
 from farms_jax.diagnosis.pipeline import diagnose, opened
 from farms_jax.errors import InputError
-from farms_jax.weights import open_weights
+from farms_jax.weights import LoraSource, open_weights
 from farms_jax.weights.torch_file import conversion_command
 
 
@@ -269,3 +270,14 @@ def test_models_in_memory_are_those_of_files(tmp_path):
     assert dict(diagnose(model, **quick).left_out)["mask"] == "buffer of a module, no parameter"
     with pytest.raises(InputError, match="no layer to measure"):
         diagnose(nn.Linear(40, 32, device="meta"))
+
+
+def test_an_adapter_in_bin(tmp_path):
+    weight, a, b = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
+    safetensors.torch.save_file({"up.weight": weight}, tmp_path / "model.safetensors")
+    (adapter := tmp_path / "adapter").mkdir()
+    factors = {f"base_model.model.up.lora_{part}.weight": factor for part, factor in (("A", a), ("B", b))}
+    torch.save(factors, adapter / "adapter_model.bin")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 3}')
+    with LoraSource(open_weights(tmp_path / "model.safetensors"), adapter) as source:
+        np.testing.assert_allclose(source.read("up.weight"), weight + 1.5 * b @ a, rtol=1e-5, atol=1e-5)
