@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import gammaincinv
 
 _NODES = 60  # of the quadrature; the integrand is smooth, and 40 give 12 digits
 _HALVINGS = 60  # of [0, pi], down to the last bits of float64
-_TRACY_WIDOM_99 = 2.0234  # 99 % quantile of the Tracy-Widom law of real matrices
+_TRACY_WIDOM = (46.446, 0.186054, 9.84801)  # of real matrices: shape, scale and shift of the gamma law next to it
 
 
 class Bulk(NamedTuple):
@@ -31,7 +32,7 @@ class Bulk(NamedTuple):
         sigma: deviation of an entry of that noise.
         low: lower edge.
         high: upper edge.
-        threshold: the largest eigenvalue of the noise alone is below this in 99 of 100 matrices.
+        threshold: the largest eigenvalue of the noise alone, of all its matrices, is below this in 99 of 100 cases.
     """
 
     sigma: float
@@ -181,7 +182,8 @@ def fit(eigenvalues: ArrayLike, rows: int, cols: int) -> Bulk:
 
     References:
         The median: Gavish and Donoho, The optimal hard threshold for singular values is 4/sqrt(3), 2014. The threshold:
-        Johnstone, On the distribution of the largest eigenvalue in principal components analysis, 2001.
+        Johnstone, On the distribution of the largest eigenvalue in principal components analysis, 2001. Its law:
+        Chiani, Distribution of the largest eigenvalue for real Wishart and Gaussian random matrices, 2014.
     """
     values = np.asarray(eigenvalues, np.float64)
     if values.size == 0 or min(rows, cols) < 1:
@@ -192,8 +194,15 @@ def fit(eigenvalues: ArrayLike, rows: int, cols: int) -> Bulk:
     low, high = (longer * sigma**2 * edge for edge in edges(ratio))
     root = (longer - 1) ** 0.5 if longer > 1 else 1.0  # Johnstone's N - 1, which is 0 for a single entry
     spread = (root + shorter**0.5) * (1 / root + shorter**-0.5) ** (1 / 3)
-    threshold = sigma**2 * ((root + shorter**0.5) ** 2 + _TRACY_WIDOM_99 * spread)
+    beyond = _largest_of(max(values.size // shorter, 1))
+    threshold = sigma**2 * ((root + shorter**0.5) ** 2 + beyond * spread)
     return Bulk(sigma, low, high, max(high, threshold))
+
+
+def _largest_of(matrices: int) -> float:
+    """Return the 99 % quantile of the largest of so many draws of the Tracy-Widom law."""
+    shape, scale, shift = _TRACY_WIDOM
+    return float(gammaincinv(shape, 0.99 ** (1 / matrices)) * scale - shift)
 
 
 @functools.cache  # half a millisecond each time, and few shapes differ among a network's layers

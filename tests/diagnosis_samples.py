@@ -56,7 +56,7 @@ def _row(i, count, rng):
     row |= {"status": status, "reason": f"why it is {status}", "shape": f"{shape[0]}x{shape[1]}"}
     row |= {"num_params": longer * shorter, "N": longer, "M": shorter, "Q": longer / shorter}
     if i == count - 1:
-        row |= {"status": "degenerate", "reason": "rank 1 of 576: constant", "rand_distance": float("nan")}
+        row |= {"status": "degenerate", "reason": "constant: every weight is 1", "rand_distance": float("nan")}
         return row | dict.fromkeys((*ALPHAS, "sv_min"))
     bias = 1.1 * np.log2(longer / shorter) + 0.1 * rng.random()
     values = (alpha, alpha - 0.03, alpha + 0.05, 1.6, alpha + bias, bias, alpha + bias + 1.2, 9.0)

@@ -64,7 +64,7 @@ def test_fits_of_a_diagnosis_are_in_float64():
 
 
 def test_every_column_is_there_and_ready_for_json(measured):
-    of_the_network = {"layer", "status", "reason", "rank", "rank_low", "rank_high", "rank_flips"}
+    of_the_network = {"layer", "status", "reason", "ww_status", "rank", "rank_low", "rank_high", "rank_flips"}
     for name, found in measured.items():
         assert set(found.row) == set(BY_NAME) - of_the_network, name
         assert all(type(value) in {int, float, str, type(None)} for value in found.row.values()), name
@@ -114,7 +114,7 @@ def test_a_layer_does_not_depend_on_the_others_and_weights_stay(measured):
     together, weights = measured["heavy"], {"heavy": WEIGHTS["heavy"].copy()}
     alone = measure(weights, TORCH_AXES, Settings(resamples=20, max_batch_bytes=1))["heavy"]
     np.testing.assert_array_equal(weights["heavy"], WEIGHTS["heavy"])
-    assert alone.row.pop("shape") == "50x30"
+    assert (alone.row.pop("shape"), alone.row.pop("structure")) == ("50x30", together.row["structure"])
     assert alone.row == pytest.approx({name: together.row[name] for name in alone.row}, rel=1e-4)
     np.testing.assert_allclose(alone.deviations, together.deviations, rtol=1e-3, atol=1e-6)
     other = measure(weights, TORCH_AXES, Settings(resamples=20, seed=1))["heavy"]

@@ -1,42 +1,130 @@
-"""One status per layer, with its reason."""
+"""One status per layer, with its reason: the rules on given measures, and the statuses of layers of known kinds."""
 
+import numpy as np
 import pytest
 
-from farms_jax.diagnosis.status import status_of
+import farms_jax
+from farms_jax.diagnosis.status import disagreement_summary, disagreements, status_of, ww_status
 
-WINDOWS = {"alpha": 1.8, "alpha_low": 1.75, "alpha_high": 1.85, "noise_alpha": 2.12}
-TRAINED = WINDOWS | {"ww_alpha": 3.5, "whole_stable_rank": 20.0, "whole_largest_eigenvalue": 4.0, "mp_spikes": 12}
-TRAINED |= {"matrix_rank": 64, "whole_num_eigenvalues": 64}
+BAND = {"noise_alpha": 2.12, "noise_low": 2.08, "noise_high": 2.16, "heavy_alpha": 1.56}
+WINDOWS = {"alpha": 1.8, "alpha_low": 1.75, "alpha_high": 1.85, "ks_distance": 0.15, "num_tail": 640, **BAND}
+TRAINED = WINDOWS | {"ww_alpha": 3.5, "whole_stable_rank": 4.0, "whole_largest_eigenvalue": 4.0, "mp_spikes": 12}
+TRAINED |= {"numerical_rank": 64, "whole_num_eigenvalues": 64, "mp_distance": 0.2, "max_rand_eval": 1.0, "M": 64}
+NEAR = {"alpha": 2.13, "alpha_low": 2.11, "alpha_high": 2.15, "mp_spikes": 0, "mp_distance": 0.01}
+WIDE = {"noise_low": 1.3, "noise_high": 4.0, "num_tail": 5}
+NO_LEVEL = dict.fromkeys(BAND)
 
 
 @pytest.mark.parametrize(
     ("changes", "status", "reason"),
     [
-        ({}, "well trained", "alpha 1.80 (1.75 to 1.85) of the windows is below that of noise, 2.12; 12 eigenvalues"),
+        ({}, "well trained", "alpha 1.80 (1.75 to 1.85) is below noise, 2.08 to 2.16; 12 eigenvalues beyond"),
         ({"mp_spikes": 1}, "well trained", "1 eigenvalue beyond"),
-        ({"alpha": 2.1, "alpha_high": 2.14}, "undertrained", "is that of noise, 2.12"),
-        ({"alpha": 2.03, "alpha_high": 2.1}, "undertrained", "is that of noise"),
-        ({"alpha": 1.9, "alpha_high": 2.1}, "well trained", "noise, 2.12, but too uncertain to exclude it"),
-        ({"alpha": 2.0, "alpha_low": None, "alpha_high": None}, "well trained", "alpha 2.00 of the windows"),
-        ({"ww_alpha": 1.6, "whole_stable_rank": 4.0}, "over-correlated", "the largest eigenvalue holds 25%"),
-        ({"ww_alpha": 2.0}, "well trained", "below that of noise"),
-        ({"whole_largest_eigenvalue": 0, "alpha": None, "ww_alpha": None}, "degenerate", "every weight is zero"),
-        ({"matrix_rank": 1}, "degenerate", "rank 1 of 64: constant"),
-        ({"matrix_rank": 31, "ww_alpha": 1.5}, "degenerate", "rank 31 of 64: most directions are missing"),
-        ({"matrix_rank": 32}, "well trained", "below"),
-        ({"alpha": None}, "degenerate", "no tail to fit"),
-        ({"noise_alpha": None, "alpha": 7.0}, "undertrained", "above 6"),
-        ({"noise_alpha": None, "alpha": 4.0}, "well trained", "below 6"),
+        (NEAR, "undertrained", "is that of noise, 2.08 to 2.16; no eigenvalue beyond"),
+        (NEAR | {"alpha": 2.05}, "undertrained", "is hardly below noise"),
+        (NEAR | {"alpha": 2.2}, "flat", "is above noise, 2.08 to 2.16: its eigenvalues are more equal"),
+        (NEAR | {"alpha": 3.0, "ks_distance": 0.05}, "well trained", "is that of a power law, above noise"),
+        (NEAR | {"mp_spikes": 2}, "spiked", "is near noise, 2.08 to 2.16, but not all; 2 eigenvalues"),
+        (NEAR | {"mp_spikes": 9}, "well trained", "is near noise"),
+        (NEAR | {"mp_spikes": 2, "mp_distance": 0.3}, "well trained", "is near noise"),
+        (NEAR | {"mp_spikes": 2, "max_rand_eval": 3.9}, "undertrained", "is that of noise"),
+        (
+            NEAR | {"mp_spikes": 2, "max_rand_eval": 3.9, "structure": "its weights share a mean of 1"},
+            "spiked",
+            "a mean",
+        ),
+        (NEAR | WIDE, "too few to say", "its tail has 5 eigenvalues, about 14 would do"),
+        (NEAR | WIDE | {"alpha": None}, "too few to say", "too few eigenvalues"),
+        ({"alpha": 1.5, "alpha_high": 1.55}, "over-correlated", "is below 1.56, that of exponent 2; the largest"),
+        ({"alpha": 1.5, "alpha_high": 1.6}, "well trained", "is too uncertain to tell from 1.56"),
+        ({"alpha": 1.5, "alpha_high": 1.55, "noise_low": 1.4}, "well trained", "is near noise"),
+        ({"ww_alpha": 1.6}, "well trained", "below noise"),
+        ({"structure": "every weight is zero", "alpha": None}, "degenerate", "every weight is zero"),
+        ({"structure": "constant: every weight is 0.5"}, "degenerate", "constant: every weight is 0.5"),
+        ({"numerical_rank": 1}, "degenerate", "rank one"),
+        ({"numerical_rank": 8}, "degenerate", "low rank: 8 of 64"),
+        ({"numerical_rank": 60}, "well trained", "below"),
+        ({"dead": 0.25, "structure": "16 of 64 outputs are zero"}, "degenerate", "16 of 64 outputs are zero"),
+        ({"dead": 0.05, "structure": "3 of 64 outputs are zero"}, "well trained", "; 3 of 64 outputs are zero"),
+        ({"alpha": None, "structure": "orthogonal: all"}, "flat", "orthogonal"),
+        ({"alpha": None}, "flat", "nearly equal"),
+        (NO_LEVEL | {"alpha": 7.0}, "undertrained", "above 6"),
+        (NO_LEVEL | {"alpha": 4.0}, "well trained", "between 2 and 6"),
+        (NO_LEVEL | {"alpha": 1.7}, "over-correlated", "below 2.00"),
     ],
 )
 def test_status(changes, status, reason):
     found, why = status_of(TRAINED | changes)
     assert found == status
     assert reason in why
+    assert ("that of noise" in why) == (reason.startswith("is that of noise"))
 
 
 def test_without_the_whole_matrix():
-    assert status_of(WINDOWS) == (
-        "well trained",
-        "alpha 1.80 (1.75 to 1.85) of the windows is below that of noise, 2.12",
-    )
+    assert status_of(WINDOWS) == ("well trained", "alpha 1.80 (1.75 to 1.85) is below noise, 2.08 to 2.16")
+
+
+def test_disagreements_with_weightwatcher():
+    rows = [
+        {"layer": "a", "ww_alpha": 9.0, "status": "well trained"},
+        {"layer": "b", "ww_alpha": 16.0, "status": "well trained"},
+        {"layer": "c", "ww_alpha": 9.0, "status": "undertrained"},
+        {"layer": "d", "ww_alpha": 3.0, "status": "over-correlated"},
+        {"layer": "e", "ww_alpha": 1.9, "status": "degenerate"},
+        {"layer": "f", "ww_alpha": None, "status": "well trained"},
+    ]
+    whole = {"Q": 4.0, "ww_num_tail": 8, "whole_num_eigenvalues": 64, "alpha": 1.8, "reason": "why"}
+    rows = [whole | row | {"ww_status": ww_status(row)} for row in rows]
+    assert [row["ww_status"] for row in rows] == [*["under-trained"] * 3, "good", "over-trained", None]
+    found = disagreements(rows)
+    assert [row["layer"] for row, _ in found] == ["b", "a", "d"]
+    assert found[0][1].startswith("ww_alpha 16.00 fits the 8 largest of 64 eigenvalues of a matrix of aspect ratio 4.0")
+    assert disagreement_summary(rows) == [
+        "of 3 layers that WeightWatcher calls under-trained, FARMS calls 2 well trained",
+        "of 1 layer that WeightWatcher calls good, FARMS calls 1 over-correlated",
+    ]
+
+
+def _layers():
+    """Yield (name, expected status, words of the reason, weight) in Torch's layout."""
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal
+    square, _ = np.linalg.qr(normal((128, 128)))
+    power = (square * (1 - rng.random(128)) ** (-1 / 3)) @ np.linalg.qr(normal((128, 128)))[0]  # exponent 2.5
+    pruned, dead = normal((128, 128)), normal((128, 128))
+    groups = pruned.reshape(-1, 4)
+    np.put_along_axis(groups, np.abs(groups).argsort(1)[:, :2], 0, 1)
+    dead[:20] = 0
+    yield "normal", "undertrained", "that of noise", normal((128, 128))
+    yield "uniform", "undertrained", "that of noise", rng.uniform(-1, 1, (128, 512))
+    yield "cauchy", "undertrained", "heavy-tailed", rng.standard_cauchy((128, 128))
+    yield "2:4", "undertrained", "50% of its weights are zero (2:4)", pruned
+    yield "kernel", "undertrained", "that of noise", normal((64, 3, 7, 7))
+    yield "depthwise", "undertrained", "that of noise", rng.uniform(-1, 1, (96, 1, 3, 3))
+    blurs = 0.3 * rng.uniform(-1, 1, (96, 1, 3, 3)) + rng.choice([-1, 1], (96, 1, 1, 1))
+    yield "blurs", "spiked", "1 eigenvalue beyond", blurs
+    yield "tiny", "too few to say", "would do", normal((5, 5))
+    yield "mean", "spiked", "its weights share a mean of 0.5", 0.5 + normal((128, 128))
+    yield "orthogonal", "flat", "orthogonal: all singular values are equal", 3 * square
+    yield "semi-orthogonal", "flat", "orthogonal", square[:64]
+    yield "orthogonal kernel", "flat", "orthogonal", square[:64].reshape(64, 32, 2, 2)
+    yield "identity", "flat", "the identity", np.eye(64)
+    yield "permutation", "flat", "a permutation", np.eye(64)[rng.permutation(64)]
+    yield "diagonal", "degenerate", "diagonal", np.diag(normal(64))
+    yield "constant", "degenerate", "constant: every weight is 0.5", np.full((64, 64), 0.5)
+    yield "zero", "degenerate", "every weight is zero", np.zeros((64, 64))
+    yield "rank 1", "degenerate", "rank one", np.tile(np.log(np.arange(1, 17)), (128, 1))
+    yield "rank 8", "degenerate", "low rank: 8 of 96", normal((96, 8)) @ normal((8, 128))
+    yield "repeated", "degenerate", "only 32 of 128 outputs differ", np.repeat(normal((32, 128)), 4, 0)
+    yield "dead", "degenerate", "20 of 128 outputs are zero", dead
+    yield "power law", "well trained", "a power law, above noise", power
+
+
+def test_statuses_of_layers_of_known_kinds():
+    layers = list(_layers())
+    weights = {name: weight.astype(np.float32) for name, _, _, weight in layers}
+    rows = {row["layer"]: row for row in farms_jax.diagnose(weights, axes=farms_jax.TORCH_AXES, resamples=20).layers}
+    found = {name: rows[name]["status"] for name in weights}
+    assert found == {name: status for name, status, _, _ in layers}
+    for name, _, words, _ in layers:
+        assert words in rows[name]["reason"], (name, rows[name]["reason"])

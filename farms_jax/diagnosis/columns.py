@@ -31,13 +31,16 @@ _GROUPS: dict[str, tuple[Column, ...]] = {
         Column("layer", "full path of the weight", "", "layer"),
         Column("type", "kind of module, from its name: q, k, v, o, gate, up, down, conv, head", ""),
         Column("place", "place in the network, 1 the first", "d"),
-        Column("status", "undertrained, well trained, over-correlated or degenerate", "", "status"),
+        Column("status", "what the layer is, in a word: see what the statuses mean", "", "status"),
         Column("reason", "why, in plain words", ""),
         Column("shape", "shape of the stored array", "", "shape"),
         Column("num_params", "entries of the array", "d"),
         Column("N", "longer axis of its matrices", "d", "", "N"),
         Column("M", "shorter axis of its matrices", "d", "", "M"),
         Column("Q", "aspect ratio N / M, at least 1", ".3g", "", "Q"),
+        Column("structure", "what the weights are exactly, where they are special: constant, orthogonal, pruned", ""),
+        Column("zeros", "share of the weights that are zero, in [0, 1]", ".3f"),
+        Column("dead", "largest share of rows, columns or kernel positions that are zero, in [0, 1]", ".3f"),
     ),
     "FARMS windows": (
         Column("alpha", "exponent of the tail over windows of one aspect ratio; smaller is heavier", ".3f", "alpha"),
@@ -48,6 +51,11 @@ _GROUPS: dict[str, tuple[Column, ...]] = {
         Column("rank_high", "upper end of the confidence interval of the place", "d"),
         Column("rank_flips", "share of resamples in which the place is another, in [0, 1]", ".2f", "flips"),
         Column("noise_alpha", "alpha of a matrix of independent entries (Marchenko-Pastur)", ".3f", "noise"),
+        Column("noise_low", "lower end of the band of alpha of noise of this shape, window and law of entries", ".3f"),
+        Column("noise_high", "upper end of that band", ".3f"),
+        Column(
+            "heavy_alpha", "alpha where inputs and outputs are correlated with exponent 2: below it, too much", ".3f"
+        ),
         Column("num_windows", "windows measured, over all kernel positions", "d"),
         Column("ks_distance", "KS distance of the tail of the windows, in [0, 1]", ".3f", "KS"),
         Column("xmin", "eigenvalue where that tail starts", ".4g"),
@@ -68,12 +76,14 @@ _GROUPS: dict[str, tuple[Column, ...]] = {
             "matrix_rank", "singular values above the largest times N times machine epsilon", "d", "", "matrix_rank"
         ),
         Column("rank_loss", "singular values at or below that, each kernel position by itself", "d", "", "rank_loss"),
+        Column("numerical_rank", "singular values that the rounding of the weights' dtype does not explain", "d"),
         Column("weak_rank_loss", "eigenvalues below 1e-6", "d", "", "weak_rank_loss"),
         Column("sv_max", "largest singular value", ".4g", "", "sv_max"),
         Column("sv_min", "smallest singular value; of a kernel, the largest of its positions'", ".3g", "", "sv_min"),
     ),
     "WeightWatcher's fit": (
         Column("ww_alpha", "exponent with the best threshold by KS distance", ".3f", "ww", "alpha"),
+        Column("ww_status", "WeightWatcher's own verdict on ww_alpha: over-trained below 2, under-trained above 6", ""),
         Column("ww_ks_distance", "KS distance of that fit, in [0, 1]", ".3f", "", "D"),
         Column("ww_xmin", "eigenvalue where that tail starts", ".4g", "", "xmin"),
         Column("ww_xmax", "largest eigenvalue of that fit", ".4g", "", "xmax"),
@@ -98,6 +108,7 @@ _GROUPS: dict[str, tuple[Column, ...]] = {
         Column("mp_min", "lower edge of that bulk", ".4g"),
         Column("mp_max", "upper edge of that bulk", ".4g"),
         Column("mp_spikes", "eigenvalues beyond it, by more than its fluctuation", "d", "spikes"),
+        Column("mp_distance", "KS distance of the others from that law, in [0, 1]", ".3f"),
         Column(
             "rand_distance",
             "Jensen-Shannon distance from the spectrum of the shuffled matrix",

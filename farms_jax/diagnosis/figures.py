@@ -20,12 +20,15 @@ COLOURS = {
     "s0": "#be123c",
     "s1": "#7c3aed",
     "s2": "#b45309",
-    "s3": "#0f766e",
+    "s3": "#0369a1",
+    "s4": "#4d7c0f",
+    "s5": "#0f766e",
+    "s6": "#6b7280",
     "fill": "#5b8fb9",
     "whole": "#4b5563",
     "noise": "#c2410c",
 }
-MARKS = dict(zip(SEVERITY, "xs^o", strict=True))  # told apart by shape as well as by colour
+MARKS = dict(zip(SEVERITY, "xs^Dvo.", strict=True))  # told apart by shape as well as by colour
 _FENCE = 3.0  # quartile distances beyond the quartiles: points farther out do not stretch the axis (Tukey's "far out")
 _MARGIN = 0.06  # of the range, free at both ends of an axis
 _MANY = 300  # layers, beyond which marks are smaller

@@ -6,30 +6,33 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from farms_jax import marchenko_pastur
 from farms_jax._analyze import needs_small_eigenvalues
 from farms_jax._axes import Axes, LeafAxes, as_matrices
 from farms_jax._scaling import in_range
 from farms_jax._tail import highest_alpha, without_flat
 from farms_jax._windows import Grid, make_grid
+from farms_jax.diagnosis.noise import grid_level, heavy_alpha, noise_band
 from farms_jax.diagnosis.resampling import deviations, interval, interval_grid
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import (
     Histogram,
+    bulk_measures,
     histogram,
     resolved,
     shuffled_measures,
     spectrum_measures,
 )
+from farms_jax.diagnosis.structure import HEAVY, numerical_rank, repeated, structure_of
 from farms_jax.diagnosis.tail_fits import fit_spectra
 from farms_jax.solvers.cpu import cores
 from farms_jax.solvers.dispatch import Solver, window_eigenvalues
 
 _RESOLVED = 1e-10  # of the largest eigenvalue: below it Gram matrices in float64 lose a singular value's sixth digit
 _FIRST_WINDOWS = 16  # of an adaptive measure; each round after that doubles them
-_SHUFFLE, _RESAMPLE, _ORDER = range(3)  # uses of random numbers, each with a stream of its own
+_SHUFFLE, _RESAMPLE, _ORDER, _NOISE = range(4)  # uses of random numbers, each with a stream of its own
 
 
 class Measured(NamedTuple):
@@ -45,6 +48,7 @@ class _Layer(NamedTuple):
     shape: tuple[int, ...]
     stack: np.ndarray  # (K, R, C), to be multiplied by 2**exponent
     exponent: int
+    eps: float  # of the weight's own dtype
     is_kernel: bool
     grid: Grid  # windows of the estimate
     intervals: Grid  # windows that are resampled for the interval
@@ -83,8 +87,11 @@ def measure(
     if settings.tolerance is not None:
         layers = [_adapted(layer, values, settings, settings.tolerance) for layer in layers]
     _solve(layers, values, settings)
+    exact = {layer.name: _exact(layer, values, settings) for layer in layers}  # before they are shuffled in place
     shuffled = _shuffled_spectra(layers, settings, overwrite) if settings.whole and settings.randomize else {}
-    return {layer.name: _measured(layer, values, shuffled.get(layer.name), settings) for layer in layers}
+    return {
+        layer.name: _measured(layer, values, exact[layer.name], shuffled.get(layer.name), settings) for layer in layers
+    }
 
 
 def _layer(name: str, weight: np.ndarray, axes: LeafAxes, settings: Settings) -> _Layer:
@@ -94,7 +101,8 @@ def _layer(name: str, weight: np.ndarray, axes: LeafAxes, settings: Settings) ->
     is_kernel = axes.is_kernel(weight.ndim)
     grid = make_grid(settings.window, stack.shape, is_kernel=is_kernel)
     intervals = interval_grid(grid, stack.shape) if settings.resamples else grid
-    return _Layer(name, weight.shape, stack, exponent, is_kernel, grid, intervals)
+    eps = float(jnp.finfo(weight.dtype).eps) if jnp.issubdtype(weight.dtype, jnp.inexact) else 0.0
+    return _Layer(name, weight.shape, stack, exponent, eps, is_kernel, grid, intervals)
 
 
 def _solve(layers: list[_Layer], values: _Values, settings: Settings) -> None:
@@ -133,7 +141,48 @@ def _eigenvalues(layers: list[_Layer], grids: list[Grid], solver: Solver, settin
     ]
 
 
-def _measured(layer: _Layer, values: _Values, shuffled: np.ndarray | None, settings: Settings) -> Measured:
+class _Exact(NamedTuple):
+    """What needs the weights themselves, before they are shuffled in place."""
+
+    columns: dict[str, Any]
+    live: tuple[int, int]  # rows and columns that are not zero
+    across: np.ndarray | None  # eigenvalues (K,) of a depthwise kernel as one matrix, positions by channels
+
+
+def _exact(layer: _Layer, values: _Values, settings: Settings) -> _Exact:
+    stack, tail, grid = layer.stack, settings.tail, layer.grid
+    columns, live = structure_of(stack, 2.0**layer.exponent)
+    columns |= dict.fromkeys(("noise_alpha", "noise_low", "noise_high", "heavy_alpha"))
+    if tail.xmin == "median":  # the other rules find a new threshold in every draw of noise
+        columns["noise_alpha"] = grid_level(grid, tail)
+        columns["heavy_alpha"] = heavy_alpha(grid.gram_rows / max(grid.rows, grid.cols), tail.xmin_pos)
+    if tail.xmin == "median" and columns["zeros"] < 1:
+        if settings.window is not None and settings.window.divisions == "pooled":
+            grid = grid._replace(divisions=1)
+        band = noise_band(stack, live, grid, tail, layer.generator(settings, _NOISE))
+        columns |= {"noise_alpha": band.level, "noise_low": band.low, "noise_high": band.high}
+        if band.kurtosis and not columns["structure"]:
+            columns["structure"] = f"{HEAVY} (excess kurtosis {band.kurtosis:.3g})"
+    if settings.whole:
+        whole = values[layer.name, layer.whole]
+        rank = numerical_rank(whole, stack.shape, layer.eps)
+        columns["numerical_rank"] = rank
+        if 0 < rank < whole.size and not columns["structure"]:
+            columns["structure"] = repeated(stack)
+    across = None
+    if len(stack) > 1 and min(stack.shape[1:]) == 1:  # matrices of one row say nothing of what channels share
+        matrix = stack.reshape(len(stack), -1).astype(np.result_type(stack.dtype, np.float64))
+        across = np.linalg.svd(matrix, compute_uv=False)[::-1] ** 2 * 4.0**layer.exponent
+    return _Exact(columns, live, across)
+
+
+def _measured(
+    layer: _Layer,
+    values: _Values,
+    exact: _Exact,
+    shuffled: np.ndarray | None,
+    settings: Settings,
+) -> Measured:
     scale = settings.kernel_scale if layer.is_kernel else 1.0
     windows = values[layer.name, layer.grid] * scale
     shorter, longer = sorted(layer.stack.shape[1:])
@@ -143,6 +192,7 @@ def _measured(layer: _Layer, values: _Values, shuffled: np.ndarray | None, setti
         "N": longer,
         "M": shorter,
         "Q": longer / shorter,
+        **exact.columns,
         **_window_columns(layer, windows, settings),
     }
     scatter, whole = np.zeros(0), None
@@ -161,6 +211,11 @@ def _measured(layer: _Layer, values: _Values, shuffled: np.ndarray | None, setti
         bias = alpha - row["alpha"] if alpha and row["alpha"] else None
         row |= {"whole_alpha": alpha, "aspect_ratio_bias": bias}
         row |= spectrum_measures(positions, *layer.stack.shape[1:])
+        if exact.across is None:
+            row |= bulk_measures(whole, layer.stack.shape[1:], exact.live)
+        else:
+            shape = (len(layer.stack), longer)
+            row |= bulk_measures(np.resize(exact.across, min(shape)) * scale, shape, shape)
         if row["mp_sigma"]:
             row["mp_sigma"] /= scale**0.5  # of the weight's own entries
         if shuffled is not None:
@@ -178,12 +233,8 @@ def _window_columns(layer: _Layer, windows: np.ndarray, settings: Settings) -> d
     fits = without_flat(fit_spectra(pooled, tail), highest_alpha(grid.rows, grid.cols, tail))
     alphas, distances, starts = (np.asarray(part) for part in fits[:3])
     found = alphas > 0
-    noise = None  # the other rules find a new threshold in every draw of noise
-    if tail.xmin == "median":
-        noise = marchenko_pastur.hill_alpha(grid.gram_rows / max(grid.rows, grid.cols), tail.xmin_pos)
     return {
         "alpha": float(alphas[found].mean()) if found.any() else None,
-        "noise_alpha": noise,
         "num_windows": windows.shape[0],
         "ks_distance": float(distances.mean()),
         "xmin": float(starts[found].mean()) if found.any() else None,

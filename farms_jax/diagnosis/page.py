@@ -23,7 +23,7 @@ _PRINTED = 24  # layers that need attention most, whose spectra are printed on p
 _NAMED = 200  # left-out arrays that are named for one reason
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _WITHOUT_SCRIPT = ".d{display:table-row}table:not(.all) tr>*{display:table-cell!important}.tools{display:none}"
-_SYMBOLS = dict(zip(SEVERITY, "✕■▲●", strict=True))  # the marks of the figures
+_SYMBOLS = dict(zip(SEVERITY, "✕■▲◆▼●·", strict=True))  # the marks of the figures
 _WIDE, _NARROW, _SMALL = (14.4, 4.4), (7.6, 4.0), (5.8, 2.8)  # inches of 72 pixels
 _NAMES = 1.6  # inches for the names of layers
 

@@ -25,7 +25,7 @@ from farms_jax.diagnosis.modules import network_order, types
 from farms_jax.diagnosis.resampling import rank_flips
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import Histogram
-from farms_jax.diagnosis.status import status_of
+from farms_jax.diagnosis.status import status_of, ww_status
 from farms_jax.errors import InputError, listed
 from farms_jax.programs.cache import Cache, weights_key
 from farms_jax.programs.environment import installed_versions
@@ -266,6 +266,7 @@ def _rows(found: Mapping[str, Measured], kinds: Mapping[str, str], settings: Set
             row |= {"rank": int(rank), "rank_low": int(low), "rank_high": int(high), "rank_flips": float(flips)}
     for row in rows:
         row["status"], row["reason"] = status_of(row)
+        row["ww_status"] = ww_status(row)
     return tuple(rows)
 
 

@@ -9,6 +9,8 @@ are rigid: Bai and Silverstein 2004), 1/sqrt(2) as much where few large entries 
 `benchmarks/interval_coverage.py` measures what comes out.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
@@ -20,6 +22,7 @@ _ENOUGH = 8  # separate windows; the scatter of fewer is itself too uncertain
 _FIT = 32  # least number of eigenvalues that one resampled alpha is fitted to
 _RATE = 0.75  # alpha of a window scatters as its height to minus this
 _MOST_STEPS = 16  # per axis: more windows add little but time
+_NOISY = 0.5  # of resamples: where a layer's rank is more often another than its own, it is noise
 _PAIRS = 512  # windows whose overlaps are computed: their pairs grow quadratically
 
 
@@ -112,6 +115,19 @@ def rank_flips(
     tails = [(1 - level) / 2, (1 + level) / 2]
     low, high = np.quantile(draws, tails, axis=1, method="inverted_cdf")
     return rank, low, high, (draws != rank[:, None]).mean(1)
+
+
+def order_is_noise(flips: Sequence[float | None]) -> float | None:
+    """Return the median share of resamples in which layers have another rank, where it says that ranks are noise.
+
+    `None` where the order of the layers holds, or is not known.
+
+    >>> order_is_noise([0.94, 0.97, 0.1]), order_is_noise([0.0, 0.1, 0.95]), order_is_noise([])
+    (0.94, None, None)
+    """
+    known = [share for share in flips if share is not None]
+    median = float(np.median(known)) if known else 0.0
+    return median if median >= _NOISY else None
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ def resolved(eigenvalues: np.ndarray) -> np.ndarray:
 
 
 def spectrum_measures(positions: np.ndarray, rows: int, cols: int) -> dict[str, Any]:
-    """Return the columns of a whole matrix: `ww_alpha` to `sv_min`, `mp_sigma` to `mp_spikes`.
+    """Return the columns of a whole matrix: `ww_alpha` to `sv_min`.
 
     `positions` is float64 of shape (K, E), not negative: the eigenvalues of a kernel's K matrices of `rows` x `cols`.
     """
@@ -66,7 +66,6 @@ def spectrum_measures(positions: np.ndarray, rows: int, cols: int) -> dict[str, 
         "weak_rank_loss": int((eigenvalues < _WEAK).sum()),
         "sv_max": float(singular[-1]),
         "sv_min": float(each.min(1).max()),
-        **_bulk(resolved(eigenvalues), rows, cols),
     }
 
 
@@ -92,12 +91,25 @@ def _power_law(eigenvalues: np.ndarray) -> dict[str, Any]:
     return row | {"ww_num_erg_spikes": spikes, "ww_detx_val": least, "ww_erg_gap": gap}
 
 
-def _bulk(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str, Any]:
-    bulk = marchenko_pastur.fit(eigenvalues, rows, cols)
+def bulk_measures(eigenvalues: np.ndarray, shape: tuple[int, ...], live: tuple[int, int]) -> dict[str, Any]:
+    """Return the columns of the bulk of a whole matrix: `mp_sigma` to `mp_distance`.
+
+    `eigenvalues` is float64 of shape (E,), ascending, not negative, pooled over matrices of `shape`, rows and columns,
+    of which `live` are not zero: noise is in these alone.
+    """
+    eigenvalues = resolved(eigenvalues)[-max(eigenvalues.size * min(live) // min(shape), 1) :]
+    if min(live) == 0:
+        return dict.fromkeys(("mp_sigma", "mp_min", "mp_max", "mp_spikes", "mp_distance"))
+    bulk = marchenko_pastur.fit(eigenvalues, *live)
     if bulk.sigma == 0:
-        return dict.fromkeys(("mp_sigma", "mp_min", "mp_max", "mp_spikes"))
+        return dict.fromkeys(("mp_sigma", "mp_min", "mp_max", "mp_spikes", "mp_distance"))
     spikes = int((eigenvalues > bulk.threshold).sum())
-    return {"mp_sigma": bulk.sigma, "mp_min": bulk.low, "mp_max": bulk.high, "mp_spikes": spikes}
+    inside, longer = eigenvalues[: eigenvalues.size - spikes], max(live)
+    law = marchenko_pastur.cdf(inside / longer, min(live) / longer, bulk.sigma)
+    steps = (np.arange(inside.size) + 0.5) / inside.size
+    distance = max(float(np.abs(law - steps).max() - 0.5 / inside.size), 0.0)
+    found = {"mp_sigma": bulk.sigma, "mp_min": bulk.low, "mp_max": bulk.high}
+    return found | {"mp_spikes": spikes, "mp_distance": distance}
 
 
 def shuffled_measures(eigenvalues: np.ndarray, shuffled: np.ndarray, rows: int, cols: int) -> dict[str, Any]:

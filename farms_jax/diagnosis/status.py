@@ -1,24 +1,40 @@
 """What a layer's measures say about it, in one word and one sentence, and which layers need attention first."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 
 from farms_jax.diagnosis.columns import Row
+from farms_jax.diagnosis.structure import CONSTANT, DIAGONAL, IDENTITY, MEAN, ORTHOGONAL, PERMUTATION, ZERO
 
-OVER_CORRELATED = 2.0  # alpha below it: Martin and Mahoney 2021 (JMLR 22), and WeightWatcher's "over-trained"
-UNDERTRAINED = 6.0  # alpha above it: the same, for rules under which noise has no alpha of its own
-AT_NOISE = 0.98  # of noise_alpha: matrices of independent entries scatter by less than 2 % about it
-NEAR_NOISE = 0.95  # a layer further below is not called undertrained, however wide its interval
+OVER_TRAINED, UNDER_TRAINED = 2.0, 6.0  # WeightWatcher's bounds on its alpha; ours for rules under which noise has none
+NEAR_NOISE = 0.95  # of noise_alpha: a layer hardly below it is not called well trained, however sure that is
+MISSING = 0.1  # share of directions, rows or columns without which a layer is no full matrix
+SPIKED = 0.1  # KS distance of the bulk from noise, up to which the rest counts as noise
+FEW = 0.05  # share of the eigenvalues that may stand beyond it
+POWER_LAW = 0.1  # KS distance of a long tail, up to which it counts as a power law: that of noise is 0.18
+WIDE = math.log(2)  # of log(alpha - 1): from noise to what is over-correlated
+SHUFFLED = 1.05  # times the largest eigenvalue of the same entries in random order: what is below is due to them
 
 GOOD = "well trained"
+UNSURE = "too few to say"
 # The faults that spoil results most come first.
 MEANINGS: dict[str, str] = {
-    "degenerate": "it has no tail to measure: zero, constant, or of low rank",
-    "over-correlated": "its tail is very heavy (ww_alpha below 2): perhaps overfitted, or trained at too large a rate",
-    "undertrained": "its spectrum is that of noise: training has hardly touched it, or not yet",
+    "degenerate": "it is no full matrix: zero, constant, diagonal, of low rank, or with dead rows or columns",
+    "over-correlated": "alpha is below that of exponent 2 (heavy_alpha): overfitted, or trained at too large a rate",
+    "undertrained": "its spectrum is that of noise, or hardly apart: training has hardly touched it, or not yet",
+    "spiked": "noise but for a few strong directions: early in training, or a mean that its weights share",
+    "flat": "its eigenvalues are more equal than those of noise: orthogonal, or nearly",
     GOOD: "its tail is heavier than that of noise, and not too heavy",
+    UNSURE: "so few eigenvalues of noise could have this alpha, and those of a trained layer too",
 }
 SEVERITY = tuple(MEANINGS)
+_DEGENERATE, _EQUAL = (ZERO, CONSTANT, DIAGONAL), (IDENTITY, ORTHOGONAL, PERMUTATION)
+_AGREED = {
+    "over-trained": {"over-correlated"},
+    "under-trained": {"undertrained", "spiked", "flat"},
+    "good": {GOOD, "spiked"},
+}
 
 
 def status_of(row: Row) -> tuple[str, str]:
@@ -26,24 +42,46 @@ def status_of(row: Row) -> tuple[str, str]:
 
     The columns of the whole matrix may be missing from `row`.
     """
-    if reason := _degenerate(row):
+    structure = row.get("structure") or ""
+    if reason := _degenerate(row, structure):
         return "degenerate", reason
-    alpha, stable_rank = row.get("ww_alpha"), row.get("whole_stable_rank")
-    if alpha is not None and 1 < alpha < OVER_CORRELATED:
-        share = f"; the largest eigenvalue holds {1 / stable_rank:.0%} of the norm" if stable_rank else ""
-        return "over-correlated", f"ww_alpha {alpha:.2f} of the whole matrix is below {OVER_CORRELATED:g}{share}"
-    low, high, noise = (row.get(name) for name in ("alpha_low", "alpha_high", "noise_alpha"))
-    interval = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
-    measured, spikes = f"alpha {row['alpha']:.2f}{interval} of the windows", _spikes(row)
-    if noise is None:
-        if row["alpha"] > UNDERTRAINED:
-            return "undertrained", f"{measured} is above {UNDERTRAINED:g}{spikes}"
-        return GOOD, f"{measured} is below {UNDERTRAINED:g}{spikes}"
-    reaches = (high or row["alpha"]) >= AT_NOISE * noise
-    if reaches and row["alpha"] >= NEAR_NOISE * noise:
-        return "undertrained", f"{measured} is that of noise, {noise:.2f}{spikes}"
-    unsure = ", but too uncertain to exclude it" if reaches else ""
-    return GOOD, f"{measured} is below that of noise, {noise:.2f}{unsure}{spikes}"
+    if structure.startswith(_EQUAL):
+        return "flat", structure
+    status, reason = _without_tail(row) if row["alpha"] is None else _by_alpha(row)
+    return status, f"{reason}; {structure}" if structure else reason
+
+
+def ww_status(row: Row) -> str | None:
+    """Return WeightWatcher's own verdict, by its alpha of the whole matrix; `None` without one."""
+    alpha = row.get("ww_alpha")
+    if alpha is None:
+        return None
+    return "over-trained" if alpha < OVER_TRAINED else "under-trained" if alpha > UNDER_TRAINED else "good"
+
+
+def disagreements(rows: Iterable[Row]) -> list[tuple[Row, str]]:
+    """Return the layers that WeightWatcher judges otherwise, with a sentence on why, the largest difference first.
+
+    Layers without a tail, or with too few eigenvalues, are left out: there is nothing to set against each other.
+    """
+    known = [row for row in rows if row.get("ww_status") in _AGREED and row["status"] not in {"degenerate", UNSURE}]
+    found = [row for row in known if row["status"] not in _AGREED[row["ww_status"]]]
+    found.sort(key=lambda row: -abs(math.log(row["ww_alpha"] / (row["alpha"] or row["ww_alpha"]))))
+    return [(row, _disagreement(row)) for row in found]
+
+
+def disagreement_summary(rows: Iterable[Row]) -> list[str]:
+    """Return one sentence for each verdict of WeightWatcher that FARMS does not share."""
+    rows = list(rows)
+    other = Counter((row["ww_status"], row["status"]) for row, _ in disagreements(rows))
+    said = []
+    for verdict in _AGREED:
+        flagged = sum(row.get("ww_status") == verdict for row in rows)
+        parts = [f"{count} {status}" for (theirs, status), count in other.most_common() if theirs == verdict]
+        if parts:
+            layers = f"{flagged} layer{'' if flagged == 1 else 's'}"
+            said.append(f"of {layers} that WeightWatcher calls {verdict}, FARMS calls {', '.join(parts)}")
+    return said
 
 
 def severity(status: str | None) -> int:
@@ -58,7 +96,7 @@ def counts(rows: Iterable[Row]) -> dict[str, int]:
 
 
 def attention(rows: Iterable[Row]) -> list[Row]:
-    """Return the layers that are not well trained, the worst first.
+    """Return the layers that need a look, the worst first.
 
     Over-correlated layers start with the smallest alpha, undertrained ones with the largest.
     """
@@ -67,22 +105,114 @@ def attention(rows: Iterable[Row]) -> list[Row]:
         alpha = row.get("alpha") or 0.0
         return severity(row["status"]), -alpha if row["status"] == "undertrained" else alpha
 
-    return sorted((row for row in rows if row.get("status") in MEANINGS and row["status"] != GOOD), key=worst)
+    return sorted(
+        (row for row in rows if row.get("status") in MEANINGS and row["status"] not in {GOOD, UNSURE}), key=worst
+    )
 
 
-def _degenerate(row: Row) -> str | None:
-    rank, count = row.get("matrix_rank"), row.get("whole_num_eigenvalues")
-    if row.get("whole_largest_eigenvalue") == 0:
-        return "every weight is zero"
-    if rank is not None and count and 2 * rank < count:
-        return f"rank {rank} of {count}: {'constant' if rank <= 1 else 'most directions are missing'}"
-    if row["alpha"] is None:
-        return "its eigenvalues are zero or equal: there is no tail to fit"
-    return None
+def _degenerate(row: Row, structure: str) -> str | None:
+    if structure.startswith(_DEGENERATE):
+        return structure
+    if (row.get("dead") or 0) >= MISSING:
+        return structure
+    rank, count = row.get("numerical_rank"), row.get("whole_num_eigenvalues")
+    if rank is None or not count or rank > (1 - MISSING) * count or structure.startswith(_EQUAL):
+        return None
+    kind = "rank one: all rows are multiples of one" if rank == 1 else f"low rank: {rank} of {count}"
+    return f"{kind}; {structure}" if structure else kind
+
+
+def _without_tail(row: Row) -> tuple[str, str]:
+    if _is_wide(row):
+        return UNSURE, "too few eigenvalues: those of its windows are nearly equal, as those of noise may be"
+    return "flat", "its eigenvalues are nearly equal, as of an orthogonal matrix: there is no tail to fit"
+
+
+def _by_alpha(row: Row) -> tuple[str, str]:
+    """Return the status of a layer with a tail, and the reason."""
+    alpha, low, high = (row.get(name) for name in ("alpha", "alpha_low", "alpha_high"))
+    measured = f"alpha {alpha:.2f}" + ("" if low is None or high is None else f" ({low:.2f} to {high:.2f})")
+    if row.get("noise_low") is None:  # rules under which noise has no alpha of its own
+        bound, inside = OVER_TRAINED, False
+    else:
+        bound, inside = row["heavy_alpha"], row["noise_low"] <= row["alpha"] <= row["noise_high"]
+    if row["alpha"] < bound and not inside:
+        if (high or row["alpha"]) < bound:
+            return "over-correlated", f"{measured} is below {bound:.2f}, that of exponent 2{_share(row)}{_spikes(row)}"
+        return GOOD, f"{measured} is too uncertain to tell from {bound:.2f}, that of exponent 2{_spikes(row)}"
+    if row.get("noise_low") is not None:
+        return _against_noise(row, measured, inside=inside)
+    if row["alpha"] > UNDER_TRAINED:
+        return "undertrained", f"{measured} is above {UNDER_TRAINED:g}{_spikes(row)}"
+    return GOOD, f"{measured} is between {OVER_TRAINED:g} and {UNDER_TRAINED:g}{_spikes(row)}"
+
+
+def _against_noise(row: Row, measured: str, *, inside: bool) -> tuple[str, str]:
+    alpha, noise, spikes = row["alpha"], row["noise_alpha"], _spikes(row)
+    band, beyond = f"{row['noise_low']:.2f} to {row['noise_high']:.2f}", _count_spikes(row)
+    if inside or NEAR_NOISE * noise <= alpha < noise:
+        if beyond:
+            few = beyond <= max(FEW * row["whole_num_eigenvalues"], 1) and row["mp_distance"] <= SPIKED
+            status = "spiked" if few else GOOD
+            return status, f"{measured} is near noise, {band}, but not all{spikes}"
+        if inside and _is_wide(row):
+            return UNSURE, f"{measured} may be noise, {band}, or anything{_needed(row)}"
+        told = "that of noise" if inside else "hardly below noise"
+        return "undertrained", f"{measured} is {told}, {band}{spikes}"
+    if alpha < noise:
+        return GOOD, f"{measured} is below noise, {band}{spikes}"
+    if alpha <= UNDER_TRAINED and row["ks_distance"] <= max(POWER_LAW, row["num_tail"] ** -0.5):
+        return GOOD, f"{measured} is that of a power law, above noise, {band}{spikes}"
+    return "flat", f"{measured} is above noise, {band}: its eigenvalues are more equal{spikes}"
+
+
+def _is_wide(row: Row) -> bool:
+    """Return whether noise of so few eigenvalues has any alpha: whether a heavy layer's is as likely as not."""
+    return row.get("noise_low") is not None and _half_band(row) >= WIDE
+
+
+def _half_band(row: Row) -> float:
+    return math.log((row["noise_high"] - 1) / (row["noise_low"] - 1)) / 2
+
+
+def _needed(row: Row) -> str:
+    """Return how many eigenvalues would do: the band narrows with the root of their number."""
+    count = row["num_tail"]
+    more = math.ceil(count * (_half_band(row) / WIDE) ** 2)
+    return f": its tail has {count} eigenvalues, about {max(more, count + 1)} would do"
+
+
+def _count_spikes(row: Row) -> int:
+    """Return how many eigenvalues stand beyond noise, none where a few large entries, or a sparse few, do it by chance.
+
+    A mean that all entries share stays when they are shuffled, and so does the matrix of one channel.
+    """
+    shuffled, largest = row.get("max_rand_eval"), row.get("whole_largest_eigenvalue")
+    by_entries = shuffled is not None and largest is not None and largest <= SHUFFLED * shuffled
+    if by_entries and row["M"] > 1 and MEAN not in (row.get("structure") or ""):
+        return 0
+    return row.get("mp_spikes") or 0
 
 
 def _spikes(row: Row) -> str:
-    count = row.get("mp_spikes")
+    if row.get("mp_spikes") is None:
+        return ""
+    count = _count_spikes(row)
     if not count:
-        return "" if count is None else "; no eigenvalue beyond the bulk of noise"
+        return "; no eigenvalue beyond the bulk of noise"
     return f"; {count} eigenvalue{'' if count == 1 else 's'} beyond the bulk of noise"
+
+
+def _share(row: Row) -> str:
+    stable_rank = row.get("whole_stable_rank")
+    return f"; the largest eigenvalue holds {1 / stable_rank:.0%} of the norm" if stable_rank else ""
+
+
+def _disagreement(row: Row) -> str:
+    """Return why the two verdicts differ."""
+    tail, count, theirs = row["ww_num_tail"], row["whole_num_eigenvalues"], f"ww_alpha {row['ww_alpha']:.2f}"
+    ours = "no alpha" if row["alpha"] is None else f"alpha {row['alpha']:.2f}"
+    said = f"{theirs} fits the {tail} largest of {count} eigenvalues"
+    if (ratio := row["Q"]) >= 1.5 and row["ww_status"] == "under-trained":
+        said += f" of a matrix of aspect ratio {ratio:.1f}, where noise too has a large one"
+    return f"{said}; {ours} is over windows of one aspect ratio: {row['reason']}"

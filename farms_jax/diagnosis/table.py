@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from farms_jax._extras import from_extra
 from farms_jax._present import common_prefix, data_frame, html_table, shorten, text_table
-from farms_jax.diagnosis.columns import BY_NAME, MISSING, Column, Row, find_column, plain, text, with_interval
+from farms_jax.diagnosis.columns import BY_NAME, MISSING, Column, Row, find_column, number, plain, text, with_interval
+from farms_jax.diagnosis.resampling import order_is_noise
 from farms_jax.diagnosis.status import severity
 from farms_jax.errors import InputError
 from farms_jax.programs.files import write_json, write_text
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _STYLES = {"well trained": "green", "undertrained": "yellow", "over-correlated": "magenta", "degenerate": "bold red"}
+_STYLES |= {"spiked": "blue", "flat": "cyan", "too few to say": "dim"}
 _GAP = 2  # spaces between columns
 _LEAST_NAME = 24  # characters that a shortened name keeps while there are columns to drop
 # Columns dropped from a table that is too wide, in this order; others stay.
@@ -175,10 +177,16 @@ class LayerTable:
     def _layout(self, width: int | None) -> _Layout:
         """Return the columns that have a head, laid out in `width` characters; `None` for any width.
 
-        A noise level that all layers share becomes a note. Where the table is too wide, the prefix that all names share
-        becomes one, then columns are dropped, then names are shortened in the middle.
+        A noise level that all layers share becomes a note, and so do ranks that are noise. Where the table is too wide,
+        the prefix that all names share becomes one, then columns are dropped, then names are shortened in the middle.
         """
         shown, notes = [column for column in self.columns if column.head], []
+        flips = order_is_noise([number(row, "rank_flips") for row in self.layers])
+        if flips is not None:
+            shown = [column for column in shown if column.name not in {"rank", "rank_flips"}]
+            notes.append(
+                f"the order of the layers by alpha is noise: ranks change in {flips:.0%} of resamples (median)"
+            )
         levels = {text(row, BY_NAME["noise_alpha"]) for row in self.layers} - {MISSING}
         if len(levels) == 1:
             shown = [column for column in shown if column.name != "noise_alpha"]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from farms_jax.diagnosis.columns import Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.pipeline import diagnose
-from farms_jax.diagnosis.status import OVER_CORRELATED
+from farms_jax.diagnosis.status import OVER_TRAINED
 from farms_jax.errors import InputError, MissingPackageError, one_line
 from farms_jax.weights import checkpoints
 
@@ -30,7 +30,7 @@ class Rules:
         scale: the layer's Frobenius norm is so many times larger, or smaller, than in the checkpoint before.
     """
 
-    ww_alpha_below: float = OVER_CORRELATED
+    ww_alpha_below: float = OVER_TRAINED
     spikes: int = 1
     scale: float = 100.0
 

@@ -1,0 +1,145 @@
+"""What a layer's weights are exactly, where they are no matrix like others: constant, orthogonal, pruned, repeated.
+
+The spectrum alone cannot say: a row of zeros, a repeated row and a missing direction are one zero eigenvalue each.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+HEAVY, MEAN = "its weights are heavy-tailed", "its weights share a mean"
+ZERO, CONSTANT, DIAGONAL = "every weight is zero", "constant", "diagonal"
+IDENTITY, PERMUTATION, ORTHOGONAL = "the identity", "a permutation", "orthogonal"
+
+_EQUAL = 1e-2  # of a vector: how far W W^T may turn it where singular values are equal but for rounding
+_BEYOND_CHANCE = 0.1  # of what noise of that shape does to the vector
+_ENTRIES = 2**16  # of a layer, looked at for its mean and the tails of its entries
+_FEW_ZEROS = 0.005  # share of the weights that may be zero by rounding
+_GROUP = 4  # N:M sparsity that hardware has: 2 of 4, or 1 of 4
+_SEEN = 1.1  # times the least mean that is seen in a spectrum
+_ROUNDED = 4  # units of rounding of an entry, up to which a direction may be rounding alone
+
+
+class Structure(NamedTuple):
+    """What was found."""
+
+    columns: dict[str, Any]  # `zeros`, `dead`; `structure`, which is empty for most
+    live: tuple[int, int]  # rows and columns that are not zero
+
+
+def structure_of(stack: np.ndarray, scale: float = 1.0) -> Structure:
+    """Return what the matrices of a layer are exactly: those of `stack`, (K, R, C), times `scale`."""
+    filled = int(np.count_nonzero(stack))
+    alive = [np.ones(size, bool) for size in stack.shape]  # positions, rows, columns
+    if 0 < filled < stack.size:
+        used = stack != 0
+        alive = [used.any(axis=axes) for axes in ((1, 2), (0, 2), (0, 1))]
+    if filled == 0:
+        said = ZERO
+    elif filled == stack.size and (stack == stack.flat[0]).all():
+        said = f"{CONSTANT}: every weight is {stack.flat[0] * scale:.3g}"
+    else:
+        said = _single(stack, filled, scale) or _orthogonal(stack)
+        said = said or "; ".join(filter(None, [*_zeros(stack, alive, filled), _mean(stack, scale)]))
+    dead = 1.0 if filled == 0 else max(1 - float(part.mean()) for part in alive)
+    columns = {"zeros": 1 - filled / stack.size, "dead": dead, "structure": said}
+    return Structure(columns, (int(alive[1].sum()), int(alive[2].sum())))
+
+
+def numerical_rank(eigenvalues: np.ndarray, shape: tuple[int, ...], eps: float) -> int:
+    """Return how many eigenvalues of a layer's matrices (K, R, C) the rounding of their entries does not explain.
+
+    Rounding is noise of a few `eps` of an entry, and the largest singular value of noise is sqrt(R) + sqrt(C) times an
+    entry. `eigenvalues` has any shape.
+    """
+    positions, rows, cols = shape
+    entry = eigenvalues.sum() / (positions * rows * cols)  # mean square
+    return int((eigenvalues > entry * (_ROUNDED * eps * (rows**0.5 + cols**0.5)) ** 2).sum())
+
+
+def repeated(stack: np.ndarray) -> str:
+    """Return which rows or columns of a layer (K, R, C) repeat others, in words; empty for none."""
+    for axis, kind in ((1, "outputs"), (2, "inputs")):
+        lines = np.ascontiguousarray(np.moveaxis(stack, axis, 0)).reshape(stack.shape[axis], -1)
+        different = len({line.tobytes() for line in lines})
+        if different < len(lines):
+            return f"only {different} of {len(lines)} {kind} differ"
+    return ""
+
+
+def _zeros(stack: np.ndarray, alive: list[np.ndarray], filled: int) -> Iterator[str]:
+    """Yield in words where the zeros are; `alive` is which positions, rows and columns are not zero."""
+    for part, name in zip(alive, ("kernel positions", "outputs", "inputs"), strict=True):
+        if not part.all():
+            yield f"{np.sum(~part)} of {len(part)} {name} are zero"
+    if filled < (1 - _FEW_ZEROS) * np.prod([part.sum() for part in alive]):
+        yield f"{1 - filled / stack.size:.0%} of its weights are zero{_pattern(stack != 0)}"
+
+
+def _pattern(used: np.ndarray) -> str:
+    """Return which N:M pattern the zeros have: every group of 4 along an axis has as many."""
+    for axis in (1, 2):
+        if used.shape[axis] % _GROUP == 0:
+            kept = np.moveaxis(used, axis, -1).reshape(-1, _GROUP).sum(-1)
+            most = int(kept.max())
+            if most < _GROUP and (kept == most).mean() > 0.99:
+                return f" ({most}:{_GROUP})"
+    return ""
+
+
+def _single(stack: np.ndarray, filled: int, scale: float) -> str:
+    """Return what a matrix with at most one entry in each row and column is."""
+    if len(stack) > 1 or filled > min(stack.shape[1:]) or min(stack.shape[1:]) < 2:
+        return ""
+    rows, cols = np.nonzero(stack[0])
+    if len(set(rows)) < filled or len(set(cols)) < filled or filled < min(stack.shape[1:]):
+        return ""
+    values = stack[0][rows, cols]
+    if (rows == cols).all():
+        return IDENTITY if (values * scale == 1).all() else DIAGONAL
+    return PERMUTATION if (values * scale == 1).all() else f"{DIAGONAL} but for the order of its rows"
+
+
+def _orthogonal(stack: np.ndarray) -> str:
+    """Return that the rows or columns are orthogonal and equally long, those of a kernel flattened as initialisers do.
+
+    A random vector is multiplied by W W^T: where all singular values are equal, it keeps its direction.
+    """
+    positions, rows, cols = stack.shape
+    for short, long, by_rows in ((rows, positions * cols, True), (cols, positions * rows, False)):
+        if not 2 <= short <= long:
+            continue
+        vector = np.random.default_rng(short).standard_normal(short).astype(np.real(stack).dtype)
+        if by_rows:
+            image = vector @ stack.conj()
+            turned = (stack @ image[..., None]).sum(0)[:, 0]
+        else:
+            image = stack.conj() @ vector
+            turned = (image[:, None] @ stack).sum(0)[0]
+        scale = (vector @ turned) / (vector @ vector)
+        bound = min(_EQUAL, _BEYOND_CHANCE * (short / long) ** 0.5)
+        if scale and np.linalg.norm(turned - scale * vector) < bound * abs(scale) * np.linalg.norm(vector):
+            return f"{ORTHOGONAL}: all singular values are equal"
+    return ""
+
+
+def _mean(stack: np.ndarray, scale: float) -> str:
+    """Return that the entries share a mean, where that is an eigenvalue beyond the bulk of the others' noise.
+
+    From mean / deviation = (R C)^(-1/4) on: Baik, Ben Arous and Peche 2005.
+    """
+    _, rows, cols = stack.shape
+    entries = sample(stack)
+    mean, scatter = entries.mean(), entries.std()
+    if np.iscomplexobj(stack) or abs(mean) <= _SEEN * scatter * (rows * cols) ** -0.25:
+        return ""
+    return f"{MEAN} of {mean * scale:.3g}"
+
+
+def sample(stack: np.ndarray) -> np.ndarray:
+    """Return entries of a layer, evenly spread, in float64: at most `_ENTRIES`."""
+    flat = stack.reshape(-1)
+    step = flat.size // _ENTRIES + 1
+    entries = flat[:: step + (step % 2 == 0)]  # an odd step meets every place of a pattern of two or four
+    return entries.astype(np.result_type(entries.dtype, np.float64))
