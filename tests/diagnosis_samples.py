@@ -50,7 +50,7 @@ def _row(i, count, rng):
         status = "over-correlated"
     shorter, longer = sorted(shape)
     row = {column.name: float(rng.random() * 100) for column in COLUMNS if column.format}
-    row |= {column.name: int(row[column.name]) for column in COLUMNS if column.format == "d"}
+    row |= {column.name: int(row[column.name]) for column in COLUMNS if column.format.endswith("d")}
     row |= {"layer": f"model.layers.{i // len(KINDS)}.self_attn.{kind}.weight" if i else HOSTILE, "noise_alpha": NOISE}
     row |= {"type": kind.removesuffix("_proj"), "place": i + 1}
     row |= {"status": status, "reason": f"why it is {status}", "shape": f"{shape[0]}x{shape[1]}"}

@@ -64,7 +64,18 @@ def test_fits_of_a_diagnosis_are_in_float64():
 
 
 def test_every_column_is_there_and_ready_for_json(measured):
-    of_the_network = {"layer", "status", "reason", "ww_status", "rank", "rank_low", "rank_high", "rank_flips"}
+    of_the_network = {
+        "layer",
+        "type",
+        "place",
+        "status",
+        "reason",
+        "ww_status",
+        "rank",
+        "rank_low",
+        "rank_high",
+        "rank_flips",
+    }
     for name, found in measured.items():
         assert set(found.row) == set(BY_NAME) - of_the_network, name
         assert all(type(value) in {int, float, str, type(None)} for value in found.row.values()), name

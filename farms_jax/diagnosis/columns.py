@@ -182,7 +182,7 @@ def text(row: Row, column: Column) -> str:
         return MISSING
     if isinstance(value, str) or not column.format:
         return str(value)
-    return format(int(value) if column.format == "d" else value, column.format)
+    return format(int(value) if column.format.endswith("d") else value, column.format)
 
 
 def with_interval(row: Row, column: Column) -> str:
