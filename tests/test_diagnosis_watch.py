@@ -121,6 +121,8 @@ def test_what_is_a_checkpoint(tmp_path):
         folder.mkdir()
     for name in ("pytorch_model.bin", "optimizer.pt", "rng_state.pth", "training_args.bin", "scheduler.pt"):
         shard(trainer / name)
+    (trainer / "global_step5").mkdir()
+    shard(trainer / "global_step5" / "mp_rank_00_model_states.pt")
     shard(sharded / "pytorch_model-00001-of-00002.bin")
     shard(index / "model-00001-of-00002.bin")
     (index / "model.bin.index.json").write_text("{}")

@@ -93,6 +93,8 @@ def _inside(folder: Path) -> Iterator[Path]:
         warnings.warn(f"{folder}: cannot be read ({error.strerror or error}); what is in it is left out", stacklevel=2)
         return
     yield from models
+    if models:  # DeepSpeed keeps its own state, with the weights once more, in a folder beside them
+        folders = [child for child in folders if not child.name.startswith("global_step")]
     has_last = any(child.name == "last" for child in folders)
     for child in folders:
         if not (child.name == "best" and has_last):

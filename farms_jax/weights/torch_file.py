@@ -80,15 +80,21 @@ def load(path: Path) -> Any:
             except pickle.UnpicklingError:
                 return _load_with_stand_ins(path, options)
     except pickle.UnpicklingError as error:
-        reason = re.split(r"WeightsUnpickler error: |\n\n", str(error).partition("\n\nCheck the doc")[0])[-1]
         raise InputError(
-            f"{path}: cannot be read without running code in it ({one_line(ValueError(reason))}); load it where you "
-            "trust it, and save its weights alone: torch.save(model.state_dict(), 'weights.pt')"
+            f"{path}: cannot be read without running code in it ({_reason(error)}); load it where you trust it, and "
+            "save its weights alone: torch.save(model.state_dict(), 'weights.pt')"
         ) from error
     except Exception as error:  # of any kind: it depends on what is damaged
         raise InputError(
             f"{path}: damaged, not finished, or no file of torch.save ({one_line(error)}); save it again"
         ) from error
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """Return what Torch's loader says, without its advice."""
+    text = re.split(r"WeightsUnpickler error: |\n\n", str(error).partition("\n\nCheck the doc")[0])[-1]
+    text = " ".join(text.split()).removeprefix("Weights only load failed. ").partition(" In PyTorch ")[0]
+    return one_line(ValueError(text))
 
 
 def import_torch(paths: Sequence[Path]) -> Any:
@@ -171,6 +177,8 @@ def _load_with_stand_ins(path: Path, options: dict[str, Any]) -> Any:
             if refused is None or refused[2] not in stand_ins:
                 raise
             stand_ins[refused[2]] = _stand_in(refused[2], OrderedDict if refused[1] == "SETITEM" else list)
+        except TypeError as error:  # a kind of tensor that behaves in its own way, such as one of torchao
+            raise pickle.UnpicklingError(one_line(error)) from error
     raise pickle.UnpicklingError("too many classes with entries")
 
 
@@ -191,7 +199,7 @@ def _classes(path: Path) -> set[str]:
         module, attribute = _compat_pickle.NAME_MAPPING.get(
             (module, attribute), (_compat_pickle.IMPORT_MAPPING.get(module, module), attribute)
         )
-        if module not in _BLOCKED:
+        if module not in _BLOCKED and not module.startswith("torch.distributed."):  # shards: Torch says so
             found.add(f"{module}.{attribute}")
     return found
 

@@ -228,7 +228,7 @@ def axes_of(model):
     return {leaf.name: leaf.shape[1:] for leaf in found.leaves}
 
 
-def test_modules_know_their_axes():
+def test_modules_know_their_axes(tmp_path):
     from transformers.pytorch_utils import Conv1D
 
     model = nn.ModuleDict({
@@ -255,6 +255,9 @@ def test_modules_know_their_axes():
     }
     assert axes_of(model) == shapes
     assert axes_of(nn.DataParallel(torch.compile(model.to(torch.bfloat16)))) == shapes
+    del model["normed"], shapes["normed.parametrizations.weight.original1"]  # Torch saves its state alone
+    torch.save({"model": model}, tmp_path / "whole.pt")
+    assert axes_of(tmp_path / "whole.pt") == shapes
 
 
 def test_models_in_memory_are_those_of_files(tmp_path):
