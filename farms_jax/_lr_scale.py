@@ -79,16 +79,16 @@ def lr_scale(
     def factor_of(name: str, leaf: Any) -> Array:
         stack = stacks.get(name, ())
         if name in pinned:
-            return _spread(pinned[name], stack, leaf)
+            return spread_factors(pinned[name], stack, leaf)
         followed = [name] if (leading := leader(name, follow)) is None else [name, leading]
         # A weight that was left out does not follow its module, as a bias does.
         if is_small(name, jnp.ndim(leaf) - len(stack)):
             followed += [*weights_of_bias(name), module_of(name)]
         found = next((each for place in followed for each in (place, single.get(place)) if each in own), None)
         if found is None:
-            return _spread(jnp.ones((), jnp.float32), stack, leaf)
+            return spread_factors(jnp.ones((), jnp.float32), stack, leaf)
         stack = stack or _stack_like(shapes[name], shapes[found], stacks.get(found, ()))
-        return _spread(own[found], stack, leaf)
+        return spread_factors(own[found], stack, leaf)
 
     return jax.tree.unflatten(jax.tree.structure(params), [factor_of(name, leaf) for name, leaf in leaves])
 
@@ -146,7 +146,7 @@ def _stack_shape(leaf: Any, stack: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(jnp.shape(leaf)[axis] for axis in stack)
 
 
-def _spread(factors: Array, stack: tuple[int, ...], leaf: Any) -> Array:
+def spread_factors(factors: Array, stack: tuple[int, ...], leaf: Any) -> Array:
     """Return factors, one for each index of a stack or one for all, in a shape that broadcasts to a leaf.
 
     A leaf without the stack of the layers that it follows keeps 1. The result shares its buffer with no other: a

@@ -19,9 +19,10 @@ from farms_jax._tail import Tail
 from farms_jax._windows import Window
 from farms_jax.diagnosis.columns import COLUMNS, Column, find_column
 from farms_jax.diagnosis.compare import Comparison, compare
-from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.pipeline import Place, diagnose, layers_of
+from farms_jax.diagnosis.ranking import Ranking, rank_models
 from farms_jax.diagnosis.settings import CommonSettings, Settings
+from farms_jax.diagnosis.table import LayerTable
 from farms_jax.diagnosis.watch import Rules, watch
 from farms_jax.diagnosis.watch_log import WatchLog
 from farms_jax.errors import InputError, LeftOutWarning
@@ -90,15 +91,19 @@ class Measuring:
 
 
 _Model = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+_Models = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL...")]
 _Folder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_DIR")]
 _Flag = tyro.conf.FlagCreatePairsOff[bool]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Analyze(Measuring):
-    """Measure every layer of a model: alpha and its interval, aspect-ratio bias, noise, a status with its reason."""
+    """Measure every layer of a model: alpha and its interval, aspect-ratio bias, noise, a status, what to do now.
 
-    model: _Model
+    Several models are measured alike, and ranked in one table.
+    """
+
+    models: _Models
     """A Hugging Face folder, a .safetensors, .gguf, .npz or .msgpack file, a .pt, .pth, .bin or .ckpt of torch.save
     (with the extra torch), an Orbax checkpoint, or a run directory."""
     html: Path | None = None
@@ -106,29 +111,61 @@ class Analyze(Measuring):
     csv: Path | None = None
     """Write all columns as CSV."""
     json: Path | None = None
-    """Write everything as JSON; `farms compare` reads it."""
+    """Write everything as JSON; `farms compare` reads it. Of several models, as --csv, the table of models."""
+    rates: Path | None = None
+    """Write factors of the learning rate by layer (TempBalance) as JSON, for Torch's parameter groups and for optax."""
+    recipe: Path | None = None
+    """Write a recipe of llm-compressor, in YAML, that prunes blocks by their alpha; see --sparsity."""
+    sparsity: float = 0.5
+    """Fraction of the blocks' weights that --recipe removes, in (0, 1)."""
+    table: _Flag = False
+    """Print the table of all layers, however long; without, up to 20 layers."""
     sort: str | None = None
-    """Column to sort the table by, as the table heads it or by its full name: the largest first, names and statuses in
-    their order. By default the order of the network."""
+    """Column to sort the table by, which is printed then, as the table heads it or by its full name: the largest first,
+    names and statuses in their order. By default the order of the network. Several models: column of their table."""
     ascending: _Flag = False
     """Sort the smallest first."""
     explain: _Flag = False
     """List every array of the model, with whether it is a layer and why not, and measure nothing."""
 
     def run(self) -> None:
-        """Measure, print, write."""
-        outputs = _checked({"--html": self.html, "--csv": self.csv, "--json": self.json})
+        """Measure, write, print."""
+        if not self.models:
+            raise InputError("MODEL: give a model, or several; see farms analyze --help")
+        if not 0 < self.sparsity < 1:
+            raise InputError(f"--sparsity: must be above 0 and below 1, got {self.sparsity:g}")
+        if len(self.models) > 1 and not self.explain:
+            self._rank()
+            return
+        outputs = _checked({"--html": self.html, "--csv": self.csv, "--json": self.json, "--rates": self.rates})
+        recipe = _checked({"--recipe": self.recipe})
         sort = None if self.sort is None else _sort_column(self.sort, COLUMNS)
         options = self.options()
-        with open_weights(self.model, axes=options["axes"]) as source:
-            if self.explain:
+        for model in self.models if self.explain else ():
+            with open_weights(model, axes=options["axes"]) as source:
                 _explain(source, *layers_of(source, self.settings(), self.include, self.exclude))
-                return
+        if self.explain:
+            return
+        with open_weights(self.models[0], axes=options["axes"]) as source:
             diagnosis = diagnose(source, **options)
         if sort is not None:
             diagnosis = diagnosis.sort(sort.name, descending=bool(sort.format) and not self.ascending)
-        diagnosis.show()
-        _write(diagnosis, outputs, hint="--html report.html writes the whole report")
+        # Before it is shown: the finding is the last on the screen.
+        _write(diagnosis, outputs, "" if recipe else "--html report.html writes the whole report")
+        _write(diagnosis, recipe, "", sparsity=self.sparsity)
+        diagnosis.show(table=True if self.table or sort else None)
+
+    def _rank(self) -> None:
+        """Measure several models under the same settings, write and print the table of them."""
+        if refused := [flag for flag in ("html", "rates", "recipe") if getattr(self, flag) is not None]:
+            raise InputError(f"--{refused[0]}: is of one model, and {len(self.models)} are given; give one")
+        outputs = _checked({"--csv": self.csv, "--json": self.json})
+        ranking = rank_models(self.models, **self.options())
+        if self.sort is not None:
+            column = _sort_column(self.sort, Ranking.possible)
+            ranking = ranking.sort(column.name, descending=bool(column.format) and not self.ascending)
+        _write(ranking, outputs, "")
+        ranking.show()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,16 +269,16 @@ def _checked(outputs: Mapping[str, Path | None]) -> dict[str, Path]:
     return wanted
 
 
-def _write(result: Diagnosis | Comparison, outputs: Mapping[str, Path], hint: str) -> None:
+def _write(result: LayerTable, outputs: Mapping[str, Path], hint: str, **options: Any) -> None:
     """Write a result by flag and path, and say where to; without outputs give a hint."""
     for flag, path in outputs.items():
         try:
-            getattr(result, f"write_{flag[2:]}")(path)
+            getattr(result, f"write_{flag[2:]}")(path, **options)
         except OSError as error:
             remedy = "free space, or name another file; what was measured is kept"
             raise InputError(f"{flag} {path}: cannot be written ({error.strerror or error}); {remedy}") from error
         sys.stdout.write(f"written to {path}\n")
-    if not outputs:
+    if hint and not outputs:
         sys.stdout.write(hint + "\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +13,13 @@ from farms_jax._extras import from_extra
 from farms_jax._names import natural_key
 from farms_jax._present import left_out_lines
 from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column, Row, number, plain, with_interval
+from farms_jax.diagnosis.exports import rates, recipe
 from farms_jax.diagnosis.modules import network_order
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import MEANINGS, attention, counts
-from farms_jax.diagnosis.table import LayerTable
+from farms_jax.diagnosis.steps import Step, steps
+from farms_jax.diagnosis.summary import HEADS, LEFT, by_type, of_model
+from farms_jax.diagnosis.table import LayerTable, Layout, Part, show_parts
 from farms_jax.errors import InputError
 from farms_jax.programs.files import write_json, write_text
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FORMAT = "farms_jax diagnosis 2"
+_SHORT = 20  # layers, up to which the table is shown unasked
 _EXPLAINED = 5  # layers whose reason is given below the table
 
 
@@ -57,11 +62,70 @@ class Diagnosis(LayerTable):
         return line
 
     def closing(self) -> list[str]:
-        """Return what the statuses mean, the reasons of the worst layers, and what was left out."""
+        """Return what was left out, what the statuses mean, and the reasons of the layers that need a look most."""
         meanings = [f"{status}: {MEANINGS[status]}" for status in counts(self.layers) if status in MEANINGS]
         worst = attention(self.layers)[:_EXPLAINED]
         reasons = [f"{row['layer']}: {row['reason']}" for row in worst if row.get("reason")]
-        return [*meanings, *reasons, *left_out_lines(self.left_out)]
+        return [*left_out_lines(self.left_out), *meanings, *reasons]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the model in numbers, to rank models by: means of alphas over its layers, layers of each status."""
+        return of_model(self.layers)
+
+    def types(self) -> dict[str, dict[str, Any]]:
+        """Return `{type: summary}` of the layers of each type of module, in network order."""
+        return {group.name: of_model(group.rows) for group in by_type(self._by_depth())}
+
+    def steps(self) -> list[Step]:
+        """Return what to do now: what stands out, what that usually means, what to try, and the commands for it."""
+        return steps(self._by_depth(), self.facts)
+
+    def show(self, *, table: bool | None = None) -> None:
+        """Print what was found, the most important last: coloured, as wide as the terminal, plain into a file.
+
+        Args:
+            table: print the table of all layers; by default where it is short.
+        """
+        show_parts(functools.partial(self.parts, table=table))
+
+    def parts(self, width: int | None, table: bool | None = None) -> list[Part]:
+        """Return the table of layers if it is asked for or short, then notes, types, steps, and last the headline."""
+        layout, types = self._layout(width), by_type(self._by_depth())
+        parts = [Part("table", table=layout), Part("text", layout.notes)]
+        if not (len(self) <= _SHORT if table is None else table):
+            parts = [
+                Part("text", [f"table of the {len(self)} layers: show(table=True) in Python, --table, --html, --csv"])
+            ]
+        parts.append(Part("text", self.closing()))
+        if len(types) > 1:
+            cells = [group.cells() for group in types]
+            parts.append(Part("table", table=Layout(HEADS, LEFT, cells)))
+        for i, step in enumerate(self.steps(), start=1):
+            parts.append(Part("step", [f"{i}. {step.found}", f"   usually: {step.means}", f"   try: {step.attempt}"]))
+            parts.append(Part("code", [f"     {line}" for line in step.code]))
+        return [*parts, Part("title", [self.headline()])]
+
+    def write_rates(self, path: str | Path, *, low: float = 0.5, high: float = 1.5) -> None:
+        """Write factors of the learning rate by layer (TempBalance) as JSON, for Torch or `diagnosis.read_rates`.
+
+        Args:
+            path: file to write.
+            low: factor of the smallest alpha.
+            high: factor of the largest alpha.
+        """
+        write_json(Path(path), rates(self._by_depth(), self.left_out, low=low, high=high))
+
+    def write_recipe(self, path: str | Path, *, sparsity: float) -> None:
+        """Write a recipe of llm-compressor that removes more of blocks whose alpha is large.
+
+        Args:
+            path: file to write, `.yaml`.
+            sparsity: fraction of the blocks' weights to remove, in (0, 1).
+
+        Raises:
+            InputError: there are no numbered blocks under Torch's names, or the sparsity is out of its range.
+        """
+        write_text(Path(path), recipe(self._by_depth(), sparsity=sparsity))
 
     def write_json(self, path: str | Path) -> None:
         """Write everything, for `read_json`."""
@@ -106,6 +170,7 @@ class Diagnosis(LayerTable):
             self.histograms,
             model=self.model,
             headline=self.headline(),
+            steps=self.steps(),
             facts={**self.facts, "settings": self.settings},
             left_out=self.left_out,
         )

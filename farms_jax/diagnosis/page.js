@@ -1,5 +1,5 @@
 "use strict";
-const table = document.querySelector("table");
+const table = document.querySelector(".layers table");
 const bodies = [...table.tBodies];
 const search = document.getElementById("find");
 const choice = document.getElementById("status");

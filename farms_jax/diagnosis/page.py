@@ -14,8 +14,10 @@ from farms_jax._figures import NAMED_TICKS
 from farms_jax._present import by_reason
 from farms_jax.diagnosis import figures
 from farms_jax.diagnosis.columns import BY_NAME, MISSING, Column, Row, number, text, with_interval
+from farms_jax.diagnosis.page_findings import findings
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import MEANINGS, SEVERITY, attention, counts, severity
+from farms_jax.diagnosis.steps import Step
 from farms_jax.diagnosis.svg import STYLE, inline_svg
 from farms_jax.errors import listed
 
@@ -35,14 +37,16 @@ def page(
     *,
     model: str,
     headline: str,
+    steps: Sequence[Step],
     facts: Mapping[str, Any],
     left_out: Sequence[tuple[str, str]],
 ) -> str:
     """Return the page as HTML; whatever names and reasons contain is text, never markup.
 
     `rows` are in network order, and `histograms` are by layer: one without a spectrum is shown without. The headline
-    says what needs attention and begins with the model's name; `facts`, in types of JSON, are where the weights come
-    from and how they were measured; `left_out` has the (name, reason) of the arrays that are not layers.
+    says what needs attention and begins with the model's name, `steps` what to do about it; `facts`, in types of JSON,
+    are where the weights come from and how they were measured; `left_out` has the (name, reason) of the arrays that are
+    not layers.
     """
     style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     with mpl.rc_context(STYLE):
@@ -62,6 +66,7 @@ def page(
 <p class="lead">{escape(headline.removeprefix(f"{model}: "))}.</p></header>
 <main>
 {_cards(rows)}
+{findings(rows, steps)}
 {charts}
 {table}
 {f'<section class="out"><h2>Left out</h2>{_definitions(unused)}</section>' if unused else ""}

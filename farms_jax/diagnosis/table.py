@@ -7,8 +7,10 @@ import dataclasses
 import io
 import sys
 import textwrap
+from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from farms_jax._extras import from_extra
 from farms_jax._present import common_prefix, data_frame, html_table, shorten, text_table
@@ -32,11 +34,67 @@ _DROPPED = (
 )
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
+    """A table, ready to be shown."""
+
     heads: dict[str, str]  # short name of each shown column: its meaning
     left: set[int]  # indices of the columns of text, which are set to the left
-    cells: list[tuple[str, ...]]  # row by row
-    notes: list[str]  # what the table leaves out
+    cells: Sequence[Sequence[str]]  # row by row
+    notes: Sequence[str] = ()  # what the table leaves out
+
+
+class Part(NamedTuple):
+    """A part of what is shown: a title, lines of text, lines of code, or a table."""
+
+    kind: Literal["title", "text", "step", "code", "table"]
+    lines: Sequence[str] = ()
+    table: Layout | None = None
+
+
+def show_parts(parts: Callable[[int | None], Sequence[Part]]) -> None:
+    """Print parts of a width: coloured and as wide as the terminal, plain and of any width into a file."""
+    if not sys.stdout.isatty():
+        sys.stdout.write(text_of(parts(None), None) + "\n")
+        return
+    with from_extra("diagnose"):
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    console = Console(highlight=False)
+    for part in parts(console.width):
+        if part.table:
+            table = Table(box=None, padding=(0, _GAP, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
+            for i, head in enumerate(part.table.heads):
+                table.add_column(head, justify="left" if i in part.table.left else "right", no_wrap=True)
+            for line in part.table.cells:
+                table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in line))
+            console.print(table)
+        style = {"title": "bold", "text": "dim", "code": "cyan"}.get(part.kind, "")
+        for line in part.lines:
+            console.print(line, style=style, markup=False, soft_wrap=part.kind == "code")
+
+
+def text_of(parts: Sequence[Part], width: int | None) -> str:
+    """Return parts as plain text; sentences are broken at `width`, code never is."""
+    found = []
+    for part in parts:
+        if part.table:
+            found.append(text_table(list(part.table.heads), part.table.cells, left=part.table.left))
+        broken = width is not None and part.kind != "code"
+        found += [
+            textwrap.fill(line, width or 0, subsequent_indent="     " if part.kind == "step" else "  ")
+            if broken
+            else line
+            for line in part.lines
+        ]
+    return "\n".join(found)
+
+
+def _html_of(part: Part) -> str:
+    if part.table:
+        return html_table(part.table.heads, part.table.cells, left=part.table.left)
+    tag = {"title": "b", "code": "code"}.get(part.kind, "span")
+    return "".join(f'<div style="opacity:.85"><{tag}>{escape(line)}</{tag}></div>' for line in part.lines)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -136,45 +194,26 @@ class LayerTable:
         """Write everything."""
         write_json(Path(path), plain({field.name: getattr(self, field.name) for field in dataclasses.fields(self)}))
 
+    def parts(self, width: int | None) -> list[Part]:
+        """Return what is shown, from top to bottom, with a table in `width` characters; `None` for any width."""
+        layout = self._layout(width)
+        below = Part("text", [*layout.notes, *self.closing()])
+        return [Part("title", [self.headline()]), Part("table", table=layout), below]
+
     def show(self) -> None:
-        """Print the table: coloured and as wide as the terminal, plain where the output goes to a file."""
-        if not sys.stdout.isatty():
-            sys.stdout.write(self._text(width=None) + "\n")
-            return
-        with from_extra("diagnose"):
-            from rich.console import Console
-            from rich.table import Table
-            from rich.text import Text
-        console = Console(highlight=False)
-        heads, left, cells, notes = self._layout(console.width)
-        table = Table(box=None, padding=(0, _GAP, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
-        for i, head in enumerate(heads):
-            table.add_column(head, justify="left" if i in left else "right", no_wrap=True)
-        for line in cells:
-            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in line))
-        console.print(self.headline(), style="bold", markup=False)
-        console.print(table)
-        for line in [*notes, *self.closing()]:
-            console.print(line, style="dim", markup=False)
+        """Print: coloured and as wide as the terminal, plain where the output goes to a file."""
+        show_parts(self.parts)
 
     def __str__(self) -> str:
-        """Return the headline, a table at most 120 characters wide, and the closing lines."""
-        return self._text(width=120)
+        """Return what `show` prints, at most 120 characters wide."""
+        return text_of(self.parts(120), 120)
 
     __repr__ = __str__
 
-    def _text(self, width: int | None) -> str:
-        heads, left, cells, notes = self._layout(width)
-        title, *below = self.headline(), *notes, *self.closing()
-        if width is not None:
-            title, *below = (textwrap.fill(line, width, subsequent_indent="  ") for line in (title, *below))
-        return "\n".join([title, text_table(list(heads), cells, left=left), *below])
-
     def _repr_html_(self) -> str:
-        heads, left, cells, notes = self._layout(None)
-        return html_table(heads, cells, [*notes, *self.closing()], title=self.headline(), left=left)
+        return "".join(map(_html_of, self.parts(None)))
 
-    def _layout(self, width: int | None) -> _Layout:
+    def _layout(self, width: int | None) -> Layout:
         """Return the columns that have a head, laid out in `width` characters; `None` for any width.
 
         A noise level that all layers share becomes a note, and so do ranks that are noise. Where the table is too wide,
@@ -207,4 +246,4 @@ class LayerTable:
             cells["layer"] = [shorten(name, max(8, width - sum(widths.values()))) for name in names]
         heads = {column.head: column.meaning for column in shown}
         left = {i for i, column in enumerate(shown) if not column.format}
-        return _Layout(heads, left, list(zip(*(cells[column.name] for column in shown), strict=True)), notes)
+        return Layout(heads, left, list(zip(*(cells[column.name] for column in shown), strict=True)), notes)

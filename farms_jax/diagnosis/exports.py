@@ -1,0 +1,167 @@
+"""What others take from a diagnosis: sparsities of blocks for llm-compressor, rates of layers for Torch and optax."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from farms_jax import mappings
+from farms_jax._default_axes import is_small
+from farms_jax._lr_scale import spread_factors
+from farms_jax._names import block_of, module_of, named_leaves, natural_key, weights_of_bias
+from farms_jax._sparsity import allocate_sparsity, impute_alphas
+from farms_jax.diagnosis.columns import Row, number
+from farms_jax.errors import InputError
+
+_RATES = "farms_jax rates 1"
+_NOT_PRUNED = {"embedding", "head", "stem", "router", "norm"}
+
+
+def prunable(rows: Sequence[Row]) -> list[Row]:
+    """Return the layers that llm-compressor prunes: linear modules of numbered blocks, under Torch's names.
+
+    Empty where there are fewer than two blocks.
+    """
+    found = [
+        row
+        for row in rows
+        if re.search(r"(^|[.])\d+[.]", row["layer"])
+        and not row["layer"].endswith("]")
+        and row.get("type") not in _NOT_PRUNED
+        and str(row.get("shape", "")).count("x") == 1
+    ]
+    return found if len({block_of(row["layer"]) for row in found}) > 1 else []
+
+
+def recipe(rows: Sequence[Row], *, sparsity: float, epsilon: float = 0.3) -> str:
+    """Return a recipe of llm-compressor that prunes each block by its mean alpha.
+
+    Args:
+        rows: rows of a diagnosis, in network order.
+        sparsity: fraction of the blocks' weights to remove, in (0, 1).
+        epsilon: half the range of sparsities, relative; 0.3 as in `farms prune`.
+
+    Returns:
+        The recipe, in YAML: llm-compressor takes a list of sparsities, one for each target.
+
+    Raises:
+        InputError: there are no blocks with names of Torch, or the sparsity is out of its range.
+    """
+    layers = prunable(rows)
+    if not layers:
+        raise InputError("--recipe: needs two numbered blocks of linear layers under Torch's names, as layers.0.fc1")
+    if not 0 < sparsity < 1:
+        raise InputError(f"--sparsity: must be above 0 and below 1, got {sparsity}")
+    alphas = impute_alphas(np.array([number(row, "alpha") or 0.0 for row in layers]))
+    scores = {row["layer"]: float(alpha) for row, alpha in zip(layers, alphas, strict=True)}
+    sizes = {row["layer"]: int(row["num_params"]) for row in layers}
+    found = allocate_sparsity(scores, sparsity=sparsity, epsilon=epsilon, block_of=block_of, num_params=sizes)
+    blocks = {block_of(layer): value for layer, value in found.items()}
+    # llm-compressor goes through modules as Torch does, by number, whatever the order of its targets.
+    ordered = sorted(blocks, key=natural_key)
+    said = f"{sparsity:.0%} of the weights of {len(ordered)} blocks, more where alpha is large"
+    targets = "\n".join(f'        - "re:(.*[.])?{block.replace(".", "[.]")}$"' for block in ordered)
+    values = "\n".join(f"        - {blocks[block]:.4f}" for block in ordered)
+    return f"""# {said}; for llmcompressor.oneshot(recipe="this file").
+pruning_stage:
+  pruning_modifiers:
+    WandaPruningModifier:
+      mask_structure: "0:0"
+      targets:
+{targets}
+      sparsity:
+{values}
+"""
+
+
+def rates(
+    rows: Sequence[Row], left_out: Sequence[tuple[str, str]] = (), *, low: float = 0.5, high: float = 1.5
+) -> dict[str, Any]:
+    """Return factors of the learning rate by layer, as TempBalance's: from `low`, of the smallest alpha, to `high`.
+
+    A layer without alpha has 1; a bias that was left out has the factor of its layer.
+    """
+    alphas = np.array([number(row, "alpha") or 0.0 for row in rows])
+    fitted = alphas > 0
+    factors = np.ones(len(rows))
+    if fitted.any() and np.ptp(alphas[fitted]) > 0:
+        factors[fitted] = np.asarray(mappings.linear(jnp.asarray(alphas[fitted]), low, high))
+    found = {row["layer"]: round(float(factor), 4) for row, factor in zip(rows, factors, strict=True)}
+    return {"format": _RATES, "low": low, "high": high, "factors": found | _of_biases(found, [n for n, _ in left_out])}
+
+
+def read_rates(path: str | Path, params: Any) -> Any:
+    """Return the factors of `farms analyze --rates FILE` as a tree like `params`, for updates to be multiplied by.
+
+    Args:
+        path: the file.
+        params: parameters of JAX, under the names that were measured.
+
+    Returns:
+        A tree of float32 factors, each in a shape that broadcasts to its leaf; 1 for what the file does not name.
+
+    Raises:
+        InputError: the file is something else, or names none of these parameters.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["format"] != _RATES:
+            raise InputError(f"format {content['format']!r}")
+        factors = {str(name): float(factor) for name, factor in content["factors"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: no rates; make some with `farms analyze MODEL --rates FILE`") from error
+    leaves = named_leaves(params)
+    stacks = _stacks(factors)
+    if not any(name in factors or name in stacks for name, _ in leaves):
+        raise InputError(f"{path}: names none of these parameters, but {next(iter(factors), 'nothing')}; measure them")
+    factors |= _of_biases(factors, [name for name, leaf in leaves if is_small(name, jnp.ndim(leaf))])
+    scales = [
+        _of_stack(name, stacks[name], leaf) if name in stacks else jnp.asarray(factors.get(name, 1.0), jnp.float32)
+        for name, leaf in leaves
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), scales)
+
+
+def _of_biases(factors: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Return the factors of small leaves, which have those of the weight in their module where there is one."""
+    modules: dict[str, list[str]] = {}
+    for name in factors:
+        modules.setdefault(module_of(name), []).append(name)
+    found = {}
+    for name in names:
+        if name in factors:
+            continue
+        own = [weight for weight in weights_of_bias(name) if weight in factors]
+        own = own or (modules.get(module_of(name), []) if module_of(name) else [])
+        if len(own) == 1:
+            found[name] = factors[own[0]]
+    return found
+
+
+def _stacks(factors: Mapping[str, float]) -> dict[str, dict[tuple[int, ...], float]]:
+    """Return the factors of leaves that hold stacks, by index."""
+    stacks: dict[str, dict[tuple[int, ...], float]] = {}
+    for name, factor in factors.items():
+        if match := re.fullmatch(r"(.*)\[([\d,]+)\]", name):
+            stacks.setdefault(match[1], {})[tuple(map(int, match[2].split(",")))] = factor
+    return stacks
+
+
+def _of_stack(name: str, factors: Mapping[tuple[int, ...], float], leaf: Any) -> jax.Array:
+    """Return the factors of a stack, along the axes of the leaf that are as long: the first such axes."""
+    shape = tuple(max(index[i] for index in factors) + 1 for i in range(len(next(iter(factors)))))
+    axes: list[int] = []
+    for size in shape:
+        fitting = [axis for axis, length in enumerate(jnp.shape(leaf)) if length == size and axis not in axes]
+        if not fitting:
+            raise InputError(f"rates: {name} has no axis of {size} layers, its shape is {jnp.shape(leaf)}")
+        axes.append(fitting[0])
+    values = np.ones(shape)
+    for index, factor in factors.items():
+        values[index] = factor
+    return spread_factors(jnp.asarray(values, jnp.float32), tuple(axes), leaf)

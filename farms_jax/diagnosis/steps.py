@@ -1,0 +1,136 @@
+"""What to do after a diagnosis: what stands out, what that usually means, and what to try, with the command for it."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from farms_jax._names import block_of
+from farms_jax.diagnosis.columns import Row, number
+from farms_jax.diagnosis.exports import prunable
+from farms_jax.diagnosis.status import GOOD
+from farms_jax.diagnosis.summary import by_type, grouped
+from farms_jax.errors import listed
+
+_MOST = 0.8  # share of the layers from which on a status is said of the model
+_HALF = 0.5  # share of a type's or a block's layers from which on it stands out
+_PATTERNS = 4  # layers that are named in a command
+
+# What a status usually means, and what to try.
+_ADVICE: dict[str, tuple[str, str]] = {
+    "degenerate": (
+        "dead units, a layer that is not used, a factorised or a strongly pruned one",
+        "if it is meant to be so, leave these layers out of what follows; if not, look at them first",
+    ),
+    "over-correlated": (
+        "a few directions carry the layer: often too large a rate, or too long on too little data",
+        "compare with an earlier checkpoint; train on with smaller rates or more weight decay for these layers",
+    ),
+    "undertrained": (
+        "training has moved these layers least: frozen, too small a rate, or with little to learn",
+        "to train on, give them larger rates; to prune, start with them; a frozen layer needs nothing",
+    ),
+    "spiked": (
+        "noise but for a few directions: early in training, a large mean, or a small fine-tuning",
+        "train longer before judging these layers by alpha",
+    ),
+    "flat": (
+        "their eigenvalues are more equal than noise: an orthogonal initialisation or constraint",
+        "nothing, where that is wanted; else train longer, as alpha says little of such layers",
+    ),
+}
+_UNTRAINED = (
+    "the model before training, or another's weights than you meant",
+    "check which checkpoint this is; if it is the one, train it longer",
+)
+
+
+class Step(NamedTuple):
+    """One step: what was found, what it usually means, what to try, and the commands or lines of Python that do it."""
+
+    found: str
+    means: str
+    attempt: str
+    code: tuple[str, ...] = ()
+
+
+def steps(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Step]:
+    """Return what to do, the most urgent first; `facts` has the path of the model and its format."""
+    path = "" if facts.get("format") in {None, "pytree"} or not facts.get("path") else shlex.quote(str(facts["path"]))
+    found = [_step(status, rows, path) for status in _ADVICE if any(row.get("status") == status for row in rows)]
+    alphas = [number(row, "alpha") for row in rows if number(row, "alpha") is not None]
+    if not found and any(row.get("status") == GOOD for row in rows):
+        found.append(
+            Step("No layer stands out", "all have heavier tails than noise, none too heavy", "nothing has to be done")
+        )
+    if len(alphas) > 1 and max(alphas) > min(alphas):
+        found.append(_balance(rows, min(alphas), max(alphas), path))
+    if prunable(rows):
+        found.append(_prune(rows, path))
+    return found
+
+
+def _step(status: str, rows: Sequence[Row], path: str) -> Step:
+    own = [row for row in rows if row.get("status") == status]
+    untrained = status == "undertrained" and len(own) >= _MOST * len(rows) and len(rows) > 1
+    means, attempt = _UNTRAINED if untrained else _ADVICE[status]
+    of_all = f"{len(own)} of {len(rows)} layers {'is' if len(own) == 1 else 'are'} {status}"
+    code: tuple[str, ...] = ()
+    if path and status == "degenerate" and len(own) <= _PATTERNS:
+        pattern = "|".join(re.escape(row["layer"]) for row in own)
+        code = (f"farms analyze {path} --exclude {shlex.quote(pattern)}",)
+    elif path and status == "over-correlated":
+        code = (f"farms compare EARLIER {path}",)
+    return Step(of_all + ("" if untrained else _where(status, rows)), means, attempt, code)
+
+
+def _where(status: str, rows: Sequence[Row]) -> str:
+    """Return which types and blocks have most of a status, or the one layer; empty where none stands out."""
+    own = [row["layer"] for row in rows if row.get("status") == status]
+    if len(own) == 1:
+        return f": {own[0]}"
+    types = [(sum(row.get("status") == status for row in group.rows), group) for group in by_type(rows)]
+    types = [(count, group) for count, group in types if count]
+    shown = [f"{count} of {len(group.rows)} {group.name}" for count, group in sorted(types, key=lambda pair: -pair[0])]
+    blocks = [
+        group.name
+        for group in grouped(rows, lambda row: block_of(row["layer"]))
+        if len(group.rows) > 1 and sum(row.get("status") == status for row in group.rows) >= _HALF * len(group.rows)
+    ]
+    where = f": {listed(shown, 4, ', ')}" if shown else ""
+    return where + (f"; half or more of {listed(blocks, 3, ', ')}" if blocks and len(blocks) <= len(own) / 2 else "")
+
+
+def _balance(rows: Sequence[Row], low: float, high: float, path: str) -> Step:
+    groups = [group for group in by_type(rows) if group.alphas]
+    means = sorted((sum(group.alphas) / len(group.alphas), group.name) for group in groups)
+    spread = f"alpha goes from {low:.2f} to {high:.2f}"
+    if len(means) > 1:
+        spread += f"; by type from {means[0][0]:.2f} ({means[0][1]}) to {means[-1][0]:.2f} ({means[-1][1]})"
+    write = f"farms analyze {path} --rates rates.json" if path else 'diagnosis.write_rates("rates.json")'
+    if any("." in row["layer"] for row in rows):
+        use = (
+            'rates = json.load(open("rates.json"))["factors"]',
+            'groups = [{"params": [p], "lr": 1e-4 * rates.get(n, 1.0)} for n, p in model.named_parameters()]',
+            "optimizer = torch.optim.AdamW(groups)",
+        )
+    else:
+        use = (
+            'scale = farms_jax.diagnosis.read_rates("rates.json", params)',
+            "by_layer = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scale))",
+            "optimizer = optax.chain(optax.adamw(1e-3), by_layer)",
+        )
+    attempt = "if you train on, balance the layers: larger rates where alpha is large (TempBalance), or decay"
+    return Step(spread, "layers differ in how far they are trained", attempt, (write, *use))
+
+
+def _prune(rows: Sequence[Row], path: str) -> Step:
+    blocks = len({block_of(row["layer"]) for row in prunable(rows)})
+    write = f"farms analyze {path} --sparsity 0.5 --recipe recipe.yaml"
+    code = [write if path else 'diagnosis.write_recipe("recipe.yaml", sparsity=0.5)']
+    if path and all(row["layer"].startswith("model.") for row in prunable(rows)):
+        code.append(f"farms prune --model {path} --sparsity 0.5")
+    attempt = "if you prune, remove more where alpha is large: a recipe for llm-compressor, or farms prune"
+    return Step(
+        f"{blocks} blocks have alphas of their own", "some can lose more weights than others", attempt, tuple(code)
+    )
