@@ -86,9 +86,9 @@ def page(html):
 def test_text_fits_and_says_what_needs_attention_first(sample, capsys):
     text = str(sample)
     assert repr(sample) == text
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(len(line) for line in text.splitlines() if not line.startswith("     ")) <= 120  # but code
     assert "1 degenerate, 1 over-correlated, 2 undertrained, 12 well trained" in text
-    assert text.index("look first at") < text.index("self_attn.k_proj")
+    assert "look first at" in " ".join(text.splitlines()[-2:])  # it stays on the screen
     assert f"{sample.layers[1]['alpha']:.2f} ±0.04" in text
     assert f"alpha of noise: {NOISE:.3f}" in text
     assert "all names begin with model.layers." in text
@@ -107,7 +107,7 @@ def test_table_is_as_wide_as_the_terminal(sample, width, monkeypatch):
     monkeypatch.setattr("sys.stdout", out := Terminal())
     sample.show()
     lines = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()).splitlines()
-    assert max(map(len, lines)) <= width
+    assert max(len(line) for line in lines if not line.startswith("     ")) <= width
     table = lines[next(i for i, line in enumerate(lines) if line.startswith("layer ")) + 1 :]
     assert [line.split()[1] for line in table[: len(sample)]] == [row["status"].split()[0] for row in sample.layers]
     assert "\x1b[" in out.getvalue()

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 
@@ -91,7 +91,6 @@ class Measuring:
 
 
 _Model = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-_Models = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL...")]
 _Folder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_DIR")]
 _Flag = tyro.conf.FlagCreatePairsOff[bool]
 
@@ -103,7 +102,7 @@ class Analyze(Measuring):
     Several models are measured alike, and ranked in one table.
     """
 
-    models: _Models
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL ...")]
     """A Hugging Face folder, a .safetensors, .gguf, .npz or .msgpack file, a .pt, .pth, .bin or .ckpt of torch.save
     (with the extra torch), an Orbax checkpoint, or a run directory."""
     html: Path | None = None
@@ -146,7 +145,8 @@ class Analyze(Measuring):
                 _explain(source, *layers_of(source, self.settings(), self.include, self.exclude))
         if self.explain:
             return
-        with open_weights(self.models[0], axes=options["axes"]) as source:
+        (model,) = cast("tuple[str, ...]", self.models)
+        with open_weights(model, axes=options["axes"]) as source:
             diagnosis = diagnose(source, **options)
         if sort is not None:
             diagnosis = diagnosis.sort(sort.name, descending=bool(sort.format) and not self.ascending)

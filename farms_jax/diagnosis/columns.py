@@ -29,8 +29,6 @@ class Column(NamedTuple):
 _GROUPS: dict[str, tuple[Column, ...]] = {
     "layer": (
         Column("layer", "full path of the weight", "", "layer"),
-        Column("type", "kind of module, from its name: q, k, v, o, gate, up, down, conv, head", ""),
-        Column("place", "place in the network, 1 the first", "d"),
         Column("status", "what the layer is, in a word: see what the statuses mean", "", "status"),
         Column("reason", "why, in plain words", ""),
         Column("shape", "shape of the stored array", "", "shape"),
@@ -41,6 +39,8 @@ _GROUPS: dict[str, tuple[Column, ...]] = {
         Column("structure", "what the weights are exactly, where they are special: constant, orthogonal, pruned", ""),
         Column("zeros", "share of the weights that are zero, in [0, 1]", ".3f"),
         Column("dead", "largest share of rows, columns or kernel positions that are zero, in [0, 1]", ".3f"),
+        Column("type", "kind of module, from its name: q, k, v, o, gate, up, down, conv, head", ""),
+        Column("place", "place in the network, 1 the first", "d"),
     ),
     "FARMS windows": (
         Column("alpha", "exponent of the tail over windows of one aspect ratio; smaller is heavier", ".3f", "alpha"),

@@ -18,7 +18,7 @@ from farms_jax.diagnosis.modules import network_order
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import MEANINGS, attention, counts
 from farms_jax.diagnosis.steps import Step, steps
-from farms_jax.diagnosis.summary import HEADS, LEFT, by_type, of_model
+from farms_jax.diagnosis.summary import HEADS, LEFT, by_type, of_model, telling_types
 from farms_jax.diagnosis.table import LayerTable, Layout, Part, show_parts
 from farms_jax.errors import InputError
 from farms_jax.programs.files import write_json, write_text
@@ -90,14 +90,14 @@ class Diagnosis(LayerTable):
 
     def parts(self, width: int | None, table: bool | None = None) -> list[Part]:
         """Return the table of layers if it is asked for or short, then notes, types, steps, and last the headline."""
-        layout, types = self._layout(width), by_type(self._by_depth())
+        layout, types = self._layout(width), telling_types(self._by_depth())
         parts = [Part("table", table=layout), Part("text", layout.notes)]
         if not (len(self) <= _SHORT if table is None else table):
             parts = [
                 Part("text", [f"table of the {len(self)} layers: show(table=True) in Python, --table, --html, --csv"])
             ]
         parts.append(Part("text", self.closing()))
-        if len(types) > 1:
+        if types:
             cells = [group.cells() for group in types]
             parts.append(Part("table", table=Layout(HEADS, LEFT, cells)))
         for i, step in enumerate(self.steps(), start=1):

@@ -5,13 +5,13 @@ from html import escape
 
 from farms_jax.diagnosis.columns import Row
 from farms_jax.diagnosis.steps import Step
-from farms_jax.diagnosis.summary import HEADS, by_type
+from farms_jax.diagnosis.summary import HEADS, telling_types
 
 
 def findings(rows: Sequence[Row], steps: Sequence[Step]) -> str:
     """Return the sections as HTML; empty ones are left out."""
-    groups = by_type(rows)
-    types = _table(HEADS, (group.cells() for group in groups)) if len(groups) > 1 else ""
+    groups = telling_types(rows)
+    types = _table(HEADS, (group.cells() for group in groups)) if groups else ""
     sections = [
         _section("What to do now", f'<ol class="steps">{"".join(map(_step, steps))}</ol>' if steps else ""),
         _section("By type", types),

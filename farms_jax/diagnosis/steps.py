@@ -9,7 +9,7 @@ from farms_jax._names import block_of
 from farms_jax.diagnosis.columns import Row, number
 from farms_jax.diagnosis.exports import prunable
 from farms_jax.diagnosis.status import GOOD
-from farms_jax.diagnosis.summary import by_type, grouped
+from farms_jax.diagnosis.summary import grouped, telling_types
 from farms_jax.errors import listed
 
 _MOST = 0.8  # share of the layers from which on a status is said of the model
@@ -58,10 +58,10 @@ def steps(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Step]:
     """Return what to do, the most urgent first; `facts` has the path of the model and its format."""
     path = "" if facts.get("format") in {None, "pytree"} or not facts.get("path") else shlex.quote(str(facts["path"]))
     found = [_step(status, rows, path) for status in _ADVICE if any(row.get("status") == status for row in rows)]
-    alphas = [number(row, "alpha") for row in rows if number(row, "alpha") is not None]
+    alphas = [alpha for row in rows if (alpha := number(row, "alpha")) is not None]
     if not found and any(row.get("status") == GOOD for row in rows):
         found.append(
-            Step("No layer stands out", "all have heavier tails than noise, none too heavy", "nothing has to be done")
+            Step("no layer stands out", "all have heavier tails than noise, none too heavy", "nothing has to be done")
         )
     if len(alphas) > 1 and max(alphas) > min(alphas):
         found.append(_balance(rows, min(alphas), max(alphas), path))
@@ -89,7 +89,7 @@ def _where(status: str, rows: Sequence[Row]) -> str:
     own = [row["layer"] for row in rows if row.get("status") == status]
     if len(own) == 1:
         return f": {own[0]}"
-    types = [(sum(row.get("status") == status for row in group.rows), group) for group in by_type(rows)]
+    types = [(sum(row.get("status") == status for row in group.rows), group) for group in telling_types(rows)]
     types = [(count, group) for count, group in types if count]
     shown = [f"{count} of {len(group.rows)} {group.name}" for count, group in sorted(types, key=lambda pair: -pair[0])]
     blocks = [
@@ -102,7 +102,7 @@ def _where(status: str, rows: Sequence[Row]) -> str:
 
 
 def _balance(rows: Sequence[Row], low: float, high: float, path: str) -> Step:
-    groups = [group for group in by_type(rows) if group.alphas]
+    groups = [group for group in telling_types(rows) if group.alphas]
     means = sorted((sum(group.alphas) / len(group.alphas), group.name) for group in groups)
     spread = f"alpha goes from {low:.2f} to {high:.2f}"
     if len(means) > 1:

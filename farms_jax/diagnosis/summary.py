@@ -64,6 +64,12 @@ def by_type(rows: Iterable[Row]) -> list[Group]:
     return grouped([row for row in rows if row.get("type")], lambda row: row["type"])
 
 
+def telling_types(rows: Iterable[Row]) -> list[Group]:
+    """Return the layers by type where that sums anything up: several types, one of several layers; else nothing."""
+    groups = by_type(rows)
+    return groups if len(groups) > 1 and any(len(group.rows) > 1 for group in groups) else []
+
+
 def of_model(rows: Sequence[Row]) -> dict[str, Any]:
     """Return one number for each of a model's measures: means over its layers, and shares of them.
 
