@@ -60,7 +60,7 @@ def test_a_table_and_three_files(farms, model, tmp_path):
     assert "1 layer" in told
     assert all(f"written to {path}" in told for path in outputs.values())
     assert Diagnosis.read_json(outputs["json"]).names == ("dense/kernel",)
-    assert outputs["csv"].read_text().startswith("layer,type,place,status,reason,shape")
+    assert outputs["csv"].read_text().startswith("layer,status,reason,shape")
     assert "dense/kernel" in outputs["html"].read_text()
 
 
