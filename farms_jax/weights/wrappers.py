@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 # torch.compile, FSDP, activation checkpointing, Lightning Fabric: no module of a model is called so.
 _WRAPPERS = re.compile(r"(?<![^./])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)[./]")
-_PARALLEL = "module."  # what DDP puts before all names; a module of a model may be called so too
+_PARALLEL = "module"  # what DDP has around a model; a part of a model may be called so too
 
 
 def unwrapped(name: str) -> str:
@@ -42,16 +42,25 @@ def paired(first: Iterable[str], second: Iterable[str]) -> dict[str, tuple[str, 
                 rest = name.removeprefix(prefix)
                 if name.startswith(prefix) and rest in (b, a)[side] and rest not in same:
                     same |= {name: rest} if side == 0 else {rest: name}
-    return {min(name, same[name], key=len): (a[name], b[same[name]]) for name in a if name in same}
+    pairs = {name: (a[name], b[same[name]]) for name in a if name in same}
+    return {x if x == y else min(name, same[name], key=len): (x, y) for name, (x, y) in pairs.items()}
 
 
 def _without_wrappers(names: Iterable[str]) -> dict[str, str]:
-    """Return name without wrappers -> name, the first where several become equal."""
+    """Return name without wrappers -> name, the first where several become equal.
+
+    >>> list(_without_wrappers(["net.module.up.weight", "net.module.down.weight", "head.weight"]))
+    ['net.up.weight', 'net.down.weight', 'head.weight']
+    """
+    paths = {name: tuple(unwrapped(name).split(".")) for name in names}
+    inside: dict[tuple[str, ...], set[str]] = {}
+    for path in paths.values():
+        for end, part in enumerate(path):
+            inside.setdefault(path[:end], set()).add(part)
     found: dict[str, str] = {}
-    for name in names:
-        found.setdefault(unwrapped(name), name)
-    while found and all(name.startswith(_PARALLEL) for name in found):
-        found = {name.removeprefix(_PARALLEL): full for name, full in found.items()}
+    for name, path in paths.items():
+        kept = [part for end, part in enumerate(path[:-1]) if part != _PARALLEL or len(inside[path[:end]]) > 1]
+        found.setdefault(".".join([*kept, path[-1]]), name)
     return found
 
 
