@@ -36,7 +36,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def measured():
-    return measure(WEIGHTS, TORCH_AXES, Settings(resamples=20))
+    return measure(WEIGHTS, TORCH_AXES, Settings(resamples=20, alternatives=True, bootstrap=4))
 
 
 @pytest.mark.parametrize("kind", few(SETTINGS, 4))
@@ -123,7 +123,8 @@ def test_layers_of_zeros_or_few_eigenvalues():
 
 def test_a_layer_does_not_depend_on_the_others_and_weights_stay(measured):
     together, weights = measured["heavy"], {"heavy": WEIGHTS["heavy"].copy()}
-    alone = measure(weights, TORCH_AXES, Settings(resamples=20, max_batch_bytes=1))["heavy"]
+    settings = Settings(resamples=20, max_batch_bytes=1, alternatives=True, bootstrap=4)
+    alone = measure(weights, TORCH_AXES, settings)["heavy"]
     np.testing.assert_array_equal(weights["heavy"], WEIGHTS["heavy"])
     assert (alone.row.pop("shape"), alone.row.pop("structure")) == ("50x30", together.row["structure"])
     assert alone.row == pytest.approx({name: together.row[name] for name in alone.row}, rel=1e-4)

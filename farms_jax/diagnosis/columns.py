@@ -103,6 +103,25 @@ _GROUPS: dict[str, tuple[Column, ...]] = {
         Column("ww_detx_val", "smallest of these eigenvalues", ".4g", "", "detX_val"),
         Column("ww_erg_gap", "ww_num_erg_spikes - ww_num_tail; 0 in an ideal layer", "+d", "", "ERG_gap"),
     ),
+    "other tails": (
+        Column(
+            "gof_p", "share of power-law samples that fit worse than the spectrum; below 0.1 it is no power law", ".2f"
+        ),
+        Column(
+            "ww_clipped_alpha", "ww_alpha without fingers, the few largest eigenvalues that raise it by over 1", ".3f"
+        ),
+        Column("ww_num_fingers", "how many those are; WeightWatcher's raw_alpha is ww_alpha", "d", "", "num_fingers"),
+        Column("tpl_alpha", "exponent of a power law with an exponential cutoff, in [0, 3]", ".3f"),
+        Column("tpl_lambda", "rate of that cutoff, in 1 / eigenvalue", ".3g", "", "Lambda"),
+        Column("tpl_ks_distance", "KS distance of that fit, in [0, 1]", ".3f"),
+        Column("tpl_xmin", "eigenvalue where that tail starts", ".4g"),
+        Column("exponential_ratio", "log-likelihood of WeightWatcher's power law less that of an exponential", "+.3g"),
+        Column("exponential_p", "how likely such a ratio is if both fit the tail as well", ".3f"),
+        Column("truncated_ratio", "the same against a power law with a cutoff", "+.3g"),
+        Column("truncated_p", "how likely such a ratio is without a cutoff", ".3f"),
+        Column("lognormal_ratio", "the same against a lognormal law", "+.3g"),
+        Column("lognormal_p", "how likely such a ratio is if both fit the tail as well", ".3f"),
+    ),
     "against noise": (
         Column("mp_sigma", "deviation of an entry that fits the bulk to the Marchenko-Pastur law", ".3g"),
         Column("mp_min", "lower edge of that bulk", ".4g"),

@@ -14,6 +14,7 @@ from farms_jax._axes import Axes, LeafAxes, as_matrices
 from farms_jax._scaling import in_range
 from farms_jax._tail import highest_alpha, without_flat
 from farms_jax._windows import Grid, make_grid
+from farms_jax.diagnosis.alternatives import tail_measures
 from farms_jax.diagnosis.noise import grid_level, heavy_alpha, noise_band
 from farms_jax.diagnosis.resampling import deviations, interval, interval_grid
 from farms_jax.diagnosis.settings import Settings
@@ -32,7 +33,7 @@ from farms_jax.solvers.dispatch import Solver, window_eigenvalues
 
 _RESOLVED = 1e-10  # of the largest eigenvalue: below it Gram matrices in float64 lose a singular value's sixth digit
 _FIRST_WINDOWS = 16  # of an adaptive measure; each round after that doubles them
-_SHUFFLE, _RESAMPLE, _ORDER, _NOISE = range(4)  # uses of random numbers, each with a stream of its own
+_SHUFFLE, _RESAMPLE, _ORDER, _NOISE, _BOOTSTRAP = range(5)  # uses of random numbers, each with a stream of its own
 
 
 class Measured(NamedTuple):
@@ -218,6 +219,9 @@ def _measured(
             row |= bulk_measures(np.resize(exact.across, min(shape)) * scale, shape, shape)
         if row["mp_sigma"]:
             row["mp_sigma"] /= scale**0.5  # of the weight's own entries
+        if settings.alternatives or settings.bootstrap:
+            rng, samples = layer.generator(settings, _BOOTSTRAP), settings.bootstrap
+            row |= tail_measures(whole, alternatives=settings.alternatives, samples=samples, rng=rng)
         if shuffled is not None:
             row |= shuffled_measures(whole, shuffled * scale, *layer.stack.shape[1:])
     return Measured(row, scatter, histogram(windows.ravel(), whole))
