@@ -88,7 +88,7 @@ def _unwrapped(model: Any) -> Any:
 def _tree_of(model: Any) -> Any:
     """Return the arrays of a module that is no tree of JAX itself; a tree as it is."""
     if (nnx := sys.modules.get("flax.nnx")) and isinstance(model, nnx.Module):
-        return nnx.state(model)
+        return nnx.state(model, nnx.Not(nnx.RngState))
     if (linen := sys.modules.get("flax.linen")) and isinstance(model, linen.Module):
         if model.scope is None:
             raise InputError(

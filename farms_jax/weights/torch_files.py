@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from farms_jax.errors import InputError
 from farms_jax.weights.folders import check_numbers, read_weight_map
+from farms_jax.weights.reading import DOWNLOAD_AGAIN
 from farms_jax.weights.torch_file import is_torch_file
 
 _NAMES = re.compile(r".*\.(pt|pth|ckpt|bin)(\.tar)?")
@@ -48,7 +50,10 @@ def model_in(folder: Path, filenames: Iterable[str]) -> list[str]:
         return files
     indices = [name for name in filenames if name.endswith(_INDEX)]
     if len(indices) == 1:
-        return sorted(set(read_weight_map(folder / indices[0]).values()))
+        named = sorted(set(read_weight_map(folder / indices[0]).values()))
+        if missing := [name for name in named if not (folder / name).is_file()]:
+            raise InputError(f"{folder / missing[0]}: this shard is missing, {indices[0]} names it; {DOWNLOAD_AGAIN}")
+        return named
     if not all(map(is_shard, files)):
         return []
     check_numbers(folder, files)

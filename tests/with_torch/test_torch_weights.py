@@ -176,8 +176,11 @@ def test_shards_and_a_trainer_folder(tmp_path):
             assert source.name == tmp_path.name
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert open_weights(tmp_path).path == tmp_path / "pytorch_model.bin"
-    for filename in (*files[:1], "pytorch_model.bin", "pytorch_model.bin.index.json"):
+    for filename in (*files[:1], "pytorch_model.bin"):
         (tmp_path / filename).unlink()
+    with pytest.raises(InputError, match=r"-00001-of-00002.bin: this shard is missing, .*index.json names"):
+        open_weights(tmp_path)
+    (tmp_path / "pytorch_model.bin.index.json").unlink()
     with pytest.raises(InputError, match=r"pytorch_model-00001-of-00002.bin: this shard is missing"):
         open_weights(tmp_path)
 
