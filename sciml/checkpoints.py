@@ -1,6 +1,5 @@
 """DPOT's checkpoints: read without running code, checked tensor by tensor, under Torch's names and layouts on disk."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -15,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from farms_jax import named_leaves
-from farms_jax._extras import from_extra
 from farms_jax.errors import InputError, listed, one_line, printable
 from farms_jax.programs.files import atomic
 from farms_jax.weights.conversion import Shape, mismatches
 from farms_jax.weights.reading import check_name
 from farms_jax.weights.safetensors_file import read_layout
 from farms_jax.weights.safetensors_source import SafetensorsSource
+from farms_jax.weights.torch_file import load as load_torch
 
 from .conversion import COMPONENTS, TABLE, component_of
 from .model import NAMED, ModelConfig, Params, make_network
@@ -34,7 +33,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     A "module." before every name is dropped.
 
     Raises:
-        InputError: the file is missing, of another kind, damaged, with code in it, or with values that are not finite.
+        InputError: the file is missing, of another kind, damaged, or with values that are not finite.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a .safetensors or .pth checkpoint")
@@ -55,19 +54,9 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    with from_extra("torch", f"{path}: a .pth file"):
-        import torch
-    try:
-        # The reference stores its command line beside the weights: a plain record, with no code of its own.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of any kind: it depends on where the file is damaged
-        if type(error).__name__ == "UnpicklingError":
-            raise InputError(
-                f"{path}: holds more than tensors, such as code, which is never run, or is damaged; get a checkpoint "
-                "with the weights alone"
-            ) from error
-        raise InputError(f"{path}: damaged, or no Torch file ({one_line(error)}); download it again") from error
+    content = load_torch(path)
+    import torch
+
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f'{path}: holds no state dict, by itself or under "model"; give a checkpoint of DPOT')

@@ -1,6 +1,6 @@
 """Convert a DPOT checkpoint of Torch to safetensors: `python -m sciml.convert model_Ti.pth [OUT.safetensors]`.
 
-Only tensors are read: a file with code in it is refused. Torch is needed: `pip install "farms-jax[torch]"`.
+Only tensors are read, and code in a file is never run. Torch is needed: `pip install "farms-jax[torch]"`.
 """
 
 from farms_jax.programs.commands import launch

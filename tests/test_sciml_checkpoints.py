@@ -230,7 +230,7 @@ def test_without_torch_the_message_says_what_to_install(tmp_path, monkeypatch, c
         convert.main()
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert 'a .pth file needs torch; pip install "farms-jax[torch]"' in error
+    assert 'm.pth: saved by torch, which is not installed: pip install "farms-jax[torch]"' in error
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["m.pth"]
 

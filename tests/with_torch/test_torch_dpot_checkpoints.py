@@ -63,8 +63,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, legacy):
     content = {"model": tensors(), "args": Payload(victim)}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     assert zipfile.is_zipfile(path) != legacy
-    with pytest.raises(InputError, match=r"m\.pth: holds more than tensors, such as code, which is never run"):
-        read(path)
+    assert read(path).keys() == state_of(NAME).keys()
     assert not victim.exists()
     # The payload works where nobody looks.
     pickle.loads(pickle.dumps(Payload(victim))).close()
