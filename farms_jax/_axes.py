@@ -92,6 +92,10 @@ TORCH_AXES = Axes(rows=0, cols=1)
 """(outputs, inputs, ...): Torch checkpoints, Equinox."""
 
 
+MLX_AXES = Axes(rows=0, cols=-1)
+"""(outputs, ..., inputs): MLX."""
+
+
 def as_matrices(weight: Any, axes: LeafAxes) -> Any:
     """Return the matrices of a leaf, a numpy or jax array: shape (L, K, R, C), same dtype."""
     order = *axes.stack, *axes.positions(weight.ndim), *axes.outputs, *axes.inputs

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from farms_jax._axes import Axes
 
 _SMALL = re.compile(
-    r"(.*_)?bias(es)?(_.*)?|b(_?\d+)?|(.*_)?(scale|offset|beta|gamma)s?(_?\d+|_[a-z])?|A_log"  # A_log: of Mamba
+    r"(.*_)?bias(es)?(_.*)?|b(_?\d+|_?[a-zA-Z]|_(in|out|up|down|gate))?|"
+    r"(.*_)?(scale|offset|beta|gamma)s?(_?\d+|_[a-z])?|A_log"  # A_log: of Mamba
 )
 _NORM = re.compile(
     r"(?i)(.*[/.])?(\w*norm(_?\d+|_[a-z])?|(\w*_)?(ln(_\w+)?|bn)\d*)([/.](weight|w|kernel|scale|g)|_weight|_w)?"
@@ -16,7 +17,7 @@ _TABLE = r"([/.](embeddings?|weight|w|table))?"
 _POSITIONS = re.compile(
     r"(.*[/._])?(wpe|pos(ition|itional)?_?(emb\w*|enc\w*|table)|embed_positions?|relative_attention_bias|"
     rf"rel(ative)?_?(pos(ition)?_?)?(emb\w*|table)){_TABLE}|"
-    rf"(.*[/.])?((abs_|rel_)?pos(_[hw])?|positions?){_TABLE}|(.*[/.])?pe"
+    rf"(.*[/.])?((abs_|rel_)?pos(_[hw])?|positions?|W_pos){_TABLE}|(.*[/.])?pe"
 )
 _LORA = re.compile(r"((?:.*[/.])?(?:\w*lora_|lora[/.]))([ab])", re.IGNORECASE)
 _LONGEST_POSITIONS = 32  # patches of vision transformers are up to 32 pixels wide; embeddings and stacks are longer
@@ -41,7 +42,7 @@ class LeftOut(NamedTuple):
 
 def is_small(name: str, ndim: int) -> bool:
     """Tell whether a leaf is a bias, the scale of a norm or the like, which is never a layer but follows one."""
-    return ndim < 2 or _SMALL.fullmatch(re.split(r"[/.]", name)[-1]) is not None
+    return ndim < 2 or _SMALL.fullmatch(re.split(r"[/.]", name)[-1].removesuffix(":0")) is not None
 
 
 def default_spelling(name: str, shapes: Shapes, default: Axes) -> str | Axes | LeftOut:

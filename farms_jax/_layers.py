@@ -142,8 +142,9 @@ def axes_of_leaves(leaves: Sequence[tuple[str, Any]], axes: Any, stack: Any, par
     """Return what is known of the axes of every leaf, by name; the arguments are those of `select_layers`."""
     default, declared = declared_axes(leaves, params, axes, stack)
     whole = {name: tuple(getattr(leaf, "shape", ())) for name, leaf in leaves}
+    # TensorFlow's names end so.
     shapes = {
-        name: tuple(size for axis, size in enumerate(shape) if axis not in declared[name].stack)
+        name.removesuffix(":0"): tuple(size for axis, size in enumerate(shape) if axis not in declared[name].stack)
         for name, shape in whole.items()
     }
     known = {}
@@ -154,7 +155,7 @@ def axes_of_leaves(leaves: Sequence[tuple[str, Any]], axes: Any, stack: Any, par
         elif not own.is_matrix:
             found = LeftOut("declared as no matrix")
         else:
-            found = own.axes or default_spelling(name, shapes, default)
+            found = own.axes or default_spelling(name.removesuffix(":0"), shapes, default)
             if isinstance(found, str | Axes):
                 found = axes_spelt(name, found, whole[name], own.stack)
         known[name] = Known(found, own.stack, tuple(whole[name][axis] for axis in own.stack))

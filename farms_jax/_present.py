@@ -54,6 +54,18 @@ def text_table(heads: Sequence[str], cells: Iterable[Sequence[str]], *, left: Co
     )
 
 
+def short_count(count: int) -> str:
+    """Return a number of parameters in a few characters.
+
+    >>> short_count(134_515_008), short_count(16_384)
+    ('135 million', '16,384')
+    """
+    for word, size in (("billion", 1e9), ("million", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {word}"
+    return f"{count:,}"
+
+
 def by_reason(left_out: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     """Group (name, reason) of the arrays that are not layers: `{reason: [name, ...]}`."""
     reasons: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""What the axes of Torch's checkpoints count, and of GGUF's: by names and shapes, with experts in one tensor."""
+"""What the axes of Torch's, GGUF's and MLX's checkpoints count: by names and shapes, with experts in one tensor."""
 
 import dataclasses
 import re
@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 
-from farms_jax._axes import TORCH_AXES
+from farms_jax._axes import MLX_AXES, TORCH_AXES, Axes
 from farms_jax._axis_rules import AxisRules
 from farms_jax._default_axes import is_positions
 from farms_jax._names import name_of
 
-_EXPERTS = re.compile(r"(.*[/.])?(experts[/.].*|(input|output)_linear\.weight|ffn_\w+_exps\.weight)")
+_EXPERTS = re.compile(
+    r"(.*[/.])?(experts[/.].*|switch_(mlp|glu)[/.].*|(input|output)_linear\.weight|ffn_\w+_exps\.weight)"
+)
 _CONVOLUTION = re.compile(r"(.*[/.])?([^/.]*conv[^/.]*|patch_embed[^/.]*[/.]proj)[/.]weight")
 # The state transitions of Mamba, its depthwise convolution in GGUF, and biases of attention by distance.
 _NO_MATRIX = re.compile(r"(.*[/.])?(A_log|ssm_a|ssm_conv1d[/.]weight|(relative_attention_bias|attn_rel_b)[/.]weight)")
@@ -42,6 +44,22 @@ def torch(params: Any) -> AxisRules:
     Args:
         params: arrays by name, or anything with their shapes.
     """
+    return _outputs_first(params, TORCH_AXES, last="K")
+
+
+def mlx(params: Any) -> AxisRules:
+    """Return the axes of MLX's checkpoints: (outputs, ..., inputs), experts in one tensor as a stack.
+
+    A function of the parameters: give it as it is, `axes=farms_jax.axis_rules.mlx`.
+
+    Args:
+        params: arrays by name, or anything with their shapes.
+    """
+    return _outputs_first(params, MLX_AXES, last="I")
+
+
+def _outputs_first(params: Any, default: Axes, last: str) -> AxisRules:
+    """Return the axes of weights whose outputs come first, by what their last axis counts: inputs, or positions."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: hasattr(node, "shape"))
     shapes: dict[str, tuple[int, ...]] = {name_of(path): tuple(getattr(leaf, "shape", ())) for path, leaf in leaves}
     spellings: dict[str, str | None] = {}
@@ -56,8 +74,10 @@ def torch(params: Any) -> AxisRules:
             stack[pattern] = 0
         elif len(shape) in {3, 5} and _CONVOLUTION.fullmatch(name):
             # A depthwise convolution mixes no channels.
-            spellings[pattern] = None if shape[1] == 1 else "OI" + "K" * (len(shape) - 2)
-    return AxisRules(spellings, stack, default=TORCH_AXES)
+            inputs, positions = (shape[-1], shape[1:-1]) if last == "I" else (shape[1], shape[2:])
+            spelling = "O" + "K" * len(positions) + "I" if last == "I" else "OI" + "K" * len(positions)
+            spellings[pattern] = None if inputs == 1 else spelling
+    return AxisRules(spellings, stack, default=default)
 
 
 def of_classes(rules: AxisRules, classes: Mapping[str, Sequence[str]], params: Mapping[str, Any]) -> AxisRules:

@@ -20,7 +20,7 @@ from farms_jax._axes import FLAX_AXES, TORCH_AXES
 from farms_jax._axis_rules import AxisRules
 from farms_jax._default_axes import is_small
 from farms_jax._names import is_box, name_of
-from farms_jax._torch_axes import torch as torch
+from farms_jax._torch_axes import mlx as mlx, torch as torch
 from farms_jax.errors import InputError, one_line, short_repr
 
 # Dense layers with several axes on one side: query, key and value give heads, `out` takes them. In some models heads
@@ -226,6 +226,7 @@ def read_rules(path: Path) -> AxisRules:
 NAMED: dict[str, AxisRules | Callable[[Any], AxisRules]] = {
     "flax": AxisRules(),
     "torch": torch,
+    "mlx": mlx,
     "maxtext": maxtext(),
     "maxtext-scan-0": maxtext(scan_axis=0),
     "tunix": tunix(),

@@ -27,7 +27,11 @@ class MissingPackageError(InputError):
         self.what = what
 
 
-class LeftOutWarning(UserWarning):
+class AxesWarning(UserWarning):
+    """What the axes of a network's weights count was told from their shapes alone."""
+
+
+class LeftOutWarning(AxesWarning):
     """Much of a network is left out of an analysis, because nothing says what the axes of its weights count."""
 
 

@@ -64,7 +64,6 @@ DAMAGED = "damaged, truncated, or no safetensors file .*"
         (file_bytes(TWO, bytes(49)), DAMAGED),
         (file_bytes({"a": entry(), "b": entry(offsets=(12, 36))}, bytes(36)), DAMAGED),
         (file_bytes({"a": entry(), "b": entry(offsets=(28, 52))}, bytes(52)), DAMAGED),
-        (file_bytes({"a": entry(dtype="F8_E4M3", shape=(24,))}), "a: unknown dtype 'F8_E4M3'.*bfloat16"),
         # The package checks shapes against bytes, not against what an array can have.
         (file_bytes({"a": entry(shape=[1] * 70 + [6])}), r"a: there can be no array of shape \(1, 1, .*\.\.\.\)"),
         (file_bytes({"a": entry(shape=(0, 2**63), offsets=(0, 0))}, b""), r"no array of shape \(0, 92233720368547758"),
@@ -77,7 +76,7 @@ def test_a_damaged_file_is_one_clear_error(tmp_path, content, message):
         read_layout(path)
     text = str(caught.value)
     assert text.startswith(str(path)) and text.isprintable() and len(text) < 1000
-    assert any(remedy in text for remedy in ("download it again", "give a checkpoint in", "download or write it again"))
+    assert any(remedy in text for remedy in ("download it again", "download or write it again"))
 
 
 def test_a_header_longer_than_the_format_allows_is_not_read(tmp_path):

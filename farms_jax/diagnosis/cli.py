@@ -25,7 +25,7 @@ from farms_jax.diagnosis.settings import CommonSettings, Settings
 from farms_jax.diagnosis.table import LayerTable
 from farms_jax.diagnosis.watch import Rules, watch
 from farms_jax.diagnosis.watch_log import WatchLog
-from farms_jax.errors import InputError, LeftOutWarning
+from farms_jax.errors import AxesWarning, InputError
 from farms_jax.programs.cache import default_folder
 from farms_jax.programs.exits import reported
 from farms_jax.programs.memory import return_freed_memory
@@ -255,7 +255,7 @@ def _warnings_told(name: str) -> Generator[None]:
             sys.stderr.write(f"{name}: {text}\n")
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", LeftOutWarning)
+        warnings.simplefilter("always", AxesWarning)
         warnings.showwarning = tell
         yield
 

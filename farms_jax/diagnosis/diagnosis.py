@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from farms_jax._extras import from_extra
 from farms_jax._names import natural_key
-from farms_jax._present import left_out_lines
+from farms_jax._present import left_out_lines, short_count
 from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column, Row, number, plain, with_interval
 from farms_jax.diagnosis.exports import rates, recipe
 from farms_jax.diagnosis.modules import network_order
@@ -53,13 +53,24 @@ class Diagnosis(LayerTable):
 
     def headline(self) -> str:
         """Return in one line how many layers there are of each status, and which to look at first."""
-        parts = [f"{len(self)} layer{'' if len(self) == 1 else 's'}"]
+        parts = [f"{len(self)} layer{'' if len(self) == 1 else 's'}{self._share()}"]
         parts += [f"{count} {status}" for status, count in counts(self.layers).items()]
-        line = f"{self.model}: {', '.join(parts)}"
+        quantised = f", {self.facts['quantisation']}" if self.facts.get("quantisation") else ""
+        line = f"{self.model}{quantised}: {', '.join(parts)}"
         for row in attention(self.layers)[:1]:
             alpha = f", alpha {with_interval(row, BY_NAME['alpha'])}" if number(row, "alpha") else ""
             line += f"; look first at {row['layer']} ({row['status']}{alpha})"
         return line
+
+    def _share(self) -> str:
+        """Return in words how many of the model's parameters its layers have; empty where that was not counted."""
+        total = self.facts.get("num_params")
+        if not total:
+            return ""
+        share = sum(number(row, "num_params") or 0 for row in self.layers) / total
+        # Neither all nor nothing is said of what is not quite that.
+        percent = min(99.9, round(100 * share, 1 if share < 0.1 or share > 0.99 else 0)) if share < 1 else 100
+        return f" with {percent:g} % of {short_count(total)} parameters"
 
     def closing(self) -> list[str]:
         """Return what was left out, what the statuses mean, and the reasons of the layers that need a look most."""

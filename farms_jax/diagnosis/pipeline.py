@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import platform
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from farms_jax._axes import Axes, LeafAxes
 from farms_jax._axis_rules import AxisRules
-from farms_jax._layers import Leaf, select_layers
+from farms_jax._layers import SAY_IT, Leaf, select_layers
 from farms_jax._names import matching, natural_key
 from farms_jax.diagnosis.columns import Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
@@ -26,7 +27,7 @@ from farms_jax.diagnosis.resampling import rank_flips
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import status_of, ww_status
-from farms_jax.errors import InputError, listed
+from farms_jax.errors import AxesWarning, InputError, listed
 from farms_jax.programs.cache import Cache, weights_key
 from farms_jax.programs.environment import installed_versions
 from farms_jax.weights import WeightSource, open_weights
@@ -128,6 +129,8 @@ def diagnose(
             "format": source.format,
             "weights_sha256": hashlib.sha256("".join(layer.digest for layer in layers).encode()).hexdigest(),
             "num_arrays": len(source.tensors),
+            "num_params": source.num_params,
+            "quantisation": source.quantisation,
             "from_cache": cached,
             "date": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(start)),
             "seconds": time.time() - start,
@@ -149,31 +152,52 @@ def layers_of(
 ) -> tuple[dict[str, Place], tuple[tuple[str, str], ...]]:
     """Return the layers of a model by name, in natural order, and (name, reason) of every other array.
 
-    Reads headers only. `include` and `exclude` are regular expressions; one that matches nothing is a ValueError.
+    Reads headers only. `include` and `exclude` are regular expressions; one that matches nothing is a ValueError. A
+    pattern of `include` that matches no layer asks for what is left out else: averages, eight-bit floats as they are.
     """
-    # What is declared is said of the weights: a pattern may match optimiser states too, of whatever rank.
-    weights = {name: tensor for name, tensor in source.tensors.items() if name not in source.skipped}
-    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    patterns = [
-        p for p in patterns if not matching(source.skipped, p, strict=False) or matching(weights, p, strict=False)
-    ]
-    selection = select_layers(
-        list(weights.items()), settings.window, settings.tail, source.axes, patterns, stack=source.stack, params=weights
-    )
-    layers = {name: Place(leaf, index) for leaf in selection.leaves for name, index in leaf.indexed_layers()}
+    if source.doubt:
+        warnings.warn(f"{source.doubt}; where that is wrong, {SAY_IT}", AxesWarning, stacklevel=3)
+    refused = {**source.skipped, **source.unread}
+    layers, left_out = _selected(source, refused, settings, exclude)
+    asked = _asked_for(source, layers, include)
+    if asked:
+        refused = {name: reason for name, reason in refused.items() if name not in asked}
+        layers, left_out = _selected(source, refused, settings, exclude)
     names = [*source.tensors, *(name for name in layers if name not in source.tensors)]
     included = matching(names, include, "include") if include else set(names)
     # Where several reasons hold, the last of these is told.
-    left_out = dict(selection.left_out) | dict.fromkeys(selection.excluded, "excluded")
     for name in names:
         leaf = layers[name].leaf.name if name in layers else name
         if not included & {name, leaf}:
             left_out[name] = "not included"
-    left_out |= source.skipped
+    left_out |= refused
     chosen = {name: place for name, place in layers.items() if not left_out.keys() & {name, place.leaf.name}}
     held = {place.leaf.name for place in layers.values()}  # whose layers are named one by one
     told = [name for name in names if name in left_out and (name in layers or name not in held)]
     return chosen, tuple((name, left_out[name]) for name in told)
+
+
+def _selected(
+    source: WeightSource, refused: Mapping[str, str], settings: Settings, exclude: str | Iterable[str]
+) -> tuple[dict[str, Place], dict[str, str]]:
+    """Return the layers by name, and name -> reason of what is none, among all arrays but those that are refused."""
+    # What is declared is said of the weights: a pattern may match optimiser states too, of whatever rank.
+    weights = {name: tensor for name, tensor in source.tensors.items() if name not in refused}
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    patterns = [p for p in patterns if not matching(refused, p, strict=False) or matching(weights, p, strict=False)]
+    selection = select_layers(
+        list(weights.items()), settings.window, settings.tail, source.axes, patterns, stack=source.stack, params=weights
+    )
+    layers = {name: Place(leaf, index) for leaf in selection.leaves for name, index in leaf.indexed_layers()}
+    return layers, dict(selection.left_out) | dict.fromkeys(selection.excluded, "excluded")
+
+
+def _asked_for(source: WeightSource, layers: Mapping[str, Place], include: str | Iterable[str]) -> set[str]:
+    """Return the arrays that are left out unless asked for, and are: by a pattern that matches no layer."""
+    names = {*layers, *(place.leaf.name for place in layers.values())}
+    patterns = (include,) if isinstance(include, str) else include
+    asking = [p for p in patterns if not matching(names, p, strict=False)]
+    return matching(source.optional, asking, "include", strict=False)
 
 
 def _shown(axes: Any) -> Any:

@@ -18,9 +18,10 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from farms_jax._axes import FLAX_AXES, LeafAxes
+from farms_jax._axes import LeafAxes
 from farms_jax._extras import from_extra
 from farms_jax.errors import InputError, one_line, printable, short_repr
+from farms_jax.weights.layout import layout_of
 from farms_jax.weights.reading import TensorInfo, is_valid_shape, os_errors_named, part_of, read_bytes
 from farms_jax.weights.source import WeightSource
 
@@ -49,13 +50,13 @@ class MsgpackSource(WeightSource):
         """Walk the file's tree."""
         self._arrays = dict(_named_arrays(_read_tree(path), "", str(path)))
         tensors = {name: array.info for name, array in self._arrays.items()}
-        super().__init__(path, path.stem, "msgpack", FLAX_AXES, tensors)
+        super().__init__(path, path.stem, "msgpack", lambda weights: layout_of(weights, {}, "flax"), tensors)
 
     def _read(self, name: str) -> np.ndarray:
-        return self._read_values(name, 0, self.tensors[name].shape)
+        return self._read_values(name, 0, self.stored[name].shape)
 
     def _read_part(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray | None:
-        part = part_of(self.tensors[name].shape, axes, index)
+        part = part_of(self.stored[name].shape, axes, index)
         return None if part is None else self._read_values(name, *part)
 
     def _read_values(self, name: str, number: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 from numpy.lib import format as npy
 
-from farms_jax._axes import FLAX_AXES
 from farms_jax.errors import InputError, one_line, printable, short_repr
+from farms_jax.weights.layout import layout_of
 from farms_jax.weights.reading import TensorInfo, is_valid_shape, os_errors_named
 from farms_jax.weights.source import WeightSource
 
@@ -36,7 +36,7 @@ class NpzSource(WeightSource):
                 if name in tensors:
                     raise InputError(f"{path}: {printable(name)} is in it twice; {_REMEDY}")
                 tensors[name] = _read_info(archive, member, f"{path}: {printable(member.filename)}")
-        super().__init__(path, path.stem, "npz", FLAX_AXES, tensors)
+        super().__init__(path, path.stem, "npz", lambda weights: layout_of(weights, {}, "flax"), tensors)
 
     def _read(self, name: str) -> np.ndarray:
         with (
@@ -46,7 +46,7 @@ class NpzSource(WeightSource):
         ):
             array = archive[f"{name}.npy"]
             array = array.view(_stored_dtype(array.dtype))
-        if (array.dtype, array.shape) != self.tensors[name]:
+        if (array.dtype, array.shape) != self.stored[name]:
             raise InputError(f"{self.path}: {name} has changed since it was opened; open it again")
         return array
 

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from farms_jax._axes import FLAX_AXES, LeafAxes, layer_of
+from farms_jax._axes import LeafAxes, layer_of
 from farms_jax._extras import from_extra
 from farms_jax.errors import InputError, one_line, short_repr
+from farms_jax.weights.layout import layout_of
 from farms_jax.weights.reading import TensorInfo, check_name, is_valid_shape, read_json
 from farms_jax.weights.source import WeightSource
 
@@ -50,7 +51,8 @@ class OrbaxSource(WeightSource):
             for leaf, array in _open_tree(folder).items():
                 # An NNX variable is saved with its array one level below it.
                 self._arrays[f"{start}{leaf.removesuffix('/value')}"] = folder, array
-        super().__init__(path, name, "orbax", FLAX_AXES, {leaf: a.info for leaf, (_, a) in self._arrays.items()})
+        tensors = {leaf: array.info for leaf, (_, array) in self._arrays.items()}
+        super().__init__(path, name, "orbax", lambda weights: layout_of(weights, {}, "flax"), tensors)
 
     def _read(self, name: str) -> np.ndarray:
         return self._read_from(name, self._arrays[name][1].store)

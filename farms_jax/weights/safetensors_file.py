@@ -11,6 +11,7 @@ tensor by tensor is made here.
 """
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,8 +35,16 @@ from farms_jax.weights.reading import (
 # aligned to its items.
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
+    "F4": np.dtype(ml_dtypes.float4_e2m1fn),
+    "F6_E2M3": np.dtype(ml_dtypes.float6_e2m3fn),
+    "F6_E3M2": np.dtype(ml_dtypes.float6_e3m2fn),
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
     "I16": np.dtype(np.int16),
     "U16": np.dtype(np.uint16),
     "F16": np.dtype(np.float16),
@@ -43,10 +52,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I32": np.dtype(np.int32),
     "U32": np.dtype(np.uint32),
     "F32": np.dtype(np.float32),
+    "C64": np.dtype(np.complex64),
     "F64": np.dtype(np.float64),
     "I64": np.dtype(np.int64),
     "U64": np.dtype(np.uint64),
 }
+_BITS = {DTYPES["F4"]: 4, DTYPES["F6_E2M3"]: 6, DTYPES["F6_E3M2"]: 6}  # which no array of NumPy's packs
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -76,13 +87,23 @@ def read_layout(path: Path) -> FileLayout:
             size = path.stat().st_size
             infos = {name: _info(path, name, file.get_slice(name)) for name in file.offset_keys()}
             # The package has made sure that the tensors fill the file, without gaps, from the header to the end.
-            header = raw.read(size - sum(info.nbytes for info in infos.values()))
-            metadata = file.metadata() or {}
+            header = raw.read(size - sum(map(_num_bytes, infos.values())))
+            metadata = file.metadata() or _of_mlx(header)
     except safetensors.SafetensorError as error:
         raise InputError(
             f"{path}: damaged, truncated, or no safetensors file ({one_line(error)}); {DOWNLOAD_AGAIN}"
         ) from error
     return FileLayout(header, _entries(infos, len(header)), metadata, size)
+
+
+def _num_bytes(info: TensorInfo) -> int:
+    """Return the size of a tensor in a file."""
+    return math.prod(info.shape) * _BITS[info.dtype] // 8 if info.dtype in _BITS else info.nbytes
+
+
+def _of_mlx(header: bytes) -> dict[str, str]:
+    # Where none is given, MLX alone writes that there is no metadata.
+    return {"format": "mlx"} if header[8:].startswith(b'{"__metadata__":null') else {}
 
 
 def _info(path: Path, name: str, tensor: Any) -> TensorInfo:
@@ -99,6 +120,8 @@ def _info(path: Path, name: str, tensor: Any) -> TensorInfo:
 
 def read_tensor(path: Path, name: str, entry: Entry) -> np.ndarray:
     """Read one tensor into a writable array; an InputError if the file has become shorter since it was opened."""
+    if entry.info.dtype in _BITS:
+        raise InputError(f"{path}: {name} is packed, in {entry.info.dtype}, which is not read; give it in bfloat16")
     array = np.empty(entry.stop - entry.start, np.uint8)
     read_bytes(path, entry.start, array, name)
     return array.view(entry.info.dtype).reshape(entry.info.shape)
@@ -115,7 +138,7 @@ def make_layout(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] |
     """
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
     for name, (dtype, _) in tensors.items():
-        if dtype not in ranks:
+        if dtype not in ranks or dtype in _BITS:
             raise InputError(f"{name}: safetensors files hold no {dtype}; convert it to float32")
     ordered = dict(sorted(tensors.items(), key=lambda item: (-ranks[item[1].dtype], item[0])))
     content: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -124,7 +147,7 @@ def make_layout(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] |
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
-    size = len(header) + sum(info.nbytes for info in tensors.values())
+    size = len(header) + sum(map(_num_bytes, tensors.values()))
     return FileLayout(header, _entries(ordered, len(header)), dict(metadata or {}), size)
 
 
@@ -132,7 +155,7 @@ def _entries(tensors: Mapping[str, TensorInfo], start: int) -> dict[str, Entry]:
     """Place tensors one after the other, the first at byte `start`."""
     entries = {}
     for name, info in tensors.items():
-        stop = start + info.nbytes
+        stop = start + _num_bytes(info)
         entries[name] = Entry(info, start, stop)
         start = stop
     return entries

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from farms_jax._axes import LeafAxes
-from farms_jax._torch_axes import torch
 from farms_jax.errors import InputError
-from farms_jax.weights import mxfp4
+from farms_jax.weights.layout import layout_of
 from farms_jax.weights.reading import TensorInfo, part_of
 from farms_jax.weights.safetensors_file import Entry, read_layout, read_tensor
 from farms_jax.weights.source import WeightSource
@@ -43,29 +42,19 @@ class SafetensorsSource(WeightSource):
                 if name not in self.file_of or (index or {}).get(name) == filename:
                     self.file_of[name] = filename
         tensors = {name: self.layouts[filename].tensors[name].info for name, filename in self.file_of.items()}
-        self._packed = mxfp4.unpacked(tensors)
-        for packed in self._packed:
-            del tensors[packed + mxfp4.BLOCKS], tensors[packed + mxfp4.SCALES]
-        tensors |= self._packed
+        metadata = {key: value for layout in self.layouts.values() for key, value in layout.metadata.items()}
         name = path.resolve().name if path == self._folder else path.stem
-        super().__init__(path, name, "safetensors", torch, tensors)
+        super().__init__(path, name, "safetensors", lambda weights: layout_of(weights, metadata, "torch"), tensors)
 
     def _read(self, name: str) -> np.ndarray:
-        return self._read_values(name, 0, self.tensors[name].shape)
+        return self._read_values(name, 0, self.stored[name].shape)
 
     def _read_part(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray | None:
-        part = part_of(self.tensors[name].shape, axes, index)
+        part = part_of(self.stored[name].shape, axes, index)
         return None if part is None else self._read_values(name, *part)
 
     def _read_values(self, name: str, number: int, shape: tuple[int, ...]) -> np.ndarray:
         """Read the part of this number and shape of a tensor."""
-        if name not in self._packed:
-            return self._read_stored(name, number, shape)
-        *rows, cols = shape
-        scales = self._read_stored(name + mxfp4.SCALES, number, (*rows, cols // 32))
-        return mxfp4.dequantize(self._read_stored(name + mxfp4.BLOCKS, number, (*scales.shape, 16)), scales)
-
-    def _read_stored(self, name: str, number: int, shape: tuple[int, ...]) -> np.ndarray:
         filename = self.file_of[name]
         entry = self.layouts[filename].tensors[name]
         part = TensorInfo(entry.info.dtype, shape)

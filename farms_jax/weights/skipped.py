@@ -1,4 +1,4 @@
-"""Tell a model's weights from what else is in a checkpoint: optimiser states, averages, running statistics.
+"""Tell a model's weights from what else is in a checkpoint: optimiser states, averages, statistics, tables, masks.
 
 >>> import numpy as np
 >>> matrix, count = TensorInfo(np.dtype("float32"), (3, 4)), TensorInfo(np.dtype("int32"), ())
@@ -8,27 +8,64 @@
 {'1/0/count': 'optimiser state', '1/0/mu/w': 'optimiser state', '1/0/nu/w': 'optimiser state'}
 >>> not_weights({"encoder/mu/w": matrix, "encoder/logvar/w": matrix})
 {}
+>>> not_weights({"up.weight": matrix, "ema.up.weight": matrix, "up.causal_mask": matrix})
+{'ema.up.weight': 'moving average of the weights', 'up.causal_mask': 'mask'}
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from farms_jax.weights.reading import TensorInfo
 
 OPTIMISER, STATISTICS, AVERAGE = "optimiser state", "running statistics", "moving average of the weights"
+COPY, MASK, TABLE = "copy of the model's weights, such as their average", "mask", "fixed table, no weight"
+CACHE = "kept activations"
+OPTIONAL = frozenset({AVERAGE, COPY})
+"""Reasons of arrays that are measured where they are asked for."""
 _ALWAYS = {
     **dict.fromkeys(("opt_state", "optimizer", "optimizer_state", "optim_state", "optimizer_states"), OPTIMISER),
-    **dict.fromkeys(("exp_avg", "exp_avg_sq", "momentum_buffer"), OPTIMISER),
+    **dict.fromkeys(("optimizer_state_dict", "optimizer_states_dict", "optimizers", "optim", "opt_states"), OPTIMISER),
+    **dict.fromkeys(("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "max_exp_avg_sq"), OPTIMISER),
+    **dict.fromkeys(
+        ("momentum_buffer", "square_avg", "acc_delta", "state_sum", "exp_inf", "adam_m", "adam_v"), OPTIMISER
+    ),
+    **dict.fromkeys(("fp32_flat_groups", "single_partition_of_fp32_groups", "fp32_from_fp16"), OPTIMISER),
     **dict.fromkeys(("batch_stats", "running_mean", "running_var", "num_batches_tracked"), STATISTICS),
+    **dict.fromkeys(("moving_mean", "moving_variance", "cluster_size", "spectral_stats"), STATISTICS),
+    **dict.fromkeys(("cached_key", "cached_value", "k_cache", "v_cache", "kv_cache", "intermediates", "queue"), CACHE),
 }
 # Words that modules may have too: they count only where the same arrays are elsewhere in the checkpoint.
 _WHERE_MIRRORED = {
-    **dict.fromkeys(("trace", "momentum", "velocity"), OPTIMISER),
-    **dict.fromkeys(("ema", "ema_params", "params_ema", "ema_model", "model_ema", "state_dict_ema"), AVERAGE),
+    **dict.fromkeys(("trace", "momentum", "velocity", "adam", "Adam", "Adam_1", "Momentum", "RMSProp"), OPTIMISER),
+    **dict.fromkeys(
+        ("ema", "ema_params", "params_ema", "ema_model", "model_ema", "ema_state", "ema_state_dict"), AVERAGE
+    ),
+    **dict.fromkeys(("state_dict_ema", "ema_weights", "ema_network", "ema_unet", "shadow", "shadow_params"), AVERAGE),
+    **dict.fromkeys(("averaged_model", "avg_model", "avg_params", "params_avg"), AVERAGE),
+    **dict.fromkeys(("swa", "swa_model", "swa_params", "swa_state_dict", "polyak", "ema1", "ema2"), AVERAGE),
+    **dict.fromkeys(("ExponentialMovingAverage", "model_ema_state_dict", "ema_variables", "ema_vars"), AVERAGE),
+    **dict.fromkeys(("teacher", "teacher_model", "momentum_encoder", "encoder_k", "target_model"), COPY),
+    **dict.fromkeys(("target_network", "target_params", "target_net", "target_encoder", "target_critic"), COPY),
+    **dict.fromkeys(("critic_target", "actor_target", "target_actor", "qf_target", "q_target"), COPY),
 }
 _ADAM = frozenset({"mu", "nu", "ema", "count"})  # fields of optax's states that count their steps
+# Of one array, beside the one that it follows: `kernel_ema`, VQ-VAE's `_ema_w` and `embed_avg`.
+_FOLLOWER = re.compile(r"(?:.*_)?ema(?:_.*)?|(?:weight|kernel|embed(?:ding)?|w)_avg")
+
+_MASK = re.compile(
+    r"(.*_)?(mask|masks|masked_bias|tril|triu|causal)(_(buffer|cache|\d+))?|masked_bias"  # attn.bias: by its shape
+)
+_TABLE = re.compile(
+    r"((?:.*_)?(?:cos|sin|cosine|sine)_?(?:cached?|table|emb\w*|buffer|pos\w*)|cos|sin|cos_sin(?:_cache)?|"
+    r"freqs?(?:_?(?:cos|sin|cis))(?:_(?:real|imag))?|freqs|inv_freq|rope_(?:freqs?|cache)|rotary_(?:cos|sin|emb)|"
+    r"alibi(?:_\w+)?|slopes|"
+    r"mel_(?:filters|basis|fb)|fb|dct_mat|(?:forward|inverse)_basis|window_sum|"  # of spectrograms
+    r"anchors?|anchor_grid|_float_tensor)"
+)
 
 _Path = tuple[str, ...]
+_Shapes = Mapping[_Path, tuple[int, ...]]
 
 
 def not_weights(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
@@ -38,10 +75,15 @@ def not_weights(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     integers = {name for name, info in tensors.items() if info.shape == () and info.dtype.kind in "iu"}
     counted = {path[:-1] for name, path in paths.items() if path[-1] == "count" and name in integers}
     mirrors = _mirrors(shapes)
-    return {name: reason for name, path in paths.items() if (reason := _reason(path, counted, mirrors)) is not None}
+    found = {}
+    for name, path in paths.items():
+        reason = _by_path(path, counted, mirrors) or _follows(path, shapes) or _buffer(path, shapes[path])
+        if reason is not None:
+            found[name] = reason
+    return found
 
 
-def _reason(path: _Path, counted: Iterable[_Path], mirrors: Mapping[_Path, str]) -> str | None:
+def _by_path(path: _Path, counted: Iterable[_Path], mirrors: Mapping[_Path, str]) -> str | None:
     for end, part in enumerate(path, start=1):
         if part in _ALWAYS:
             return _ALWAYS[part]
@@ -53,25 +95,55 @@ def _reason(path: _Path, counted: Iterable[_Path], mirrors: Mapping[_Path, str])
     return None
 
 
-def _mirrors(shapes: Mapping[_Path, tuple[int, ...]]) -> dict[_Path, str]:
+def _follows(path: _Path, shapes: _Shapes) -> str | None:
+    """Return what an array is that follows one array beside it, by its own name, or has its name below that one's."""
+    shape = shapes[path]
+    if len(path) > 1 and shapes.get(path[:-1]) == shape and path[-1] in _WHERE_MIRRORED:
+        return _WHERE_MIRRORED[path[-1]]  # slots of TensorFlow: `kernel/Adam`
+    leaf = path[-1] if path else ""
+    if len(shape) < 2 or not _FOLLOWER.fullmatch(leaf):
+        return None
+    beside = (own for other, own in shapes.items() if other[: len(path) - 1] == path[:-1] and other != path)
+    return AVERAGE if shape in beside else None
+
+
+def _buffer(path: _Path, shape: tuple[int, ...]) -> str | None:
+    """Return what a buffer is by its name: a mask, or a table that is computed, not learned."""
+    leaf = path[-1]
+    is_square = len(shape) > 1 and shape[-1] == shape[-2] and shape[:-2] == (1,) * (len(shape) - 2)
+    if _MASK.fullmatch(leaf) or (len(shape) == 4 and leaf == "bias" and is_square):
+        return MASK
+    return TABLE if _TABLE.fullmatch(leaf) else None
+
+
+def _mirrors(shapes: _Shapes) -> dict[_Path, str]:
     """Return path -> reason of subtrees that are named as copies and whose original is in the checkpoint."""
     inside: dict[_Path, list[_Path]] = {}
     for path in shapes:
         for end, part in enumerate(path[:-1], start=1):
             if part in _WHERE_MIRRORED:
                 inside.setdefault(path[:end], []).append(path[end:])
+    originals = {
+        "".join(path): shape for path, shape in shapes.items() if not any(part in _WHERE_MIRRORED for part in path[:-1])
+    }
     return {
         root: _WHERE_MIRRORED[root[-1]]
         for root, rests in inside.items()
-        if any(_is_copy(root, original, rests, shapes) for original in _places_of(rests[0], shapes))
+        if _is_copy({rest: shapes[*root, *rest] for rest in rests}, originals)
     }
 
 
-def _places_of(rest: _Path, shapes: Iterable[_Path]) -> list[_Path]:
-    return [path[: -len(rest)] for path in shapes if path[-len(rest) :] == rest]
-
-
-def _is_copy(root: _Path, original: _Path, rests: list[_Path], shapes: Mapping[_Path, tuple[int, ...]]) -> bool:
-    if original[: len(root)] == root or any(part in _WHERE_MIRRORED for part in original):
+def _is_copy(copy: _Shapes, originals: Mapping[str, tuple[int, ...]]) -> bool:
+    """Tell whether all arrays of a subtree are elsewhere too, under names that end alike, whatever separates parts."""
+    arrays = {path: shape for path, shape in copy.items() if shape}  # counts and rates are of the copy alone
+    if not arrays:
         return False
-    return all(shapes.get((*original, *rest)) == shapes[*root, *rest] for rest in rests)
+    if all(path[-1].isdecimal() for path in arrays):  # a list without names
+        return Counter(arrays.values()) <= Counter(originals.values())
+    # A wrapper may come first in the copy's names.
+    for names in ({path: "".join(path[start:]) for path in arrays} for start in (0, 1)):
+        first = next(iter(names.values()))
+        prefixes = [original[: -len(first)] for original in originals if first and original.endswith(first)]
+        if any(all(originals.get(prefix + names[path]) == arrays[path] for path in arrays) for prefix in prefixes):
+            return True
+    return False

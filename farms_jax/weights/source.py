@@ -1,19 +1,23 @@
 """Weights on disk, whatever their format: named arrays, read one at a time."""
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import jax.numpy as jnp
 import numpy as np
 
 from farms_jax._axes import LeafAxes, layer_of
 from farms_jax._axis_rules import AxisRules
 from farms_jax._names import natural_key
-from farms_jax.errors import InputError, printable
+from farms_jax.errors import InputError, one_line, printable
+from farms_jax.weights.layout import Layout
+from farms_jax.weights.quantised import Found, find, is_plain, read_config
 from farms_jax.weights.reading import TensorInfo, check_name
-from farms_jax.weights.skipped import not_weights
+from farms_jax.weights.skipped import OPTIONAL, not_weights
 
 
 class WeightSource(ABC):
@@ -25,18 +29,33 @@ class WeightSource(ABC):
         format: safetensors, gguf, torch, orbax, msgpack or npz; pytree in memory.
         axes: What the axes of the arrays count, as `farms_jax.analyze` takes it.
         stack: Which of them count layers, likewise.
-        tensors: Full name -> dtype and shape, in natural order: `layer2` before `layer10`.
+        tensors: Full name -> dtype and shape, in natural order: `layer2` before `layer10`. Weights that several arrays
+            stand for are among them under their own names, as float32.
+        stored: The same of the arrays as they are stored.
         skipped: Name -> why an array is no weight of the model, such as "optimiser state".
+        unread: Name -> why a weight cannot be read.
+        doubt: On what `axes` rest, where that should be said; empty after `declare`.
+        quantisation: How weights are quantised, in words; empty where none is.
         listed: Full names as the file lists them.
         in_order: Whether files of this format list arrays as they were put into them, such as in the network's order.
     """
 
     in_order: ClassVar[bool] = False
 
-    def __init__(self, path: Path, name: str, format: str, axes: Any, tensors: Mapping[str, TensorInfo]) -> None:
-        """Check the tensors, given in any order.
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        format: str,
+        axes: Any,
+        tensors: Mapping[str, TensorInfo],
+        *,
+        unread: Mapping[str, str] | None = None,
+        quantisation: str = "",
+    ) -> None:
+        """Check the stored tensors, given in any order, of which some are known to be unreadable.
 
-        `axes` may be a function of the tensors that are weights.
+        `axes` may be a function of the tensors that are weights, which returns them or a `Layout`.
 
         Raises:
             InputError: There are none, or a name cannot be shown.
@@ -46,13 +65,52 @@ class WeightSource(ABC):
         for tensor in tensors:
             check_name(tensor, str(path))
         self.path, self.name, self.format, self.listed = path, name, format, tuple(tensors)
-        self.tensors = {tensor: tensors[tensor] for tensor in sorted(tensors, key=natural_key)}
-        self.skipped = not_weights(self.tensors)
+        infos = {tensor: TensorInfo(np.dtype(info.dtype), tuple(info.shape)) for tensor, info in tensors.items()}
+        self.stored = {tensor: infos[tensor] for tensor in sorted(infos, key=natural_key)}
+        self.skipped = not_weights(self.stored)
+        found = self._quantised()
+        self._weights, self.unread = found.weights, {**found.unread, **(unread or {})}
+        self.skipped |= found.parts
+        self.quantisation = quantisation or found.summary()
+        every = {**self.stored, **{weight.name: weight.info for weight in found.weights.values()}}
+        self.tensors = {tensor: every[tensor] for tensor in sorted(every, key=natural_key)}
         if callable(axes):
-            axes = axes({tensor: info for tensor, info in self.tensors.items() if tensor not in self.skipped})
+            left_out = {**self.skipped, **self.unread}.keys() - self.optional
+            axes = axes({tensor: info for tensor, info in self.tensors.items() if tensor not in left_out})
+        axes, self.doubt = axes if isinstance(axes, Layout) else (axes, "")
         self.axes = self._own_axes = axes
         self.stack: Any = None
         self._held: tuple[tuple[Any, ...], np.ndarray] | None = None  # what layers are cut out of
+
+    def _quantised(self) -> Found:
+        weights = {tensor: info for tensor, info in self.stored.items() if tensor not in self.skipped}
+        if all(map(is_plain, weights.values())):
+            return Found({}, {}, {})
+        if self.path.exists():
+            return find(weights, read_config(self.path if self.path.is_dir() else self.path.parent), self._read)
+        found = find(weights, {}, self._read)
+        for name in found.unread.keys() & self._bare(found.unread):
+            del found.unread[name]  # what somebody has in memory is what it is
+        return found
+
+    def _bare(self, names: Iterable[str]) -> set[str]:
+        """Return the arrays of eight-bit floats among these."""
+        return {name for name in names if self.stored[name].dtype.name.startswith("float8_")}
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the model: entries of its weights, of those that are not read as they are stored."""
+        counted = {
+            name: info
+            for name, info in self.tensors.items()
+            if name in self.unread or (name not in self.skipped and jnp.issubdtype(info.dtype, jnp.inexact))
+        }
+        return sum(math.prod(info.shape) for info in counted.values())
+
+    @property
+    def optional(self) -> set[str]:
+        """Names of arrays that are left out but can be asked for: averages and copies, eight-bit floats as they are."""
+        return self._bare(self.unread) | {name for name, reason in self.skipped.items() if reason in OPTIONAL}
 
     def declare(self, axes: Any = None, stack: Any = None) -> None:
         """Say what the axes of the arrays count, as `farms_jax.analyze` takes it; what is `None` stays as it is.
@@ -63,6 +121,7 @@ class WeightSource(ABC):
             own = self._own_axes if isinstance(self._own_axes, AxisRules) else AxisRules(default=self._own_axes)
             spellings, stacks = {**axes.axes, **own.axes}, {**axes.stack, **own.stack}
             axes = dataclasses.replace(axes, axes=spellings, stack=stacks, default=own.default)
+        self.doubt = self.doubt if axes is None else ""
         self.axes, self.stack = self.axes if axes is None else axes, self.stack if stack is None else stack
 
     def read(self, name: str) -> np.ndarray:
@@ -82,7 +141,16 @@ class WeightSource(ABC):
                 f"{self.path}: there is no tensor {printable(name)} among its {len(self.tensors)}; check the name"
             )
         self._held = None  # before memory holds another one
-        return self._read(name)
+        if name not in self._weights:
+            return self._read(name)
+        return self._decoded(name, {role: self._read(part) for role, part in self._weights[name].parts.items()})
+
+    def _decoded(self, name: str, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+        try:
+            return np.ascontiguousarray(self._weights[name].decode(**parts))
+        except (ValueError, IndexError) as error:
+            reason = f"its parts do not fit together ({one_line(error)})"
+            raise InputError(f"{self.path}: {name} is quantised, and {reason}; download or write it again") from error
 
     def read_layer(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray:
         """Read one layer of a tensor that may hold a stack of them.
@@ -102,11 +170,24 @@ class WeightSource(ABC):
         """
         if not index:
             return self.read(name)
-        if (part := self._read_part(name, axes, index)) is not None:
+        if (part := self._layer_alone(name, axes, index)) is not None:
             return part
         if self._held is None or self._held[0] != (name,):
             self._held = (name,), self.read(name)
         return layer_of(self._held[1], axes, index).copy()
+
+    def _layer_alone(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray | None:
+        if name not in self._weights:
+            return self._read_part(name, axes, index)
+        # All parts of the weight have the axes of its stack, as their first.
+        stack = LeafAxes((), (), axes.stack)
+        lengths, parts = stack.stack_shape(self.tensors[name].shape), self._weights[name].parts
+        is_first = axes.stack == tuple(range(len(index)))
+        if not is_first or any(self.stored[part].shape[: len(index)] != lengths for part in parts.values()):
+            return None
+        read = {role: self._read_part(part, stack, index) for role, part in parts.items()}
+        known = {role: part for role, part in read.items() if part is not None}
+        return self._decoded(name, known) if known.keys() == parts.keys() else None
 
     def _read_part(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray | None:
         """Read one layer alone; `None` where that takes the whole tensor."""

@@ -57,7 +57,7 @@ class TorchSource(WeightSource):
         if changed := [file for file, version in self._versions.items() if _version(file) != version]:
             raise InputError(f"{changed[0]}: has changed since it was opened; open it again")
         try:
-            return _as_numpy(tensor, self.tensors[name].dtype)
+            return _as_numpy(tensor, self.stored[name].dtype)
         except (RuntimeError, TypeError, ValueError, MemoryError) as error:
             raise InputError(f"{self.path}: {name} cannot be read ({one_line(error)}); leave it out") from error
 

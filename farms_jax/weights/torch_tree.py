@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from farms_jax.errors import printable
-from farms_jax.weights.skipped import OPTIMISER
+from farms_jax.weights.skipped import COPY, OPTIMISER
 
 # What trainings call the model, beside which they put optimiser and epoch; the surest first.
 _MODEL_KEYS = (
@@ -13,7 +13,6 @@ _MODEL_KEYS = (
     "student",  # beside the teacher, which is its average
 )
 _OPTIMISER_KEY = re.compile(r"(?i)opt|(.*_)?optim(izer)?s?(_.*)?")
-_COPY = "copy of the model's weights, such as their average"
 _WRAPPER = "_orig_mod"  # the module that `torch.compile` wraps
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)*")
 
@@ -47,7 +46,7 @@ def tensors_in(content: Any) -> Iterator[Found]:
     beside = list(_walk({other: value for other, value in content.items() if other != key}, ()))
     copies = tuple(_copies(model, beside))
     for item in beside:
-        yield item._replace(left_out=_COPY) if not item.left_out and item.name.startswith(copies) else item
+        yield item._replace(left_out=COPY) if not item.left_out and item.name.startswith(copies) else item
 
 
 def _copies(model: Iterable[Found], beside: Iterable[Found]) -> Iterator[str]:

@@ -1,0 +1,173 @@
+"""Quantised weights are measured as the numbers that they stand for; what belongs to them is no layer."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import farms_jax
+from farms_jax._axes import LeafAxes
+from farms_jax.weights import TensorInfo, open_weights
+from farms_jax.weights.safetensors_file import make_layout, read_layout, read_tensor
+
+RNG = np.random.default_rng(0)
+GOLDEN = Path(__file__).parent / "data" / "quantised.safetensors"
+LAYOUT = read_layout(GOLDEN)
+QUICK = {"resamples": 0, "randomize": False, "whole": False}
+
+
+def folder(path, tensors, config=None, **metadata):
+    """Write a model: safetensors with a config beside it."""
+    layout = make_layout({name: TensorInfo(a.dtype, a.shape) for name, a in tensors.items()}, metadata)
+    content = b"".join(np.ascontiguousarray(tensors[name]).tobytes() for name in layout.tensors)
+    (path / "model.safetensors").write_bytes(layout.header + content)
+    if config is not None:
+        (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def why(source):
+    """Return what is said of all that is left out."""
+    return {**source.skipped, **source.unread}
+
+
+@pytest.mark.parametrize("case", sorted(LAYOUT.metadata))
+def test_weights_are_those_of_the_library(tmp_path, case):
+    """The numbers that bitsandbytes, MLX, auto-round, AutoAWQ and compressed-tensors themselves return."""
+    stored = {
+        name.partition("|")[2]: read_tensor(GOLDEN, name, entry)
+        for name, entry in LAYOUT.tensors.items()
+        if name.startswith(f"{case}|")
+    }
+    want = stored.pop("want")
+    with open_weights(folder(tmp_path, stored, json.loads(LAYOUT.metadata[case]))) as source:
+        assert source.read("up.weight").dtype == np.float32
+        # Some libraries compute in half precision.
+        np.testing.assert_allclose(source.read("up.weight"), want, atol=1e-3 * np.abs(want).max())
+        assert {name for name in source.tensors if name not in why(source)} == {"up.weight"}
+        assert set(why(source).values()) == {"part of the quantised weight up.weight"}
+        assert source.quantisation.endswith("(1 weight)")
+
+
+def test_blocks_of_deepseek_need_not_divide_a_weight(tmp_path):
+    """W = weight * scale_inv over blocks of 128 x 128, the last of which are smaller."""
+    numbers = RNG.normal(size=(200, 300)).astype(ml_dtypes.float8_e4m3fn)
+    scales = RNG.uniform(1e-4, 1e-2, (2, 3)).astype(np.float32)
+    want = numbers.astype(np.float64) * np.kron(scales.astype(np.float64), np.ones((128, 128)))[:200, :300]
+    experts = RNG.normal(size=(3, 64, 48)).astype(ml_dtypes.float8_e4m3fn)
+    powers = RNG.uniform(1, 2, (3, 64, 1)).astype(np.float32)
+    stored = {
+        "up.weight": numbers,
+        "up.weight_scale_inv": scales,
+        "up.input_scale": np.ones((), np.float32),
+        "experts.down_proj": experts,
+        "experts.down_proj_scale": powers,
+        "experts.down_proj_bias": np.ones((3, 64), np.float32),
+    }
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    with open_weights(folder(tmp_path, stored, config)) as source:
+        np.testing.assert_allclose(source.read("up.weight"), want, rtol=1e-6)
+        part = source.read_layer("experts.down_proj", LeafAxes((1,), (2,), (0,)), (2,))
+        np.testing.assert_allclose(part, experts[2].astype(np.float64) * powers[2], rtol=1e-6)
+        assert "experts.down_proj_bias" not in why(source)
+        assert source.quantisation == "FP8 (2 weights)"
+    diagnosis = farms_jax.diagnose(tmp_path, **QUICK)
+    assert diagnosis.names == ("experts.down_proj[0]", "experts.down_proj[1]", "experts.down_proj[2]", "up.weight")
+    assert diagnosis.headline().startswith(f"{tmp_path.name}, FP8 (2 weights): 4 layers with 99.7 % of 69,408 ")
+
+
+def test_inputs_of_gptq_are_in_the_groups_that_it_says(tmp_path):
+    """Act-order: W[o, i] = scales[g_idx[i], o] * (q[i, o] - zeros[g_idx[i], o] - 1), in float64."""
+    numbers, zeros = RNG.integers(0, 16, (64, 32)), RNG.integers(0, 15, (4, 32))
+    scales, groups = RNG.uniform(1e-3, 1e-2, (4, 32)).astype(np.float16), RNG.permutation(np.arange(64) % 4)
+
+    def packed(values):  # eight in a row to an integer
+        return (values.reshape(-1, 8).astype(np.uint64) << np.arange(0, 32, 4, dtype=np.uint64)).sum(1)
+
+    stored = {
+        "up.qweight": packed(numbers.T).reshape(32, 8).T.astype(np.uint32).view(np.int32),
+        "up.qzeros": packed(zeros).reshape(4, 4).astype(np.uint32).view(np.int32),
+        "up.scales": scales,
+        "up.g_idx": groups.astype(np.int32),
+    }
+    want = (scales.astype(np.float64)[groups] * (numbers - zeros[groups] - 1)).T
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True}}
+    with open_weights(folder(tmp_path, stored, config)) as source:
+        np.testing.assert_allclose(source.read("up.weight"), want, rtol=1e-6)
+    (tmp_path / "config.json").unlink()
+    with open_weights(tmp_path) as source:
+        assert source.unread == {
+            "up.qweight": "quantised, but no config.json beside it says with how many bits and in what groups"
+        }
+        assert "up.scales" in source.skipped
+
+
+UNREAD = {
+    "mlx without a config": (
+        {"up.weight": np.ones((64, 8), np.uint32), "up.scales": np.ones((64, 2)), "up.biases": np.ones((64, 2))},
+        None,
+        {"up.weight": "no config.json beside it"},
+    ),
+    "aqlm": (
+        {
+            "up.codes": np.ones((64, 8, 1), np.int16),
+            "up.codebooks": np.ones((1, 256, 1, 8)),
+            "up.scales": np.ones((64, 1)),
+        },
+        {"quantization_config": {"quant_method": "aqlm"}},
+        {"up.codes": "quantised by aqlm, whose rule is not known here"},
+    ),
+    "exl2, unsaid": (
+        {
+            "up.q_weight": np.ones((64, 8), np.int32),
+            "up.q_scale_max": np.ones((4, 4), np.float16),
+            "up.bias": np.ones(8),
+        },
+        None,
+        {"up.q_weight": "quantised by a rule that the checkpoint does not tell"},
+    ),
+    "float8 as it is": (
+        {"up.weight": np.ones((64, 8), ml_dtypes.float8_e4m3fn), "other.weight": np.ones((8, 8), np.float32)},
+        None,
+        {"up.weight": "float8_e4m3fn without its scales"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_what_cannot_be_dequantised_is_left_out_with_its_reason(tmp_path, case):
+    tensors, config, unread = UNREAD[case]
+    with open_weights(folder(tmp_path, tensors, config)) as source:
+        assert source.unread.keys() == unread.keys()
+        assert all(reason in source.unread[name] for name, reason in unread.items())
+        parts = {name for name in tensors if name.startswith("up.") and name not in unread} - {"up.bias"}
+        assert source.skipped.keys() == parts
+
+
+def test_packed_floats_and_complex_numbers_refuse_no_file(tmp_path):
+    wave = (RNG.normal(size=(64, 48)) + 1j * RNG.normal(size=(64, 48))).astype(np.complex64)
+    folder(tmp_path, {"wave": wave, "eight": RNG.normal(size=(48, 64)).astype(ml_dtypes.float8_e5m2)})
+    content = (tmp_path / "model.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    end = header["eight"]["data_offsets"][1]
+    header["four"] = {"dtype": "F4", "shape": [32, 64], "data_offsets": [end, end + 1024]}
+    header["six"] = {"dtype": "F6_E2M3", "shape": [32, 64], "data_offsets": [end + 1024, end + 2560]}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + content[8 + size :] + bytes(2560)
+    )
+    diagnosis = farms_jax.diagnose(tmp_path, **QUICK)
+    assert diagnosis.names == ("wave",)
+    assert dict(diagnosis.left_out) == {
+        "eight": "float8_e5m2 without its scales",
+        "four": "float4_e2m1fn without its scales",
+        "six": "float6_e2m3fn without its scales",
+    }
+    # Asked for by name, eight-bit floats are measured as they are.
+    assert farms_jax.diagnose(tmp_path, include="eight", **QUICK).names == ("eight",)
+    assert diagnosis.column("alpha") == farms_jax.diagnose({"wave": wave}, axes=farms_jax.TORCH_AXES, **QUICK).column(
+        "alpha"
+    )
