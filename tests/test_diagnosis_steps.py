@@ -63,7 +63,12 @@ def test_steps_name_what_stands_out_and_the_command():
 
 def test_steps_of_models_where_nothing_or_everything_stands_out():
     assert steps(blocks(), FACTS)[0].attempt == "nothing has to be done"
-    assert "check which checkpoint" in steps(blocks(status="undertrained"), FACTS)[0].attempt
+    (noise,) = steps(blocks(status="undertrained"), FACTS)  # its differences are chance: no rates, no recipe
+    assert noise.attempt.startswith("check which checkpoint")
+    layers = blocks(8)
+    for row in layers[:2]:
+        row["status"] = "over-correlated"
+    assert steps(layers, FACTS)[0].found == "2 of 16 layers are over-correlated: half or more of layers.0"
     one = rows(("dense/kernel", "dense", "well trained", 2.0))
     assert [step.found for step in steps(one, {})] == ["no layer stands out"]
     assert steps([], {}) == []
@@ -84,6 +89,9 @@ def test_a_recipe_has_a_sparsity_for_each_block_in_the_order_of_modules():
     assert np.mean(values) == pytest.approx(0.7, abs=1e-3)  # blocks of one size
     assert np.all(np.diff(values) > 0)  # as their alphas grow
     assert len(prunable(layers)) == 22
+    assert "ignore" not in recipe(layers, sparsity=0.5)
+    routed = [*layers, *rows(("layers.0.mlp.gate.weight", "router", "", 2.0))]
+    assert 'ignore: ["re:.*[.](gate|router)$"]' in recipe(routed, sparsity=0.5)
     for wrong, message in (((layers[-1:], 0.5), "two numbered blocks"), ((layers, 1.0), "--sparsity")):
         with pytest.raises(InputError, match=message):
             recipe(wrong[0], sparsity=wrong[1])

@@ -16,7 +16,7 @@ from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column, Row, number, p
 from farms_jax.diagnosis.exports import rates, recipe
 from farms_jax.diagnosis.modules import network_order
 from farms_jax.diagnosis.spectrum import Histogram
-from farms_jax.diagnosis.status import MEANINGS, attention, counts
+from farms_jax.diagnosis.status import MEANINGS, attention, counts, disagreement_summary
 from farms_jax.diagnosis.steps import Step, steps
 from farms_jax.diagnosis.summary import HEADS, LEFT, by_type, of_model, telling_types
 from farms_jax.diagnosis.table import LayerTable, Layout, Part, show_parts
@@ -77,7 +77,7 @@ class Diagnosis(LayerTable):
         meanings = [f"{status}: {MEANINGS[status]}" for status in counts(self.layers) if status in MEANINGS]
         worst = attention(self.layers)[:_EXPLAINED]
         reasons = [f"{row['layer']}: {row['reason']}" for row in worst if row.get("reason")]
-        return [*left_out_lines(self.left_out), *meanings, *reasons]
+        return [*left_out_lines(self.left_out), *meanings, *reasons, *disagreement_summary(self.layers)]
 
     def summary(self) -> dict[str, Any]:
         """Return the model in numbers, to rank models by: means of alphas over its layers, layers of each status."""

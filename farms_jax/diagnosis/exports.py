@@ -66,13 +66,15 @@ def recipe(rows: Sequence[Row], *, sparsity: float, epsilon: float = 0.3) -> str
     ordered = sorted(blocks, key=natural_key)
     said = f"{sparsity:.0%} of the weights of {len(ordered)} blocks, more where alpha is large"
     targets = "\n".join(f'        - "re:(.*[.])?{block.replace(".", "[.]")}$"' for block in ordered)
+    routed = any(row.get("type") == "router" for row in rows)
+    ignored = '      ignore: ["re:.*[.](gate|router)$"]\n' if routed else ""
     values = "\n".join(f"        - {blocks[block]:.4f}" for block in ordered)
     return f"""# {said}; for llmcompressor.oneshot(recipe="this file").
 pruning_stage:
   pruning_modifiers:
     WandaPruningModifier:
       mask_structure: "0:0"
-      targets:
+{ignored}      targets:
 {targets}
       sparsity:
 {values}

@@ -54,7 +54,7 @@ def page(
     reasons = by_reason(left_out).items()
     unused = [(f"{reason} ({len(names)})", listed(names, _NAMED, ", ")) for reason, names in reasons]
     provenance = [(name.replace("_", " "), flat(value)) for name, value in facts.items() if value is not None]
-    glossary = _definitions((column.name, column.meaning) for column in columns)
+    glossary = _definitions([*MEANINGS.items(), *((column.name, column.meaning) for column in columns)])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
@@ -71,7 +71,7 @@ def page(
 {table}
 {f'<section class="out"><h2>Left out</h2>{_definitions(unused)}</section>' if unused else ""}
 <section class="out"><h2>How it was measured</h2>{_definitions(provenance)}</section>
-<section class="out"><details><summary>What the columns mean</summary>{glossary}</details></section>
+<section class="out"><details><summary>What the statuses and the columns mean</summary>{glossary}</details></section>
 </main>
 <script>{script}</script>
 </body></html>
@@ -108,13 +108,12 @@ def _cards(rows: Sequence[Row]) -> str:
     if alphas:
         ends = f"median of the layers; {min(alphas):.2f} to {max(alphas):.2f}"
         cards += f'<div class="card"><b>{statistics.median(alphas):.2f}</b><span>alpha</span><p>{ends}</p></div>'
-    found = counts(rows)
-    for status in SEVERITY if found else ():
-        count = found.get(status, 0)
+    for status, count in counts(rows).items():
+        symbol, meaning = _SYMBOLS.get(status, ""), escape(MEANINGS.get(status, ""))
         cards += (
-            f'<button type="button" class="card{"" if count else " none"}" data-status="{status}">'
-            f'<span class="k s{severity(status)}" aria-hidden="true">{_SYMBOLS[status]}</span>'
-            f"<b>{count}</b><span>{status}</span><p>{escape(MEANINGS[status])}</p></button>"
+            f'<button type="button" class="card" data-status="{escape(status)}">'
+            f'<span class="k s{severity(status)}" aria-hidden="true">{symbol}</span>'
+            f"<b>{count}</b><span>{escape(status)}</span><p>{meaning}</p></button>"
         )
     return f'<section class="cards" aria-label="Summary">{cards}</section>'
 

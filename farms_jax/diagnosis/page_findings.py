@@ -1,11 +1,22 @@
-"""The findings of the page, above its charts: what to do now, and the layers by type."""
+"""The findings of the page, above its charts: what to do now, layers by type, and where WeightWatcher disagrees."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from farms_jax.diagnosis.columns import Row
+from farms_jax.diagnosis.columns import BY_NAME, Row, text
+from farms_jax.diagnosis.status import disagreement_summary, disagreements
 from farms_jax.diagnosis.steps import Step
 from farms_jax.diagnosis.summary import HEADS, telling_types
+
+_SHOWN = 8  # layers on which both disagree, shown at once
+_HEADS = {
+    "layer": BY_NAME["layer"].meaning,
+    "WeightWatcher": BY_NAME["ww_status"].meaning,
+    "ww_alpha": BY_NAME["ww_alpha"].meaning,
+    "FARMS": BY_NAME["status"].meaning,
+    "alpha": BY_NAME["alpha"].meaning,
+    "why": "what each of both looks at",
+}
 
 
 def findings(rows: Sequence[Row], steps: Sequence[Step]) -> str:
@@ -15,6 +26,7 @@ def findings(rows: Sequence[Row], steps: Sequence[Step]) -> str:
     sections = [
         _section("What to do now", f'<ol class="steps">{"".join(map(_step, steps))}</ol>' if steps else ""),
         _section("By type", types),
+        _section("Where FARMS and WeightWatcher disagree", _disagreements(rows)),
     ]
     return f'<div class="findings">{"".join(sections)}</div>'
 
@@ -29,6 +41,21 @@ def _step(step: Step) -> str:
         f"<li><b>{escape(step.found)}</b><p><i>usually</i> {escape(step.means)}</p>"
         f"<p><i>try</i> {escape(step.attempt)}</p>{code}</li>"
     )
+
+
+def _disagreements(rows: Sequence[Row]) -> str:
+    """Return in sentences how many layers WeightWatcher judges otherwise, and a table of those that differ most."""
+    found = disagreements(rows)
+    if not found:
+        return ""
+    sentences = (sentence[0].upper() + sentence[1:] for sentence in disagreement_summary(rows))
+    said = "".join(f"<p>{escape(sentence)}.</p>" for sentence in sentences)
+    named = ("layer", "ww_status", "ww_alpha", "status", "alpha")
+    lines = [[*(text(row, BY_NAME[name]) for name in named), why] for row, why in found]
+    table = _table(_HEADS, lines[:_SHOWN])
+    more = len(lines) - _SHOWN
+    rest = f"<details><summary>{more} more</summary>{_table(_HEADS, lines[_SHOWN:])}</details>" if more > 0 else ""
+    return f"{said}{table}{rest}"
 
 
 def _table(heads: Mapping[str, str], lines: Iterable[Sequence[str]]) -> str:

@@ -18,7 +18,7 @@ class Ranking(LayerTable):
     possible: ClassVar[tuple[Column, ...]] = (
         Column("layer", "the model, as it was given", "", "model"),
         Column("layers", "its layers", "d", "layers"),
-        Column("num_params", "parameters in them", "d", "parameters"),
+        Column("num_params", "parameters in them", ",d", "parameters"),
         Column("alpha", "mean alpha of the layers", ".3f", "alpha"),
         Column("alpha_weighted", "the same, each layer weighted by its parameters", ".3f", "weighted"),
         Column("whole_alpha", "mean alpha of whole matrices", ".3f", "whole"),
@@ -64,8 +64,9 @@ def rank_models(models: Iterable[str], **options: Any) -> Ranking:
         try:
             diagnosis = diagnose(model, **options)
         except (InputError, ValueError) as error:
-            failed.append((model, one_line(error)))
-            sys.stderr.write(f"{model}: not measured ({one_line(error)})\n")
+            reason = one_line(error).removeprefix(f"{model}: ")
+            failed.append((model, reason))
+            sys.stderr.write(f"{model}: not measured ({reason})\n")
             continue
         found = diagnosis.summary()
         rows.append(found | {"layer": model, "well_trained": found.get("well_trained", 0) / found["layers"]})

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 from farms_jax._names import block_of
 from farms_jax.diagnosis.columns import Row, number
 from farms_jax.diagnosis.exports import prunable
-from farms_jax.diagnosis.status import GOOD
+from farms_jax.diagnosis.status import GOOD, UNSURE
 from farms_jax.diagnosis.summary import grouped, telling_types
 from farms_jax.errors import listed
 
-_MOST = 0.8  # share of the layers from which on a status is said of the model
+_MOST = 0.8  # share of the layers from which on noise is said of the model
+_LIKE_NOISE = {"undertrained", "spiked", "flat", UNSURE}
+_PRUNED_HERE = {"q", "k", "v", "o", "gate", "up", "down"}  # types of the networks that `farms prune` knows
 _HALF = 0.5  # share of a type's or a block's layers from which on it stands out
 _PATTERNS = 4  # layers that are named in a command
 
@@ -31,8 +33,8 @@ _ADVICE: dict[str, tuple[str, str]] = {
         "to train on, give them larger rates; to prune, start with them; a frozen layer needs nothing",
     ),
     "spiked": (
-        "noise but for a few directions: early in training, a large mean, or a small fine-tuning",
-        "train longer before judging these layers by alpha",
+        "noise but for a few directions: training has moved them little, as early on, or their weights share a mean",
+        "nothing by itself; if the loss still falls, train longer, with larger rates for these layers",
     ),
     "flat": (
         "their eigenvalues are more equal than noise: an orthogonal initialisation or constraint",
@@ -57,12 +59,17 @@ class Step(NamedTuple):
 def steps(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Step]:
     """Return what to do, the most urgent first; `facts` has the path of the model and its format."""
     path = "" if facts.get("format") in {None, "pytree"} or not facts.get("path") else shlex.quote(str(facts["path"]))
-    found = [_step(status, rows, path) for status in _ADVICE if any(row.get("status") == status for row in rows)]
-    alphas = [alpha for row in rows if (alpha := number(row, "alpha")) is not None]
+    untrained = len(rows) > 1 and sum(row.get("status") in _LIKE_NOISE for row in rows) >= _MOST * len(rows)
+    told = [status for status in _ADVICE if any(row.get("status") == status for row in rows)]
+    if untrained:  # differences between layers of noise are chance
+        count = sum(row.get("status") in _LIKE_NOISE for row in rows)
+        noise = Step(f"{count} of {len(rows)} layers are as noise, or nearly", *_UNTRAINED)
+        return [noise, *(_step(status, rows, path) for status in told if status not in _LIKE_NOISE)]
+    found = [_step(status, rows, path) for status in told]
     if not found and any(row.get("status") == GOOD for row in rows):
-        found.append(
-            Step("no layer stands out", "all have heavier tails than noise, none too heavy", "nothing has to be done")
-        )
+        heavy = "all have heavier tails than noise, none too heavy"
+        found.append(Step("no layer stands out", heavy, "nothing has to be done"))
+    alphas = [alpha for row in rows if (alpha := number(row, "alpha")) is not None]
     if len(alphas) > 1 and max(alphas) > min(alphas):
         found.append(_balance(rows, min(alphas), max(alphas), path))
     if prunable(rows):
@@ -72,8 +79,7 @@ def steps(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Step]:
 
 def _step(status: str, rows: Sequence[Row], path: str) -> Step:
     own = [row for row in rows if row.get("status") == status]
-    untrained = status == "undertrained" and len(own) >= _MOST * len(rows) and len(rows) > 1
-    means, attempt = _UNTRAINED if untrained else _ADVICE[status]
+    means, attempt = _ADVICE[status]
     of_all = f"{len(own)} of {len(rows)} layers {'is' if len(own) == 1 else 'are'} {status}"
     code: tuple[str, ...] = ()
     if path and status == "degenerate" and len(own) <= _PATTERNS:
@@ -81,7 +87,7 @@ def _step(status: str, rows: Sequence[Row], path: str) -> Step:
         code = (f"farms analyze {path} --exclude {shlex.quote(pattern)}",)
     elif path and status == "over-correlated":
         code = (f"farms compare EARLIER {path}",)
-    return Step(of_all + ("" if untrained else _where(status, rows)), means, attempt, code)
+    return Step(of_all + _where(status, rows), means, attempt, code)
 
 
 def _where(status: str, rows: Sequence[Row]) -> str:
@@ -97,8 +103,10 @@ def _where(status: str, rows: Sequence[Row]) -> str:
         for group in grouped(rows, lambda row: block_of(row["layer"]))
         if len(group.rows) > 1 and sum(row.get("status") == status for row in group.rows) >= _HALF * len(group.rows)
     ]
-    where = f": {listed(shown, 4, ', ')}" if shown else ""
-    return where + (f"; half or more of {listed(blocks, 3, ', ')}" if blocks and len(blocks) <= len(own) / 2 else "")
+    by_block = f"half or more of {listed(blocks, 3, ', ')}" if blocks and len(blocks) <= len(own) / 2 else ""
+    if by_block and all(count < _HALF * len(group.rows) or len(group.rows) == 1 for count, group in types):
+        return f": {by_block}"
+    return "".join(f"{mark} {part}" for mark, part in ((":", listed(shown, 4, ", ")), (";", by_block)) if part)
 
 
 def _balance(rows: Sequence[Row], low: float, high: float, path: str) -> Step:
@@ -128,7 +136,8 @@ def _prune(rows: Sequence[Row], path: str) -> Step:
     blocks = len({block_of(row["layer"]) for row in prunable(rows)})
     write = f"farms analyze {path} --sparsity 0.5 --recipe recipe.yaml"
     code = [write if path else 'diagnosis.write_recipe("recipe.yaml", sparsity=0.5)']
-    if path and all(row["layer"].startswith("model.") for row in prunable(rows)):
+    known = all(row["layer"].startswith("model.") and row.get("type") in _PRUNED_HERE for row in prunable(rows))
+    if path and known and not any(row.get("type") == "router" for row in rows):
         code.append(f"farms prune --model {path} --sparsity 0.5")
     attempt = "if you prune, remove more where alpha is large: a recipe for llm-compressor, or farms prune"
     return Step(
