@@ -28,7 +28,10 @@ def found(run, **options):
 
 
 def test_alerts_once_when_a_rule_is_broken(tmp_path):
-    with pytest.raises(InputError, match="no checkpoint in it"):
+    with pytest.raises(InputError, match="no checkpoint in it; give"):
+        found(tmp_path)
+    (tmp_path / "epoch_1.pkl").touch()
+    with pytest.raises(InputError, match="no checkpoint in it, and .*epoch_1.pkl is of a kind that is not read: save"):
         found(tmp_path)
     write(tmp_path, 1, a=NOISE, d=NOISE, e=NOISE)
     write(tmp_path, 2, a=SPIKED, d=np.ones_like(NOISE), e=NOISE)
@@ -131,7 +134,16 @@ def test_what_is_a_checkpoint(tmp_path):
     for name in ("epoch=1-step=100.ckpt", "best.ckpt", "last.ckpt", "model_1.pth.tar", "data.bin", "args.json"):
         (tmp_path / name).write_text("x")
     (tmp_path / "newest.ckpt").symlink_to("last.ckpt")
-    names = {"epoch=1-step=100.ckpt", "last.ckpt", "model_1.pth.tar", "checkpoint-0/pytorch_model.bin", "checkpoint-2"}
+    (tmp_path / "sharded_by_torch").mkdir()
+    (tmp_path / "sharded_by_torch" / "__0_0.distcp").touch()
+    names = {
+        "sharded_by_torch",
+        "epoch=1-step=100.ckpt",
+        "last.ckpt",
+        "model_1.pth.tar",
+        "checkpoint-0/pytorch_model.bin",
+        "checkpoint-2",
+    }
     expected = {tmp_path / name for name in names} | {twins / "net.npz"}
     assert set(checkpoints(tmp_path)) == expected
     shard(sharded / "pytorch_model-00002-of-00002.bin")
@@ -192,8 +204,12 @@ def test_a_log_that_cannot_be_written_costs_a_warning(tmp_path):
     (tmp_path / "farms").write_text("a file")
     (seen,) = watch(tmp_path, **FAST)
     written = WatchLog(tmp_path, tmp_path / "farms")
-    with pytest.warns(UserWarning, match=r"alerts.jsonl: cannot be written \(.*\); free space, or"):
+    with pytest.warns(UserWarning, match=r": cannot be written \(.*\); free space, or") as told:
         written.add(seen)
+    assert [str(one.message).partition(":")[0].rpartition("/")[2] for one in told] == [
+        "alerts.jsonl",
+        "step_1%2Fmodel.npz.json",
+    ]
     (tmp_path / "farms").unlink()
     written.add(seen)
     assert len(lines(tmp_path)) == 1

@@ -1,5 +1,6 @@
 """watch(): follow the checkpoints of a training run, and raise an alert where a layer goes wrong."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -16,6 +17,8 @@ from farms_jax.diagnosis.pipeline import diagnose
 from farms_jax.diagnosis.status import OVER_TRAINED
 from farms_jax.errors import InputError, MissingPackageError, one_line
 from farms_jax.weights import checkpoints
+
+_UNREAD = {".pkl", ".pickle", ".joblib", ".h5", ".hdf5", ".keras", ".onnx", ".index"}  # .index: of TensorFlow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +87,12 @@ def watch(
     # The last layers of each series of checkpoints, by name.
     before = {_series(path): _by_name(diagnosis) for path, diagnosis in earlier}
     found = checkpoints(run)
-    if not found:
-        if every is None:
-            raise InputError(f"{run}: no checkpoint in it; give the directory that a training writes to")
-        warnings.warn(f"{run}: no checkpoint in it yet; it is looked at every {every:g} seconds", stacklevel=2)
+    if not found and every is None:
+        raise InputError(f"{run}: no checkpoint in it{_unread(run)}; give the directory that a training writes to")
     while True:
+        if not found and not done:
+            text = f"{run}: no checkpoint in it yet{_unread(run)}; it is looked at every {every:g} seconds"
+            warnings.warn(text, stacklevel=2)
         for path in found:
             version = _version(path)
             if version is None or version in done:
@@ -117,6 +121,15 @@ def _found_again(run: Path) -> list[Path]:
     except (InputError, OSError) as error:
         warnings.warn(f"{one_line(error)}; it is looked at again", stacklevel=2)
         return []
+
+
+def _unread(run: Path) -> str:
+    """Return a remark on a file that looks like a checkpoint and is of a kind that is not read, if there is one."""
+    with contextlib.suppress(OSError):  # a run that goes on removes files
+        for path in sorted(run.rglob("*")):
+            if path.suffix in _UNREAD:
+                return f", and {path} is of a kind that is not read: save safetensors, npz or Torch's"
+    return ""
 
 
 def _version(path: Path) -> Any:

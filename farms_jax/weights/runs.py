@@ -107,7 +107,8 @@ def _models_among(folder: Path, children: list[Path]) -> list[Path]:
     files = [child.name for child in children if child.is_file() and not (child.is_symlink() and _is_inside(child))]
     if any(name.endswith((".safetensors.index.json", ".bin.index.json")) for name in files):
         return [folder]
-    if "adapter_config.json" in files:
+    # What cannot be opened says so.
+    if "adapter_config.json" in files or any(name.endswith(".distcp") for name in files):
         return [folder]
     if WEIGHTS in files:
         return [folder / WEIGHTS]
