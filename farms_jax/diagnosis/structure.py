@@ -117,6 +117,7 @@ def _orthogonal(stack: np.ndarray) -> str:
         else:
             image = stack.conj() @ vector
             turned = (image[:, None] @ stack).sum(0)[0]
+        turned = turned.astype(np.result_type(turned, np.float64))  # its square may be out of range of float32
         scale = (vector @ turned) / (vector @ vector)
         bound = min(_EQUAL, _BEYOND_CHANCE * (short / long) ** 0.5)
         if scale and np.linalg.norm(turned - scale * vector) < bound * abs(scale) * np.linalg.norm(vector):
