@@ -41,6 +41,8 @@ def test_what_moved_most_comes_first():
     assert not rows["layer_0"]["beyond_error"]
     assert rows["layer_2"]["moved"] == pytest.approx(0.5)
     assert rows["layer_2"]["alpha_change"] == pytest.approx(0, abs=1e-4)
+    overlaps = [[row[f"{side}_overlap"] for side in ("left", "right")] for row in (rows["layer_1"], rows["layer_2"])]
+    np.testing.assert_allclose(overlaps, 1, atol=1e-5)
     for row in comparison.layers:
         assert row["alpha_change"] == pytest.approx(row["alpha_b"] - row["alpha_a"])
     assert "moved" not in rows["layer_3"]

@@ -188,7 +188,7 @@ def test_page_is_complete_without_its_script(sample, html, page):
 
 
 def test_page_is_small_and_needs_nothing_from_outside(sample, html):
-    assert len(html.encode()) < 30_000 + 6000 * len(sample)
+    assert len(html.encode()) < 45_000 + 5500 * len(sample)
     assert "://" not in html
     assert "default-src 'none'" in html
     assert not re.search(r"url\(|@import|fetch\(|XMLHttp|innerHTML", html)

@@ -180,6 +180,8 @@ class Compare(Measuring):
     """Write all columns as CSV."""
     json: Path | None = None
     """Write everything as JSON."""
+    directions: int = 10
+    """Leading singular vectors of each layer whose spaces are compared, for the overlaps and angles; 0 for none."""
     sort: str = "alpha_change"
     """Column to sort by, largest magnitude first."""
 
@@ -190,7 +192,8 @@ class Compare(Measuring):
         # What was not asked for is as in the diagnosis that one of the models is.
         usual = vars(Settings())
         options = {name: value for name, value in self.options().items() if name not in usual or value != usual[name]}
-        comparison = compare(self.a, self.b, **options).sort(self.sort, descending=True, magnitude=True)
+        comparison = compare(self.a, self.b, directions=self.directions, **options)
+        comparison = comparison.sort(self.sort, descending=True, magnitude=True)
         comparison.show()
         _write(comparison, outputs, hint="--csv changes.csv writes all columns")
 

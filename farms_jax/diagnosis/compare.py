@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
+from farms_jax._axes import as_matrices
 from farms_jax._tail import Tail
+from farms_jax.diagnosis.alignment import alignment
 from farms_jax.diagnosis.columns import BY_NAME, Column, Row, half_width, plain, text
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.pipeline import diagnose, layers_of, opened
@@ -39,6 +41,12 @@ class Comparison(LayerTable):
         Column("status", "status, in A -> in B where it changed", "", "status"),
         BY_NAME["shape"],
         Column("moved", "difference of the weights over their size: |B - A| / |A|, Frobenius", ".3g", "moved"),
+        Column(
+            "left_overlap", "overlap of the leading left (output) singular vectors, in [0, 1]; 1 if none turned", ".3f"
+        ),
+        Column("right_overlap", "overlap of the leading right (input) singular vectors, in [0, 1]", ".3f"),
+        Column("left_angle", "largest principal angle between the spaces of the left ones, in degrees", ".1f"),
+        Column("right_angle", "largest principal angle between the spaces of the right ones, in degrees", ".1f"),
         Column("alpha_change", "alpha of B less that of A", "+.3f", "change"),
         Column("error", "half the confidence interval of that change", ".3f", "error"),
         Column("beyond_error", "whether the change is larger than its error", ""),
@@ -72,7 +80,7 @@ class Comparison(LayerTable):
         return [f"settings here and by default: {'; '.join(unusual)}"] * bool(unusual) + lines
 
 
-def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Comparison:
+def compare(a: Any, b: Any, *, directions: int = 10, progress: bool = False, **options: Any) -> Comparison:
     """Measure two models and set them side by side, what moved most first.
 
     >>> import farms_jax, numpy as np
@@ -84,6 +92,7 @@ def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Compar
     Args:
         a: the model before: path, open `WeightSource`, pytree, `Diagnosis`, or path of a diagnosis in JSON.
         b: the model after, likewise, or the folder of a LoRA adapter of `a`, whose change is then added to `a`.
+        directions: leading singular vectors of each layer whose spaces are compared, see `alignment`; 0 for none.
         progress: show progress bars, where the standard error is a terminal.
         **options: options of `diagnose`, the same for both.
 
@@ -112,10 +121,12 @@ def compare(a: Any, b: Any, *, progress: bool = False, **options: Any) -> Compar
                 f"{before.model} and {after.model} have no layer of one name: {next(iter(rows_a))} in the first, "
                 f"{next(iter(rows_b))} in the second; give two checkpoints of one model or family, in one format"
             )
-        moved = dict(_moved(weights_a, weights_b, pairs, progress=progress)) if weights_a and weights_b else {}
+        changes = {}
+        if weights_a and weights_b:
+            changes = dict(_changes(weights_a, weights_b, pairs, directions, progress=progress))
     common_a, common_b = (set(names) for names in zip(*pairs.values(), strict=True))
     comparison = Comparison(
-        layers=tuple(_row(name, rows_a[a], rows_b[b], moved.get(name)) for name, (a, b) in pairs.items()),
+        layers=tuple(_row(name, rows_a[a], rows_b[b], changes.get(name, {})) for name, (a, b) in pairs.items()),
         models=(before.model, after.model),
         only_a=tuple(name for name in rows_a if name not in common_a),
         only_b=tuple(name for name in rows_b if name not in common_b),
@@ -161,18 +172,24 @@ def _side(model: Any, opening: contextlib.ExitStack, **options: Any) -> tuple[Di
     return diagnose(source, **options), source
 
 
-def _moved(
-    a: WeightSource, b: WeightSource, pairs: Mapping[str, tuple[str, str]], *, progress: bool
-) -> Iterator[tuple[str, float]]:
-    """Yield |B - A| / |A| of the layers that have one shape in both."""
+def _changes(
+    a: WeightSource, b: WeightSource, pairs: Mapping[str, tuple[str, str]], directions: int, *, progress: bool
+) -> Iterator[tuple[str, dict[str, float | None]]]:
+    """Yield the columns `moved` and those of the alignment, of the layers that have one shape in both."""
     places_a, places_b = (layers_of(source, Settings(tail=Tail(min_count=2)))[0] for source in (a, b))
     # One tensor after the other: a stack may be read as a whole.
     order = {name: number for number, name in enumerate(places_a)}
     names = sorted(pairs, key=lambda name: order[pairs[name][0]])
     for name in tqdm(names, desc="compare", unit="layer", leave=False, disable=None if progress else True):
-        first, second = places_a[pairs[name][0]].read(a), places_b[pairs[name][1]].read(b)
-        if first.shape == second.shape:
-            yield name, _distance(first, second)
+        places = places_a[pairs[name][0]], places_b[pairs[name][1]]
+        first, second = (place.read(source) for place, source in zip(places, (a, b), strict=True))
+        if first.shape != second.shape:
+            continue
+        changes: dict[str, float | None] = {"moved": _distance(first, second)}
+        before, after = as_matrices(first, places[0].axes)[0], as_matrices(second, places[1].axes)[0]
+        if directions and before.shape == after.shape:
+            changes |= alignment(before, after, directions)
+        yield name, changes
 
 
 def _distance(first: np.ndarray, second: np.ndarray) -> float:
@@ -190,7 +207,7 @@ def _distance(first: np.ndarray, second: np.ndarray) -> float:
     return change / size if size else 1.0
 
 
-def _row(layer: str, a: Row, b: Row, moved: float | None) -> Row:
+def _row(layer: str, a: Row, b: Row, changes: Mapping[str, float | None]) -> Row:
     if a["shape"] == b["shape"] and (a["N"], a["M"]) != (b["N"], b["M"]):
         sizes = " and as ".join(f"{side['N']} x {side['M']}" for side in (a, b))
         raise InputError(
@@ -200,8 +217,7 @@ def _row(layer: str, a: Row, b: Row, moved: float | None) -> Row:
     for name in ("status", "shape"):
         before, after = (text(side, BY_NAME[name]) for side in (a, b))
         row[name] = before if before == after else f"{before} -> {after}"
-    if moved is not None:
-        row["moved"] = moved
+    row |= changes
     alphas = a["alpha"], b["alpha"]
     row["alpha_change"] = change = None if None in alphas else alphas[1] - alphas[0]
     widths = [width for side in (a, b) if (width := half_width(side)) is not None]

@@ -48,6 +48,15 @@ HEADS = {
     "alpha": "mean of the layers ± standard deviation over them",
     "statuses": "how many layers have which",
 }
+WEIGHTWATCHER = (  # what WeightWatcher's `get_summary` has: the means of its columns of these
+    "ww_alpha",
+    "ww_alpha_hat",
+    "ww_log_alpha_norm",
+    "whole_log_norm",
+    "whole_log_largest_eigenvalue",
+    "whole_stable_rank",
+    "ww_mp_softrank",
+)
 LEFT = {0, 4}  # columns of text
 
 
@@ -73,14 +82,13 @@ def telling_types(rows: Iterable[Row]) -> list[Group]:
 def of_model(rows: Sequence[Row]) -> dict[str, Any]:
     """Return one number for each of a model's measures: means over its layers, and shares of them.
 
-    `alpha_weighted` weighs each layer by its parameters. The means of `ww_` columns are those of WeightWatcher's
-    summary, where `ww_alpha_hat` is its weighted alpha.
+    `alpha_weighted` weighs each layer by its parameters. Layers that lack a number do not count in its mean.
     """
     alphas = [(alpha, number(row, "num_params") or 1) for row in rows if (alpha := number(row, "alpha")) is not None]
     found: dict[str, Any] = {"layers": len(rows), "num_params": Group("", list(rows)).num_params}
     found["alpha"] = statistics.fmean(alpha for alpha, _ in alphas) if alphas else None
     found["alpha_weighted"] = sum(a * n for a, n in alphas) / sum(n for _, n in alphas) if alphas else None
-    for name in ("whole_alpha", "ww_alpha", "ww_alpha_hat", "ww_log_alpha_norm", "whole_log_norm"):
+    for name in ("whole_alpha", *WEIGHTWATCHER):
         values = [value for row in rows if (value := number(row, name)) is not None]
         found[name] = statistics.fmean(values) if values else None
     return found | {status.replace(" ", "_").replace("-", "_"): count for status, count in counts(rows).items()}

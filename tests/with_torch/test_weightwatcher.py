@@ -3,6 +3,7 @@
 import logging
 
 import numpy as np
+import pandas as pd
 import powerlaw
 import pytest
 import torch
@@ -15,6 +16,7 @@ from farms_jax.diagnosis.columns import COLUMNS
 from farms_jax.diagnosis.measure import measure
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import shuffled_measures
+from farms_jax.diagnosis.summary import WEIGHTWATCHER, of_model
 from farms_jax.diagnosis.weightwatcher import fit_noise, fit_power_law, without_fingers
 
 _SHUFFLED = {"rand_distance", "max_rand_eval", "ww_softrank", "rand_num_spikes"}  # but for the draw
@@ -95,6 +97,15 @@ def test_columns_are_equal(both, name):
     for column in EQUAL if name in FITTED else EQUAL - {"ww_num_spikes", "ww_mp_softrank"}:
         least = 1e-12 * ours["sv_max"] if column == "sv_min" else 0
         np.testing.assert_allclose(ours[column], theirs[THEIRS[column]], rtol=1e-5, atol=least, err_msg=column)
+
+
+def test_the_summary_is_theirs(analysed, both):
+    fitted = [both[name] for name in FITTED]
+    theirs = weightwatcher.WeightWatcher.get_summary(watcher_of({}), pd.DataFrame([row for _, row in fitted]))
+    ours = of_model([row for row, _ in fitted])
+    assert set(theirs) == {THEIRS[name] for name in WEIGHTWATCHER}
+    for name in WEIGHTWATCHER:
+        np.testing.assert_allclose(ours[name], theirs[THEIRS[name]], rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("name", FITTED)
