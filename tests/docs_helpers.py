@@ -3,6 +3,7 @@
 import argparse
 import functools
 import inspect
+import json
 import os
 import re
 import runpy
@@ -47,6 +48,15 @@ def blocks(page: Path) -> list[Block]:
         found.append(Block(match[1], match[2], bool(found) and not text[end : match.start()].strip()))
         end = match.end()
     return found
+
+
+def notebook_cells(path: Path) -> list[tuple[str, str]]:
+    """The cells of code of a notebook, each with what it shows as printed."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    return [
+        ("".join(cell["source"]), "".join(line for output in cell["outputs"] for line in output.get("text", ())))
+        for cell in cells
+    ]
 
 
 def inline_commands(page: Path) -> list[str]:

@@ -7,7 +7,7 @@ import shlex
 import sys
 
 import pytest
-from docs_helpers import PAGES, ROOT, assert_shown, blocks, check, commands, inline_commands
+from docs_helpers import PAGES, ROOT, assert_shown, blocks, check, commands, inline_commands, notebook_cells
 
 from farms_jax.diagnosis.columns import COLUMNS
 
@@ -46,6 +46,16 @@ def test_page(page, tmp_path, monkeypatch):
                     if command[0] == "farms" and page.name != "README.md":
                         farms(command[1:], monkeypatch)
         printed = output.getvalue()
+
+
+def test_notebook(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code, shown in notebook_cells(ROOT / "docs/diagnose.ipynb"):
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            exec(compile(code, "<cell>", "exec"), names)
+        assert_shown(shown, output.getvalue())
+    assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
 def farms(arguments, monkeypatch):

@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from farms_jax._names import block_of
@@ -72,7 +73,7 @@ def steps(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Step]:
     alphas = [alpha for row in rows if (alpha := number(row, "alpha")) is not None]
     if len(alphas) > 1 and max(alphas) > min(alphas):
         found.append(_balance(rows, min(alphas), max(alphas), path))
-    if prunable(rows):
+    if any(number(row, "alpha") for row in prunable(rows)):
         found.append(_prune(rows, path))
     return found
 
@@ -111,7 +112,7 @@ def _where(status: str, rows: Sequence[Row]) -> str:
 
 def _balance(rows: Sequence[Row], low: float, high: float, path: str) -> Step:
     groups = [group for group in telling_types(rows) if group.alphas]
-    means = sorted((sum(group.alphas) / len(group.alphas), group.name) for group in groups)
+    means = sorted((fmean(group.alphas), group.name) for group in groups)
     spread = f"alpha goes from {low:.2f} to {high:.2f}"
     if len(means) > 1:
         spread += f"; by type from {means[0][0]:.2f} ({means[0][1]}) to {means[-1][0]:.2f} ({means[-1][1]})"
@@ -133,13 +134,14 @@ def _balance(rows: Sequence[Row], low: float, high: float, path: str) -> Step:
 
 
 def _prune(rows: Sequence[Row], path: str) -> Step:
-    blocks = len({block_of(row["layer"]) for row in prunable(rows)})
-    write = f"farms analyze {path} --sparsity 0.5 --recipe recipe.yaml"
-    code = [write if path else 'diagnosis.write_recipe("recipe.yaml", sparsity=0.5)']
-    known = all(row["layer"].startswith("model.") and row.get("type") in _PRUNED_HERE for row in prunable(rows))
+    layers = prunable(rows)
+    means = [fmean(group.alphas) for group in grouped(layers, lambda row: block_of(row["layer"])) if group.alphas]
+    code = [f"farms analyze {path} --sparsity 0.5 --recipe recipe.yaml"]
+    if not path:
+        code = ['diagnosis.write_recipe("recipe.yaml", sparsity=0.5)']
+    known = all(row["layer"].startswith("model.") and row.get("type") in _PRUNED_HERE for row in layers)
     if path and known and not any(row.get("type") == "router" for row in rows):
         code.append(f"farms prune --model {path} --sparsity 0.5")
+    found = f"the mean alpha of the {len(means)} blocks goes from {min(means):.2f} to {max(means):.2f}"
     attempt = "if you prune, remove more where alpha is large: a recipe for llm-compressor, or farms prune"
-    return Step(
-        f"{blocks} blocks have alphas of their own", "some can lose more weights than others", attempt, tuple(code)
-    )
+    return Step(found, "some blocks can lose more weights than others", attempt, tuple(code))
