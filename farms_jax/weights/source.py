@@ -51,9 +51,10 @@ class WeightSource(ABC):
         tensors: Mapping[str, TensorInfo],
         *,
         unread: Mapping[str, str] | None = None,
+        skipped: Mapping[str, str] | None = None,
         quantisation: str = "",
     ) -> None:
-        """Check the stored tensors, given in any order, of which some are known to be unreadable.
+        """Check the stored tensors, given in any order, of which some are known to be unreadable or no weights.
 
         `axes` may be a function of the tensors that are weights, which returns them or a `Layout`.
 
@@ -67,7 +68,7 @@ class WeightSource(ABC):
         self.path, self.name, self.format, self.listed = path, name, format, tuple(tensors)
         infos = {tensor: TensorInfo(np.dtype(info.dtype), tuple(info.shape)) for tensor, info in tensors.items()}
         self.stored = {tensor: infos[tensor] for tensor in sorted(infos, key=natural_key)}
-        self.skipped = not_weights(self.stored)
+        self.skipped = {**(skipped or {}), **not_weights(self.stored)}
         found = self._quantised()
         self._weights, self.unread = found.weights, {**found.unread, **(unread or {})}
         self.skipped |= found.parts

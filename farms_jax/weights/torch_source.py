@@ -28,7 +28,8 @@ class TorchSource(WeightSource):
         """Take the tensors; `files` are those that they are mapped from, which must not change meanwhile."""
         self._tensors: dict[str, Any] = {}
         self._versions = {file: _version(file) for file in files}
-        reasons: dict[str, str] = {}
+        skipped: dict[str, str] = {}
+        unread: dict[str, str] = {}
         classes: dict[str, tuple[str, ...]] = {}
         firsts: dict[Any, str] = {}
         for item in found:
@@ -37,14 +38,16 @@ class TorchSource(WeightSource):
                 full += "'"
             self._tensors[full], classes[full] = item.tensor, item.classes
             first = firsts.setdefault(_place(item.tensor), full)
-            if reason := item.left_out or _fault(item.tensor) or ("" if first == full else f"the same as {first}"):
-                reasons[full] = reason
+            if reason := item.left_out or ("" if first == full else f"the same as {first}"):
+                skipped[full] = reason
+            elif reason := _fault(item.tensor):
+                unread[full] = reason
 
         def axes(weights: Mapping[str, TensorInfo]) -> AxisRules:
             return of_classes(torch_axes(weights), classes, weights)
 
-        super().__init__(path, name, format, axes, {full: _info(tensor) for full, tensor in self._tensors.items()})
-        self.skipped = reasons | self.skipped
+        infos = {full: _info(tensor) for full, tensor in self._tensors.items()}
+        super().__init__(path, name, format, axes, infos, unread=unread, skipped=skipped)
 
     def _read(self, name: str) -> np.ndarray:
         return self._values(name, self._tensors[name])

@@ -90,9 +90,11 @@ def _walk_module(
     for name, tensor in module._parameters.items():
         if _is_tensor(tensor):
             yield Found(".".join((*at, name)), tensor, left_out, classes)
-    for name, tensor in module._buffers.items():
-        if _is_tensor(tensor):
-            yield Found(".".join((*at, name)), tensor, left_out or "buffer of a module, no parameter")
+    buffers = {name: tensor for name, tensor in module._buffers.items() if _is_tensor(tensor)}
+    # Where weights are packed into integers, they and their scales are buffers.
+    packed = any(t.dim() > 1 and str(t.dtype).startswith(("torch.int", "torch.uint")) for t in buffers.values())
+    for name, tensor in buffers.items():
+        yield Found(".".join((*at, name)), tensor, left_out or ("" if packed else "buffer of a module, no parameter"))
     for name, child in module._modules.items():
         if _is_module(child):
             inside = at if name == _WRAPPER else (*at, name)

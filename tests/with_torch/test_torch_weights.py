@@ -143,6 +143,14 @@ def test_tensors_of_every_kind(tmp_path):
         np.testing.assert_array_equal(source.read("nested.list.1.deep"), content["nested"]["list"][1]["deep"].numpy())
 
 
+def test_quantised_weights_are_what_they_stand_for(tmp_path):
+    weight = torch.randn(32, 64).to(torch.float8_e4m3fn)
+    torch.save({"model": {"up.weight": weight, "up.weight_scale_inv": torch.full((1, 1), 2.0)}}, tmp_path / "fp8.pt")
+    with open_weights(tmp_path / "fp8.pt") as source:
+        assert source.skipped == {"up.weight_scale_inv": "part of the quantised weight up.weight"}
+        np.testing.assert_array_equal(source.read("up.weight"), 2 * weight.float().numpy())
+
+
 def test_the_conversion_command_writes_all_tensors(tmp_path):
     content = tensors() | {"args": argparse.Namespace(a=1), "net": network()}
     del content["conjugate"], content["float8"]  # which not every version of safetensors has
