@@ -1,6 +1,7 @@
 """Two models side by side."""
 
 import json
+import re
 from typing import Any
 
 import ml_dtypes
@@ -134,3 +135,41 @@ def test_kernels_read_under_other_axes_are_not_compared():
     first, second = (diagnose(kernel, axes={"conv": axes}, **FAST) for axes in ("HWIO", "IOHW"))
     with pytest.raises(InputError, match="3x3x16x24, was measured as 24 x 16 and as .* axes"):
         compare(first, second)
+
+
+def test_a_page_and_figures_show_both_models(tmp_path):
+    before = layers() | {"<b>only & a": layers()["layer_0"]}
+    after = layers() | {"layer_1": heavier(before["layer_1"])}
+    comparison = compare(before, after, **FAST)
+    comparison.write_html(tmp_path / "page.html")
+    comparison.write_json(tmp_path / "page.json")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<tbody id=") == len(comparison) == 4
+    assert page.count('aria-label="spectra of layer_') == 4
+    order = [name for name in before if name in after]
+    assert [page.index(f'">{name.replace("_", "_<wbr>")}</button>') for name in order] == sorted(
+        page.index(f'">{name.replace("_", "_<wbr>")}</button>') for name in order
+    )
+    assert "&lt;b&gt;only &amp; a" in page and "<b>only" not in page
+    assert not re.search(r'(src|href)="(?!#)', page)
+    assert "histograms" not in json.loads((tmp_path / "page.json").read_text())
+    axis: Any = comparison.plot().axes[0]
+    rows = {row["layer"]: row for row in comparison.layers}
+    strong, weak = axis.collections[:2]
+    ((start, end),) = strong.get_segments()
+    assert (start[0], end[0]) == (order.index("layer_1"),) * 2
+    assert [start[1], end[1]] == pytest.approx([rows["layer_1"]["alpha_a"], rows["layer_1"]["alpha_b"]])
+    assert len(weak.get_segments()) == 3
+    moved: Any = comparison.plot("moved").axes[0].collections[0].get_offsets()
+    assert moved[:, 1].tolist() == [rows[name]["moved"] for name in order]
+    assert len(comparison.plot("spectrum", "layer_1").axes[0].patches) == 2
+    written = compare(diagnose(before, **FAST), diagnose(after, **FAST))
+    kind: Any
+    for kind, layer, message in (
+        ("bias", None, "no kind 'bias'"),
+        ("alpha", "layer_1", "leave out `layer`"),
+        ("spectrum", "layer_9", "no layer 'layer_9'"),
+        ("moved", None, "no layer has moved"),
+    ):
+        with pytest.raises(InputError, match=message):
+            written.plot(kind, layer)

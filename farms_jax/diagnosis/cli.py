@@ -176,6 +176,8 @@ class Compare(Measuring):
     """The model before: see `farms analyze`; or a diagnosis written with --json."""
     b: _Model
     """The model after, or the folder of a LoRA adapter of the first."""
+    html: Path | None = None
+    """Write one self-contained report for a browser."""
     csv: Path | None = None
     """Write all columns as CSV."""
     json: Path | None = None
@@ -187,7 +189,7 @@ class Compare(Measuring):
 
     def run(self) -> None:
         """Measure both, print, write."""
-        outputs = _checked({"--csv": self.csv, "--json": self.json})
+        outputs = _checked({"--html": self.html, "--csv": self.csv, "--json": self.json})
         _sort_column(self.sort, Comparison.possible)  # before any long work
         # What was not asked for is as in the diagnosis that one of the models is.
         usual = vars(Settings())
@@ -195,7 +197,7 @@ class Compare(Measuring):
         comparison = compare(self.a, self.b, directions=self.directions, **options)
         comparison = comparison.sort(self.sort, descending=True, magnitude=True)
         comparison.show()
-        _write(comparison, outputs, hint="--csv changes.csv writes all columns")
+        _write(comparison, outputs, hint="--html changes.html writes the whole report")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,25 +1,33 @@
 """compare(): what changed from one model to another, layer by layer."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from farms_jax._axes import as_matrices
+from farms_jax._extras import from_extra
 from farms_jax._tail import Tail
 from farms_jax.diagnosis.alignment import alignment
 from farms_jax.diagnosis.columns import BY_NAME, Column, Row, half_width, plain, text
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.pipeline import diagnose, layers_of, opened
 from farms_jax.diagnosis.settings import Settings
+from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.table import LayerTable
 from farms_jax.errors import InputError, listed
+from farms_jax.programs.files import write_json, write_text
 from farms_jax.weights import LoraSource, WeightSource, is_lora
 from farms_jax.weights.wrappers import paired
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _BEFORE_AND_AFTER = ("alpha", "whole_alpha", "ww_alpha", "ks_distance", "whole_stable_rank", "mp_spikes", "rank")
 _SHOWN = {"alpha", "mp_spikes"}  # of these, in the terminal
@@ -34,12 +42,13 @@ class Comparison(LayerTable):
         only_a: layers of A alone.
         only_b: layers of B alone.
         settings: settings of both diagnoses, in types of JSON.
+        histograms: spectra before and after, by layer; JSON leaves them out.
     """
 
     possible: ClassVar[tuple[Column, ...]] = (
-        BY_NAME["layer"],
+        BY_NAME["layer"]._replace(group=""),
         Column("status", "status, in A -> in B where it changed", "", "status"),
-        BY_NAME["shape"],
+        *(BY_NAME[name]._replace(group="") for name in ("shape", "place")),
         Column("moved", "difference of the weights over their size: |B - A| / |A|, Frobenius", ".3g", "moved"),
         Column(
             "left_overlap", "overlap of the leading left (output) singular vectors, in [0, 1]; 1 if none turned", ".3f"
@@ -63,6 +72,7 @@ class Comparison(LayerTable):
     only_a: tuple[str, ...] = ()
     only_b: tuple[str, ...] = ()
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    histograms: Mapping[str, tuple[Histogram, Histogram]] = dataclasses.field(default_factory=dict)
 
     def headline(self) -> str:
         """Return how many layers moved, in a line."""
@@ -78,6 +88,77 @@ class Comparison(LayerTable):
         sides = (("A", self.only_a), ("B", self.only_b))
         lines = [f"only in {side}: {listed(names, 5, ', ')}" for side, names in sides if names]
         return [f"settings here and by default: {'; '.join(unusual)}"] * bool(unusual) + lines
+
+    def write_json(self, path: str | Path) -> None:
+        """Write everything but the spectra."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "histograms"]
+        write_json(Path(path), plain({name: getattr(self, name) for name in names}))
+
+    def write_html(self, path: str | Path) -> None:
+        """Write one HTML file that needs nothing else: charts, table, spectra before and after, how it was measured.
+
+        Layers are in network order.
+
+        Raises:
+            InputError: Matplotlib is not installed.
+        """
+        with from_extra("diagnose"):
+            from farms_jax.diagnosis.comparison_page import page
+        content = page(
+            self._by_depth(),
+            self.columns,
+            self.histograms,
+            models=self.models,
+            headline=self.headline(),
+            settings=self.settings,
+            alone={"A": self.only_a, "B": self.only_b},
+        )
+        write_text(Path(path), content)
+
+    def plot(self, kind: Literal["alpha", "moved", "spectrum"] = "alpha", layer: str | None = None) -> Figure:
+        """Draw a figure.
+
+        Args:
+            kind: `alpha`: alphas of all layers before and after; `moved`: how far their weights moved; `spectrum`: the
+                spectra of one layer before and after.
+            layer: name of the layer whose spectra are drawn; by default the first of the table.
+
+        Returns:
+            A Matplotlib figure.
+
+        Raises:
+            InputError: there is no such kind or layer, or what it needs is not known, or Matplotlib is not installed.
+        """
+        if kind not in {"alpha", "moved", "spectrum"}:
+            raise InputError(f"plot: there is no kind {kind!r}; there are 'alpha', 'moved' and 'spectrum'")
+        if layer is not None and kind != "spectrum":
+            raise InputError(f"plot: kind {kind!r} shows all layers; leave out `layer`, or take kind 'spectrum'")
+        name = self.names[0] if layer is None else layer
+        needed = {"alpha": "alpha_change", "moved": "moved"}.get(kind)
+        if needed and not any(row.get(needed) is not None for row in self.layers):
+            raise InputError(
+                f"plot: no layer has {needed}, which kind {kind!r} shows; compare the weights of both models"
+            )
+        if kind == "spectrum" and name not in self.histograms:
+            raise InputError(f"plot: there is no layer {name!r} with spectra; `names` has all layers")
+        with from_extra("diagnose"):
+            from farms_jax.diagnosis import comparison_figures as figures
+            from farms_jax.diagnosis.figures import NARROW, axes
+        title = " → ".join(self.models)
+        if kind == "spectrum":
+            drawing, axis = axes(f"{name}: {title}", NARROW)
+            figures.two_spectra(axis, *self.histograms[name])
+            axis.legend(fontsize="small")
+        else:
+            drawing, axis = axes(
+                f"{title}: {'alpha' if kind == 'alpha' else 'difference of the weights over their size'}"
+            )
+            (figures.changes_by_depth if kind == "alpha" else figures.moves_by_depth)(axis, self._by_depth())
+        return drawing
+
+    def _by_depth(self) -> list[Row]:
+        """Return the layers in the order of the first model, however the table was sorted."""
+        return sorted(self.layers, key=lambda row: row.get("place") or 0)
 
 
 def compare(a: Any, b: Any, *, directions: int = 10, progress: bool = False, **options: Any) -> Comparison:
@@ -131,6 +212,11 @@ def compare(a: Any, b: Any, *, directions: int = 10, progress: bool = False, **o
         only_a=tuple(name for name in rows_a if name not in common_a),
         only_b=tuple(name for name in rows_b if name not in common_b),
         settings=before.settings,
+        histograms={
+            name: (before.histograms[a], after.histograms[b])
+            for name, (a, b) in pairs.items()
+            if a in before.histograms and b in after.histograms
+        },
     )
     return comparison.sort("alpha_change", descending=True, magnitude=True)
 
@@ -213,7 +299,7 @@ def _row(layer: str, a: Row, b: Row, changes: Mapping[str, float | None]) -> Row
         raise InputError(
             f"{layer}, of shape {a['shape']}, was measured as {sizes}, under different axes; measure one of them again"
         )
-    row: dict[str, Any] = {"layer": layer}
+    row: dict[str, Any] = {"layer": layer, "place": a.get("place")}
     for name in ("status", "shape"):
         before, after = (text(side, BY_NAME[name]) for side in (a, b))
         row[name] = before if before == after else f"{before} -> {after}"

@@ -101,7 +101,7 @@ def alpha_histogram(axis: Any, rows: Sequence[Row]) -> None:
         axis.axvline(float(np.nanmedian(levels)), color=COLOURS["noise"], ls="--", lw=1.4, label="noise")
     axis.set(xlim=(low, high), xlabel="alpha", ylabel="layers")
     axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
-    _legend(axis)
+    legend(axis)
 
 
 def bias_by_aspect_ratio(axis: Any, rows: Sequence[Row]) -> None:
@@ -124,14 +124,7 @@ def spectrum(axis: Any, row: Row, histogram: Histogram) -> None:
 
     Axes with the spectrum of another layer are cleared first.
     """
-    if axis.get_xscale() != "log":  # setting it is half the time of a drawing
-        axis.set(xscale="log", yscale="log", xlabel="eigenvalue", ylabel="density")
-        for side in (axis.xaxis, axis.yaxis):
-            side.set_major_locator(LogLocator(numticks=6))
-            side.set_major_formatter("{x:g}")
-            side.set_minor_locator(NullLocator())
-    for artist in [*axis.lines, *axis.patches]:
-        artist.remove()
+    log_axes(axis)
     edges, densities = 10.0 ** np.array(histogram.edges), np.array([*histogram.windows, *histogram.whole])
     filled = densities[densities > 0]
     low, high = (filled.min() / 1.4, filled.max() * 1.4) if filled.size else (0.1, 1.0)
@@ -146,6 +139,18 @@ def spectrum(axis: Any, row: Row, histogram: Histogram) -> None:
         end = start + (end - start) * (top - cut) / (top - bottom)
         label = f"power law, alpha {row['alpha']:.2f}"
         axis.plot([10**start, 10**end], [10**top, 10**cut], color=COLOURS["s0"], lw=2, label=label)
+
+
+def log_axes(axis: Any) -> None:
+    """Make axes those of a spectrum, and clear what was drawn in them."""
+    if axis.get_xscale() != "log":  # setting it is half the time of a drawing
+        axis.set(xscale="log", yscale="log", xlabel="eigenvalue", ylabel="density")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(LogLocator(numticks=6))
+            side.set_major_formatter("{x:g}")
+            side.set_minor_locator(NullLocator())
+    for artist in [*axis.lines, *axis.patches]:
+        artist.remove()
 
 
 def tail_line(row: Row, histogram: Histogram) -> tuple[float, float, float, float] | None:
@@ -189,7 +194,7 @@ def _mark_layers(axis: Any, rows: Sequence[Row], x: np.ndarray, y: np.ndarray) -
                 zorder=3,
             )
             marks.set_urls([f"#l{i}" for i in places])
-    _legend(axis)
+    legend(axis)
 
 
 def _colour(row: Row) -> str:
@@ -197,7 +202,7 @@ def _colour(row: Row) -> str:
     return COLOURS[f"s{SEVERITY.index(status if status in SEVERITY else GOOD)}"]
 
 
-def _legend(axis: Any) -> None:
+def legend(axis: Any) -> None:
     """Name what is drawn in one line above the axes."""
     tight = {"columnspacing": 1.2, "handletextpad": 0.4}
     axis.legend(ncols=6, loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, **tight)

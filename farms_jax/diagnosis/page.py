@@ -2,7 +2,7 @@
 
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -21,13 +21,15 @@ from farms_jax.diagnosis.steps import Step
 from farms_jax.diagnosis.svg import STYLE, inline_svg
 from farms_jax.errors import listed
 
-_PRINTED = 24  # layers that need attention most, whose spectra are printed on paper
+PRINTED = 24  # layers that need attention most, whose spectra are printed on paper
 _NAMED = 200  # left-out arrays that are named for one reason
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _WITHOUT_SCRIPT = ".d{display:table-row}table:not(.all) tr>*{display:table-cell!important}.tools{display:none}"
 _SYMBOLS = dict(zip(SEVERITY, "✕■▲◆▼●·", strict=True))  # the marks of the figures
 _WIDE, _NARROW, _SMALL = (14.4, 4.4), (7.6, 4.0), (5.8, 2.8)  # inches of 72 pixels
 _NAMES = 1.6  # inches for the names of layers
+_HINT = """A layer's name opens its spectrum, on logarithmic axes: <span class="fill">windows filled</span>, whole
+matrix as an outline, dotted where the tail starts, and <span class="s0">the fitted power law</span>."""
 
 
 def page(
@@ -48,30 +50,38 @@ def page(
     are where the weights come from and how they were measured; `left_out` has the (name, reason) of the arrays that are
     not layers.
     """
-    style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     with mpl.rc_context(STYLE):
-        charts, table = _charts(rows), _table(rows, columns, histograms)
+        charts = _charts(rows)
+        details = [_details(row, drawing) for row, drawing in zip(rows, _spectra(rows, histograms), strict=True)]
+    table = layer_table(rows, columns, details, _HINT, {row["layer"] for row in attention(rows)[:PRINTED]})
     reasons = by_reason(left_out).items()
     unused = [(f"{reason} ({len(names)})", listed(names, _NAMED, ", ")) for reason, names in reasons]
     provenance = [(name.replace("_", " "), flat(value)) for name, value in facts.items() if value is not None]
-    glossary = _definitions([*MEANINGS.items(), *((column.name, column.meaning) for column in columns)])
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{escape(model)}: layer diagnosis</title>
-<style>{style}</style>
-<noscript><style>{_WITHOUT_SCRIPT}</style></noscript>
-</head><body>
-<header><p class="kind">Layer diagnosis</p><h1>{escape(model)}</h1>
-<p class="lead">{escape(headline.removeprefix(f"{model}: "))}.</p></header>
-<main>
-{_cards(rows)}
+    glossary = definitions([*MEANINGS.items(), *((column.name, column.meaning) for column in columns)])
+    body = f"""{_cards(rows)}
 {findings(rows, steps)}
 {charts}
 {table}
-{f'<section class="out"><h2>Left out</h2>{_definitions(unused)}</section>' if unused else ""}
-<section class="out"><h2>How it was measured</h2>{_definitions(provenance)}</section>
-<section class="out"><details><summary>What the statuses and the columns mean</summary>{glossary}</details></section>
+{f'<section class="out"><h2>Left out</h2>{definitions(unused)}</section>' if unused else ""}
+<section class="out"><h2>How it was measured</h2>{definitions(provenance)}</section>
+<section class="out"><details><summary>What the statuses and the columns mean</summary>{glossary}</details></section>"""
+    return document("Layer diagnosis", model, headline.removeprefix(f"{model}: "), body)
+
+
+def document(kind: str, title: str, lead: str, body: str) -> str:
+    """Return a whole page: what it is and of which model, as texts; one sentence that says most; and what follows."""
+    style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<title>{escape(title)}: {escape(kind.lower())}</title>
+<style>{style}</style>
+<noscript><style>{_WITHOUT_SCRIPT}</style></noscript>
+</head><body>
+<header><p class="kind">{escape(kind)}</p><h1>{escape(title)}</h1>
+<p class="lead">{escape(lead)}.</p></header>
+<main>
+{body}
 </main>
 <script>{script}</script>
 </body></html>
@@ -121,9 +131,8 @@ def _cards(rows: Sequence[Row]) -> str:
 def _charts(rows: Sequence[Row]) -> str:
     if not any(number(row, "alpha") for row in rows):
         return ""
-    wide = _WIDE if len(rows) > NAMED_TICKS else (_WIDE[0], _WIDE[1] + _NAMES)
     charts = [
-        ("alpha by depth", "the smaller, the heavier the tail", figures.alphas_by_depth, wide),
+        ("alpha by depth", "the smaller, the heavier the tail", figures.alphas_by_depth, None),
         ("alphas", "how many layers have which", figures.alpha_histogram, _NARROW),
     ]
     if any(number(row, "aspect_ratio_bias") is not None for row in rows):
@@ -135,20 +144,39 @@ def _charts(rows: Sequence[Row]) -> str:
         alpha = with_interval(row, BY_NAME["alpha"])
         tooltips[f"#l{i}"] = f"{row['layer']}: alpha {alpha}{more}; {row.get('status') or 'not judged'}"
     for name, note, draw, size in charts:
-        figure, axis = figures.axes(size=size)
-        draw(axis, rows)
-        drawn += (
-            f"<figure{' class=wide' if size == wide else ''}><figcaption><b>{name}</b> <span>{note}</span></figcaption>"
-            f"{inline_svg(figure, f'{name}: {note}', tooltips)}</figure>"
-        )
+        drawn += chart(name, note, draw, rows, tooltips, size)
     return f'<section class="charts" aria-label="Charts">{drawn}</section>'
 
 
-def _spectra(rows: Sequence[Row], histograms: Mapping[str, Histogram]) -> Iterator[str]:
-    """Yield a drawing per row, empty for a layer without a spectrum. One figure serves all: axes are slow to make."""
+def chart(
+    name: str,
+    note: str,
+    draw: Callable[[Any, Sequence[Row]], None],
+    rows: Sequence[Row],
+    tooltips: Mapping[str, str],
+    size: tuple[float, float] | None = None,
+) -> str:
+    """Return a drawing of the layers with its caption; without a size it is wide, with room for few layers' names."""
+    wide = _WIDE if len(rows) > NAMED_TICKS else (_WIDE[0], _WIDE[1] + _NAMES)
+    figure, axis = figures.axes(size=size or wide)
+    draw(axis, rows)
+    return (
+        f"<figure{'' if size else ' class=wide'}><figcaption><b>{name}</b> <span>{note}</span></figcaption>"
+        f"{inline_svg(figure, f'{name}: {note}', tooltips)}</figure>"
+    )
+
+
+def small_axes() -> tuple[Any, Any]:
+    """Return a figure with axes for one layer's spectrum after the other: axes are slow to make."""
     figure, axis = figures.axes(size=_SMALL)
     figure.set_layout_engine("none")
     axis.set_position((0.12, 0.19, 0.86, 0.78))
+    return figure, axis
+
+
+def _spectra(rows: Sequence[Row], histograms: Mapping[str, Histogram]) -> Iterator[str]:
+    """Yield a drawing per row, empty for a layer without a spectrum."""
+    figure, axis = small_axes()
     for row in rows:
         histogram = histograms.get(row["layer"])
         if histogram and any((*histogram.windows, *histogram.whole)):
@@ -158,14 +186,20 @@ def _spectra(rows: Sequence[Row], histograms: Mapping[str, Histogram]) -> Iterat
             yield ""
 
 
-def _table(rows: Sequence[Row], columns: Sequence[Column], histograms: Mapping[str, Histogram]) -> str:
+def layer_table(
+    rows: Sequence[Row], columns: Sequence[Column], details: Sequence[str], hint: str, printed: Iterable[str]
+) -> str:
+    """Return a table to search and sort, whose layers open to their `details`; `printed` names those open on paper.
+
+    `details` and `hint` are HTML.
+    """
     # Those of the terminal first: the others are shown on demand.
     ordered = sorted((column for column in columns if column.name != "reason"), key=lambda column: not column.head)
     chosen = sum(bool(column.head) for column in ordered)
-    printed = {row["layer"] for row in attention(rows)[:_PRINTED]}
+    printed = set(printed)
     bodies = "".join(
-        _layer(i, row, ordered, _details(row, drawing), printed=row["layer"] in printed)
-        for i, (row, drawing) in enumerate(zip(rows, _spectra(rows, histograms), strict=True))
+        _layer(i, row, ordered, inside, printed=row["layer"] in printed)
+        for i, (row, inside) in enumerate(zip(rows, details, strict=True))
     )
     options = "".join(f'<option value="{severity(s)}">{s}</option>' for s in counts(rows) if s in SEVERITY)
     return f"""<section class="layers"><h2>Layers</h2>
@@ -173,8 +207,7 @@ def _table(rows: Sequence[Row], columns: Sequence[Column], histograms: Mapping[s
 <label>Status <select id="status"><option value="">all</option>{options}</select></label>
 <label><input type="checkbox" id="all"> all {len(ordered)} columns</label>
 <button type="button" id="open">Open those shown</button><output id="count" aria-live="polite"></output></div>
-<p class="hint">A layer's name opens its spectrum, on logarithmic axes: <span class="fill">windows filled</span>, whole
-matrix as an outline, dotted where the tail starts, and <span class="s0">the fitted power law</span>.</p>
+<p class="hint">{hint}</p>
 <div class="scroll" tabindex="0" role="region" aria-label="Table of layers">
 <style>table:not(.all) tr>:nth-child(n+{chosen + 1}){{display:none}}</style>
 <table><thead>{_heads(ordered)}</thead>{bodies}</table></div></section>"""
@@ -233,9 +266,9 @@ def _details(row: Row, drawing: str) -> str:
         for name, sentence in sentences
         if MISSING not in {values[field] for field in re.findall(r"{(\w+)}", sentence)}
     ]
-    return f'<div class="w">{drawing}<div>{reason}{_definitions(facts)}</div></div>'
+    return f'<div class="w">{drawing}<div>{reason}{definitions(facts)}</div></div>'
 
 
-def _definitions(entries: Iterable[tuple[str, str]]) -> str:
+def definitions(entries: Iterable[tuple[str, str]]) -> str:
     """Return (term, text) pairs as a list of definitions."""
     return f"<dl>{''.join(f'<dt>{escape(term)}</dt><dd>{escape(said)}</dd>' for term, said in entries)}</dl>"
