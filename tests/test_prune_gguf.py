@@ -211,7 +211,7 @@ def factors(*values):
         ({"extra": factors(1.5, *[np.inf] * 11)}, "no known rotary scaling"),
         ({"changes": {EPSILON: math.inf}}, "epsilon is inf, no number > 0"),
         ({"changes": {EPSILON: 1e-45}}, "no number > 0"),
-        ({"extra": {"token_types": np.zeros(5, np.int32)}}, "quantisation 26 cannot be undone"),
+        ({"extra": {"token_types": np.zeros(5, np.int32)}}, "unknown tensors for llama: token_types"),
         ({"changes": {"llama.rope.scaling.type": "yarn"}}, "rotary scaling 'yarn' is not supported"),
         ({"changes": {"llama.rope.dimension_count": 12}}, "rope.dimension_count is not the head size 24"),
         ({"changes": {"llama.block_count": None}}, "its metadata has no llama.block_count"),

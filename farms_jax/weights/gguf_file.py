@@ -8,6 +8,7 @@ a damaged length.
 
 import math
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -22,6 +23,10 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _TEXT, _ARRAY = 8, 9
 _ALIGNMENT = 32  # bytes; the format's default
 _FLOAT32 = np.dtype(np.float32)
+_PLAIN = {
+    name: np.dtype(code)
+    for name, code in (("I8", "i1"), ("I16", "<i2"), ("I32", "<i4"), ("I64", "<i8"), ("F64", "<f8"))
+}
 _LONG = 1024  # items; a longer array is a vocabulary
 _PIECE = 1 << 22  # weights dequantised at a time
 
@@ -33,6 +38,8 @@ class GGUFTensor(NamedTuple):
     shape: tuple[int, ...]  # in NumPy's order: (out, in)
     start: int  # offset of the first byte in the file
     row_bytes: int  # bytes of a row, that is along the last axis
+    dtype: np.dtype[Any]  # of what `read_tensor` returns
+    fault: str = ""  # why that cannot be
 
 
 class GGUFFile(NamedTuple):
@@ -94,7 +101,7 @@ def read_gguf(path: Path, *, long_arrays: bool = False) -> GGUFFile:
     Arrays of more than 1024 items, that is the vocabulary, are kept only with `long_arrays`; else as their lengths.
 
     Raises:
-        InputError: The file is damaged, truncated, split, no GGUF file, or quantised in a way that cannot be undone.
+        InputError: The file is damaged, truncated, split, or no GGUF file.
     """
     try:
         with os_errors_named(path), path.open("rb") as file:
@@ -153,11 +160,14 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], number: int, start: i
     try:
         kind = gguf.GGMLQuantizationType(number)
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise InputError(
-            f"{where}: quantisation {number} cannot be undone here ({one_line(error)}); give a file in F16, F32 or Q8_0"
-        ) from error
+    except (ValueError, KeyError) as error:
+        return GGUFTensor(None, shape, start, 0, _FLOAT32, f"quantisation {number} is not known ({one_line(error)})")
+    fault = ""
+    if kind.name not in _PLAIN:
+        try:
+            gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+        except NotImplementedError as error:
+            fault = f"quantisation {kind.name} cannot be undone here ({one_line(error)})"
     if not shape or 0 in shape or shape[-1] % block or not is_valid_shape(shape, _FLOAT32.itemsize):
         raise InputError(
             f"{where}: shape {short_repr(shape)} is not one of {kind.name}, whose rows have blocks of {block}; "
@@ -166,7 +176,20 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], number: int, start: i
     row_bytes = shape[-1] // block * block_bytes
     if start + math.prod(shape[:-1]) * row_bytes > size:
         raise InputError(f"{where}: goes past the end of the file: truncated; {DOWNLOAD_AGAIN}")
-    return GGUFTensor(kind, shape, start, row_bytes)
+    return GGUFTensor(kind, shape, start, row_bytes, _PLAIN.get(kind.name, _FLOAT32), fault)
+
+
+def quantisation_of(file: GGUFFile) -> str:
+    """Return in words how a file is quantised, such as "Q4_K_M (Q4_K 168, Q6_K 43, F32 61)"; empty where it is not."""
+    counts = Counter("unknown" if tensor.kind is None else tensor.kind.name for tensor in file.tensors.values())
+    if counts.keys() <= {"F32", "F64"}:
+        return ""
+    told = ", ".join(f"{kind} {count}" for kind, count in counts.most_common())
+    try:
+        named = _package(file.path).LlamaFileType(file.metadata.get("general.file_type")).name
+    except ValueError:
+        return told
+    return f"{named.removeprefix('MOSTLY_')} ({told})"
 
 
 def read_tensor(file: GGUFFile, name: str, number: int = 0, shape: tuple[int, ...] | None = None) -> np.ndarray:
@@ -175,17 +198,25 @@ def read_tensor(file: GGUFFile, name: str, number: int = 0, shape: tuple[int, ..
     Beside the result, memory holds a few million weights at a time.
 
     Returns:
-        New float32 array.
+        New array of the tensor's dtype: float32, but for integers and float64 that are stored as such.
+
+    Raises:
+        InputError: It cannot be dequantised, or the file ends too early.
     """
     tensor, dequantize = file.tensors[name], _package(file.path).quants.dequantize
+    if tensor.fault:
+        raise InputError(f"{file.path}: {name}: {tensor.fault}; give a file in F16, F32 or Q8_0")
     shape = tensor.shape if shape is None else shape
     rows = math.prod(shape[:-1])
     start = tensor.start + number * rows * tensor.row_bytes
-    out = np.empty((rows, tensor.shape[-1]), _FLOAT32)
+    out = np.empty((rows, tensor.shape[-1]), tensor.dtype)
     step = max(1, _PIECE // tensor.shape[-1])
     for first in range(0, rows, step):
         count = min(step, rows - first)
         stored = np.empty(count * tensor.row_bytes, np.uint8)
         read_bytes(file.path, start + first * tensor.row_bytes, stored, name)
-        out[first : first + count] = dequantize(stored.reshape(count, -1), tensor.kind)
+        if tensor.kind.name in _PLAIN:
+            out[first : first + count] = stored.view(tensor.dtype).reshape(count, -1)
+        else:
+            out[first : first + count] = dequantize(stored.reshape(count, -1), tensor.kind)
     return out.reshape(shape)

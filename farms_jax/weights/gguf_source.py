@@ -14,7 +14,7 @@ from farms_jax._axes import LeafAxes
 from farms_jax._torch_axes import torch
 from farms_jax.errors import InputError, listed, printable, short_repr
 from farms_jax.weights.conversion import Row, Table
-from farms_jax.weights.gguf_file import read_gguf, read_tensor
+from farms_jax.weights.gguf_file import quantisation_of, read_gguf, read_tensor
 from farms_jax.weights.reading import DOWNLOAD_AGAIN, TensorInfo, part_of
 from farms_jax.weights.source import WeightSource
 
@@ -59,8 +59,13 @@ class GGUFSource(WeightSource):
             self._names = {name: name for name in found}
         shapes = {name: found[own_name].shape for name, own_name in self._names.items()}
         self._heads = _interleaved_heads(self.metadata, shapes, str(path))
-        tensors = {name: TensorInfo(_FLOAT32, shape) for name, shape in shapes.items()}
-        super().__init__(path, path.stem, "gguf", torch, tensors)
+        tensors = {name: TensorInfo(found[own_name].dtype, shapes[name]) for name, own_name in self._names.items()}
+        unread = {name: fault for name, own_name in self._names.items() if (fault := found[own_name].fault)}
+        if strict and unread:
+            name, fault = next(iter(unread.items()))
+            raise InputError(f"{path}: {name}: {fault}; give a file in F16, F32 or Q8_0")
+        told = quantisation_of(self._file)
+        super().__init__(path, path.stem, "gguf", torch, tensors, unread=unread, quantisation=told)
 
     def _read(self, name: str) -> np.ndarray:
         array = read_tensor(self._file, self._names[name])
