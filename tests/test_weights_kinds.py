@@ -1,5 +1,7 @@
 """What in a checkpoint is a weight, and what the axes of its kernels count."""
 
+from typing import Any
+
 import gguf
 import numpy as np
 import pytest
@@ -76,7 +78,7 @@ def test_modules_with_such_names_are_weights():
 def test_biases_of_every_rank_are_no_layers():
     """Of stacked experts (gpt-oss, GGUF), heads (TransformerLens) and TensorFlow, whose names end in `:0`."""
     biases = ("experts.gate_up_proj_bias", "blk.0.ffn_up_exps.bias", "attn.b_Q", "attn.b_O", "mlp.b_in", "dense/bias:0")
-    tree = {name: np.ones(BIG, np.float32) for name in biases}
+    tree = {name: np.ones(BIG) for name in biases}
     tree["bert/position_embeddings/embeddings:0"] = RNG.normal(size=(512, 64))
     diagnosis = farms_jax.diagnose({**tree, "up.weight": RNG.normal(size=BIG)}, **QUICK)
     assert diagnosis.names == ("up.weight",)
@@ -122,6 +124,7 @@ def test_kernels_are_read_as_who_wrote_them_stores_them(tmp_path, layout, name, 
     with open_weights(path) as source:
         assert doubt in source.doubt and bool(doubt) == bool(source.doubt)
         axes = source.axes.default if isinstance(source.axes, farms_jax.AxisRules) else source.axes
+        assert axes is not None
         found = as_matrices(source.read(name), axes.of(4))[0]
     np.testing.assert_array_equal(found, KERNEL.reshape(9, 24, 40).swapaxes(1, 2))
     with open_weights(path, axes=farms_jax.FLAX_AXES) as source:
@@ -129,7 +132,8 @@ def test_kernels_are_read_as_who_wrote_them_stores_them(tmp_path, layout, name, 
 
 
 def test_a_layout_that_shapes_alone_tell_is_said(tmp_path):
-    np.savez(tmp_path / "model.npz", **{"conv.weight": KERNEL.transpose(LAYOUTS["torch"])})
+    stored: dict[str, Any] = {"conv.weight": KERNEL.transpose(LAYOUTS["torch"])}
+    np.savez(tmp_path / "model.npz", **stored)
     with pytest.warns(
         AxesWarning, match=r"conv.weight \(40, 24, 3, 3\) is read as \(outputs, inputs, h, w\), as Torch"
     ):

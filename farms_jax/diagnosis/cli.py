@@ -42,8 +42,8 @@ class Measuring:
     """Regular expressions of the layers to leave out, matched whole."""
     axes: str = "auto"
     """What the axes of the arrays count: torch (out, in, ...), flax (..., in, out), maxtext, maxtext-scan-0, tunix,
-    big_vision, haiku, equinox, mlx; or a TOML or JSON file with the tables `axes` and `stack`, see the documentation; auto
-    goes by the format."""
+    big_vision, haiku, equinox, mlx; or a TOML or JSON file with the tables `axes` and `stack`, see the documentation;
+    auto goes by the format."""
     rows: int | None = None
     """Rows of a window; by default the largest window that fits."""
     aspect_ratio: float = 1.0

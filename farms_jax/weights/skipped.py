@@ -50,6 +50,7 @@ _WHERE_MIRRORED = {
     **dict.fromkeys(("critic_target", "actor_target", "target_actor", "qf_target", "q_target"), COPY),
 }
 _ADAM = frozenset({"mu", "nu", "ema", "count"})  # fields of optax's states that count their steps
+_WRAPPERS = frozenset({"module", "model", "_orig_mod", "ema_model"})  # that a copy may have of its own
 # Of one array, beside the one that it follows: `kernel_ema`, VQ-VAE's `_ema_w` and `embed_avg`.
 _FOLLOWER = re.compile(r"(?:.*_)?ema(?:_.*)?|(?:weight|kernel|embed(?:ding)?|w)_avg")
 
@@ -124,7 +125,7 @@ def _mirrors(shapes: _Shapes) -> dict[_Path, str]:
             if part in _WHERE_MIRRORED:
                 inside.setdefault(path[:end], []).append(path[end:])
     originals = {
-        "".join(path): shape for path, shape in shapes.items() if not any(part in _WHERE_MIRRORED for part in path[:-1])
+        path: shape for path, shape in shapes.items() if not any(part in _WHERE_MIRRORED for part in path[:-1])
     }
     return {
         root: _WHERE_MIRRORED[root[-1]]
@@ -133,17 +134,15 @@ def _mirrors(shapes: _Shapes) -> dict[_Path, str]:
     }
 
 
-def _is_copy(copy: _Shapes, originals: Mapping[str, tuple[int, ...]]) -> bool:
+def _is_copy(copy: _Shapes, originals: _Shapes) -> bool:
     """Tell whether all arrays of a subtree are elsewhere too, under names that end alike, whatever separates parts."""
     arrays = {path: shape for path, shape in copy.items() if shape}  # counts and rates are of the copy alone
     if not arrays:
         return False
     if all(path[-1].isdecimal() for path in arrays):  # a list without names
         return Counter(arrays.values()) <= Counter(originals.values())
-    # A wrapper may come first in the copy's names.
-    for names in ({path: "".join(path[start:]) for path in arrays} for start in (0, 1)):
-        first = next(iter(names.values()))
-        prefixes = [original[: -len(first)] for original in originals if first and original.endswith(first)]
-        if any(all(originals.get(prefix + names[path]) == arrays[path] for path in arrays) for prefix in prefixes):
-            return True
-    return False
+    is_wrapped = all(path[0] in _WRAPPERS for path in arrays)
+    names = {"".join(path[is_wrapped:]): shape for path, shape in arrays.items()}
+    first, joined = next(iter(names)), {"".join(path): shape for path, shape in originals.items()}
+    prefixes = {"".join(path[:end]) for path in originals for end in range(len(path)) if "".join(path[end:]) == first}
+    return any(all(joined.get(prefix + name) == shape for name, shape in names.items()) for prefix in prefixes)
