@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from farms_jax._axes import LeafAxes
 from farms_jax._extras import from_extra
+from farms_jax._modules import network_order
 from farms_jax._names import matching
 from farms_jax._present import data_frame, html_table, left_out_lines, text_table
 from farms_jax.errors import listed
@@ -128,7 +129,7 @@ class LayerReport:
         return data_frame(self.to_dict())
 
     def plot(self) -> Figure:
-        """Draw the alphas of the layers in order; a layer without a tail is a gap.
+        """Draw the alphas of the layers in the order of the network; a layer without a tail is a gap.
 
         Returns:
             A Matplotlib figure.
@@ -139,14 +140,15 @@ class LayerReport:
         with from_extra("diagnose"):  # only here: the core needs no Matplotlib
             from farms_jax._figures import figure, name_layers
         drawing, (axis,) = figure("alpha of the layers", 1, epochs=False)
-        alphas = np.asarray(self.alpha, float)
-        axis.plot(np.where(alphas > 0, alphas, np.nan), "o", ms=4)
+        alphas = dict(zip(self.names, np.asarray(self.alpha, float), strict=True))
+        names = network_order(self.names)
+        axis.plot([alphas[name] if alphas[name] > 0 else np.nan for name in names], "o", ms=4)
         axis.set_ylabel("alpha")
-        name_layers(axis, self.names)
+        name_layers(axis, names)
         return drawing
 
     def __str__(self) -> str:
-        """Return the report as a table, with the weights that were left out below it."""
+        """Return the report as a table in the order of the network, with the weights that were left out below it."""
         table = text_table(["layer", *_SHOWN], self._cells())
         return "\n".join([table, *self._notes()])
 
@@ -181,7 +183,9 @@ class LayerReport:
 
     def _cells(self) -> list[list[str]]:
         lines = []
-        for name, row in self.to_dict().items():
+        rows = self.to_dict()
+        for name in network_order(self.names):
+            row = rows[name]
             numbers = {column: format(row[column], spec) for column, (_, spec) in _SHOWN.items()}
             if not row["alpha"] > 0:
                 numbers["alpha"] = "no tail"

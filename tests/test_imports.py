@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOW = ["errors", "_extras", "_present", "_figures", "_names", "_axes", "_default_axes", "_axis_rules"]
+FLOW = ["errors", "_extras", "_present", "_figures", "_names", "_modules", "_axes", "_default_axes", "_axis_rules"]
 FLOW += ["_torch_axes", "axis_rules"]
 FLOW += [
     "_windows",

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from farms_jax._extras import from_extra
+from farms_jax._modules import network_order
 from farms_jax._names import natural_key
 from farms_jax._present import left_out_lines, short_count
 from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column, Row, number, plain, with_interval
 from farms_jax.diagnosis.exports import rates, recipe
-from farms_jax.diagnosis.modules import network_order
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import MEANINGS, attention, counts, disagreement_summary
 from farms_jax.diagnosis.steps import Step, steps

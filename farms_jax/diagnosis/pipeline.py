@@ -17,12 +17,12 @@ from tqdm import tqdm
 from farms_jax._axes import Axes, LeafAxes
 from farms_jax._axis_rules import AxisRules
 from farms_jax._layers import SAY_IT, Leaf, select_layers
+from farms_jax._modules import network_order, types
 from farms_jax._names import matching, natural_key
 from farms_jax.diagnosis.columns import Row
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.in_memory import open_in_memory
 from farms_jax.diagnosis.measure import Measured, measure
-from farms_jax.diagnosis.modules import network_order, types
 from farms_jax.diagnosis.resampling import rank_flips
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import Histogram

@@ -14,6 +14,7 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
 from farms_jax._figures import figure
+from farms_jax._modules import network_order
 from farms_jax._present import shorten
 from farms_jax.programs.files import atomic
 
@@ -27,7 +28,7 @@ def layer_history(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     An alpha of 0, no tail, is a gap; the rates of the last epoch, in which nothing is trained, are left out.
     """
     drawing, (alpha, rate) = figure(title, 2)
-    names = list(dict.fromkeys(row["layer"] for row in rows))
+    names = network_order(list(dict.fromkeys(row["layer"] for row in rows)))
     colours = mpl.colormaps["viridis"].resampled(len(names))
     for i, name in enumerate(names):
         colour = colours(i)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from farms_jax import natural_key
-from farms_jax.diagnosis.modules import network_order, types
+from farms_jax._modules import network_order, types
 
 # Names in the order of the network, and the types of some.
 NETWORKS = {
