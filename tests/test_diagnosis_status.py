@@ -108,6 +108,7 @@ def _layers():
     yield "orthogonal", "flat", "orthogonal: all singular values are equal", 3 * square
     yield "semi-orthogonal", "flat", "orthogonal", square[:64]
     yield "orthogonal kernel", "flat", "orthogonal", square[:64].reshape(64, 32, 2, 2)
+    yield "orthogonal depthwise kernel", "flat", "orthogonal", np.linalg.qr(normal((96, 9)))[0].reshape(96, 1, 3, 3)
     yield "identity", "flat", "the identity", np.eye(64)
     yield "permutation", "flat", "a permutation", np.eye(64)[rng.permutation(64)]
     yield "diagonal", "degenerate", "diagonal", np.diag(normal(64))

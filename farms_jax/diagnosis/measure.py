@@ -26,7 +26,7 @@ from farms_jax.diagnosis.spectrum import (
     shuffled_measures,
     spectrum_measures,
 )
-from farms_jax.diagnosis.structure import HEAVY, numerical_rank, repeated, structure_of
+from farms_jax.diagnosis.structure import HEAVY, numerical_rank, repeated, sample, structure_of
 from farms_jax.diagnosis.tail_fits import fit_spectra
 from farms_jax.solvers.cpu import cores
 from farms_jax.solvers.dispatch import Solver, window_eigenvalues
@@ -152,7 +152,8 @@ class _Exact(NamedTuple):
 
 def _exact(layer: _Layer, values: _Values, settings: Settings) -> _Exact:
     stack, tail, grid = layer.stack, settings.tail, layer.grid
-    columns, live = structure_of(stack, 2.0**layer.exponent)
+    entries = sample(stack)
+    columns, live = structure_of(stack, entries, 2.0**layer.exponent)
     columns |= dict.fromkeys(("noise_alpha", "noise_low", "noise_high", "heavy_alpha"))
     if tail.xmin == "median":  # the other rules find a new threshold in every draw of noise
         columns["noise_alpha"] = grid_level(grid, tail)
@@ -160,7 +161,7 @@ def _exact(layer: _Layer, values: _Values, settings: Settings) -> _Exact:
     if tail.xmin == "median" and columns["zeros"] < 1:
         if settings.window is not None and settings.window.divisions == "pooled":
             grid = grid._replace(divisions=1)
-        band = noise_band(stack, live, grid, tail, layer.generator(settings, _NOISE))
+        band = noise_band(entries, stack.shape, live, grid, tail, layer.generator(settings, _NOISE))
         columns |= {"noise_alpha": band.level, "noise_low": band.low, "noise_high": band.high}
         if band.kurtosis and not columns["structure"]:
             columns["structure"] = f"{HEAVY} (excess kurtosis {band.kurtosis:.3g})"

@@ -20,50 +20,59 @@ import numpy as np
 from farms_jax._tail import Tail
 from farms_jax._windows import Grid
 from farms_jax.diagnosis.resampling import separate_windows
-from farms_jax.diagnosis.structure import sample
 from farms_jax.marchenko_pastur import hill_alpha
 
 _DEVIATIONS = 3.0  # from the middle of the band to its ends: 0.3 % of normal draws lie outside
 _LEAST_ROWS = 16  # eigenvalues of a window, below which the law does not hold
+_ANY_LAW = 8  # below which the level depends on the law of the entries too
 _HEAVY = 0.1  # excess kurtosis over n, above which it does not
 _SIZE, _DRAWS, _WINDOWS = 48, 32, 64  # of drawn windows: most rows, repetitions, windows in each
-_HEAVY_ROWS, _HEAVY_COLUMNS, _HEAVY_DRAWS = 256, 2048, 4  # for `heavy_alpha`: its fourth digit
+_HEAVY_ROWS, _HEAVY_COLUMNS, _HEAVY_DRAWS = 128, 2048, 4  # for `heavy_alpha`: its third digit
 _FINITE = 0.1  # of log(alpha - 1): what heavy entries change from the size of the drawn windows to that of the layer's
 
 
 class Band(NamedTuple):
     """Alpha of noise."""
 
-    level: float  # of large matrices; the mean of the draws where there were any
+    level: float  # of large matrices; the mean of draws where it depends on the entries
     low: float
     high: float
     kurtosis: float  # of the entries, excess; 0 where they are not heavy
 
 
-def noise_band(stack: np.ndarray, live: tuple[int, int], grid: Grid, tail: Tail, rng: np.random.Generator) -> Band:
+def noise_band(
+    entries: np.ndarray,
+    shape: tuple[int, ...],
+    live: tuple[int, int],
+    grid: Grid,
+    tail: Tail,
+    rng: np.random.Generator,
+) -> Band:
     """Return the band of alpha, by the median rule, of noise with a layer's own entries.
 
     Args:
-        stack: the layer's matrices, (K, R, C), not all zero.
+        entries: entries of the layer, not all zero: see `structure.sample`.
+        shape: of its matrices, (K, R, C).
         live: rows and columns that are not zero; the band then reaches from what they alone give to what all would.
         grid: the layer's windows.
         tail: the rule, with `xmin="median"`.
         rng: for draws.
     """
-    positions, count = len(stack), len(grid.starts)
-    entries = sample(stack)
-    entries -= entries.mean()
+    positions, count = shape[0], len(grid.starts)
+    entries = entries - entries.mean()
     kurtosis, size = _kurtosis(entries), grid.gram_rows
     per_fit = positions * count // grid.divisions
     worth = positions * separate_windows(grid, power=2)
-    shares = (live[0] / stack.shape[1], live[1] / stack.shape[2])
+    shares = (live[0] / shape[1], live[1] / shape[2])
     levels = [grid_level(grid, tail), grid_level(grid, tail, shares)]
     heavy = kurtosis > _HEAVY * size
     if size < _LEAST_ROWS or heavy or tail.xmin_pos != 2:
         mean, spread = _drawn(entries, grid, tail, per_fit, worth, rng)
         reach = _DEVIATIONS * spread + (_FINITE if heavy else 0)
         moved = np.log((levels[1] - 1) / (levels[0] - 1))
-        middles, level = [mean, mean + moved], 1 + np.exp(mean + moved)
+        middles, level = [mean, mean + moved], levels[1]
+        if size < _ANY_LAW or heavy:
+            level = 1 + np.exp(mean + moved)
     else:
         shift, spread = (2 / per_fit - 0.35 - 0.55 * kurtosis) / size, 3.7 / (size * worth**0.5)
         middles, level = [np.log(found - 1) + shift for found in levels], levels[1]
@@ -132,4 +141,6 @@ def _drawn(
     )
     spectra = np.sort(values.reshape(_DRAWS * fits, -1))
     found = np.log((1 / _spreads(spectra, tail.xmin_pos)).reshape(_DRAWS, fits).mean(-1))
-    return float(found.mean()), float(found.std(ddof=1)) * max(fits * pooled / worth, 1e-9) ** 0.5
+    # That of the layer itself, and that of the mean of the draws.
+    share = fits * pooled / worth + 1 / _DRAWS
+    return float(found.mean()), float(found.std(ddof=1)) * share**0.5

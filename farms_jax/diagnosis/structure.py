@@ -15,7 +15,9 @@ IDENTITY, PERMUTATION, ORTHOGONAL = "the identity", "a permutation", "orthogonal
 _EQUAL = 1e-2  # of a vector: how far W W^T may turn it where singular values are equal but for rounding
 _BEYOND_CHANCE = 0.1  # of what noise of that shape does to the vector
 _ENTRIES = 2**16  # of a layer, looked at for its mean and the tails of its entries
+_LOOKED_AT = 16  # rows that are looked at first
 _FEW_ZEROS = 0.005  # share of the weights that may be zero by rounding
+_NEARLY_ALL = 0.99  # of the groups have a pattern: what is zero by chance besides
 _GROUP = 4  # N:M sparsity that hardware has: 2 of 4, or 1 of 4
 _SEEN = 1.1  # times the least mean that is seen in a spectrum
 _ROUNDED = 4  # units of rounding of an entry, up to which a direction may be rounding alone
@@ -28,8 +30,11 @@ class Structure(NamedTuple):
     live: tuple[int, int]  # rows and columns that are not zero
 
 
-def structure_of(stack: np.ndarray, scale: float = 1.0) -> Structure:
-    """Return what the matrices of a layer are exactly: those of `stack`, (K, R, C), times `scale`."""
+def structure_of(stack: np.ndarray, entries: np.ndarray, scale: float = 1.0) -> Structure:
+    """Return what the matrices of a layer are exactly: those of `stack`, (K, R, C), times `scale`.
+
+    `entries` is a `sample` of them.
+    """
     filled = int(np.count_nonzero(stack))
     alive = [np.ones(size, bool) for size in stack.shape]  # positions, rows, columns
     if 0 < filled < stack.size:
@@ -41,7 +46,7 @@ def structure_of(stack: np.ndarray, scale: float = 1.0) -> Structure:
         said = f"{CONSTANT}: every weight is {stack.flat[0] * scale:.3g}"
     else:
         said = _single(stack, filled, scale) or _orthogonal(stack)
-        said = said or "; ".join(filter(None, [*_zeros(stack, alive, filled), _mean(stack, scale)]))
+        said = said or "; ".join(filter(None, [*_zeros(stack, alive, filled), _mean(entries, stack.shape, scale)]))
     dead = 1.0 if filled == 0 else max(1 - float(part.mean()) for part in alive)
     columns = {"zeros": 1 - filled / stack.size, "dead": dead, "structure": said}
     return Structure(columns, (int(alive[1].sum()), int(alive[2].sum())))
@@ -74,16 +79,18 @@ def _zeros(stack: np.ndarray, alive: list[np.ndarray], filled: int) -> Iterator[
         if not part.all():
             yield f"{np.sum(~part)} of {len(part)} {name} are zero"
     if filled < (1 - _FEW_ZEROS) * np.prod([part.sum() for part in alive]):
-        yield f"{1 - filled / stack.size:.0%} of its weights are zero{_pattern(stack != 0)}"
+        share = 1 - filled / stack.size
+        yield f"{share:.0%} of its weights are zero{_pattern(stack, share)}"
 
 
-def _pattern(used: np.ndarray) -> str:
+def _pattern(stack: np.ndarray, share: float) -> str:
     """Return which N:M pattern the zeros have: every group of 4 along an axis has as many."""
-    for axis in (1, 2):
-        if used.shape[axis] % _GROUP == 0:
-            kept = np.moveaxis(used, axis, -1).reshape(-1, _GROUP).sum(-1)
+    for axis in (1, 2) if share >= 1 / _GROUP else ():
+        if stack.shape[axis] % _GROUP == 0:
+            groups = np.moveaxis(stack, axis, -1).reshape(-1, _GROUP)
+            kept = (groups[:_ENTRIES] != 0).sum(-1)
             most = int(kept.max())
-            if most < _GROUP and (kept == most).mean() > 0.99:
+            if most < _GROUP and (kept == most).mean() > _NEARLY_ALL:
                 return f" ({most}:{_GROUP})"
     return ""
 
@@ -102,45 +109,47 @@ def _single(stack: np.ndarray, filled: int, scale: float) -> str:
 
 
 def _orthogonal(stack: np.ndarray) -> str:
-    """Return that the rows or columns are orthogonal and equally long, those of a kernel flattened as initialisers do.
-
-    A random vector is multiplied by W W^T: where all singular values are equal, it keeps its direction.
-    """
-    positions, rows, cols = stack.shape
-    for short, long, by_rows in ((rows, positions * cols, True), (cols, positions * rows, False)):
-        if not 2 <= short <= long:
-            continue
-        vector = np.random.default_rng(short).standard_normal(short).astype(np.real(stack).dtype)
-        if by_rows:
-            image = vector @ stack.conj()
-            turned = (stack @ image[..., None]).sum(0)[:, 0]
-        else:
-            image = stack.conj() @ vector
-            turned = (image[:, None] @ stack).sum(0)[0]
-        turned = turned.astype(np.result_type(turned, np.float64))  # its square may be out of range of float32
-        scale = (vector @ turned) / (vector @ vector)
+    """Return that rows or columns are orthogonal and equally long; a kernel is flattened, as initialisers do."""
+    flattened = [stack[0]]
+    if len(stack) > 1:
+        flattened = [np.moveaxis(stack, axis, 0).reshape(stack.shape[axis], -1) for axis in (1, 2)]
+    for matrix in flattened:
+        lines = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+        short, long = lines.shape
         bound = min(_EQUAL, _BEYOND_CHANCE * (short / long) ** 0.5)
-        if scale and np.linalg.norm(turned - scale * vector) < bound * abs(scale) * np.linalg.norm(vector):
+        if short > 1 and _equal(lines[:_LOOKED_AT], bound) and _equal(lines, bound):
             return f"{ORTHOGONAL}: all singular values are equal"
     return ""
 
 
-def _mean(stack: np.ndarray, scale: float) -> str:
+def _equal(lines: np.ndarray, bound: float) -> bool:
+    """Return whether all singular values of W, (R, C), R <= C, are equal: W W^T turns no vector then."""
+    vector = np.random.default_rng(len(lines)).standard_normal(len(lines)).astype(np.real(lines).dtype)
+    conjugate = lines.conj() if np.iscomplexobj(lines) else lines  # it copies real ones too
+    turned = lines @ (vector @ conjugate)
+    turned = turned.astype(np.result_type(turned, np.float64))  # its square may be out of range of float32
+    scale = (vector @ turned) / (vector @ vector)
+    return bool(
+        abs(scale) > 0 and np.linalg.norm(turned - scale * vector) < bound * abs(scale) * np.linalg.norm(vector)
+    )
+
+
+def _mean(entries: np.ndarray, shape: tuple[int, ...], scale: float) -> str:
     """Return that the entries share a mean, where that is an eigenvalue beyond the bulk of the others' noise.
 
     From mean / deviation = (R C)^(-1/4) on: Baik, Ben Arous and Peche 2005.
     """
-    _, rows, cols = stack.shape
-    entries = sample(stack)
     mean, scatter = entries.mean(), entries.std()
-    if np.iscomplexobj(stack) or abs(mean) <= _SEEN * scatter * (rows * cols) ** -0.25:
+    if np.iscomplexobj(entries) or abs(mean) <= _SEEN * scatter * (shape[1] * shape[2]) ** -0.25:
         return ""
     return f"{MEAN} of {mean * scale:.3g}"
 
 
 def sample(stack: np.ndarray) -> np.ndarray:
-    """Return entries of a layer, evenly spread, in float64: at most `_ENTRIES`."""
-    flat = stack.reshape(-1)
-    step = flat.size // _ENTRIES + 1
-    entries = flat[:: step + (step % 2 == 0)]  # an odd step meets every place of a pattern of two or four
+    """Return entries of a layer in float64: all, or `_ENTRIES` at random places."""
+    if stack.size <= _ENTRIES:
+        entries = stack.reshape(-1)
+    else:
+        rng = np.random.default_rng(0)
+        entries = stack[tuple(rng.integers(size, size=_ENTRIES) for size in stack.shape)]
     return entries.astype(np.result_type(entries.dtype, np.float64))
