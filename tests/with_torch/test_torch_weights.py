@@ -152,7 +152,8 @@ def test_quantised_weights_are_what_they_stand_for(tmp_path):
 
 
 def test_the_conversion_command_writes_all_tensors(tmp_path):
-    content = tensors() | {"args": argparse.Namespace(a=1), "net": network()}
+    content = tensors() | {"args": argparse.Namespace(a=1), "net": network(), "best": np.float64(0.5)}
+    content |= {"settings": Settings(depth=2), "seen": collections.defaultdict(list, {"a": [1]})}
     del content["conjugate"], content["float8"]  # which not every version of safetensors has
     (folder := tmp_path / "my models").mkdir()
     torch.save(content, folder / "v1.5.pth.tar")
