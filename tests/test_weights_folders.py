@@ -1,6 +1,7 @@
 """Folders as the hub, diffusers and transformers leave them: which files are the model."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import safetensors.numpy
 from farms_jax.errors import InputError, LeftOutWarning
 from farms_jax.programs.cache import Cache, default_folder
 from farms_jax.weights import open_weights
+from farms_jax.weights.folders import unfinished
 
 
 def save(path, **tensors):
@@ -93,6 +95,7 @@ def test_a_download_that_has_not_ended_says_so(cached, tmp_path):
     (place / "x.incomplete").touch()
     with pytest.raises(InputError, match="no weights in it.*not come to its end"):
         open_weights(tmp_path / "local")
+    assert not unfinished(Path("/"))  # above which there is nothing
     (tmp_path / "models--a--b" / "snapshots").mkdir(parents=True)
     with pytest.raises(InputError, match="no snapshot; hf download a/b"):
         open_weights(tmp_path / "models--a--b")

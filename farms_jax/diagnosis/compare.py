@@ -80,7 +80,8 @@ class Comparison(LayerTable):
         beyond = f", {sum(tested)} with a change of alpha beyond its error" if tested else ""
         same = sum(row.get("moved") == 0 for row in self.layers)
         unchanged = f", {same} with the same weights" if same else ""
-        return f"A {self.models[0]}, B {self.models[1]}: {len(self)} layers of one name{beyond}{unchanged}"
+        count = f"{len(self)} layer{'' if len(self) == 1 else 's'}"
+        return f"A {self.models[0]}, B {self.models[1]}: {count} of one name{beyond}{unchanged}"
 
     def closing(self) -> list[str]:
         """Return the settings that are not the usual ones, and the layers that one model alone has."""

@@ -166,5 +166,5 @@ def _hub_name(path: Path) -> str:
 
 def unfinished(path: Path) -> bool:
     """Return whether the hub's own download of a folder, or of a snapshot in its cache, has not come to its end."""
-    places = (path.resolve().parents[1] / "blobs", path / ".cache" / "huggingface" / "download")
+    places = (path.resolve().parent.parent / "blobs", path / ".cache" / "huggingface" / "download")
     return any(True for place in places for _ in place.glob("*.incomplete"))
