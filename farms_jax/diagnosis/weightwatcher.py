@@ -8,6 +8,7 @@ References:
     `randomize` and `fix_fingers="clip_xmax"`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -156,20 +157,29 @@ def _density(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _nearest(places: np.ndarray, density: np.ndarray, aspect_ratio: float, widest: float) -> float:
     """Return the deviation of the law nearest to a density in the mean square, from a grid, then a simplex."""
+    misfit = _quarter_circle(places, density) if aspect_ratio == 1 else _misfit(places, density, aspect_ratio)
+    grid = widest * (0.05 + 0.01 * np.arange(195))
+    start = grid[np.argmin([misfit(sigma) for sigma in grid])]
+    return float(optimize.fmin(lambda sigma: misfit(sigma[0]), start, disp=False)[0])
 
-    def misfit(sigma: np.ndarray) -> float:
-        (sigma,) = np.atleast_1d(sigma)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            if aspect_ratio == 1:  # the quarter circle law of singular values, of radius 2 whatever the deviation
-                law = np.nan_to_num(np.sqrt(4 - places**2)) / (np.pi * sigma**2)
-            else:
-                low, high = ((sigma * (1 + sign * aspect_ratio**-0.5)) ** 2 for sign in (-1, 1))
-                peak = places[density.argmax()]
-                if high < peak or high > places[-1] or low > peak:
-                    return 1e6 * density.size
-                spread = np.sqrt((high - places) * (places - low))
-                law = np.nan_to_num(spread * aspect_ratio / (2 * np.pi * sigma**2 * places))
-        return float(((law - density) ** 2).sum())
 
-    grid = (slice(0.05 * widest, 2 * widest, 0.01 * widest),)
-    return float(optimize.brute(misfit, grid)[0])
+def _quarter_circle(places: np.ndarray, density: np.ndarray) -> Callable[[float], float]:
+    """Return the misfit of a deviation, by the law of singular values, of radius 2 whatever the deviation is."""
+    law = np.sqrt(np.maximum(4 - places**2, 0)) / np.pi
+    squares, products, rest = law @ law, law @ density, density @ density
+    return lambda sigma: float(squares / sigma**4 - 2 * products / sigma**2 + rest)
+
+
+def _misfit(places: np.ndarray, density: np.ndarray, aspect_ratio: float) -> Callable[[float], float]:
+    """Return the misfit of a deviation; it is huge where the peak is outside the law, or the law outside the places."""
+    root, peak, last = aspect_ratio**-0.5, places[density.argmax()], places[-1]
+    divisors = 2 * np.pi / aspect_ratio * np.where(places > 0, places, 1)
+
+    def misfit(sigma: float) -> float:
+        low, high = (sigma * (1 - root)) ** 2, (sigma * (1 + root)) ** 2
+        if high < peak or high > last or low > peak:
+            return 1e6 * density.size
+        off = np.sqrt(np.maximum((high - places) * (places - low), 0)) / (sigma**2 * divisors) - density
+        return float(off @ off)
+
+    return misfit
