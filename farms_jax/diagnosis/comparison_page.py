@@ -49,7 +49,8 @@ def page(
             if any(number(row, column) is not None for row in rows)
         )
         details = [_details(row, drawing) for row, drawing in zip(rows, _spectra(rows, histograms), strict=True)]
-    largest = sorted(rows, key=lambda row: -abs(number(row, "alpha_change") or 0))[:PRINTED]
+    changed = (row for row in rows if number(row, "alpha_change"))
+    largest = sorted(changed, key=lambda row: -abs(row["alpha_change"]))[:PRINTED]
     table = layer_table(rows, columns, details, _HINT, {row["layer"] for row in largest})
     only = [(f"only in {side} ({len(names)})", listed(names, _NAMED, ", ")) for side, names in alone.items() if names]
     measured = [(name.replace("_", " "), flat(value)) for name, value in settings.items() if value is not None]
