@@ -99,12 +99,15 @@ def _where(status: str, rows: Sequence[Row]) -> str:
     types = [(sum(row.get("status") == status for row in group.rows), group) for group in telling_types(rows)]
     types = [(count, group) for count, group in types if count]
     shown = [f"{count} of {len(group.rows)} {group.name}" for count, group in sorted(types, key=lambda pair: -pair[0])]
-    blocks = [
-        group.name
+    held = {
+        group.name: count
         for group in grouped(rows, lambda row: block_of(row["layer"]))
-        if len(group.rows) > 1 and sum(row.get("status") == status for row in group.rows) >= _HALF * len(group.rows)
-    ]
-    by_block = f"half or more of {listed(blocks, 3, ', ')}" if blocks and len(blocks) <= len(own) / 2 else ""
+        if len(group.rows) > 1
+        and (count := sum(row.get("status") == status for row in group.rows)) >= _HALF * len(group.rows)
+    }
+    # Only where these blocks tell of most of them, and are fewer.
+    telling = sum(held.values()) >= _HALF * len(own) and len(held) <= len(own) / 2
+    by_block = f"half or more of {listed(list(held), 3, ', ')}" if telling else ""
     if by_block and all(count < _HALF * len(group.rows) or len(group.rows) == 1 for count, group in types):
         return f": {by_block}"
     return "".join(f"{mark} {part}" for mark, part in ((":", listed(shown, 4, ", ")), (";", by_block)) if part)
