@@ -143,7 +143,7 @@ def _may_be_convolution(name: str, shapes: Shapes, default: Axes) -> bool:
     is_square = min(positions) in {1, max(positions)}
     # A patch of an image has few channels.
     if not (is_square and (max(positions) <= _SMALL_POSITIONS or min(channels) <= _FEW_CHANNELS)):
-        return re.search(r"(?i)conv|patch|stem|/sr/", modules) is not None  # sr: spatial reduction
+        return re.search(r"(?i)conv|patch|stem|reduction|/sr/", modules) is not None  # sr: spatial reduction
     return positions == [1, 1] or not _in_attention(name, shapes)
 
 

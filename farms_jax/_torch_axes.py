@@ -15,7 +15,7 @@ from farms_jax._names import name_of
 _EXPERTS = re.compile(
     r"(.*[/.])?(experts[/.].*|switch_(mlp|glu)[/.].*|(input|output)_linear\.weight|ffn_\w+_exps\.weight)"
 )
-_CONVOLUTION = re.compile(r"(.*[/.])?([^/.]*conv[^/.]*|patch_embed[^/.]*[/.]proj)[/.]weight")
+_CONVOLUTION = re.compile(r"(.*[/.])?([^/.]*conv[^/.]*([/.]\d+)*|patch_embed[^/.]*[/.]proj)[/.]weight")
 # The state transitions of Mamba, its depthwise convolution in GGUF, and biases of attention by distance.
 _NO_MATRIX = re.compile(r"(.*[/.])?(A_log|ssm_a|ssm_conv1d[/.]weight|(relative_attention_bias|attn_rel_b)[/.]weight)")
 

@@ -74,7 +74,8 @@ def _candidates(name: str, shape: tuple[int, ...]) -> list[str]:
     >>> _candidates("weight", (64, 3, 7, 7)), _candidates("weight", (3, 3, 3, 32)), _candidates("w", (64, 4, 4, 16))
     (['torch'], ['flax', 'mlx'], [])
     """
-    if len(shape) != 4 or name.endswith("kernel"):
+    # An array with one axis is a scale that was given four.
+    if len(shape) != 4 or name.endswith("kernel") or sum(size > 1 for size in shape) < 2:
         return []
     sides = {kind: shape[a] for kind, (a, b) in _POSITIONS.items() if shape[a] == shape[b] <= _LARGEST}
     if not name.endswith("weight"):  # as MLX calls all of them

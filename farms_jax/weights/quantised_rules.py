@@ -355,6 +355,29 @@ def mxfp4_blocks(stored: Stored) -> Weight | None:
     return stored.weight((*outer, 32 * count), parts, decode, "MXFP4", name)
 
 
+def hqq(stored: Stored) -> Weight | str | None:
+    """HQQ: W = (numbers - zero) * scale, in groups that are rows or columns; a byte holds numbers of far-off rows."""
+    parts = stored.beside(scales="scale", zeros="zero")
+    told = stored.beside(bits="nbits", shape="shape")
+    if not stored.name.endswith("W_q") or len(parts) < 2 or "shape" not in told:
+        return None
+    bits, shape = int(stored.read(told["bits"])) if "bits" in told else 0, tuple(map(int, stored.read(told["shape"])))
+    if (
+        bits not in {1, 2, 4, 8}
+        or stored.info.dtype != _BYTES
+        or math.prod(stored.info.shape) * 8 != (math.prod(shape) * bits)
+    ):
+        return f"quantised by HQQ with {bits} bits, whose rule is not known here"
+
+    def decode(packed: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> np.ndarray:
+        rows = [packed >> shift & (2**bits - 1) for shift in range(8 - bits, -1, -bits)]
+        numbers = np.concatenate(rows).astype(np.float32)
+        return ((numbers - zeros.astype(np.float32)) * scales.astype(np.float32)).reshape(shape)
+
+    name = stored.renamed("weight")
+    return stored.weight(shape, {"packed": stored.name} | parts, decode, f"HQQ {bits} bit", name)
+
+
 RULES: tuple[Rule, ...] = (
     awq,
     gptq,
@@ -365,4 +388,5 @@ RULES: tuple[Rule, ...] = (
     compressed_integers,
     four_bit_floats,
     mxfp4_blocks,
+    hqq,
 )

@@ -32,7 +32,9 @@ _ALWAYS = {
     ),
     **dict.fromkeys(("fp32_flat_groups", "single_partition_of_fp32_groups", "fp32_from_fp16"), OPTIMISER),
     **dict.fromkeys(("batch_stats", "running_mean", "running_var", "num_batches_tracked"), STATISTICS),
-    **dict.fromkeys(("moving_mean", "moving_variance", "cluster_size", "spectral_stats"), STATISTICS),
+    **dict.fromkeys(
+        ("moving_mean", "moving_variance", "cluster_size", "cluster_usage", "embed_sum", "spectral_stats"), STATISTICS
+    ),
     **dict.fromkeys(("cached_key", "cached_value", "k_cache", "v_cache", "kv_cache", "intermediates", "queue"), CACHE),
 }
 # Words that modules may have too: they count only where the same arrays are elsewhere in the checkpoint.

@@ -1,7 +1,7 @@
 """Write quantised.safetensors: one small weight as every library stores it, and what the library makes of it again.
 
-Needs torch, bitsandbytes, mlx, compressed-tensors, auto-round and autoawq. Names are CASE|ARRAY, and CASE|want for the
-library's own result; the metadata has the model's config of each case.
+Needs torch, bitsandbytes, mlx, compressed-tensors, auto-round, autoawq, hqq and optimum-quanto. Names are
+CASE|ARRAY, and CASE|want for the library's own result; the metadata has the model's config of each case.
 """
 
 import json
@@ -16,6 +16,8 @@ from awq.modules.linear.gemm import WQLinear_GEMM
 from awq.utils.packing_utils import dequantize_gemm
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+from optimum.quanto import freeze, qint8, quantize
 from safetensors.torch import save_file
 
 OUT, IN = 32, 128
@@ -106,5 +108,20 @@ powers = 2 ** torch.floor(torch.log2(in_groups(32).abs().amax(-1)))
 blocks = {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}
 compressed("compressed_mxfp4", "mxfp4-pack-quantized", powers, num_bits=4, **blocks)
 compressed("compressed_mxfp8", "mxfp8-quantized", powers, num_bits=8, **blocks)
+
+for bits, axis in ((4, 1), (2, 0), (8, 1)):
+    linear = torch.nn.Linear(IN, OUT, bias=False)
+    linear.weight.data = weight.clone()
+    settings = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)
+    layer = HQQLinear(linear, settings, compute_dtype=torch.float32, device="cpu")
+    stored = {name: part for name, part in layer.state_dict().items() if isinstance(part, torch.Tensor)}
+    add(f"hqq_{bits}", stored, layer.dequantize())
+
+model = torch.nn.Sequential(torch.nn.Linear(IN, OUT, bias=False))
+model[0].weight.data = weight.clone()
+quantize(model, weights=qint8)
+freeze(model)
+stored = {name.removeprefix("0."): part for name, part in model.state_dict().items()}
+add("quanto_int8", stored, model[0].weight.dequantize())
 
 save_file(tensors, "quantised.safetensors", {case: json.dumps(config) for case, config in configs.items()})
