@@ -80,7 +80,7 @@ def test_disagreements_with_weightwatcher():
     assert [row["layer"] for row, _ in found] == ["b", "a", "d"]
     assert found[0][1].startswith("ww_alpha 16.00 fits the 8 largest of 64 eigenvalues of a matrix of aspect ratio 4.0")
     assert disagreement_summary(rows) == [
-        "of 3 layers that WeightWatcher calls under-trained, FARMS calls 2 well trained",
+        "of 3 layers that WeightWatcher calls under-trained, FARMS calls 2 well trained, 1 undertrained",
         "of 1 layer that WeightWatcher calls good, FARMS calls 1 over-correlated",
     ]
 

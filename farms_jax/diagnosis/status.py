@@ -71,16 +71,16 @@ def disagreements(rows: Iterable[Row]) -> list[tuple[Row, str]]:
 
 
 def disagreement_summary(rows: Iterable[Row]) -> list[str]:
-    """Return one sentence for each verdict of WeightWatcher that FARMS does not share."""
+    """Return a sentence for each verdict of WeightWatcher that FARMS does not share everywhere, with what it says."""
     rows = list(rows)
-    other = Counter((row["ww_status"], row["status"]) for row, _ in disagreements(rows))
-    said = []
-    for verdict in _AGREED:
-        flagged = sum(row.get("ww_status") == verdict for row in rows)
-        parts = [f"{count} {status}" for (theirs, status), count in other.most_common() if theirs == verdict]
-        if parts:
-            layers = f"{flagged} layer{'' if flagged == 1 else 's'}"
-            said.append(f"of {layers} that WeightWatcher calls {verdict}, FARMS calls {', '.join(parts)}")
+    differing, said = {row["ww_status"] for row, _ in disagreements(rows)}, []
+    for verdict in (verdict for verdict in _AGREED if verdict in differing):
+        found = counts(row for row in rows if row.get("ww_status") == verdict)
+        number = sum(found.values())
+        parts = ", ".join(f"{count} {status}" for status, count in sorted(found.items(), key=lambda item: -item[1]))
+        said.append(
+            f"of {number} layer{'' if number == 1 else 's'} that WeightWatcher calls {verdict}, FARMS calls {parts}"
+        )
     return said
 
 
@@ -211,8 +211,7 @@ def _share(row: Row) -> str:
 def _disagreement(row: Row) -> str:
     """Return why the two verdicts differ."""
     tail, count, theirs = row["ww_num_tail"], row["whole_num_eigenvalues"], f"ww_alpha {row['ww_alpha']:.2f}"
-    ours = "no alpha" if row["alpha"] is None else f"alpha {row['alpha']:.2f}"
     said = f"{theirs} fits the {tail} largest of {count} eigenvalues"
     if (ratio := row["Q"]) >= 1.5 and row["ww_status"] == "under-trained":
         said += f" of a matrix of aspect ratio {ratio:.1f}, where noise too has a large one"
-    return f"{said}; {ours} is over windows of one aspect ratio: {row['reason']}"
+    return f"{said}; over windows of one aspect ratio {row['reason']}"
