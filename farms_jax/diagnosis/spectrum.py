@@ -4,9 +4,11 @@ Eigenvalues are those of W W^T, ascending, pooled over kernel positions and scal
 it. Numbers that do not exist for a spectrum, such as the logarithm of a norm of 0, are `None`.
 
 The columns that WeightWatcher has too (`Column.weightwatcher`) equal those of its version 0.7.7, but for these:
-`entropy` has no 1e-10 added to its shares, which sets it apart in the seventh digit; a number that WeightWatcher could
-not find, -1 or infinite there, is `None`; what comes of shuffling is that of one other shuffle (of five together in
-WeightWatcher's `rand_num_spikes` and `max_rand_eval`, where a matrix has less than 100 rows or columns).
+`entropy` has no 1e-10 added to its shares, which sets it apart in the seventh digit, or the fourth where one share is
+nearly all; `ww_sigma` of less than 8 eigenvalues is that of `ww_alpha`, where WeightWatcher's is of an alpha of 0; a
+number that WeightWatcher could not find, -1 or infinite there, is `None`; what comes of shuffling is that of one other
+shuffle (of five together in WeightWatcher's `rand_num_spikes` and `max_rand_eval`, where a matrix has less than 100
+rows or columns).
 """
 
 from collections.abc import Mapping
