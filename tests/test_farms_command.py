@@ -155,3 +155,9 @@ def test_a_bad_file_is_one_line(fails, tmp_path):
     assert "no layer to measure among its 2 arrays" in fails("analyze", tmp_path / "numbers.npz", *FAST)
     (tmp_path / "model.bin").write_bytes(b"\x80\x02K\x01.")
     assert "never loaded" in fails("analyze", tmp_path / "model.bin", *FAST)
+
+
+def test_a_recipe_that_cannot_be_written_is_refused_before_anything_is_measured(fails, model, tmp_path):
+    told = fails("analyze", model, "--recipe", tmp_path / "recipe.yaml", "--json", tmp_path / "report.json")
+    assert "--recipe: needs two numbered blocks" in told
+    assert not list(tmp_path.glob("re*"))

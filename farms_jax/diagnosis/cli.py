@@ -19,6 +19,7 @@ from farms_jax._tail import Tail
 from farms_jax._windows import Window
 from farms_jax.diagnosis.columns import COLUMNS, Column, find_column
 from farms_jax.diagnosis.compare import Comparison, compare
+from farms_jax.diagnosis.exports import check_blocks
 from farms_jax.diagnosis.pipeline import Place, diagnose, layers_of
 from farms_jax.diagnosis.ranking import Ranking, rank_models
 from farms_jax.diagnosis.settings import CommonSettings, Settings
@@ -147,6 +148,8 @@ class Analyze(Measuring):
             return
         (model,) = cast("tuple[str, ...]", self.models)
         with open_weights(model, axes=options["axes"]) as source:
+            if recipe:
+                check_blocks(layers_of(source, self.settings(), self.include, self.exclude)[0])
             diagnosis = diagnose(source, **options)
         if sort is not None:
             diagnosis = diagnosis.sort(sort.name, descending=bool(sort.format) and not self.ascending)

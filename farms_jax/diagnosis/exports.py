@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,23 @@ def prunable(rows: Sequence[Row]) -> list[Row]:
     found = [
         row
         for row in rows
-        if re.search(r"(^|[.])\d+[.]", row["layer"])
-        and not row["layer"].endswith("]")
-        and row.get("type") not in _NOT_PRUNED
-        and str(row.get("shape", "")).count("x") == 1
+        if _in_block(row["layer"]) and row.get("type") not in _NOT_PRUNED and str(row.get("shape", "")).count("x") == 1
     ]
     return found if len({block_of(row["layer"]) for row in found}) > 1 else []
+
+
+def check_blocks(names: Iterable[str]) -> None:
+    """Check by names alone, before anything is measured, that a recipe can be written.
+
+    Raises:
+        InputError: there are no two numbered blocks under Torch's names.
+    """
+    if len({block_of(name) for name in names if _in_block(name)}) < 2:
+        raise InputError("--recipe: needs two numbered blocks of linear layers under Torch's names, as layers.0.fc1")
+
+
+def _in_block(name: str) -> bool:
+    return re.search(r"(^|[.])\d+[.]", name) is not None and not name.endswith("]")
 
 
 def recipe(rows: Sequence[Row], *, sparsity: float, epsilon: float = 0.3) -> str:
@@ -53,8 +64,7 @@ def recipe(rows: Sequence[Row], *, sparsity: float, epsilon: float = 0.3) -> str
         InputError: there are no blocks with names of Torch, or the sparsity is out of its range.
     """
     layers = prunable(rows)
-    if not layers:
-        raise InputError("--recipe: needs two numbered blocks of linear layers under Torch's names, as layers.0.fc1")
+    check_blocks(row["layer"] for row in layers)
     if not 0 < sparsity < 1:
         raise InputError(f"--sparsity: must be above 0 and below 1, got {sparsity}")
     alphas = impute_alphas(np.array([number(row, "alpha") or 0.0 for row in layers]))
