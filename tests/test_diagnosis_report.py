@@ -215,6 +215,8 @@ def test_names_are_text_never_markup(html, page, write_page):
     assert "SmolLM2 <135M>" in page.texts["h1"]
     hostile = diagnosis(1, model="</title><script>alert(1)</script>")
     assert write_page(hostile).count("<script>") == 1
+    quantised = dataclasses.replace(hostile, model="small", facts={"quantisation": "Q4_1"})
+    assert '<p class="lead">Q4_1: 4 layers' in write_page(quantised)  # the name is the heading
     notebook = hostile._repr_html_()
     assert notebook.count("<tr>") == 1 + len(hostile)
     assert "exponent of the tail over windows" in notebook

@@ -65,7 +65,7 @@ def page(
 {f'<section class="out"><h2>Left out</h2>{definitions(unused)}</section>' if unused else ""}
 <section class="out"><h2>How it was measured</h2>{definitions(provenance)}</section>
 <section class="out"><details><summary>What the statuses and the columns mean</summary>{glossary}</details></section>"""
-    return document("Layer diagnosis", model, headline.removeprefix(f"{model}: "), body)
+    return document("Layer diagnosis", model, headline.removeprefix(model).lstrip(":, "), body)
 
 
 def document(kind: str, title: str, lead: str, body: str) -> str:
