@@ -120,6 +120,11 @@ UNREAD = {
         {"quantization_config": {"quant_method": "aqlm"}},
         {"up.codes": "quantised by aqlm, whose rule is not known here"},
     ),
+    "gptq of no shape": (
+        {"up.qweight": np.ones((8, 8, 8), np.int32), "up.qzeros": np.ones(8, np.int32), "up.scales": np.ones(())},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}},
+        {"up.qweight": "its parts or its settings are none that belong together"},
+    ),
     "exl2, unsaid": (
         {
             "up.q_weight": np.ones((64, 8), np.int32),

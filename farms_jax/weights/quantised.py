@@ -112,9 +112,12 @@ def is_small_float(dtype: np.dtype[Any]) -> bool:
 
 def _by_a_rule(stored: Stored) -> Weight | str | None:
     """Return the weight that an array holds, or why it cannot be told; `None` where it holds none."""
-    for rule in RULES:
-        if (outcome := rule(stored)) is not None:
-            return outcome
+    try:
+        for rule in RULES:
+            if (outcome := rule(stored)) is not None:
+                return outcome
+    except (ArithmeticError, IndexError, TypeError, ValueError):  # of shapes and settings that no tool writes
+        return "quantised, but its parts or its settings are none that belong together"
     if is_small_float(stored.info.dtype):
         return f"{stored.info.dtype} without its scales"
     leaf = re.split(r"[./]", stored.name)[-1]

@@ -149,7 +149,7 @@ class WeightSource(ABC):
     def _decoded(self, name: str, parts: Mapping[str, np.ndarray]) -> np.ndarray:
         try:
             return np.ascontiguousarray(self._weights[name].decode(**parts))
-        except (ValueError, IndexError) as error:
+        except (ArithmeticError, IndexError, TypeError, ValueError) as error:
             reason = f"its parts do not fit together ({one_line(error)})"
             raise InputError(f"{self.path}: {name} is quantised, and {reason}; download or write it again") from error
 
