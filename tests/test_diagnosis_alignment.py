@@ -35,7 +35,8 @@ def test_overlaps_and_angles_are_those_of_the_decompositions(kind, monkeypatch):
 
 def test_the_same_directions_at_any_scale():
     (first,) = PAIRS["tall"][:1]
-    for factor in (1.0, 1e-30, -1e30):
+    assert list(alignment(first, first.astype(np.float64), directions=3).values()) == [1, 1, 0, 0]
+    for factor in (2.0, 1e-30, -1e30):
         left, right, *angles = alignment(first, first * np.float32(factor), directions=100).values()
         np.testing.assert_allclose((left, right), 1, rtol=1e-6)
         assert max(angles) < 0.1
