@@ -153,10 +153,9 @@ class Analyze(Measuring):
             diagnosis = diagnose(source, **options)
         if sort is not None:
             diagnosis = diagnosis.sort(sort.name, descending=bool(sort.format) and not self.ascending)
-        # Before it is shown: the finding is the last on the screen.
-        _write(diagnosis, outputs, "" if recipe else "--html report.html writes the whole report")
-        _write(diagnosis, recipe, "", sparsity=self.sparsity)
+        written = _write(diagnosis, outputs) + _write(diagnosis, recipe, sparsity=self.sparsity)
         diagnosis.show(table=True if self.table or sort else None)
+        sys.stdout.write(written or "--html report.html writes the whole report\n")
 
     def _rank(self) -> None:
         """Measure several models under the same settings, write and print the table of them."""
@@ -167,8 +166,9 @@ class Analyze(Measuring):
         if self.sort is not None:
             column = _sort_column(self.sort, Ranking.possible)
             ranking = ranking.sort(column.name, descending=bool(column.format) and not self.ascending)
-        _write(ranking, outputs, "")
+        written = _write(ranking, outputs)
         ranking.show()
+        sys.stdout.write(written)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,8 +199,9 @@ class Compare(Measuring):
         options = {name: value for name, value in self.options().items() if name not in usual or value != usual[name]}
         comparison = compare(self.a, self.b, directions=self.directions, **options)
         comparison = comparison.sort(self.sort, descending=True, magnitude=True)
+        written = _write(comparison, outputs)
         comparison.show()
-        _write(comparison, outputs, hint="--html changes.html writes the whole report")
+        sys.stdout.write(written or "--html changes.html writes the whole report\n")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -277,17 +278,15 @@ def _checked(outputs: Mapping[str, Path | None]) -> dict[str, Path]:
     return wanted
 
 
-def _write(result: LayerTable, outputs: Mapping[str, Path], hint: str, **options: Any) -> None:
-    """Write a result by flag and path, and say where to; without outputs give a hint."""
+def _write(result: LayerTable, outputs: Mapping[str, Path], **options: Any) -> str:
+    """Write a result by flag and path before it is shown, and return in lines where to."""
     for flag, path in outputs.items():
         try:
             getattr(result, f"write_{flag[2:]}")(path, **options)
         except OSError as error:
             remedy = "free space, or name another file; what was measured is kept"
             raise InputError(f"{flag} {path}: cannot be written ({error.strerror or error}); {remedy}") from error
-        sys.stdout.write(f"written to {path}\n")
-    if hint and not outputs:
-        sys.stdout.write(hint + "\n")
+    return "".join(f"written to {path}\n" for path in outputs.values())
 
 
 def _sort_column(name: str, columns: Sequence[Column]) -> Column:

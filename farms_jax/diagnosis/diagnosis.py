@@ -53,14 +53,16 @@ class Diagnosis(LayerTable):
 
     def headline(self) -> str:
         """Return in one line how many layers there are of each status, and which to look at first."""
-        parts = [f"{len(self)} layer{'' if len(self) == 1 else 's'}{self._share()}"]
-        parts += [f"{count} {status}" for status, count in counts(self.layers).items()]
-        quantised = f", {self.facts['quantisation']}" if self.facts.get("quantisation") else ""
-        line = f"{self.model}{quantised}: {', '.join(parts)}"
+        line = ", ".join([self._measured(), *(f"{count} {status}" for status, count in counts(self.layers).items())])
         for row in attention(self.layers)[:1]:
             alpha = f", alpha {with_interval(row, BY_NAME['alpha'])}" if number(row, "alpha") else ""
             line += f"; look first at {row['layer']} ({row['status']}{alpha})"
         return line
+
+    def _measured(self) -> str:
+        """Return in words what of the model was measured."""
+        quantised = f", {self.facts['quantisation']}" if self.facts.get("quantisation") else ""
+        return f"{self.model}{quantised}: {len(self)} layer{'' if len(self) == 1 else 's'}{self._share()}"
 
     def _share(self) -> str:
         """Return in words how many of the model's parameters its layers have; empty where that was not counted."""
@@ -100,13 +102,14 @@ class Diagnosis(LayerTable):
         show_parts(functools.partial(self.parts, table=table))
 
     def parts(self, width: int | None, table: bool | None = None) -> list[Part]:
-        """Return the table of layers if it is asked for or short, then notes, types, steps, and last the headline."""
+        """Return what was measured, the table of layers if it is asked for or short, notes, types, steps, headline."""
         layout, types = self._layout(width), telling_types(self._by_depth())
-        parts = [Part("table", table=layout), Part("text", layout.notes)]
-        if not (len(self) <= _SHORT if table is None else table):
-            parts = [
-                Part("text", [f"table of the {len(self)} layers: show(table=True) in Python, --table, --html, --csv"])
-            ]
+        parts = [Part("text", [self._measured()])]
+        if len(self) <= _SHORT if table is None else table:
+            parts += [Part("table", table=layout), Part("text", layout.notes)]
+        else:
+            hint = f"table of the {len(self)} layers: show(table=True) in Python, --table, --html, --csv"
+            parts.append(Part("text", [hint]))
         parts.append(Part("text", self.closing()))
         if types:
             cells = [group.cells() for group in types]
