@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from prune_helpers import DATA, bytes_of, command, small_run, weights_of, write_folder
 
-import farms_jax.programs.cache
 import prune.output
 import prune.perplexity
 import prune.pruning
@@ -162,7 +161,6 @@ PLACES = {
     "weights of block 1": (prune.output.os, "fsync", 6),
     "masks of block 2": (prune.output.os, "fsync", 9),
     "record": (prune.record, "write_json", 20),
-    "cache": (farms_jax.programs.cache, "write_json", 3),
     "card": (prune.run, "write_json", 1),
 }
 
