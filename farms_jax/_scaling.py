@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 _SAFE = 30  # exponents of two: squares of such entries, and sums of 1e8 of them, stay far within float32
 
@@ -32,8 +32,10 @@ def in_range_traced(stack: Array) -> tuple[Array, Array]:
     """Return what `in_range` does of an array of JAX, traced or not; the exponent is int32, shape ()."""
     parts = (stack.real, stack.imag) if jnp.iscomplexobj(stack) else (stack,)
     largest = jnp.stack([jnp.abs(part).max() for part in parts]).max()
-    _, exponent = jnp.frexp(largest)
-    is_safe = ~jnp.isfinite(largest) | (jnp.abs(exponent) <= _SAFE)
+    info = jnp.finfo(largest.dtype)
+    bits = lax.bitcast_convert_type(largest, f"int{info.bits}")
+    exponent = (bits >> info.nmant) - info.maxexp + 2  # that of `frexp`, which XLA would compile to much more
+    is_safe = (largest == 0) | ~jnp.isfinite(largest) | (jnp.abs(exponent) <= _SAFE)
     exponent = jnp.where(is_safe, 0, exponent - _SAFE).astype(jnp.int32)
     return times_power(stack, -exponent), exponent
 
@@ -41,7 +43,16 @@ def in_range_traced(stack: Array) -> tuple[Array, Array]:
 def times_power(values: Any, exponent: Any) -> Any:
     """Return values, an array of NumPy or JAX, times 2^exponent, in their dtype; the exponent broadcasts to them."""
     # In two steps: 2^exponent itself may be beyond the dtype's range.
-    xp = jnp if isinstance(values, jax.Array) or isinstance(exponent, jax.Array) else np
     half = exponent // 2
-    one = xp.ones((), values.real.dtype)
-    return values * xp.ldexp(one, half) * xp.ldexp(one, exponent - half)
+    if not isinstance(values, jax.Array) and not isinstance(exponent, jax.Array):
+        one = np.ones((), values.real.dtype)
+        return values * np.ldexp(one, half) * np.ldexp(one, exponent - half)
+    dtype = values.real.dtype
+    return values * _power(half, dtype) * _power(exponent - half, dtype)
+
+
+def _power(exponent: Array, dtype: Any) -> Array:
+    """Return 2^exponent, where it is a normal number of the dtype, by its bits: `ldexp` compiles to much more."""
+    info = jnp.finfo(dtype)
+    bits = (exponent.astype(f"int{info.bits}") + info.maxexp - 1) << info.nmant
+    return lax.bitcast_convert_type(bits, dtype)

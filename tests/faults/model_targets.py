@@ -190,8 +190,8 @@ _TOKENIZER_FILES = {
 _ADAPTER_FILES = {"*.json": mutations.mutate_json, "adapter_*": mutations.mutate_safetensors}
 _LINES_FILES = {"*.jsonl": mutations.mutate_json_lines, "*.txt": mutations.mutate_bytes}
 TARGETS: dict[str, Target] = {
-    "config": Target(1500, _configs, {"config.json": mutations.mutate_json}, _read_config),
-    "tokenizer": Target(1500, _tokenizers, _TOKENIZER_FILES, _read_tokenizer),
+    "config": Target(750, _configs, {"config.json": mutations.mutate_json}, _read_config),
+    "tokenizer": Target(750, _tokenizers, _TOKENIZER_FILES, _read_tokenizer),
     "lora": Target(500, _lora, _ADAPTER_FILES, _read_lora),
     "tokens": Target(400, _tokens, {"*.npy": mutations.mutate_npy, "*.npz": mutations.mutate_archive}, _read_text),
     "jsonl": Target(400, _lines, _LINES_FILES, _read_text),

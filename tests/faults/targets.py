@@ -134,7 +134,7 @@ _RUN_FILES = {
 TARGETS: dict[str, Target] = {
     **weights_targets.TARGETS,
     **model_targets.TARGETS,
-    "hdf5": Target(2000, _hdf5, {"*": mutations.near_start(0.5)}, _read_fields),
+    "hdf5": Target(1000, _hdf5, {"*": mutations.near_start(0.5)}, _read_fields),
     "dpot": Target(100, _dpot, {"*": mutations.mutate_safetensors}, _read_dpot),
     "run": Target(400, _runs, _RUN_FILES, _read_run),
     # Not a reader: a test of what the engine finds.

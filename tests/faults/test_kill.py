@@ -10,7 +10,7 @@ from benchmarks.kill import kill_program
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("name", "kills"), [("train", 1), ("prune", 4), ("generate", 4)])
+@pytest.mark.parametrize(("name", "kills"), [("train", 1), ("prune", 2), ("generate", 2)])
 def test_a_killed_run_ends_as_one_that_was_not(name, kills, tmp_path):
     found = kill_program(name, kills, seed=0, folder=tmp_path)
     assert len(found.kills) == kills

@@ -192,10 +192,10 @@ _ORBAX_FILES = {
     "*": mutations.mutate_bytes,
 }
 TARGETS: dict[str, Target] = {
-    "safetensors": Target(2000, _safetensors, {"*": mutations.mutate_safetensors}, read_weights),
+    "safetensors": Target(1000, _safetensors, {"*": mutations.mutate_safetensors}, read_weights),
     "index": Target(500, _shards, {"*.index.json": mutations.mutate_json}, _read_shards),
-    "gguf": Target(1500, _gguf, {"*": mutations.at_places(_places_of(_gguf_numbers))}, _read_gguf),
+    "gguf": Target(750, _gguf, {"*": mutations.at_places(_places_of(_gguf_numbers))}, _read_gguf),
     "npz": Target(800, _npz, {"*": mutations.mutate_archive}, read_weights),
-    "msgpack": Target(1000, _msgpack, {"*": mutations.at_places(_places_of(_msgpack_numbers))}, read_weights),
+    "msgpack": Target(500, _msgpack, {"*": mutations.at_places(_places_of(_msgpack_numbers))}, read_weights),
     "orbax": Target(500, _orbax, _ORBAX_FILES, read_weights),
 }
