@@ -88,10 +88,12 @@ def measure(
     if settings.tolerance is not None:
         layers = [_adapted(layer, values, settings, settings.tolerance) for layer in layers]
     _solve(layers, values, settings)
-    exact = {layer.name: _exact(layer, values, settings) for layer in layers}  # before they are shuffled in place
+    with ThreadPoolExecutor(cores()) as pool:  # before they are shuffled in place
+        exact = list(pool.map(lambda layer: _exact(layer, values, settings), layers))
     shuffled = _shuffled_spectra(layers, settings, overwrite) if settings.whole and settings.randomize else {}
     return {
-        layer.name: _measured(layer, values, exact[layer.name], shuffled.get(layer.name), settings) for layer in layers
+        layer.name: _measured(layer, values, own, shuffled.get(layer.name), settings)
+        for layer, own in zip(layers, exact, strict=True)
     }
 
 

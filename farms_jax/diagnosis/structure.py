@@ -42,7 +42,7 @@ def structure_of(stack: np.ndarray, entries: np.ndarray, scale: float = 1.0) -> 
         alive = [used.any(axis=axes) for axes in ((1, 2), (0, 2), (0, 1))]
     if filled == 0:
         said = ZERO
-    elif filled == stack.size and (stack == stack.flat[0]).all():
+    elif filled == stack.size and (entries == entries[0]).all() and (stack == stack.flat[0]).all():
         said = f"{CONSTANT}: every weight is {stack.flat[0] * scale:.3g}"
     else:
         said = _single(stack, filled, scale) or _orthogonal(stack)
@@ -110,16 +110,21 @@ def _single(stack: np.ndarray, filled: int, scale: float) -> str:
 
 def _orthogonal(stack: np.ndarray) -> str:
     """Return that rows or columns are orthogonal and equally long; a kernel is flattened, as initialisers do."""
-    flattened = [stack[0]]
-    if len(stack) > 1:
-        flattened = [np.moveaxis(stack, axis, 0).reshape(stack.shape[axis], -1) for axis in (1, 2)]
-    for matrix in flattened:
-        lines = matrix if len(matrix) <= matrix.shape[1] else matrix.T
-        short, long = lines.shape
+    views = [stack[0]] if len(stack) == 1 else [np.moveaxis(stack, axis, 0) for axis in (1, 2)]
+    for view in views:
+        short, long = sorted((len(view), view.size // len(view)))
         bound = min(_EQUAL, _BEYOND_CHANCE * (short / long) ** 0.5)
-        if short > 1 and _equal(lines[:_LOOKED_AT], bound) and _equal(lines, bound):
+        if short > 1 and _equal(_lines(view, _LOOKED_AT), bound) and _equal(_lines(view, short), bound):
             return f"{ORTHOGONAL}: all singular values are equal"
     return ""
+
+
+def _lines(view: np.ndarray, count: int) -> np.ndarray:
+    """Return the first lines, on the shorter axis, of the matrix that has a row for each of the first axis."""
+    if len(view) ** 2 <= view.size:
+        view = view[:count]  # before a kernel is copied
+        return view.reshape(len(view), -1)
+    return view.reshape(len(view), -1).T[:count]
 
 
 def _equal(lines: np.ndarray, bound: float) -> bool:
