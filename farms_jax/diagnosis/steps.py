@@ -60,10 +60,9 @@ class Step(NamedTuple):
 def steps(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Step]:
     """Return what to do, the most urgent first; `facts` has the path of the model and its format."""
     path = "" if facts.get("format") in {None, "pytree"} or not facts.get("path") else shlex.quote(str(facts["path"]))
-    untrained = len(rows) > 1 and sum(row.get("status") in _LIKE_NOISE for row in rows) >= _MOST * len(rows)
+    count = sum(row.get("status") in _LIKE_NOISE for row in rows)
     told = [status for status in _ADVICE if any(row.get("status") == status for row in rows)]
-    if untrained:  # differences between layers of noise are chance
-        count = sum(row.get("status") in _LIKE_NOISE for row in rows)
+    if len(rows) > 1 and count >= _MOST * len(rows):  # differences between layers of noise are chance
         noise = Step(f"{count} of {len(rows)} layers are as noise, or nearly", *_UNTRAINED)
         return [noise, *(_step(status, rows, path) for status in told if status not in _LIKE_NOISE)]
     found = [_step(status, rows, path) for status in told]

@@ -19,7 +19,7 @@ from farms_jax.weights.runs import model_of
 from farms_jax.weights.safetensors_source import SafetensorsSource
 from farms_jax.weights.source import WeightSource
 from farms_jax.weights.torch_file import is_archive, is_torch_file
-from farms_jax.weights.torch_files import model_files, model_in
+from farms_jax.weights.torch_folder import model_files, model_in
 from farms_jax.weights.torch_source import open_torch
 
 _READERS: dict[str, Callable[[Path], WeightSource]] = {

@@ -10,7 +10,7 @@ from farms_jax.errors import InputError
 from farms_jax.programs.files import CHECKSUMS, damaged_files
 from farms_jax.weights import orbax_source
 from farms_jax.weights.folders import WEIGHTS, check_numbers
-from farms_jax.weights.torch_files import is_shard, model_files
+from farms_jax.weights.torch_folder import is_shard, model_files
 
 SUFFIXES = (".safetensors", ".gguf", ".npz", ".msgpack")
 # One setting and several seeds; several settings; `sciml`, whose phases have no seed.
