@@ -19,7 +19,7 @@ from farms_jax._names import block_of, module_of, natural_key
 # Around the blocks, each by whole parts of the path: what it is, its rank among what stands beside it, its words.
 _AROUND: tuple[tuple[str, int, str], ...] = (
     ("stem", -1, r"patch_?embed(der|ding|dings)?|(conv_?)?(stem|init|in|root)\d*|(proj|project|linear)_in|input_proj"),
-    ("embedding", -2, r"(.*_)?(embed|embd|embedder|embedding|embeddings)(_tokens|_in|s)?|wte|wpe|shared|.*_embed_?\d*"),
+    ("embedding", -2, r"(.*_)?(embed|embd|embedder|embedding|embeddings)(_tokens|_in|s|_?\d+)?|wte|wpe|shared"),
     ("embedding", -2, r"(tok|token|position|pos)_emb\w*|embed_(positions|tokens)\w*|time_text_embed|add_embedding"),
     (
         "",

@@ -54,7 +54,7 @@ def _row(i, count, rng):
     row |= {"layer": f"model.layers.{i // len(KINDS)}.self_attn.{kind}.weight" if i else HOSTILE, "noise_alpha": NOISE}
     row |= {"type": kind.removesuffix("_proj"), "place": i + 1}
     row |= {"status": status, "reason": f"why it is {status}", "shape": f"{shape[0]}x{shape[1]}"}
-    row |= {"num_params": longer * shorter, "N": longer, "M": shorter, "Q": longer / shorter}
+    row |= {"zeros": 0.0, "num_params": longer * shorter, "N": longer, "M": shorter, "Q": longer / shorter}
     if i == count - 1:
         row |= {"status": "degenerate", "reason": "constant: every weight is 1", "rand_distance": float("nan")}
         return row | dict.fromkeys((*ALPHAS, "sv_min"))

@@ -100,6 +100,17 @@ def test_text_fits_and_says_what_needs_attention_first(sample, capsys):
     assert all(name in out for name in sample.names)
 
 
+@pytest.mark.parametrize(("zeros", "noisy", "told"), [(0.5, 16, "all"), (0.0, 13, "most")])
+def test_a_model_of_zeros_and_noise_is_told_as_one(sample, zeros, noisy, told):
+    status = ["undertrained"] * noisy + ["well trained"] * (16 - noisy)
+    layers = tuple(row | {"zeros": zeros, "status": one} for row, one in zip(sample.layers, status, strict=True))
+    line = dataclasses.replace(sample, layers=layers).headline()
+    assert ("50% of their weights zero" in line) == bool(zeros)
+    assert line.endswith(f"; {told} of them are as noise, or nearly")
+    dead = dataclasses.replace(sample, layers=(layers[0] | {"status": "degenerate"}, *layers[1:]))
+    assert f"look first at {layers[0]['layer']}" in dead.headline()
+
+
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_table_is_as_wide_as_the_terminal(sample, width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))

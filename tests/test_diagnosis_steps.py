@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import yaml
 from diagnosis_samples import diagnosis
 
 import farms_jax
@@ -57,7 +58,7 @@ def test_steps_name_what_stands_out_and_the_command():
     assert dead.code == ("farms analyze 'a model.gguf' --exclude 'layers\\.0\\.mlp\\.up_proj\\.weight'",)
     assert noise.found.startswith("4 of 8 layers are undertrained: 4 of 4 down")
     assert balance.code[0] == "farms analyze 'a model.gguf' --rates rates.json"
-    assert "model.named_parameters()" in balance.code[2]
+    assert "model.named_parameters()" in balance.code[3]
     assert prune.code == ("farms analyze 'a model.gguf' --sparsity 0.5 --recipe recipe.yaml",)
 
 
@@ -79,22 +80,40 @@ def test_steps_of_models_where_nothing_or_everything_stands_out():
     assert any("optax" in line for line in steps(two, FACTS)[1].code)
 
 
+def modifiers(text):
+    """The lists of targets of a recipe with their sparsities."""
+    stage = yaml.safe_load(text)["pruning_stage"]
+    parts = [modifier for group in stage.values() for modifier in group.values()]
+    assert len(parts) == len(stage)
+    return [dict(zip(one["targets"], one["sparsity"], strict=True)) for one in parts]
+
+
 def test_a_recipe_has_a_sparsity_for_each_block_in_the_order_of_modules():
     layers = [*blocks(11), *rows(("lm_head.weight", "head", "well trained", 3.0))]
-    lines = recipe(layers, sparsity=0.7).splitlines()
-    at = lines.index("      sparsity:")
-    values = [float(line.split("- ")[1]) for line in lines[at + 1 :]]
-    targets = [line.split('"')[1] for line in lines[lines.index("      targets:") + 1 : at]]
-    assert targets == [f"re:(.*[.])?layers[.]{i}$" for i in range(11)]
-    assert np.mean(values) == pytest.approx(0.7, abs=1e-3)  # blocks of one size
-    assert np.all(np.diff(values) > 0)  # as their alphas grow
+    (found,) = modifiers(recipe(layers, sparsity=0.7))
+    assert list(found) == [f"re:(.*[.])?layers[.]{i}$" for i in range(11)]
+    assert np.mean([*found.values()]) == pytest.approx(0.7, abs=1e-3)  # blocks of one size
+    assert np.all(np.diff([*found.values()]) > 0)  # as their alphas grow
     assert len(prunable(layers)) == 22
-    assert "ignore" not in recipe(layers, sparsity=0.5)
+    assert "ignore: []" in recipe(layers, sparsity=0.5)
     routed = [*layers, *rows(("layers.0.mlp.gate.weight", "router", "", 2.0))]
     assert 'ignore: ["re:.*[.](gate|router)$"]' in recipe(routed, sparsity=0.5)
     for wrong, message in (((layers[-1:], 0.5), "two numbered blocks"), ((layers, 1.0), "--sparsity")):
         with pytest.raises(InputError, match=message):
             recipe(wrong[0], sparsity=wrong[1])
+
+
+def test_what_torch_may_have_made_in_another_order_is_in_a_modifier_of_its_own():
+    layers = blocks(11)
+    layers[0] |= {"alpha": 3.0}
+    down, up = modifiers(recipe(layers, sparsity=0.6, each="layer"))
+    assert list(up) == [f"re:(.*[.])?layers[.]{i}[.]mlp[.]up_proj$" for i in range(11)]
+    assert list(down) == [target.replace("up_proj", "down_proj") for target in up]
+    values = {**up, **down}
+    assert np.mean([*values.values()]) == pytest.approx(0.6, abs=1e-3)
+    assert max(values, key=values.__getitem__) == "re:(.*[.])?layers[.]0[.]mlp[.]up_proj$"  # of the largest alpha
+    both = [row | {"layer": f"{side}.{row['layer']}"} for side in ("encoder", "decoder") for row in blocks(2)]
+    assert [len(one) for one in modifiers(recipe(both, sparsity=0.5))] == [2, 2]  # an encoder comes before its decoder
 
 
 def test_rates_go_from_the_smallest_alpha_to_the_largest():

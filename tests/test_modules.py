@@ -44,6 +44,7 @@ NETWORKS = {
         "bert.encoder.layer.0.intermediate.dense bert.encoder.layer.0.output.dense bert.pooler.dense classifier",
         "embedding embedding q v o up down head head",
     ),
+    "Flax without names": ("params.Embed_0 params.blocks.attn.query params.head", "embedding q head"),
     "ViT of timm": (
         "patch_embed.proj blocks.0.attn.qkv blocks.0.attn.proj blocks.0.mlp.fc1 blocks.0.mlp.fc2 blocks.1.attn.qkv "
         "head",

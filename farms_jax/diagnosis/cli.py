@@ -115,9 +115,11 @@ class Analyze(Measuring):
     rates: Path | None = None
     """Write factors of the learning rate by layer (TempBalance) as JSON, for Torch's parameter groups and for optax."""
     recipe: Path | None = None
-    """Write a recipe of llm-compressor, in YAML, that prunes blocks by their alpha; see --sparsity."""
+    """Write a recipe of llm-compressor, in YAML, that prunes more where alpha is large; see --sparsity and --each."""
     sparsity: float = 0.5
     """Fraction of the blocks' weights that --recipe removes, in (0, 1)."""
+    each: Literal["block", "layer"] = "block"
+    """What has a sparsity of its own in --recipe: a block, by its mean alpha, or a layer."""
     table: _Flag = False
     """Print the table of all layers, however long; without, up to 20 layers."""
     sort: str | None = None
@@ -153,7 +155,7 @@ class Analyze(Measuring):
             diagnosis = diagnose(source, **options)
         if sort is not None:
             diagnosis = diagnosis.sort(sort.name, descending=bool(sort.format) and not self.ascending)
-        written = _write(diagnosis, outputs) + _write(diagnosis, recipe, sparsity=self.sparsity)
+        written = _write(diagnosis, outputs) + _write(diagnosis, recipe, sparsity=self.sparsity, each=self.each)
         diagnosis.show(table=True if self.table or sort else None)
         sys.stdout.write(written or "--html report.html writes the whole report\n")
 

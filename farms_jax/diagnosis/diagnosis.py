@@ -17,7 +17,7 @@ from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column, Row, number, p
 from farms_jax.diagnosis.exports import rates, recipe
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import MEANINGS, attention, counts, disagreement_summary
-from farms_jax.diagnosis.steps import Step, steps
+from farms_jax.diagnosis.steps import LIKE_NOISE, Step, mostly_noise, steps
 from farms_jax.diagnosis.summary import HEADS, LEFT, by_type, of_model, telling_types
 from farms_jax.diagnosis.table import LayerTable, Layout, Part, show_parts
 from farms_jax.errors import InputError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "farms_jax diagnosis 2"
 _SHORT = 20  # layers, up to which the table is shown unasked
+_SPARSE = 0.05  # share of zeros from which on it is told
 _EXPLAINED = 5  # layers whose reason is given below the table
 
 
@@ -54,7 +55,10 @@ class Diagnosis(LayerTable):
     def headline(self) -> str:
         """Return in one line how many layers there are of each status, and which to look at first."""
         line = ", ".join([self._measured(), *(f"{count} {status}" for status, count in counts(self.layers).items())])
+        noise = mostly_noise(self.layers)
         for row in attention(self.layers)[:1]:
+            if noise and row["status"] in LIKE_NOISE:
+                return f"{line}; {'all' if noise == len(self) else 'most'} of them are as noise, or nearly"
             alpha = f", alpha {with_interval(row, BY_NAME['alpha'])}" if number(row, "alpha") else ""
             line += f"; look first at {row['layer']} ({row['status']}{alpha})"
         return line
@@ -62,7 +66,14 @@ class Diagnosis(LayerTable):
     def _measured(self) -> str:
         """Return in words what of the model was measured."""
         quantised = f", {self.facts['quantisation']}" if self.facts.get("quantisation") else ""
-        return f"{self.model}{quantised}: {len(self)} layer{'' if len(self) == 1 else 's'}{self._share()}"
+        count = f"{len(self)} layer{'' if len(self) == 1 else 's'}"
+        return f"{self.model}{quantised}: {count}{self._share()}{self._zeros()}"
+
+    def _zeros(self) -> str:
+        """Return in words how many of the layers' weights are zero; empty where few are."""
+        sizes = [(number(row, "zeros") or 0.0, number(row, "num_params") or 0) for row in self.layers]
+        share = sum(zeros * size for zeros, size in sizes) / (sum(size for _, size in sizes) or 1)
+        return f", {share:.0%} of their weights zero" if share >= _SPARSE else ""
 
     def _share(self) -> str:
         """Return in words how many of the model's parameters its layers have; empty where that was not counted."""
@@ -129,17 +140,18 @@ class Diagnosis(LayerTable):
         """
         write_json(Path(path), rates(self._by_depth(), self.left_out, low=low, high=high))
 
-    def write_recipe(self, path: str | Path, *, sparsity: float) -> None:
-        """Write a recipe of llm-compressor that removes more of blocks whose alpha is large.
+    def write_recipe(self, path: str | Path, *, sparsity: float, each: Literal["block", "layer"] = "block") -> None:
+        """Write a recipe of llm-compressor that removes more where alpha is large.
 
         Args:
             path: file to write, `.yaml`.
             sparsity: fraction of the blocks' weights to remove, in (0, 1).
+            each: what has a sparsity of its own: a `block`, by its mean alpha, or a `layer`.
 
         Raises:
             InputError: there are no numbered blocks under Torch's names, or the sparsity is out of its range.
         """
-        write_text(Path(path), recipe(self._by_depth(), sparsity=sparsity))
+        write_text(Path(path), recipe(self._by_depth(), sparsity=sparsity, each=each))
 
     def write_json(self, path: str | Path) -> None:
         """Write everything, for `read_json`."""

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,16 +49,19 @@ def _in_block(name: str) -> bool:
     return re.search(r"(^|[.])\d+[.]", name) is not None and not name.endswith("]")
 
 
-def recipe(rows: Sequence[Row], *, sparsity: float, epsilon: float = 0.3) -> str:
-    """Return a recipe of llm-compressor that prunes each block by its mean alpha.
+def recipe(
+    rows: Sequence[Row], *, sparsity: float, each: Literal["block", "layer"] = "block", epsilon: float = 0.3
+) -> str:
+    """Return a recipe of llm-compressor that prunes more where alpha is large.
 
     Args:
         rows: rows of a diagnosis, in network order.
         sparsity: fraction of the blocks' weights to remove, in (0, 1).
+        each: what has a sparsity of its own, by its alpha: a `block`, by the mean of its layers, or a `layer`.
         epsilon: half the range of sparsities, relative; 0.3 as in `farms prune`.
 
     Returns:
-        The recipe, in YAML: llm-compressor takes a list of sparsities, one for each target.
+        The recipe, in YAML: a modifier of llm-compressor takes a list of sparsities, one for each target.
 
     Raises:
         InputError: there are no blocks with names of Torch, or the sparsity is out of its range.
@@ -70,25 +73,30 @@ def recipe(rows: Sequence[Row], *, sparsity: float, epsilon: float = 0.3) -> str
     alphas = impute_alphas(np.array([number(row, "alpha") or 0.0 for row in layers]))
     scores = {row["layer"]: float(alpha) for row, alpha in zip(layers, alphas, strict=True)}
     sizes = {row["layer"]: int(row["num_params"]) for row in layers}
-    found = allocate_sparsity(scores, sparsity=sparsity, epsilon=epsilon, block_of=block_of, num_params=sizes)
-    blocks = {block_of(layer): value for layer, value in found.items()}
-    # llm-compressor goes through modules as Torch does, by number, whatever the order of its targets.
-    ordered = sorted(blocks, key=natural_key)
-    said = f"{sparsity:.0%} of the weights of {len(ordered)} blocks, more where alpha is large"
-    targets = "\n".join(f'        - "re:(.*[.])?{block.replace(".", "[.]")}$"' for block in ordered)
-    routed = any(row.get("type") == "router" for row in rows)
-    ignored = '      ignore: ["re:.*[.](gate|router)$"]\n' if routed else ""
-    values = "\n".join(f"        - {blocks[block]:.4f}" for block in ordered)
-    return f"""# {said}; for llmcompressor.oneshot(recipe="this file").
-pruning_stage:
-  pruning_modifiers:
-    WandaPruningModifier:
-      mask_structure: "0:0"
-{ignored}      targets:
-{targets}
-      sparsity:
-{values}
-"""
+    name_of = block_of if each == "block" else module_of
+    found = allocate_sparsity(scores, sparsity=sparsity, epsilon=epsilon, block_of=name_of, num_params=sizes)
+    modules = {name_of(layer): value for layer, value in found.items()}
+    # llm-compressor goes through modules as Torch does, whatever the order of its targets: blocks by number, the layers
+    # of a block as they were made, which no file tells. So layers of one kind share a modifier.
+    kinds: dict[str, list[str]] = {}
+    for module in sorted(modules, key=natural_key):
+        kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "#", module), []).append(module)
+    ignored = '["re:.*[.](gate|router)$"]' if any(row.get("type") == "router" for row in rows) else "[]"
+    said = f"{sparsity:.0%} of the weights of {len(modules)} {each}s, more where alpha is large"
+    once = ', pipeline="sequential"' if len(kinds) > 1 else ""  # or it calibrates for every modifier anew
+    lines = [f'# {said}; for llmcompressor.oneshot(recipe="this file"{once}).', "pruning_stage:"]
+    for i, members in enumerate(kinds.values(), start=1):
+        lines += [
+            f"  pruning{i}_modifiers:",
+            "    WandaPruningModifier:",
+            '      mask_structure: "0:0"',
+            f"      ignore: {ignored}",
+            "      targets:",
+            *(f'        - "re:(.*[.])?{module.replace(".", "[.]")}$"' for module in members),
+            "      sparsity:",
+            *(f"        - {modules[module]:.4f}" for module in members),
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def rates(

@@ -14,7 +14,7 @@ from farms_jax._figures import NAMED_TICKS
 from farms_jax._present import by_reason
 from farms_jax.diagnosis import figures
 from farms_jax.diagnosis.columns import BY_NAME, MISSING, Column, Row, number, text, with_interval
-from farms_jax.diagnosis.page_findings import findings
+from farms_jax.diagnosis.page_findings import breakable, findings
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import MEANINGS, SEVERITY, attention, counts, severity
 from farms_jax.diagnosis.steps import Step
@@ -239,7 +239,7 @@ def _layer(i: int, row: Row, columns: Sequence[Column], details: str, *, printed
     cells = []
     for column in columns:
         if column.name == "layer":
-            name = re.sub(r"([./_])", r"\1<wbr>", escape(row["layer"]))
+            name = breakable(row["layer"])
             cells.append(f'<th scope="row"><button type="button" aria-expanded="false">{name}</button></th>')
         elif column.name == "status":
             cells.append(f'<td class="st s{place}">{escape(text(row, column))}</td>')

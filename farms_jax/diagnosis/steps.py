@@ -14,7 +14,7 @@ from farms_jax.diagnosis.summary import grouped, telling_types
 from farms_jax.errors import listed
 
 _MOST = 0.8  # share of the layers from which on noise is said of the model
-_LIKE_NOISE = {"undertrained", "spiked", "flat", UNSURE}
+LIKE_NOISE = {"undertrained", "spiked", "flat", UNSURE}
 _PRUNED_HERE = {"q", "k", "v", "o", "gate", "up", "down"}  # types of the networks that `farms prune` knows
 _HALF = 0.5  # share of a type's or a block's layers from which on it stands out
 _PATTERNS = 4  # layers that are named in a command
@@ -43,7 +43,7 @@ _ADVICE: dict[str, tuple[str, str]] = {
     ),
 }
 _UNTRAINED = (
-    "the model before training, or another's weights than you meant",
+    "the model before training or early in it, or another's weights than you meant",
     "check which checkpoint this is; if it is the one, train it longer",
 )
 
@@ -60,11 +60,10 @@ class Step(NamedTuple):
 def steps(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Step]:
     """Return what to do, the most urgent first; `facts` has the path of the model and its format."""
     path = "" if facts.get("format") in {None, "pytree"} or not facts.get("path") else shlex.quote(str(facts["path"]))
-    count = sum(row.get("status") in _LIKE_NOISE for row in rows)
     told = [status for status in _ADVICE if any(row.get("status") == status for row in rows)]
-    if len(rows) > 1 and count >= _MOST * len(rows):  # differences between layers of noise are chance
+    if count := mostly_noise(rows):  # whose differences are chance
         noise = Step(f"{count} of {len(rows)} layers are as noise, or nearly", *_UNTRAINED)
-        return [noise, *(_step(status, rows, path) for status in told if status not in _LIKE_NOISE)]
+        return [noise, *(_step(status, rows, path) for status in told if status not in LIKE_NOISE)]
     found = [_step(status, rows, path) for status in told]
     if not found and any(row.get("status") == GOOD for row in rows):
         heavy = "all have heavier tails than noise, none too heavy"
@@ -75,6 +74,12 @@ def steps(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Step]:
     if any(number(row, "alpha") for row in prunable(rows)):
         found.append(_prune(rows, path))
     return found
+
+
+def mostly_noise(rows: Sequence[Row]) -> int:
+    """Return how many layers are as noise, or nearly, where those are most of several; else 0."""
+    count = sum(row.get("status") in LIKE_NOISE for row in rows)
+    return count if len(rows) > 1 and count >= _MOST * len(rows) else 0
 
 
 def _step(status: str, rows: Sequence[Row], path: str) -> Step:
@@ -121,14 +126,16 @@ def _balance(rows: Sequence[Row], low: float, high: float, path: str) -> Step:
     write = f"farms analyze {path} --rates rates.json" if path else 'diagnosis.write_rates("rates.json")'
     if any("." in row["layer"] for row in rows):
         use = (
+            "import json, torch",
             'rates = json.load(open("rates.json"))["factors"]',
             'groups = [{"params": [p], "lr": 1e-4 * rates.get(n, 1.0)} for n, p in model.named_parameters()]',
             "optimizer = torch.optim.AdamW(groups)",
         )
     else:
         use = (
+            "import farms_jax.diagnosis, jax, optax",
             'scale = farms_jax.diagnosis.read_rates("rates.json", params)',
-            "by_layer = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scale))",
+            "by_layer = optax.stateless(lambda updates, _: jax.tree.map(jax.numpy.multiply, updates, scale))",
             "optimizer = optax.chain(optax.adamw(1e-3), by_layer)",
         )
     attempt = "if you train on, balance the layers: larger rates where alpha is large (TempBalance), or decay"
