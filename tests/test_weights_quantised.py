@@ -105,20 +105,81 @@ def test_inputs_of_gptq_are_in_the_groups_that_it_says(tmp_path):
         assert "up.scales" in source.skipped
 
 
+def by_formula(case):
+    """Return arrays of a weight in a method's layout, its settings, and by its formula the weight in float64."""
+    if case == "bitnet":  # number i of a byte is of row i * rows + row; W = numbers / scale
+        numbers, scale = RNG.integers(-1, 2, (64, 48)), np.array([3.0], np.float32)
+        packed = sum((numbers[16 * i : 16 * (i + 1)] + 1) << 2 * i for i in range(4))
+        return {"weight": packed.astype(np.uint8), "weight_scale": scale}, {"quant_method": "bitnet"}, numbers / 3.0
+    if case == "gemma":  # the lowest bits first, along the inputs; a scale for each row
+        numbers, scales = RNG.integers(-2, 2, (32, 48)), RNG.uniform(1, 2, (32, 1)).astype(np.float32)
+        packed = sum((numbers[:, i::4] + 2) << 2 * i for i in range(4)).astype(np.uint8)
+        config = {"quant_method": "gemma", "num_bits": 4, "module_quant_configs": {"^up$": {"num_bits": 2}}}
+        return {"weight": packed, "weight_scale": scales}, config, numbers * scales.astype(np.float64)
+    if case == "torchao":  # (numbers - zeros) * scales in groups of 16
+        numbers, zeros = RNG.integers(-128, 128, (32, 48)), RNG.integers(-9, 9, (32, 3))
+        scales = RNG.uniform(1, 2, (32, 3)).astype(np.float32)
+        stored = {"_weight_qdata": numbers.astype(np.int8), "_weight_zero_point": zeros.astype(np.int8)}
+        want = (numbers - np.repeat(zeros, 16, 1)) * np.repeat(scales.astype(np.float64), 16, 1)
+        return stored | {"_weight_scale": scales}, {"quant_method": "torchao"}, want
+    codes, scales = RNG.integers(0, 256, (16, 6, 2)), RNG.uniform(1, 2, (16, 1, 1, 1)).astype(np.float16)
+    books = RNG.normal(size=(2, 256, 2, 8)).astype(np.float16)
+    blocks = sum(books[i].astype(np.float64)[codes[..., i]] for i in range(2)) * scales
+    want = np.block([[blocks[i, j] for j in range(6)] for i in range(16)])
+    return {"codes": codes.astype(np.uint8).view(np.int8), "codebooks": books, "scales": scales}, None, want
+
+
+@pytest.mark.parametrize("case", ["bitnet", "gemma", "torchao", "aqlm"])
+def test_weights_are_those_of_the_formula(tmp_path, case):
+    stored, config, want = by_formula(case)
+    config = config and {"quantization_config": config}
+    with open_weights(folder(tmp_path, {f"up.{leaf}": array for leaf, array in stored.items()}, config)) as source:
+        np.testing.assert_allclose(source.read("up.weight"), want, rtol=2e-6, atol=1e-6)
+        assert {name for name in source.tensors if name not in why(source)} == {"up.weight"}
+
+
 UNREAD = {
+    "vptq of floats": (
+        {
+            "up.indices": np.ones((1, 8, 64), np.float16),
+            "up.centroids.weight": np.ones((1, 512), np.float16),
+            "up.weight_scale": np.ones(64, np.float16),
+        },
+        None,
+        {"up.indices": "quantised by VPTQ"},
+    ),
+    "torchao of four bits": (
+        {
+            "up._weight_qdata": np.ones((64, 128), np.int8),
+            "up._weight_scale": np.ones((8, 64), np.float16),
+            "up._weight_zero_point": np.ones((8, 64), np.float16),
+        },
+        None,
+        {"up._weight_qdata": "this is int8, packed"},
+    ),
+    "awq of a kernel": (
+        {
+            "up.qweight": np.ones((16, 32), np.int32),
+            "up.qzeros": np.ones((4, 24), np.int32),
+            "up.scales": np.ones((4, 64), np.float16),
+        },
+        {"quantization_config": {"quant_method": "awq", "bits": 4}},
+        {"up.qweight": "in an order that is not known here"},
+    ),
+    "marlin": (
+        {"up.B": np.ones((4, 128), np.int32), "up.s": np.ones((4, 64), np.float16)},
+        None,
+        {"up.B": "quantised by Marlin"},
+    ),
     "mlx without a config": (
         {"up.weight": np.ones((64, 8), np.uint32), "up.scales": np.ones((64, 2)), "up.biases": np.ones((64, 2))},
         None,
         {"up.weight": "no config.json beside it"},
     ),
-    "aqlm": (
-        {
-            "up.codes": np.ones((64, 8, 1), np.int16),
-            "up.codebooks": np.ones((1, 256, 1, 8)),
-            "up.scales": np.ones((64, 1)),
-        },
-        {"quantization_config": {"quant_method": "aqlm"}},
-        {"up.codes": "quantised by aqlm, whose rule is not known here"},
+    "sinq": (
+        {"up.W_q": np.ones((64, 8), np.uint8), "up.scale": np.ones((64, 2)), "up.zero": np.ones((64, 2))},
+        {"quantization_config": {"quant_method": "sinq"}},
+        {"up.W_q": "quantised by sinq, whose rule is not known here"},
     ),
     "gptq of no shape": (
         {"up.qweight": np.ones((8, 8, 8), np.int32), "up.qzeros": np.ones(8, np.int32), "up.scales": np.ones(())},
@@ -132,7 +193,7 @@ UNREAD = {
             "up.bias": np.ones(8),
         },
         None,
-        {"up.q_weight": "quantised by a rule that the checkpoint does not tell"},
+        {"up.q_weight": "quantised by EXL2"},
     ),
     "float8 as it is": (
         {"up.weight": np.ones((64, 8), ml_dtypes.float8_e4m3fn), "other.weight": np.ones((8, 8), np.float32)},

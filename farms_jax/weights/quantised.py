@@ -25,9 +25,42 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from farms_jax.errors import InputError, printable
-from farms_jax.weights.quantised_rules import RULES, Stored, Weight
+from farms_jax.weights import quantised_rules as packed, quantised_scaled as scaled
+from farms_jax.weights.quantised_parts import Rule, Stored, Weight
 from farms_jax.weights.reading import TensorInfo, read_json
 
+_RULES: tuple[Rule, ...] = (
+    packed.awq,
+    packed.gptq,
+    packed.bitsandbytes_int8,
+    packed.bitsandbytes_4bit,
+    packed.mlx,
+    scaled.bitnet,
+    scaled.gemma,
+    scaled.scaled,
+    scaled.torchao,
+    packed.compressed_integers,
+    scaled.four_bit_floats,
+    scaled.mxfp4_blocks,
+    packed.hqq,
+    packed.aqlm,
+)
+# Methods that are known by their names alone: one array, and one beside it, of those that have no rule here.
+_UNDONE = {
+    ("trellis", "suh"): "EXL3, whose codes are those of a trellis",
+    ("trellis", "SU"): "QTIP, whose codes are those of a trellis",
+    ("q_weight", "q_scale_max"): "EXL2, whose bits differ from row to row, in an order of its own",
+    ("indices", "centroids.weight"): "VPTQ, by packed places in codebooks",
+    ("outlier_indices", "outlier_centroids.weight"): "VPTQ, by packed places in codebooks",
+    ("res_indices", "res_centroids.weight"): "VPTQ, by packed places in codebooks",
+    ("dense_weights", "row_offsets"): "SpQR, in the order of a GPU's kernel, with outliers beside it",
+    ("weight", "tables2"): "HIGGS or FLUTE, in the order of a GPU's kernel",
+    ("weight", "weight_scales"): "EETQ, in the order of a GPU's kernel",
+    ("qweight", "act_global_scale"): "FP-Quant, of the weight times a Hadamard matrix",
+    ("qweight", "lookup_table"): "SqueezeLLM, by packed places in a table for each row",
+    ("Qidxs", "SU"): "QuIP#, by places in a lattice",
+    ("B", "s"): "Marlin, in the order of a GPU's kernel",
+}
 # How auto-round calls what it writes in the formats of others.
 _AUTO_ROUND = {
     "auto_round:auto_gptq": {"quant_method": "gptq", "checkpoint_format": "gptq"},
@@ -39,11 +72,11 @@ _OWN_CONFIG = "quantize_config.json"  # of GPTQ's first tools, beside the model'
 # How the tools call arrays of integers that are weights; all other names are buffers' without a configuration.
 _PACKED = re.compile(
     r"(.*_)?(qweight|W_q|q_weight|weight_packed|weight_q|Qidxs.*|codes|trellis|weight|kernel|_data|quantized_weight|"
-    r"dense_weights|blocks)"
+    r"dense_weights|blocks|qdata|(outlier_|res_)?indices|B|(embedding|weight)_(quantized|values))"
 )
 _COMPANION = re.compile(
     r"(.*_)?(q?scales?|scale_(inv|weight|input)|q?zeros?|zero_points?|qbiases|g_idx|SCB|weight_(format|shape)|absmax|"
-    r"(in|out)put_scale(_ub)?|global_scale|codebooks?|centroids|invperm|_scale|_shift|input_global_scale)(_\d)?"
+    r"(in|out)put_scale(_ub)?|global_scale|scale_and_zero|codebooks?|centroids|invperm|_scale|_shift|input_global_scale)(_\d)?"
 )
 _BUFFER = re.compile(r"(.*_)?(ids?|index|idxs?|mask|tracked|counts?|steps?|keys?|tokens?)(_.*)?")
 
@@ -85,7 +118,7 @@ def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], read: Cal
     """
     found = Found({}, {}, {})
     for name, info in tensors.items():
-        if is_plain(info):
+        if _is_plain(info) and not _is_kept_as_float(name, tensors):
             continue
         outcome = _by_a_rule(Stored(name, tensors, config, read))
         if isinstance(outcome, Weight) and (outcome.name == name or outcome.name not in tensors):
@@ -100,7 +133,13 @@ def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], read: Cal
     return found
 
 
-def is_plain(info: TensorInfo) -> bool:
+def _is_kept_as_float(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Tell whether an array is of integers whose bits are stored as those of floats, as VPTQ may do."""
+    module, leaf = _parted(name)
+    return leaf.endswith("indices") and f"{module}.{leaf.removesuffix('indices')}centroids.weight" in tensors
+
+
+def _is_plain(info: TensorInfo) -> bool:
     """Tell whether an array is nothing quantised: a scalar, or of floats of 16 bits and more."""
     return not info.shape or 0 in info.shape or not (info.dtype.kind in "iu" or is_small_float(info.dtype))
 
@@ -112,15 +151,24 @@ def is_small_float(dtype: np.dtype[Any]) -> bool:
 
 def _by_a_rule(stored: Stored) -> Weight | str | None:
     """Return the weight that an array holds, or why it cannot be told; `None` where it holds none."""
+    leaf = _parted(stored.name)[1]
+    for (own, other), method in _UNDONE.items():
+        if leaf == own and stored.beside(other=other):
+            return f"quantised by {method}: not undone here"
     try:
-        for rule in RULES:
+        for rule in _RULES:
             if (outcome := rule(stored)) is not None:
                 return outcome
-    except (ArithmeticError, IndexError, TypeError, ValueError):  # of shapes and settings that no tool writes
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ):  # of shapes and settings that no tool writes
         return "quantised, but its parts or its settings are none that belong together"
     if is_small_float(stored.info.dtype):
         return f"{stored.info.dtype} without its scales"
-    leaf = re.split(r"[./]", stored.name)[-1]
     if len(stored.info.shape) < 2 or _COMPANION.fullmatch(leaf) or _BUFFER.fullmatch(leaf):
         return None
     if method := stored.config.get("quant_method"):

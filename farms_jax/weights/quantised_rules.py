@@ -7,72 +7,14 @@ a text, why the weight cannot be told.
 
 import json
 import math
-import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from farms_jax.weights import packing
-from farms_jax.weights.reading import TensorInfo
+from farms_jax.weights.quantised_parts import Stored, Weight
 
-_FLOAT32, _BYTES, _INT32 = np.dtype(np.float32), np.dtype(np.uint8), np.dtype(np.int32)
+_BYTES, _INT32 = np.dtype(np.uint8), np.dtype(np.int32)
 _UNSAID = "quantised, but no config.json beside it says with how many bits and in what groups"
-
-
-class Weight(NamedTuple):
-    """A weight that several stored arrays stand for.
-
-    Attributes:
-        name: its name.
-        info: its dtype and shape.
-        parts: argument of `decode` -> stored array.
-        decode: returns the weight, float32, of its parts.
-        method: name of the rule, with its bits.
-    """
-
-    name: str
-    info: TensorInfo
-    parts: Mapping[str, str]
-    decode: Callable[..., np.ndarray]
-    method: str
-
-
-class Stored(NamedTuple):
-    """One array of a checkpoint, and what is beside it."""
-
-    name: str
-    tensors: Mapping[str, TensorInfo]
-    config: Mapping[str, Any]
-    read: Callable[[str], np.ndarray]
-
-    @property
-    def info(self) -> TensorInfo:
-        """The array's dtype and shape."""
-        return self.tensors[self.name]
-
-    @property
-    def module(self) -> str:
-        """What the name begins with, up to the last separator."""
-        return self.name[: max(self.name.rfind("."), self.name.rfind("/")) + 1]
-
-    def beside(self, **endings: str) -> dict[str, str]:
-        """Return argument -> name, for those names that exist: the module's, or the array's own where it has a `+`."""
-        names = {key: self.name + end[1:] if end[0] == "+" else self.module + end for key, end in endings.items()}
-        return {key: name for key, name in names.items() if name in self.tensors}
-
-    def weight(
-        self, shape: tuple[int, ...], parts: dict[str, str], decode: Callable[..., Any], method: str, name: str = ""
-    ) -> Weight:
-        """Return a weight, called like the array unless `name` is given."""
-        return Weight(name or self.name, TensorInfo(_FLOAT32, shape), parts, decode, method)
-
-    def renamed(self, leaf: str) -> str:
-        """Return the name with another last part."""
-        return self.module + leaf
-
-
-Rule = Callable[[Stored], Weight | str | None]
 
 
 def gptq(stored: Stored) -> Weight | str | None:
@@ -99,7 +41,9 @@ def gptq(stored: Stored) -> Weight | str | None:
     if type(bits) is not int or not 1 <= bits <= 8:
         return _UNSAID
     inputs = 32 * rows // bits
-    count = stored.tensors[parts["scales"]].shape[0]
+    count, columns = stored.tensors[parts["scales"]].shape
+    if columns != outputs:
+        return "quantised by GPTQ, in an order that is not known here, such as that of a GPU's kernel"
     if "groups" not in parts and size is None:
         return _UNSAID
 
@@ -128,6 +72,8 @@ def awq(stored: Stored) -> Weight | str | None:
     if version != "gemm" or stored.config.get("bits", 4) != 4 or len(parts) < 2:
         return f"quantised by AWQ ({version}), whose rule is not known here"
     inputs, columns = stored.info.shape
+    if stored.tensors[parts["scales"]].shape[1] != 8 * columns:
+        return "quantised by AWQ, in an order that is not known here, such as that of a GPU's kernel"
 
     def numbers(words: np.ndarray) -> np.ndarray:
         return packing.unpacked(words, 4).reshape(len(words), -1, 8)[..., _AWQ_ORDER].reshape(len(words), -1)
@@ -240,41 +186,6 @@ def _mlx_settings(stored: Stored) -> tuple[int, int, str] | None:
     return bits, size, str(mode)
 
 
-def scaled(stored: Stored) -> Weight | str | None:
-    """FP8 and int8 with scales, for all, for each row or in blocks: DeepSeek, compressed-tensors, FBGEMM, ModelOpt.
-
-    W = weight * scale, also where the scale is called an inverse; with zero points, (weight - zero) * scale.
-
-    Returns:
-        The weight, why it cannot be told, or `None`.
-    """
-    dtype = stored.info.dtype
-    scales = stored.beside(
-        a="+_scale_inv", b="+_scale", c="scale_weight", d="weight_scale", e="_scale", f="scale", g="qscale_weight"
-    )
-    if not (dtype == np.int8 or dtype.name.startswith(("float8_e4m3", "float8_e5m2"))) or not scales:
-        return None
-    if dtype == np.int8 and not {"b", "e"} & scales.keys():
-        return None
-    is_quanto = stored.name.endswith("._data")  # `weight._data` and `weight._scale`
-    name = next(iter(scales.values()))
-    parts = {"weight": stored.name, "scales": name} | stored.beside(zeros="+_zero_point")
-    shape, info = stored.info.shape, stored.tensors[name]
-    sizes = packing.block_sizes(shape, info.shape, stored.config.get("weight_block_size"))
-    if sizes is None or name == stored.name:
-        return f"{dtype} with scales of shape {list(info.shape)}, which do not fit its shape"
-
-    def decode(weight: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None = None) -> np.ndarray:
-        if scales.dtype == _BYTES:
-            scales = packing.powers_of_two(scales)
-        if zeros is not None:
-            weight = weight - zeros.astype(np.float32).reshape(scales.shape)
-        return packing.in_blocks(weight, scales, sizes)
-
-    method = "int8" if dtype == np.int8 else "FP8"
-    return stored.weight(shape, parts, decode, method, stored.name[: -len("._data")] if is_quanto else "")
-
-
 def compressed_integers(stored: Stored) -> Weight | str | None:
     """compressed-tensors, "pack-quantized": integers packed along the inputs, stored without a sign."""
     parts = stored.beside(scales="weight_scale", zeros="weight_zero_point", groups="weight_g_idx")
@@ -305,56 +216,6 @@ def compressed_integers(stored: Stored) -> Weight | str | None:
     return stored.weight(shape, {"packed": stored.name} | parts, decode, method, name)
 
 
-def four_bit_floats(stored: Stored) -> Weight | None:
-    """NVFP4 and MXFP4, two to a byte along the inputs: of compressed-tensors (`weight_packed`) and of ModelOpt.
-
-    Blocks of 16 have scales in E4M3 and one for all, by which compressed-tensors divides; blocks of 32 powers of two.
-
-    Returns:
-        The weight, why it cannot be told, or `None`.
-    """
-    parts = stored.beside(scales="weight_scale", factor="weight_scale_2", divisor="weight_global_scale")
-    if not re.search(r"weight(_packed)?$", stored.name) or stored.info.dtype != _BYTES or "scales" not in parts:
-        return None
-    *outer, count = stored.tensors[parts["scales"]].shape
-    *rows, octets = stored.info.shape
-    size = 2 * octets // max(1, count)
-    if outer != rows or size * count != 2 * octets or size not in {16, 32}:
-        return None
-    if size == 16 and not parts.keys() & {"factor", "divisor"}:
-        return None
-
-    def decode(
-        packed: np.ndarray, scales: np.ndarray, factor: np.ndarray | None = None, divisor: np.ndarray | None = None
-    ) -> np.ndarray:
-        powers = packing.powers_of_two(scales) if size == 32 else packing.float8(scales)
-        weight = packing.in_groups(packing.fp4(packed), powers)
-        for_all = 1 if factor is None else factor.astype(np.float32)
-        for_all = for_all if divisor is None else for_all / divisor.astype(np.float32)
-        return weight * np.float32(np.asarray(for_all).reshape(-1)[0])
-
-    name, method = stored.renamed("weight"), "NVFP4" if size == 16 else "MXFP4"
-    return stored.weight((*rows, 2 * octets), {"packed": stored.name} | parts, decode, method, name)
-
-
-def mxfp4_blocks(stored: Stored) -> Weight | None:
-    """MXFP4 as gpt-oss stores its experts: `NAME_blocks` (..., blocks, 16) and `NAME_scales`, their exponents."""
-    name = stored.name.removesuffix("_blocks")
-    scales = stored.tensors.get(f"{name}_scales")
-    if name == stored.name or scales is None or stored.info != TensorInfo(_BYTES, (*scales.shape, 16)):
-        return None
-    if not scales.shape or scales.dtype != _BYTES:
-        return None
-
-    def decode(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-        flat = packing.fp4(blocks.reshape(*blocks.shape[:-2], -1))
-        return packing.in_groups(flat, packing.powers_of_two(scales))
-
-    *outer, count = scales.shape
-    parts = {"blocks": stored.name, "scales": f"{name}_scales"}
-    return stored.weight((*outer, 32 * count), parts, decode, "MXFP4", name)
-
-
 def hqq(stored: Stored) -> Weight | str | None:
     """HQQ: W = (numbers - zero) * scale, in groups that are rows or columns; a byte holds numbers of far-off rows."""
     parts = stored.beside(scales="scale", zeros="zero")
@@ -378,15 +239,30 @@ def hqq(stored: Stored) -> Weight | str | None:
     return stored.weight(shape, {"packed": stored.name} | parts, decode, f"HQQ {bits} bit", name)
 
 
-RULES: tuple[Rule, ...] = (
-    awq,
-    gptq,
-    bitsandbytes_int8,
-    bitsandbytes_4bit,
-    mlx,
-    scaled,
-    compressed_integers,
-    four_bit_floats,
-    mxfp4_blocks,
-    hqq,
-)
+def aqlm(stored: Stored) -> Weight | None:
+    """AQLM (Egiazarian et al. 2024): a block of weights is a sum of vectors, one of each codebook, times a scale.
+
+    `codes` (output groups, input groups, codebooks) are places in `codebooks` (codebooks, vectors, outputs, inputs of a
+    group), as signed integers.
+
+    Returns:
+        The weight, or `None`.
+    """
+    parts = stored.beside(codebooks="codebooks", scales="scales")
+    if not stored.name.endswith("codes") or len(parts) < 2 or stored.info.dtype.kind != "i":
+        return None
+    rows, columns, count = stored.info.shape
+    books, length, outputs, inputs = stored.tensors[parts["codebooks"]].shape
+    if books != count or np.prod(stored.tensors[parts["scales"]].shape) not in {rows, rows * columns}:
+        return None
+
+    def decode(codes: np.ndarray, codebooks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        places = codes.astype(np.int64) % length
+        blocks = np.zeros((rows, columns, outputs, inputs), np.float32)
+        for book in range(count):
+            blocks += codebooks[book].astype(np.float32)[places[..., book]]
+        blocks *= scales.astype(np.float32).reshape(rows, -1, 1, 1)
+        return blocks.swapaxes(1, 2).reshape(rows * outputs, columns * inputs)
+
+    method, name = f"AQLM {count}x{(length - 1).bit_length()} bit", stored.renamed("weight")
+    return stored.weight((rows * outputs, columns * inputs), {"codes": stored.name} | parts, decode, method, name)

@@ -62,7 +62,7 @@ _MASK = re.compile(
 _TABLE = re.compile(
     r"((?:.*_)?(?:cos|sin|cosine|sine)_?(?:cached?|table|emb\w*|buffer|pos\w*)|cos|sin|cos_sin(?:_cache)?|"
     r"freqs?(?:_?(?:cos|sin|cis))(?:_(?:real|imag))?|freqs|inv_freq|rope_(?:freqs?|cache)|rotary_(?:cos|sin|emb)|"
-    r"alibi(?:_\w+)?|slopes|"
+    r"alibi(?:_\w+)?|slopes|(?:forward|backward)_hadamard_matrix|"
     r"mel_(?:filters|basis|fb)|fb|dct_mat|(?:forward|inverse)_basis|window_sum|"  # of spectrograms
     r"anchors?|anchor_grid|_float_tensor)"
 )

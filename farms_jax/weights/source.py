@@ -15,7 +15,7 @@ from farms_jax._axis_rules import AxisRules
 from farms_jax._names import natural_key
 from farms_jax.errors import InputError, one_line, printable
 from farms_jax.weights.layout import Layout
-from farms_jax.weights.quantised import Found, find, is_plain, read_config
+from farms_jax.weights.quantised import Found, find, read_config
 from farms_jax.weights.reading import TensorInfo, check_name
 from farms_jax.weights.skipped import OPTIONAL, not_weights
 
@@ -85,8 +85,6 @@ class WeightSource(ABC):
 
     def _quantised(self) -> Found:
         weights = {tensor: info for tensor, info in self.stored.items() if tensor not in self.skipped}
-        if all(map(is_plain, weights.values())):
-            return Found({}, {}, {})
         if self.path.exists():
             return find(weights, read_config(self.path if self.path.is_dir() else self.path.parent), self._read)
         found = find(weights, {}, self._read)
