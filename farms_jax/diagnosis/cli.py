@@ -104,8 +104,8 @@ class Analyze(Measuring):
     """
 
     models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL ...")]
-    """A Hugging Face folder, a .safetensors, .gguf, .npz or .msgpack file, a .pt, .pth, .bin or .ckpt of torch.save
-    (with the extra torch), an Orbax checkpoint, or a run directory."""
+    """A Hugging Face folder, a .safetensors, .gguf, .npz, .msgpack, .keras or .h5 file, a .pt, .pth, .bin or .ckpt of
+    torch.save (with the extra torch), an Orbax checkpoint, or a run directory."""
     html: Path | None = None
     """Write one self-contained report for a browser."""
     csv: Path | None = None

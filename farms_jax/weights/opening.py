@@ -10,6 +10,7 @@ from farms_jax.errors import InputError
 from farms_jax.programs.files import expanded
 from farms_jax.weights.folders import CACHED, open_safetensors_folder, snapshot_of, unfinished
 from farms_jax.weights.gguf_source import GGUFSource
+from farms_jax.weights.keras_source import KerasSource
 from farms_jax.weights.lora import is_lora
 from farms_jax.weights.msgpack_source import MsgpackSource
 from farms_jax.weights.npz_source import NpzSource
@@ -27,7 +28,10 @@ _READERS: dict[str, Callable[[Path], WeightSource]] = {
     ".gguf": GGUFSource,
     ".npz": NpzSource,
     ".msgpack": MsgpackSource,
+    ".keras": KerasSource,
+    ".h5": KerasSource,
 }
+_LAST = {".keras", ".h5"}  # beside the same model in another format, as on the hub
 _KNOWN = f"{', '.join(_READERS)}, a file of torch.save, a Hugging Face folder, an Orbax checkpoint, or a run directory"
 
 
@@ -36,9 +40,9 @@ def open_weights(path: str | Path, *, axes: Any = None, stack: Any = None) -> We
 
     Args:
         path: Hugging Face folder, also `models--OWNER--NAME` of the hub's cache, or any other with safetensors;
-            `.safetensors`, `.gguf`, `.npz` or Flax `.msgpack` file, or one of `torch.save`; Orbax checkpoint, or a
-            folder of numbered ones; run directory of one of the programs, which stands for its first seed's best
-            checkpoint or its pruned model.
+            `.safetensors`, `.gguf`, `.npz`, Flax `.msgpack`, `.keras` or `.h5` file, or one of `torch.save`; Orbax
+            checkpoint, or a folder of numbered ones; run directory of one of the programs, which stands for its first
+            seed's best checkpoint or its pruned model.
         axes: What the axes of the arrays count, as `farms_jax.analyze` takes it; default: as usual in the format, that
             is `farms_jax.axis_rules.torch` in safetensors, GGUF and Torch's files, outputs last in all others.
         stack: Which of them count layers, experts or seeds, likewise.
@@ -82,6 +86,8 @@ def _reader_of(path: Path) -> Callable[[Path], WeightSource] | None:
         return open_torch
     with path.open("rb") as file:
         start = file.read(9)
+    if start.startswith(b"\x89HDF"):
+        return KerasSource
     if start.startswith(b"GGUF"):
         return GGUFSource
     if start.startswith(b"PK\3\4"):
@@ -133,8 +139,10 @@ def _open_folder(path: Path) -> WeightSource:
     if source := open_safetensors_folder(path, filenames):
         return source
     files = [name for name in filenames if Path(name).suffix in _READERS and not name.startswith(".")]
+    torch_files = model_in(path, filenames)
     # Where the same model is there in another format, Torch is not needed; safetensors were opened above.
-    model = files if files else model_in(path, filenames)
+    files = [name for name in files if Path(name).suffix not in _LAST] or ([] if torch_files else files)
+    model = files if files else torch_files
     if len(model) == 1:
         return open_weights(path / model[0])
     if model and not files:

@@ -25,7 +25,10 @@ OPTIONAL = frozenset({AVERAGE, COPY})
 """Reasons of arrays that are measured where they are asked for."""
 _ALWAYS = {
     **dict.fromkeys(("opt_state", "optimizer", "optimizer_state", "optim_state", "optimizer_states"), OPTIMISER),
-    **dict.fromkeys(("optimizer_state_dict", "optimizer_states_dict", "optimizers", "optim", "opt_states"), OPTIMISER),
+    **dict.fromkeys(
+        ("optimizer_state_dict", "optimizer_states_dict", "optimizer_weights", "optimizers", "optim", "opt_states"),
+        OPTIMISER,
+    ),
     **dict.fromkeys(("exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "max_exp_avg_sq"), OPTIMISER),
     **dict.fromkeys(
         ("momentum_buffer", "square_avg", "acc_delta", "state_sum", "exp_inf", "adam_m", "adam_v"), OPTIMISER
