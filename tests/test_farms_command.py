@@ -110,6 +110,9 @@ def test_watch_writes_alerts(farms, tmp_path):
         np.savez(tmp_path / "run" / f"step_{step}" / "model.npz", dense=value)
     told = farms("watch", tmp_path / "run", "--once", *FAST)
     assert "ALERT degenerate: dense: constant: every weight is 1" in told
+    again = farms("watch", tmp_path / "run", "--once", *FAST)
+    assert "ALERT" not in again
+    assert "0 alerts, 1 more told before" in again
     lines = (tmp_path / "run" / "farms" / "alerts.jsonl").read_text().splitlines()
     assert [json.loads(line)["rule"] for line in lines] == ["degenerate"]
     assert len(list((tmp_path / "run" / "farms").glob("*.json"))) == 2

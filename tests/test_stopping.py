@@ -12,7 +12,7 @@ import pytest
 
 from farms_jax.errors import InputError
 from farms_jax.programs.exits import reported
-from farms_jax.programs.files import CHECKSUMS, atomic, damaged_files, write_checksums
+from farms_jax.programs.files import CHECKSUMS, atomic, damaged_files, write_checksums, write_text
 from farms_jax.programs.locking import locked
 from farms_jax.programs.stopping import Stopped, hold_stops, stop_signals_raise
 
@@ -89,6 +89,25 @@ def test_an_error_of_the_disk_says_where(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert raised.value.filename == str(tmp_path / "numbers.txt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_links_and_pipes_are_written_to_and_not_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    link, pipe = tmp_path / "link.txt", tmp_path / "pipe"
+    link.symlink_to("folder/real.txt")
+    for text in ("1", "2"):
+        write_text(link, text)
+    assert link.is_symlink()
+    assert (tmp_path / "folder" / "real.txt").read_text() == "2"
+    os.mkfifo(pipe)
+    link.unlink()
+    link.symlink_to(f"/dev/fd/{(reader := os.open(pipe, os.O_RDWR))}")  # as /dev/stdout
+    for path in (pipe, link):
+        write_text(path, "3")
+        assert os.read(reader, 10) == b"3"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
 
 
 def test_handlers_are_put_back():

@@ -233,16 +233,18 @@ class Watch(Measuring):
             raise InputError(f"--scale {self.scale:g}: must be above 1")
         run, rules = Path(self.run_dir), Rules(self.ww_alpha_below, self.spikes, self.scale)
         out = self.out or run / "farms"
-        log, count, every = WatchLog(run, out), 0, None if self.once else self.every
+        log, every = WatchLog(run, out), None if self.once else self.every
+        count = again = 0
         for seen in watch(run, rules=rules, every=every, earlier=log.earlier(), **self.options()):
             told = seen.diagnosis.headline() if seen.diagnosis else "cannot be measured"
             sys.stdout.write(f"{time.strftime('%H:%M:%S')} {seen.checkpoint}: {told}\n")
-            for alert in seen.alerts:
-                sys.stdout.write(f"  ALERT {alert.rule}: {alert.layer or 'checkpoint'}: {alert.message}\n")
+            news = log.add(seen)
+            for alert in news:
+                sys.stdout.write(f"  ALERT {': '.join(filter(None, (alert.rule, alert.layer, alert.message)))}\n")
             sys.stdout.flush()
-            log.add(seen)
-            count += len(seen.alerts)
-        sys.stdout.write(f"{count} alerts; written to {out}\n")
+            count, again = count + len(news), again + len(seen.alerts) - len(news)
+        told = f", {again} more told before" if again else ""
+        sys.stdout.write(f"{count} alert{'' if count == 1 else 's'}{told}; written to {out}\n")
 
 
 def main(name: str) -> None:
@@ -285,6 +287,8 @@ def _write(result: LayerTable, outputs: Mapping[str, Path], **options: Any) -> s
     for flag, path in outputs.items():
         try:
             getattr(result, f"write_{flag[2:]}")(path, **options)
+        except BrokenPipeError:  # of --json /dev/stdout: nobody reads on
+            raise
         except OSError as error:
             remedy = "free space, or name another file; what was measured is kept"
             raise InputError(f"{flag} {path}: cannot be written ({error.strerror or error}); {remedy}") from error

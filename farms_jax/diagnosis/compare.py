@@ -75,9 +75,12 @@ class Comparison(LayerTable):
     histograms: Mapping[str, tuple[Histogram, Histogram]] = dataclasses.field(default_factory=dict)
 
     def headline(self) -> str:
-        """Return how many layers moved, in a line."""
-        tested = [row["beyond_error"] for row in self.layers if "beyond_error" in row]
-        beyond = f", {sum(tested)} with a change of alpha beyond its error" if tested else ""
+        """Return how many layers moved, and which most, in a line."""
+        tested = [row for row in self.layers if "beyond_error" in row]
+        changed = [row for row in tested if row["beyond_error"]]
+        beyond = f", {len(changed)} with a change of alpha beyond its error" if tested else ""
+        for row in sorted(changed, key=lambda row: -abs(row["alpha_change"]))[:1]:
+            beyond += f" (most {row['layer']}, {row['alpha_change']:+.3f})"
         same = sum(row.get("moved") == 0 for row in self.layers)
         unchanged = f", {same} with the same weights" if same else ""
         count = f"{len(self)} layer{'' if len(self) == 1 else 's'}"

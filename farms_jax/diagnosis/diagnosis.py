@@ -19,7 +19,7 @@ from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import MEANINGS, attention, counts, disagreement_summary
 from farms_jax.diagnosis.steps import LIKE_NOISE, Step, mostly_noise, steps
 from farms_jax.diagnosis.summary import HEADS, LEFT, by_type, of_model, telling_types
-from farms_jax.diagnosis.table import LayerTable, Layout, Part, show_parts
+from farms_jax.diagnosis.table import SHORT, LayerTable, Layout, Part, show_parts
 from farms_jax.errors import InputError
 from farms_jax.programs.files import write_json, write_text
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FORMAT = "farms_jax diagnosis 2"
-_SHORT = 20  # layers, up to which the table is shown unasked
 _SPARSE = 0.05  # share of zeros from which on it is told
 _EXPLAINED = 5  # layers whose reason is given below the table
 
@@ -116,7 +115,7 @@ class Diagnosis(LayerTable):
         """Return what was measured, the table of layers if it is asked for or short, notes, types, steps, headline."""
         layout, types = self._layout(width), telling_types(self._by_depth())
         parts = [Part("text", [self._measured()])]
-        if len(self) <= _SHORT if table is None else table:
+        if len(self) <= SHORT if table is None else table:
             parts += [Part("table", table=layout), Part("text", layout.notes)]
         else:
             hint = f"table of the {len(self)} layers: show(table=True) in Python, --table, --html, --csv"

@@ -223,7 +223,8 @@ def _heads(columns: Sequence[Column]) -> str:
         f'<button type="button">{_in_two(column.name)}</button></th>'
         for column in columns
     )
-    return f'<tr class="g">{groups}</tr><tr class="h">{heads}</tr>'
+    above = f'<tr class="g">{groups}</tr>' if any(column.group for column in columns) else ""
+    return f'{above}<tr class="h">{heads}</tr>'
 
 
 def _in_two(name: str) -> str:

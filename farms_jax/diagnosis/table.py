@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _STYLES = {"well trained": "green", "undertrained": "yellow", "over-correlated": "magenta", "degenerate": "bold red"}
 _STYLES |= {"spiked": "blue", "flat": "cyan", "too few to say": "dim"}
+SHORT = 20  # layers, up to which a table fits on a screen
 _GAP = 2  # spaces between columns
 _LEAST_NAME = 24  # characters that a shortened name keeps while there are columns to drop
 # Columns dropped from a table that is too wide, in this order; others stay.
@@ -197,8 +198,9 @@ class LayerTable:
     def parts(self, width: int | None) -> list[Part]:
         """Return what is shown, from top to bottom, with a table in `width` characters; `None` for any width."""
         layout = self._layout(width)
-        below = Part("text", [*layout.notes, *self.closing()])
-        return [Part("title", [self.headline()]), Part("table", table=layout), below]
+        title, below = Part("title", [self.headline()]), Part("text", [*layout.notes, *self.closing()])
+        # Of a long table the first line is no longer on the screen.
+        return [title, Part("table", table=layout), below, *([title] if len(self) > SHORT else [])]
 
     def show(self) -> None:
         """Print: coloured and as wide as the terminal, plain where the output goes to a file."""

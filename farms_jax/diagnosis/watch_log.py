@@ -44,14 +44,15 @@ class WatchLog:
                 continue
         return kept
 
-    def add(self, seen: Seen) -> None:
-        """Write what was found in a checkpoint; an alert that the log has is not written again."""
-        lines = [_line(alert) for alert in seen.alerts]
-        self._waiting += [line for line in lines if line not in self._told]
-        self._told.update(lines)
+    def add(self, seen: Seen) -> list[Alert]:
+        """Write what was found in a checkpoint, and return its alerts that the log had not yet: no other is written."""
+        news = [alert for alert in seen.alerts if _line(alert) not in self._told]
+        self._waiting += map(_line, news)
+        self._told.update(self._waiting)
         _tried(self._file, self._append)
         if seen.diagnosis is not None:
             _tried(self._folder / self._name(seen.checkpoint), seen.diagnosis.write_json)
+        return news
 
     def _append(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

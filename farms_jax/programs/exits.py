@@ -28,7 +28,7 @@ def reported(program: str, when_stopped: str = "") -> Generator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        sys.stderr.write(f"{program}: {error.filename or 'a file'}: {error.strerror or error}\n")
+        sys.stderr.write(f"{program}: {error.filename or 'the output or a file'}: {error.strerror or error}\n")
         sys.exit(2)
     except Stopped as stopped:
         sys.stderr.write(f"\n{program}: stopped by {stopped}{when_stopped}\n")

@@ -24,6 +24,8 @@ def expanded(path: str | Path) -> Path:
 def atomic(path: Path, *, shared: bool = False) -> Generator[Path, None, None]:
     """Write a file atomically: under another name, and renamed when it is complete.
 
+    A link stays one, to the new file; into a device or a pipe, such as `/dev/stdout`, is written at once.
+
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "numbers.txt"
     >>> with atomic(path) as part:
@@ -41,6 +43,10 @@ def atomic(path: Path, *, shared: bool = False) -> Generator[Path, None, None]:
     Raises:
         OSError: It cannot be written; the error has a file name.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():  # a rename would take its place
+        yield path
+        return
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part" if shared else f"{path.name}.part")
     try:
