@@ -10,7 +10,7 @@ from weights_helpers import close_gguf
 
 import farms_jax
 from farms_jax._axes import as_matrices
-from farms_jax.errors import AxesWarning
+from farms_jax.errors import AxesWarning, InputError
 from farms_jax.weights import TensorInfo, open_weights
 from farms_jax.weights.skipped import AVERAGE, COPY, MASK, OPTIMISER, TABLE, not_weights
 
@@ -157,3 +157,37 @@ def test_a_tensor_of_gguf_that_cannot_be_read_is_left_out(tmp_path):
     diagnosis = farms_jax.diagnose(path, **QUICK)
     assert diagnosis.headline().startswith("model, Q8_0 (F64 1, I32 1, Q8_K 1): 1 layer with 75 % of 4,096 parameters")
     assert "Q8_K cannot be undone here" in dict(diagnosis.left_out)["down.weight"]
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "said"),
+    [
+        ({"m.onnx": b"\x08\x0a"}, "m.onnx", "an ONNX model.*onnx.numpy_helper"),
+        ({"saved_model.pb": b"\x08\x01"}, "", "a SavedModel of TensorFlow, that is a program.*as .keras"),
+        ({"m-1.index": b"\0", "m-1.data-00000-of-00001": b"\1"}, "", "a checkpoint of TensorFlow.*load_variable"),
+        ({"m-1.index": b"\0", "m-1.data-00000-of-00001": b"\1"}, "m-1.data-00000-of-00001", "a checkpoint of Tensor"),
+        ({"model": b"\x1c\0\0\0TFL3"}, "model", "a TensorFlow Lite model"),
+        ({"m.mlmodel": b"\x08\x04"}, "m.mlmodel", "a Core ML model"),
+        ({"ggml.bin": b"lmgg0000"}, "ggml.bin", "a file of GGML before GGUF"),
+        ({"m.xml": b"<net/>", "m.bin": b"\1" * 9}, "m.bin", "a model of OpenVINO"),
+    ],
+)
+def test_files_of_other_tools_are_named_with_the_remedy(tmp_path, files, given, said):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        open_weights(tmp_path / given)
+
+
+@pytest.mark.parametrize("order", "CF")
+def test_a_single_array_of_numpy_is_read(tmp_path, order):
+    array = np.asarray(np.random.default_rng(0).normal(size=(6, 4)), order=order)
+    np.save(tmp_path / "up.npy", array)
+    with open_weights(tmp_path / "up.npy") as source:
+        assert source.tensors == {"up": (array.dtype, (6, 4))}
+        np.testing.assert_array_equal(source.read("up"), array)
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "up.npy").read_bytes()[:-8])
+    for name, said in (("objects", "pickles, which are never loaded"), ("cut", "damaged, or not finished")):
+        with pytest.raises(InputError, match=said):
+            open_weights(tmp_path / f"{name}.npy")

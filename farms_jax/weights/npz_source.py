@@ -1,4 +1,4 @@
-"""Archives of NumPy arrays (`numpy.savez`), read member by member; nothing is ever unpickled."""
+"""Archives of NumPy arrays (`numpy.savez`), read member by member, and single ones; nothing is ever unpickled."""
 
 import contextlib
 import zipfile
@@ -45,10 +45,36 @@ class NpzSource(WeightSource):
             np.load(self.path, allow_pickle=False) as archive,
         ):
             array = archive[f"{name}.npy"]
-            array = array.view(_stored_dtype(array.dtype))
-        if (array.dtype, array.shape) != self.stored[name]:
-            raise InputError(f"{self.path}: {name} has changed since it was opened; open it again")
-        return array
+        return _unchanged(self, name, array)
+
+
+class NpySource(WeightSource):
+    """One array in an `.npy` file, called as the file."""
+
+    def __init__(self, path: Path) -> None:
+        """Read and check its header."""
+        with _damage_named(path), path.open("rb") as file:
+            info = _read_header(file, str(path))
+            size = file.tell() + info.nbytes
+        if size != path.stat().st_size:
+            raise InputError(
+                f"{path}: its size is not that of {short_repr(info.shape)} {info.dtype}: damaged, or not "
+                f"finished; {_REMEDY}"
+            )
+        tensors = {path.stem: TensorInfo(_stored_dtype(info.dtype), info.shape)}
+        super().__init__(path, path.stem, "npy", lambda weights: layout_of(weights, {}, "flax"), tensors)
+
+    def _read(self, name: str) -> np.ndarray:
+        with os_errors_named(self.path, name, "check the disk"), _damage_named(self.path):
+            array = np.load(self.path, allow_pickle=False)
+        return _unchanged(self, name, array)
+
+
+def _unchanged(source: WeightSource, name: str, array: np.ndarray) -> np.ndarray:
+    array = array.view(_stored_dtype(array.dtype))
+    if (array.dtype, array.shape) != source.stored[name]:
+        raise InputError(f"{source.path}: {name} has changed since it was opened; open it again")
+    return array
 
 
 @contextlib.contextmanager

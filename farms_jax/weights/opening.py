@@ -9,11 +9,12 @@ from typing import Any
 from farms_jax.errors import InputError
 from farms_jax.programs.files import expanded
 from farms_jax.weights.folders import CACHED, open_safetensors_folder, snapshot_of, unfinished
+from farms_jax.weights.foreign import what_is_in, what_it_is
 from farms_jax.weights.gguf_source import GGUFSource
 from farms_jax.weights.keras_source import KerasSource
 from farms_jax.weights.lora import is_lora
 from farms_jax.weights.msgpack_source import MsgpackSource
-from farms_jax.weights.npz_source import NpzSource
+from farms_jax.weights.npz_source import NpySource, NpzSource
 from farms_jax.weights.orbax_source import open_orbax
 from farms_jax.weights.reading import os_errors_named
 from farms_jax.weights.runs import model_of
@@ -32,7 +33,9 @@ _READERS: dict[str, Callable[[Path], WeightSource]] = {
     ".h5": KerasSource,
 }
 _LAST = {".keras", ".h5"}  # beside the same model in another format, as on the hub
-_KNOWN = f"{', '.join(_READERS)}, a file of torch.save, a Hugging Face folder, an Orbax checkpoint, or a run directory"
+_KNOWN = (
+    f"{', '.join(_READERS)}, .npy, a file of torch.save, a Hugging Face folder, an Orbax checkpoint, or a run directory"
+)
 
 
 def open_weights(path: str | Path, *, axes: Any = None, stack: Any = None) -> WeightSource:
@@ -40,9 +43,9 @@ def open_weights(path: str | Path, *, axes: Any = None, stack: Any = None) -> We
 
     Args:
         path: Hugging Face folder, also `models--OWNER--NAME` of the hub's cache, or any other with safetensors;
-            `.safetensors`, `.gguf`, `.npz`, Flax `.msgpack`, `.keras` or `.h5` file, or one of `torch.save`; Orbax
-            checkpoint, or a folder of numbered ones; run directory of one of the programs, which stands for its first
-            seed's best checkpoint or its pruned model.
+            `.safetensors`, `.gguf`, `.npz`, `.npy`, Flax `.msgpack`, `.keras` or `.h5` file, or one of `torch.save`;
+            Orbax checkpoint, or a folder of numbered ones; run directory of one of the programs, which stands for its
+            first seed's best checkpoint or its pruned model.
         axes: What the axes of the arrays count, as `farms_jax.analyze` takes it; default: as usual in the format, that
             is `farms_jax.axis_rules.torch` in safetensors, GGUF and Torch's files, outputs last in all others.
         stack: Which of them count layers, experts or seeds, likewise.
@@ -76,6 +79,10 @@ def _open_file(path: Path, mode: int) -> WeightSource:
         return _READERS[path.suffix](path)
     reader = _reader_of(path)
     if reader is None:
+        with path.open("rb") as file:
+            known = what_it_is(path, file.read(8))
+        if known:
+            raise InputError(f"{path}: {known[0]}, which is not read; {known[1]}")
         raise InputError(f"{path}: not a kind of weights that can be read; give {_KNOWN}")
     return reader(path)
 
@@ -88,6 +95,8 @@ def _reader_of(path: Path) -> Callable[[Path], WeightSource] | None:
         start = file.read(9)
     if start.startswith(b"\x89HDF"):
         return KerasSource
+    if start.startswith(b"\x93NUMPY"):
+        return NpySource
     if start.startswith(b"GGUF"):
         return GGUFSource
     if start.startswith(b"PK\3\4"):
@@ -160,6 +169,8 @@ def _nothing_in(path: Path, filenames: list[str], files: list[str]) -> str:
             f"{path}: a distributed checkpoint of Torch; make one file of it: "
             f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(str(path))} weights.pt"
         )
+    if known := what_is_in(path, filenames):
+        return f"{path}: {known[0]}, which is not read; {known[1]}"
     inside = [
         name for name in filenames if (path / name).is_dir() and (name.startswith(CACHED) or _has_weights(path / name))
     ]

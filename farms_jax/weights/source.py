@@ -26,7 +26,7 @@ class WeightSource(ABC):
     Attributes:
         name: Name to show.
         path: Path of the file or folder.
-        format: safetensors, gguf, torch, orbax, msgpack, keras or npz; pytree in memory.
+        format: safetensors, gguf, torch, orbax, msgpack, keras, npz or npy; pytree in memory.
         axes: What the axes of the arrays count, as `farms_jax.analyze` takes it.
         stack: Which of them count layers, likewise.
         tensors: Full name -> dtype and shape, in natural order: `layer2` before `layer10`. Weights that several arrays
