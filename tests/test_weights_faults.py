@@ -122,7 +122,7 @@ def test_gone_after_it_was_opened(tmp_path, form):
         ("weights", pickle.dumps(Bomb()), "never loaded.*numpy.savez"),  # known by its first bytes
         ("weights.pt", b"PK\3\4" * 9, "weights.pt: ends too early"),
         ("weights.h5", b"\x89HDF", "damaged, not finished, or no file of Keras"),
-        ("weights", b"\x89PNG", "not a kind of weights that can be read; give .safetensors, .gguf, .npz, .msgpack"),
+        ("weights.png", b"\x89PNG", "not a kind of weights that can be read; give .safetensors, .gguf, .npz, .msgpack"),
     ],
 )
 def test_another_kind_of_file(tmp_path, name, content, message):
