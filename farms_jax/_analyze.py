@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from farms_jax._axes import FLAX_AXES
-from farms_jax._layers import not_finite, raise_if_not_finite, select_layers
+from farms_jax._layers import not_finite, raise_if_not_finite, select_layers, warn_of_undeclared
 from farms_jax._names import named_leaves, natural_key
 from farms_jax._report import METRICS, LayerReport
 from farms_jax._scaling import times_power
@@ -122,6 +122,7 @@ def analyze(
     _raise_inside_shard_map()
     leaves = sorted(named_leaves(params), key=lambda pair: natural_key(pair[0]))
     selection = select_layers(leaves, window, tail, axes, exclude, stack=stack, params=params)
+    warn_of_undeclared(selection.undeclared, selection.leaves)
     weights = tuple(leaf.weight for leaf in selection.leaves)
     mesh = mesh_solver.common_mesh(weights, mesh)
     platform = _platform(weights, mesh)

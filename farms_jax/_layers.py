@@ -67,12 +67,14 @@ class Selection(NamedTuple):
         left_out: (name, reason) of every other leaf.
         axes: (name, axes) of the leaves that hold layers or have a stack.
         excluded: single layers of a stack that are to be left out of the report.
+        undeclared: the leaves, (name, array) pairs, that are left out because nothing says what their axes count.
     """
 
     leaves: list[Leaf]
     left_out: list[tuple[str, str]]
     axes: list[tuple[str, LeafAxes]]
     excluded: list[str]
+    undeclared: list[tuple[str, Any]]
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -98,13 +100,12 @@ def select_layers(
     """Return which leaves, (name, array) pairs, are layers.
 
     The arrays are not read: anything with `shape` and `dtype` will do. `axes` and `stack` are those of `analyze`;
-    `params` is what they are called with where they are functions. A warning says when much is left out because nothing
-    says what its axes count.
+    `params` is what they are called with where they are functions.
     """
     known = axes_of_leaves(leaves, axes, stack, params)
     layers = {name: indexed_names(name, known[name].stack_shape) for name, _ in leaves}
     excluded = matching({name for leaf in layers for name in (leaf, *layers[leaf])}, exclude)
-    found, undeclared = Selection([], [], [], []), []
+    found = Selection([], [], [], [], [])
     for name, leaf in leaves:
         if name in excluded or excluded.issuperset(layers[name]):
             chosen = LeftOut("excluded")
@@ -119,8 +120,7 @@ def select_layers(
         if known[name].stack:
             found.axes.append((name, LeafAxes((), (), known[name].stack)))
         if chosen.undeclared:
-            undeclared.append((name, leaf))
-    _warn_of(undeclared, found.leaves)
+            found.undeclared.append((name, leaf))
     return found
 
 
@@ -162,7 +162,7 @@ def axes_of_leaves(leaves: Sequence[tuple[str, Any]], axes: Any, stack: Any, par
     return known
 
 
-def _warn_of(undeclared: list[tuple[str, Any]], layers: list[Leaf]) -> None:
+def warn_of_undeclared(undeclared: Sequence[tuple[str, Any]], layers: Sequence[Leaf]) -> None:
     """Warn where a large share of the weights is left out because nothing says what its axes count."""
     missing = sum(math.prod(leaf.shape) for _, leaf in undeclared)
     total = missing + sum(math.prod(leaf.shape) for leaf in layers)
@@ -171,7 +171,7 @@ def _warn_of(undeclared: list[tuple[str, Any]], layers: list[Leaf]) -> None:
             f"{missing / total:.0%} of the weights are left out, because nothing says what their axes "
             f"count: {listed([name for name, _ in undeclared], 3, ', ')}; {SAY_IT}",
             LeftOutWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

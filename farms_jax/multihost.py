@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from farms_jax import _analyze
 from farms_jax._axes import FLAX_AXES, layer_of
-from farms_jax._layers import Leaf, Selection, not_finite, raise_if_not_finite, select_layers
+from farms_jax._layers import Leaf, Selection, not_finite, raise_if_not_finite, select_layers, warn_of_undeclared
 from farms_jax._names import named_leaves, natural_key
 from farms_jax._report import METRICS, LayerReport
 from farms_jax._tail import Tail
@@ -79,6 +79,7 @@ def analyze(
 
     def read() -> tuple[Any, tuple[str, list[str]]]:
         selection = select_layers(_local_leaves(params), window, tail, axes, exclude, stack=stack, params=params)
+        warn_of_undeclared(selection.undeclared, selection.leaves)
         shown = [(leaf.name, leaf.axes, tuple(leaf.weight.shape), str(leaf.weight.dtype)) for leaf in selection.leaves]
         common = sorted((key, value) for key, value in settings.items() if key != "mesh")
         owners = _assign([_cost(leaf) for leaf in selection.leaves for _ in leaf.layers])

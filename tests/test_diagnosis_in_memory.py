@@ -89,3 +89,32 @@ def test_what_holds_no_arrays():
     for nothing in (None, object(), {}, np.float64):
         with pytest.raises(InputError, match="there are no arrays in it"):
             opened(nothing)
+
+
+def test_weight_norm_of_jax_is_multiplied_out():
+    inputs = jnp.eye(6)
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.WeightNorm(nn.Dense(4, use_bias=False))(x)
+
+    def moved(tree):
+        return jax.tree.map(lambda leaf: leaf * jnp.arange(1.0, 1 + leaf.size).reshape(leaf.shape), tree)
+
+    variables = moved(Linen().init(jax.random.key(0), inputs))
+    module = nnx.WeightNorm(nnx.Linear(6, 4, use_bias=False, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    nnx.update(module, moved(nnx.state(module, nnx.Param)))
+    arrays, rest = eqx.partition(
+        eqx.nn.WeightNorm(eqx.nn.Linear(6, 4, use_bias=False, key=jax.random.key(0))), eqx.is_array
+    )
+    equinox = eqx.combine(moved(arrays), rest)
+    expected = {
+        "params/Dense_0/kernel": (variables, Linen().apply(variables, inputs)),
+        "layer_instance/kernel": (module, module(inputs)),
+        "layer/weight": (equinox, jax.vmap(equinox)(inputs).T),
+    }
+    for name, (model, weight) in expected.items():
+        source = opened(model)
+        np.testing.assert_allclose(source.read(name), weight, rtol=1e-5, err_msg=name)
+        assert list(source.skipped.values()) == [f"factor of the weight {name}"]

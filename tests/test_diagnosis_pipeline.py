@@ -1,6 +1,7 @@
 """From a model to its diagnosis: which layers, in which order, what is kept, and clear errors."""
 
 import json
+import warnings
 
 import jax
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 
 import farms_jax
 from farms_jax import FLAX_AXES
-from farms_jax.diagnosis import diagnose
-from farms_jax.errors import InputError
+from farms_jax.diagnosis import compare, diagnose
+from farms_jax.diagnosis.in_memory import open_in_memory
+from farms_jax.errors import InputError, LeftOutWarning
 from farms_jax.programs.cache import weights_key, with_checksum
 
 FAST = {"resamples": 20, "randomize": False}
@@ -114,14 +116,49 @@ def test_a_damaged_cache_is_no_cache(tmp_path):
         assert json.loads(kept.read_text())["row"]
 
 
-def test_all_layers_with_nan_are_named(tmp_path):
+def test_layers_with_nan_are_left_out_and_told_first(tmp_path):
     weights = model()
     weights["conv"]["kernel"][0, 0, 0, 0] = np.nan
     weights["block_2"]["kernel"][0, 0] = np.inf
     path = write_npz(tmp_path / "model.npz", weights)
-    with pytest.raises(InputError, match=r"model.*: NaN or Inf in block_2/kernel, conv/kernel; .*--exclude"):
-        diagnose(path, **FAST)
-    assert len(diagnose(path, exclude=("conv/.*", "block_2/.*"), **FAST)) == 1
+    diagnosis = diagnose(path, **FAST)
+    assert diagnosis.layers == diagnose(path, include="block_10/.*", **FAST).layers
+    size = weights["conv"]["kernel"].size
+    assert diagnosis.damaged["conv/kernel"] == f"1 of {size:,} values is NaN or Inf"
+    assert list(diagnosis.damaged) == ["block_2/kernel", "conv/kernel"]
+    assert diagnosis.damaged.items() <= dict(diagnosis.left_out).items()
+    assert "2 not measured; look first at block_2/kernel (1 of" in diagnosis.headline()
+    assert diagnosis.steps()[0].found.startswith("2 layers not measured: block_2/kernel")
+    with pytest.raises(InputError, match=r"no layer that can be measured: block_2/kernel .*, conv/kernel \(1 of"):
+        diagnose(path, exclude="block_10/.*", **FAST)
+    comparison = compare(diagnose(model(), **FAST), diagnosis)
+    assert comparison.only_a == ()
+    assert list(comparison.damaged["B"]) == ["block_2/kernel", "conv/kernel"]
+
+
+def test_a_layer_that_cannot_be_read_is_left_out(monkeypatch):
+    source = open_in_memory(model())
+    read = source.read_layer
+
+    def failing(name, axes, index):
+        if name == "conv/kernel":
+            raise InputError(f"{source.path}: {name} ends too early")
+        return read(name, axes, index)
+
+    monkeypatch.setattr(source, "read_layer", failing)
+    diagnosis = diagnose(source, **FAST)
+    assert diagnosis.damaged == {"conv/kernel": "conv/kernel ends too early"}
+    assert set(diagnosis.names) == {"block_2/kernel", "block_10/kernel"}
+
+
+def test_a_warning_of_what_is_left_out_is_of_what_was_asked_for():
+    draw = np.random.default_rng(0).normal
+    weights = {"stack": {"kernel": draw(size=(3, 4, 5, 64, 48))}, "dense": {"kernel": draw(size=(64, 48))}}
+    with pytest.warns(LeftOutWarning, match="stack/kernel"):
+        diagnose(weights, **FAST)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert diagnose(weights, include="dense/.*", **FAST).names == ("dense/kernel",)
 
 
 @pytest.mark.parametrize(

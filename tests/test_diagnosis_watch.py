@@ -49,8 +49,14 @@ def test_alpha_below_its_bound_and_nan(tmp_path):
     assert "is below 1000" in alert.message
     (alert,) = second.alerts
     assert (alert.layer, alert.rule) == ("", "checkpoint")
-    assert "NaN or Inf in a" in alert.message
+    assert "a (3,072 of 3,072 values are NaN or Inf)" in alert.message
     assert third.diagnosis is not None and not third.alerts
+
+
+def test_one_layer_with_nan_is_an_alert_once(tmp_path):
+    for step, factor in enumerate((1, np.inf, np.inf, 1)):
+        write(tmp_path, step, a=NOISE * factor, e=NOISE)
+    assert found(tmp_path) == [[], [("a", "damaged")], [], []]
 
 
 def test_a_norm_that_explodes_or_vanishes(tmp_path):

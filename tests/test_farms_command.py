@@ -149,9 +149,21 @@ def test_a_mistake_is_one_line(fails, model, arguments, message):
     assert message in fails(*(model if argument == "MODEL" else argument for argument in arguments))
 
 
+def test_damaged_layers_are_told_and_end_with_status_1(farms, model, tmp_path, capsys):
+    weights = dict(np.load(model)) | {"head/kernel": np.full((32, 48), np.inf)}
+    np.savez(tmp_path / "damaged.npz", **weights)
+    for others, flags in ((model,), ()), ((), ("--html", tmp_path / "out.html", "--json", tmp_path / "out.json")):
+        with pytest.raises(SystemExit) as stop:
+            farms("analyze", tmp_path / "damaged.npz", *others, *FAST, *flags)
+        assert stop.value.code == 1
+        assert "head/kernel" in capsys.readouterr().out
+    assert "1 layer not measured: head/kernel (1,536 of" in (tmp_path / "out.html").read_text()
+    assert Diagnosis.read_json(tmp_path / "out.json").damaged.keys() == {"head/kernel"}
+
+
 def test_a_bad_file_is_one_line(fails, tmp_path):
     np.savez(tmp_path / "nan.npz", dense=np.full((32, 48), np.nan))
-    assert "NaN or Inf in dense" in fails("analyze", tmp_path / "nan.npz", *FAST)
+    assert "dense (1,536 of 1,536 values are NaN or Inf)" in fails("analyze", tmp_path / "nan.npz", *FAST)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "nan.npz").read_bytes()[:-100])
     assert "cut.npz" in fails("analyze", tmp_path / "cut.npz", *FAST)
     np.savez(tmp_path / "numbers.npz", loss=np.array(0.5), step=np.array(3))

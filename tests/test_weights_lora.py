@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from farms_jax.diagnosis import diagnose
 from farms_jax.errors import InputError
 from farms_jax.weights import LoraSource, is_lora, open_weights
 
@@ -280,11 +281,41 @@ def test_tokens_biases_heads_and_names_of_wrapped_models(tmp_path):
 def test_a_model_beside_the_config_of_an_adapter_is_a_model(tmp_path):
     base, arrays, folder = make(tmp_path, linear())
     assert is_lora(folder / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="an adapter .LoRA or the like., which is no model by itself; farms compare"):
-        open_weights(folder)
+    for path in (folder, folder / "adapter_model.safetensors"):
+        with pytest.raises(
+            InputError, match="an adapter .LoRA or the like., which is no model by itself; farms compare"
+        ):
+            open_weights(path)
     (tmp_path / "model.safetensors").rename(folder / "model.safetensors")
     assert not is_lora(folder)
     assert open_weights(folder).tensors.keys() == arrays.keys()
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match=r"adapter_model.safetensors: no such file"):
         LoraSource(base, folder)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"),
+        ("q.lora_embedding_A.default", "q.lora_embedding_B.default"),
+        ("lora_unet_q.lora_down.weight", "lora_unet_q.lora_up.weight"),
+        ("unet.attn.processor.to_q_lora.down.weight", "unet.attn.processor.to_q_lora.up.weight"),
+        ("blocks/q/kernel_lora_a", "blocks/q/kernel_lora_b"),
+        ("blocks/q/lora/a", "blocks/q/lora/b"),
+        ("q.hada_w1_a", "q.hada_w1_b"),
+        ("q.lokr_w1", "q.lokr_w2"),
+    ],
+)
+def test_factors_of_adapters_are_no_layers(names):
+    draw = np.random.default_rng(0).normal
+    factors = {names[0]: draw(size=(8, 24)), names[1]: draw(size=(24, 8))}
+    settings = {"resamples": 0, "randomize": False}
+    with pytest.raises(InputError, match="an adapter .* merge it into its model"):
+        diagnose(factors, **settings)
+    # A weight without its partner is a weight, whatever its name.
+    weights = {"up": {"kernel": draw(size=(24, 32))}, "x.lora_A.weight": draw(size=(24, 32))}
+    diagnosis = diagnose(weights | factors, **settings)
+    assert set(diagnosis.names) == {"up/kernel", "x.lora_A.weight"}
+    assert all("part of an adapter" in dict(diagnosis.left_out)[name] for name in names)
+    assert set(diagnose(weights | factors, include=names, **settings).names) == set(names)

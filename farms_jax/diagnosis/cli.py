@@ -158,6 +158,7 @@ class Analyze(Measuring):
         written = _write(diagnosis, outputs) + _write(diagnosis, recipe, sparsity=self.sparsity, each=self.each)
         diagnosis.show(table=True if self.table or sort else None)
         sys.stdout.write(written or "--html report.html writes the whole report\n")
+        _end_if(diagnosis.damaged)
 
     def _rank(self) -> None:
         """Measure several models under the same settings, write and print the table of them."""
@@ -171,6 +172,7 @@ class Analyze(Measuring):
         written = _write(ranking, outputs)
         ranking.show()
         sys.stdout.write(written)
+        _end_if(ranking.damaged)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,6 +206,7 @@ class Compare(Measuring):
         written = _write(comparison, outputs)
         comparison.show()
         sys.stdout.write(written or "--html changes.html writes the whole report\n")
+        _end_if(any(comparison.damaged.values()))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,7 +251,10 @@ class Watch(Measuring):
 
 
 def main(name: str) -> None:
-    """Run `farms analyze`, `farms compare` or `farms watch`; a mistake is one line on stderr, and exit status 2."""
+    """Run `farms analyze`, `farms compare` or `farms watch`; a mistake is one line on stderr, and exit status 2.
+
+    Exit status 1 of the first two: layers with NaN or Inf, or that cannot be read, are told and left out.
+    """
     options = {"farms analyze": Analyze, "farms compare": Compare, "farms watch": Watch}[name]
     return_freed_memory()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home it tells at length where its fonts are
@@ -271,6 +277,13 @@ def _warnings_told(name: str) -> Generator[None]:
         warnings.simplefilter("always", AxesWarning)
         warnings.showwarning = tell
         yield
+
+
+def _end_if(damaged: object) -> None:
+    """End with exit status 1 where layers could not be measured, so that scripts do not go on with such a model."""
+    if damaged:
+        sys.stdout.flush()
+        sys.exit(1)
 
 
 def _checked(outputs: Mapping[str, Path | None]) -> dict[str, Path]:

@@ -41,6 +41,7 @@ class Comparison(LayerTable):
         models: names of A and B.
         only_a: layers of A alone.
         only_b: layers of B alone.
+        damaged: "A" or "B" -> layer -> why it could not be measured there: NaN or Inf, or it cannot be read.
         settings: settings of both diagnoses, in types of JSON.
         histograms: spectra before and after, by layer; JSON leaves them out.
     """
@@ -71,6 +72,7 @@ class Comparison(LayerTable):
     models: tuple[str, str]
     only_a: tuple[str, ...] = ()
     only_b: tuple[str, ...] = ()
+    damaged: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     histograms: Mapping[str, tuple[Histogram, Histogram]] = dataclasses.field(default_factory=dict)
 
@@ -84,13 +86,19 @@ class Comparison(LayerTable):
         same = sum(row.get("moved") == 0 for row in self.layers)
         unchanged = f", {same} with the same weights" if same else ""
         count = f"{len(self)} layer{'' if len(self) == 1 else 's'}"
-        return f"A {self.models[0]}, B {self.models[1]}: {count} of one name{beyond}{unchanged}"
+        damaged = "".join(f", {len(layers)} not measured in {side}" for side, layers in self.damaged.items() if layers)
+        return f"A {self.models[0]}, B {self.models[1]}: {count} of one name{beyond}{unchanged}{damaged}"
 
     def closing(self) -> list[str]:
         """Return the settings that are not the usual ones, and the layers that one model alone has."""
         unusual = Settings.from_json(self.settings).differences(Settings()).values() if self.settings else ()
         sides = (("A", self.only_a), ("B", self.only_b))
         lines = [f"only in {side}: {listed(names, 5, ', ')}" for side, names in sides if names]
+        lines += [
+            f"not measured in {side}: {name}: {reason}"
+            for side, layers in self.damaged.items()
+            for name, reason in layers.items()
+        ]
         return [f"settings here and by default: {'; '.join(unusual)}"] * bool(unusual) + lines
 
     def write_json(self, path: str | Path) -> None:
@@ -116,6 +124,7 @@ class Comparison(LayerTable):
             headline=self.headline(),
             settings=self.settings,
             alone={"A": self.only_a, "B": self.only_b},
+            damaged=self.damaged,
         )
         write_text(Path(path), content)
 
@@ -200,7 +209,9 @@ def compare(a: Any, b: Any, *, directions: int = 10, progress: bool = False, **o
             b = opening.enter_context(LoraSource(weights_a, Path(b)))
         after, weights_b = _side(b, opening, progress=progress, **options)
         rows_a, rows_b = ({row["layer"]: row for row in side.layers} for side in (before, after))
-        pairs = paired(rows_a, rows_b)
+        pairs = paired([*rows_a, *before.damaged], [*rows_b, *after.damaged])
+        common_a, common_b = ({pair[side] for pair in pairs.values()} for side in (0, 1))
+        pairs = {name: (a, b) for name, (a, b) in pairs.items() if a in rows_a and b in rows_b}
         if not pairs:
             raise InputError(
                 f"{before.model} and {after.model} have no layer of one name: {next(iter(rows_a))} in the first, "
@@ -209,12 +220,12 @@ def compare(a: Any, b: Any, *, directions: int = 10, progress: bool = False, **o
         changes = {}
         if weights_a and weights_b:
             changes = dict(_changes(weights_a, weights_b, pairs, directions, progress=progress))
-    common_a, common_b = (set(names) for names in zip(*pairs.values(), strict=True))
     comparison = Comparison(
         layers=tuple(_row(name, rows_a[a], rows_b[b], changes.get(name, {})) for name, (a, b) in pairs.items()),
         models=(before.model, after.model),
         only_a=tuple(name for name in rows_a if name not in common_a),
         only_b=tuple(name for name in rows_b if name not in common_b),
+        damaged={"A": before.damaged, "B": after.damaged},
         settings=before.settings,
         histograms={
             name: (before.histograms[a], after.histograms[b])

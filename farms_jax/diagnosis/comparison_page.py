@@ -27,11 +27,12 @@ def page(
     headline: str,
     settings: Mapping[str, Any],
     alone: Mapping[str, Sequence[str]],
+    damaged: Mapping[str, Mapping[str, str]],
 ) -> str:
     """Return the page as HTML; whatever names contain is text, never markup.
 
-    `rows` are in network order, `histograms` have the spectra before and after by layer, and `alone` the layers that
-    only one of the models has.
+    `rows` are in network order, `histograms` have the spectra before and after by layer, `alone` the layers that only
+    one of the models has, `damaged` those that could not be measured, with the reason.
     """
     tooltips = {f"#l{i}": _sentence(row) for i, row in enumerate(rows)}
     with mpl.rc_context(STYLE):
@@ -53,9 +54,11 @@ def page(
     largest = sorted(changed, key=lambda row: -abs(row["alpha_change"]))[:PRINTED]
     table = layer_table(rows, columns, details, _HINT, {row["layer"] for row in largest})
     only = [(f"only in {side} ({len(names)})", listed(names, _NAMED, ", ")) for side, names in alone.items() if names]
+    faults = [(f"{name} in {side}", reason) for side, layers in damaged.items() for name, reason in layers.items()]
     measured = [(name.replace("_", " "), flat(value)) for name, value in settings.items() if value is not None]
     glossary = definitions((column.name, column.meaning) for column in columns)
     body = f"""{_cards(rows, alone)}
+{f'<section class="out"><h2>Not measured</h2>{definitions(faults)}</section>' if faults else ""}
 <section class="charts" aria-label="Charts">{charts}</section>
 {table}
 {f'<section class="out"><h2>In one model alone</h2>{definitions(only)}</section>' if only else ""}

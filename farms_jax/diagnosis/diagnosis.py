@@ -51,9 +51,17 @@ class Diagnosis(LayerTable):
     facts: Mapping[str, Any]
     histograms: Mapping[str, Histogram]
 
+    @property
+    def damaged(self) -> Mapping[str, str]:
+        """Layer -> why it could not be measured: it has NaN or Inf, or cannot be read."""
+        return self.facts.get("damaged") or {}
+
     def headline(self) -> str:
         """Return in one line how many layers there are of each status, and which to look at first."""
         line = ", ".join([self._measured(), *(f"{count} {status}" for status, count in counts(self.layers).items())])
+        if self.damaged:
+            name, reason = next(iter(self.damaged.items()))
+            return f"{line}, {len(self.damaged)} not measured; look first at {name} ({reason})"
         noise = mostly_noise(self.layers)
         for row in attention(self.layers)[:1]:
             if noise and row["status"] in LIKE_NOISE:

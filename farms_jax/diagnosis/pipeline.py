@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from farms_jax._axes import Axes, LeafAxes
 from farms_jax._axis_rules import AxisRules
-from farms_jax._layers import SAY_IT, Leaf, select_layers
+from farms_jax._layers import SAY_IT, Leaf, Selection, select_layers, warn_of_undeclared
 from farms_jax._modules import network_order, types
 from farms_jax._names import matching, natural_key
 from farms_jax.diagnosis.columns import Row
@@ -30,7 +30,8 @@ from farms_jax.diagnosis.status import status_of, ww_status
 from farms_jax.errors import AxesWarning, InputError, listed
 from farms_jax.programs.cache import Cache, weights_key
 from farms_jax.programs.environment import installed_versions
-from farms_jax.weights import WeightSource, open_weights
+from farms_jax.weights import WeightSource, no_model, open_weights
+from farms_jax.weights.skipped import ADAPTER
 
 _CHUNK = 2**25  # bytes of weights measured at once, where a single layer is not larger: enough for all cores
 _CACHE_FORMAT = 4  # raised when a measure changes its name or its meaning
@@ -75,7 +76,8 @@ def diagnose(
     r"""Measure every layer of a model: FARMS, the whole matrix, noise, error bars, and a status with its reason.
 
     Weights are read one tensor at a time, twice: once to check and hash them, once to measure those that the cache
-    does not have. Memory holds one chunk of layers, or one large layer, with its windows.
+    does not have. Memory holds one chunk of layers, or one large layer, with its windows. A layer with NaN or Inf, or
+    one that cannot be read, is left out and told in `Diagnosis.damaged`; all others are measured.
 
     >>> import farms_jax, numpy as np
     >>> weights = {"dense": {"kernel": np.random.default_rng(0).normal(size=(64, 96))}}
@@ -100,7 +102,7 @@ def diagnose(
         The diagnosis.
 
     Raises:
-        InputError: the model cannot be read, has NaN or Inf, or has no layer.
+        InputError: the model cannot be read, has no layer, or none without NaN or Inf.
         ValueError: a setting is out of its range, or a pattern matches nothing.
     """
     chosen = Settings(**settings)
@@ -108,10 +110,15 @@ def diagnose(
     with opened(model, axes, stack) as source:
         places, left_out = layers_of(source, chosen, include, exclude)
         if not places:
+            if ADAPTER in source.skipped.values():
+                raise InputError(no_model(source.path))
             raise InputError(
                 f"{source.path}: no layer to measure among its {len(source.tensors)} arrays; see --explain"
             )
-        layers = _hashed(source, places, chosen, progress=progress)
+        layers, damaged = _hashed(source, places, chosen, progress=progress)
+        if not layers:
+            told = listed([f"{name} ({reason})" for name, reason in damaged.items()], 5, ", ")
+            raise InputError(f"{source.path}: no layer that can be measured: {told}; take an earlier checkpoint")
         store = Cache(cache)
         found = {layer.name: kept for layer in layers if (kept := _restored(store.get(layer.key))) is not None}
         cached = len(found)
@@ -131,6 +138,7 @@ def diagnose(
             "num_arrays": len(source.tensors),
             "num_params": source.num_params,
             "quantisation": source.quantisation,
+            "damaged": damaged,
             "from_cache": cached,
             "date": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(start)),
             "seconds": time.time() - start,
@@ -140,7 +148,7 @@ def diagnose(
         return Diagnosis(
             model=source.name,
             layers=_rows({name: found[name] for name in order}, dict(zip(order, kinds, strict=True)), chosen),
-            left_out=left_out,
+            left_out=(*left_out, *damaged.items()),
             settings=dataclasses.asdict(chosen) | {"axes": _shown(source.axes), "stack": _shown(source.stack)},
             facts=facts,
             histograms={layer.name: found[layer.name].histogram for layer in layers},
@@ -158,13 +166,19 @@ def layers_of(
     if source.doubt:
         warnings.warn(f"{source.doubt}; where that is wrong, {SAY_IT}", AxesWarning, stacklevel=3)
     refused = {**source.skipped, **source.unread}
-    layers, left_out = _selected(source, refused, settings, exclude)
-    asked = _asked_for(source, layers, include)
+    selection = _selected(source, refused, settings, exclude)
+    asked = _asked_for(source, _places(selection), include)
     if asked:
         refused = {name: reason for name, reason in refused.items() if name not in asked}
-        layers, left_out = _selected(source, refused, settings, exclude)
+        selection = _selected(source, refused, settings, exclude)
+    layers = _places(selection)
+    left_out = dict(selection.left_out) | dict.fromkeys(selection.excluded, "excluded")
     names = [*source.tensors, *(name for name in layers if name not in source.tensors)]
     included = matching(names, include, "include") if include else set(names)
+    warn_of_undeclared(
+        [pair for pair in selection.undeclared if pair[0] in included],
+        [leaf for leaf in selection.leaves if included & {leaf.name, *leaf.layers}],
+    )
     # Where several reasons hold, the last of these is told.
     for name in names:
         leaf = layers[name].leaf.name if name in layers else name
@@ -179,17 +193,19 @@ def layers_of(
 
 def _selected(
     source: WeightSource, refused: Mapping[str, str], settings: Settings, exclude: str | Iterable[str]
-) -> tuple[dict[str, Place], dict[str, str]]:
-    """Return the layers by name, and name -> reason of what is none, among all arrays but those that are refused."""
+) -> Selection:
+    """Return which of a model's arrays are layers, among all but those that are refused."""
     # What is declared is said of the weights: a pattern may match optimiser states too, of whatever rank.
     weights = {name: tensor for name, tensor in source.tensors.items() if name not in refused}
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     patterns = [p for p in patterns if not matching(refused, p, strict=False) or matching(weights, p, strict=False)]
-    selection = select_layers(
+    return select_layers(
         list(weights.items()), settings.window, settings.tail, source.axes, patterns, stack=source.stack, params=weights
     )
-    layers = {name: Place(leaf, index) for leaf in selection.leaves for name, index in leaf.indexed_layers()}
-    return layers, dict(selection.left_out) | dict.fromkeys(selection.excluded, "excluded")
+
+
+def _places(selection: Selection) -> dict[str, Place]:
+    return {name: Place(leaf, index) for leaf in selection.leaves for name, index in leaf.indexed_layers()}
 
 
 def _asked_for(source: WeightSource, layers: Mapping[str, Place], include: str | Iterable[str]) -> set[str]:
@@ -225,26 +241,28 @@ def opened(model: Any, axes: Any = None, stack: Any = None) -> AbstractContextMa
     return open_in_memory(model, axes, stack)
 
 
-def _hashed(source: WeightSource, places: Mapping[str, Place], settings: Settings, *, progress: bool) -> list[_Layer]:
-    """Read the layers once: all with NaN or Inf are named before any long work."""
-    layers, bad = [], []
+def _hashed(
+    source: WeightSource, places: Mapping[str, Place], settings: Settings, *, progress: bool
+) -> tuple[list[_Layer], dict[str, str]]:
+    """Read the layers once, before any long work: those to measure, and name -> fault of those that cannot be."""
+    layers, damaged = [], {}
     # A bound on memory does not change a result.
     relevant = dataclasses.replace(settings, max_batch_bytes=1)
     bar = tqdm(places.items(), desc="read", unit="layer", leave=False, disable=None if progress else True)
     for name, place in bar:
-        weight = place.read(source)
-        if not np.isfinite(weight).all():
-            bad.append(name)
+        try:
+            weight = place.read(source)
+        except InputError as error:
+            damaged[name] = str(error).removeprefix(f"{source.path}: ")
+            continue
+        if bad := weight.size - np.count_nonzero(np.isfinite(weight)):
+            damaged[name] = f"{bad:,} of {weight.size:,} values {'is' if bad == 1 else 'are'} NaN or Inf"
+            continue
         digest = weights_key({name: weight})
         key = weights_key({}, digest, _CACHE_FORMAT, version("farms-jax"), relevant, place.axes)
         _, _, rows, cols = place.leaf.shape
         layers.append(_Layer(name, place, digest, key, 4 * weight.size, float(weight.size) * min(rows, cols)))
-    if bad:
-        raise InputError(
-            f"{source.path}: NaN or Inf in {listed(bad, 10, ', ')}; "
-            "take an earlier checkpoint, or leave the layers out with --exclude"
-        )
-    return layers
+    return layers, damaged
 
 
 def _measured(

@@ -13,7 +13,11 @@ from farms_jax.errors import InputError, one_line
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Ranking(LayerTable):
-    """One row for each model, with the numbers of `Diagnosis.summary`; `failed` has (model, reason) of the others."""
+    """One row for each model, with the numbers of `Diagnosis.summary`; `failed` has (model, reason) of the others.
+
+    Attributes:
+        damaged: (model, layer, reason) of layers that are not in the numbers: with NaN or Inf, or that cannot be read.
+    """
 
     possible: ClassVar[tuple[Column, ...]] = (
         Column("layer", "the model, as it was given", "", "model"),
@@ -32,6 +36,7 @@ class Ranking(LayerTable):
     )
 
     failed: tuple[tuple[str, str], ...] = ()
+    damaged: tuple[tuple[str, str, str], ...] = ()
 
     def headline(self) -> str:
         """Return how many models were measured, and which has the heaviest tails."""
@@ -43,6 +48,7 @@ class Ranking(LayerTable):
     def closing(self) -> list[str]:
         """Return why models could not be measured, and how far a ranking goes."""
         lines = [f"not measured: {model}: {reason}" for model, reason in self.failed]
+        lines += [f"not measured in {model}: {layer}: {reason}" for model, layer, reason in self.damaged]
         return [*lines, "rank models of one architecture and task only: alpha depends on both"]
 
 
@@ -59,7 +65,7 @@ def rank_models(models: Iterable[str], **options: Any) -> Ranking:
     Raises:
         InputError: no model can be measured.
     """
-    rows, failed = [], []
+    rows, failed, damaged = [], [], []
     for model in models:
         try:
             diagnosis = diagnose(model, **options)
@@ -68,8 +74,9 @@ def rank_models(models: Iterable[str], **options: Any) -> Ranking:
             failed.append((model, reason))
             sys.stderr.write(f"{model}: not measured ({reason})\n")
             continue
+        damaged += [(model, layer, reason) for layer, reason in diagnosis.damaged.items()]
         found = diagnosis.summary()
         rows.append(found | {"layer": model, "well_trained": found.get("well_trained", 0) / found["layers"]})
     if not rows:
         raise InputError(f"no model could be measured; the first: {failed[0][1]}")
-    return Ranking(layers=tuple(rows), failed=tuple(failed)).sort("alpha")
+    return Ranking(layers=tuple(rows), failed=tuple(failed), damaged=tuple(damaged)).sort("alpha")

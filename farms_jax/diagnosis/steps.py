@@ -58,14 +58,31 @@ class Step(NamedTuple):
 
 
 def steps(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Step]:
-    """Return what to do, the most urgent first; `facts` has the path of the model and its format."""
+    """Return what to do, the most urgent first; `facts` has the model's path and format, and its damaged layers."""
+    damaged = [_damaged(facts["damaged"])] if facts.get("damaged") else []
+    return damaged + _steps_of(rows, facts)
+
+
+def _damaged(damaged: Mapping[str, str]) -> Step:
+    """Return the step of layers that could not be measured, by name with the reason."""
+    number = f"{len(damaged)} layer{'' if len(damaged) == 1 else 's'}"
+    told = listed([f"{name} ({reason})" for name, reason in damaged.items()], 5, ", ")
+    return Step(
+        f"{number} not measured: {told}",
+        "NaN or Inf: the training diverged, or numbers went over the range of their dtype; else a damaged file",
+        "take an earlier checkpoint, or write this one again; the other layers may be of a run that has gone wrong",
+    )
+
+
+def _steps_of(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Step]:
+    """Return what to do about the layers that were measured."""
     path = "" if facts.get("format") in {None, "pytree"} or not facts.get("path") else shlex.quote(str(facts["path"]))
     told = [status for status in _ADVICE if any(row.get("status") == status for row in rows)]
     if count := mostly_noise(rows):  # whose differences are chance
         noise = Step(f"{count} of {len(rows)} layers are as noise, or nearly", *_UNTRAINED)
         return [noise, *(_step(status, rows, path) for status in told if status not in LIKE_NOISE)]
     found = [_step(status, rows, path) for status in told]
-    if not found and any(row.get("status") == GOOD for row in rows):
+    if not found and not facts.get("damaged") and any(row.get("status") == GOOD for row in rows):
         heavy = "all have heavier tails than noise, none too heavy"
         found.append(Step("no layer stands out", heavy, "nothing has to be done"))
     alphas = [alpha for row in rows if (alpha := number(row, "alpha")) is not None]

@@ -7,7 +7,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,8 @@ _UNREAD = {".pkl", ".pickle", ".joblib", ".h5", ".hdf5", ".keras", ".onnx", ".in
 class Rules:
     """What raises an alert, at the first checkpoint of which it is true.
 
-    Besides these: a layer that becomes degenerate, and a checkpoint that cannot be measured, NaN in it above all.
+    Besides these: a layer that becomes degenerate, one that has NaN or Inf or cannot be read, and a checkpoint of which
+    nothing can be measured.
 
     Attributes:
         ww_alpha_below: WeightWatcher's alpha of the whole matrix is below this.
@@ -43,7 +44,7 @@ class Alert(NamedTuple):
 
     checkpoint: str  # its path
     layer: str  # its name; empty where the whole checkpoint is meant
-    rule: str  # "ww_alpha", "degenerate", "spikes", "scale" or "checkpoint"
+    rule: str  # "ww_alpha", "degenerate", "spikes", "scale", "damaged" or "checkpoint"
     message: str  # the reason in plain words
 
 
@@ -84,8 +85,8 @@ def watch(
     done: set[Any] = set()
     failed: set[Any] = set()
     missing: set[str] = set()  # packages, as far as they were told
-    # The last layers of each series of checkpoints, by name.
-    before = {_series(path): _by_name(diagnosis) for path, diagnosis in earlier}
+    # The last diagnosis of each series of checkpoints.
+    before = {_series(path): diagnosis for path, diagnosis in earlier}
     found = checkpoints(run)
     if not found and every is None:
         raise InputError(f"{run}: no checkpoint in it{_unread(run)}; give the directory that a training writes to")
@@ -99,8 +100,8 @@ def watch(
                 continue
             result = _diagnosed(path, options)
             if isinstance(result, Diagnosis):
-                alerts = list(_alerts(path, before.get(_series(path), {}), result.layers, rules))
-                before[_series(path)] = _by_name(result)
+                alerts = list(_alerts(path, before.get(_series(path)), result, rules))
+                before[_series(path)] = result
                 done.add(version)
                 yield Seen(path, result, alerts)
             elif every is not None and version not in failed and not isinstance(result, MissingPackageError):
@@ -165,14 +166,14 @@ def _series(path: Path) -> str:
     return re.sub(r"(?<!seed)(?<!\d)\d+", "#", str(path))
 
 
-def _by_name(diagnosis: Diagnosis) -> dict[str, Row]:
-    return {row["layer"]: row for row in diagnosis.layers}
-
-
-def _alerts(checkpoint: Path, before: Mapping[str, Row], now: Sequence[Row], rules: Rules) -> Iterator[Alert]:
+def _alerts(checkpoint: Path, before: Diagnosis | None, now: Diagnosis, rules: Rules) -> Iterator[Alert]:
     """Yield an alert per layer and rule that is broken now and was not in the checkpoint before."""
-    for row in now:
-        name, then = row["layer"], before.get(row["layer"], {})
+    for name, reason in now.damaged.items():
+        if before is None or name not in before.damaged:
+            yield Alert(str(checkpoint), name, "damaged", reason)
+    known = {row["layer"]: row for row in before.layers} if before else {}
+    for row in now.layers:
+        name, then = row["layer"], known.get(row["layer"], {})
         if row["status"] == "degenerate" and then.get("status") != "degenerate":
             yield Alert(str(checkpoint), name, "degenerate", row["reason"])
         alpha, earlier = row.get("ww_alpha") or 0, then.get("ww_alpha") or 0

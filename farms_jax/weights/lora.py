@@ -33,6 +33,15 @@ def is_lora(path: str | Path) -> bool:
     return not any(_MODEL.fullmatch(child.name) for child in folder.iterdir())
 
 
+def no_model(path: Path) -> str:
+    """Return why an adapter in place of a model is refused, and what to do."""
+    return (
+        f"{path}: an adapter (LoRA or the like), which is no model by itself; farms compare MODEL FOLDER measures the "
+        f"model that it was trained on with it, FOLDER that of PEFT with {ADAPTER_CONFIG}; of other tools, merge it "
+        "into its model first"
+    )
+
+
 def _folder(path: str | Path) -> Path:
     """Return the folder of an adapter that is given by it, or by its file of factors."""
     path = expanded(path)

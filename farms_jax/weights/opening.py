@@ -12,7 +12,7 @@ from farms_jax.weights.folders import CACHED, open_safetensors_folder, snapshot_
 from farms_jax.weights.foreign import what_is_in, what_it_is
 from farms_jax.weights.gguf_source import GGUFSource
 from farms_jax.weights.keras_source import KerasSource
-from farms_jax.weights.lora import is_lora
+from farms_jax.weights.lora import is_lora, no_model
 from farms_jax.weights.msgpack_source import MsgpackSource
 from farms_jax.weights.npz_source import NpySource, NpzSource
 from farms_jax.weights.orbax_source import open_orbax
@@ -75,6 +75,8 @@ def _open_file(path: Path, mode: int) -> WeightSource:
         raise InputError(f"{path}: neither a file nor a folder; give {_KNOWN}")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty; download or save it again")
+    if is_lora(path):
+        raise InputError(no_model(path))
     if path.suffix in _READERS:
         return _READERS[path.suffix](path)
     reader = _reader_of(path)
@@ -141,10 +143,7 @@ def _open_folder(path: Path) -> WeightSource:
     if source := open_orbax(path):
         return source
     if is_lora(path):
-        raise InputError(
-            f"{path}: an adapter (LoRA or the like), which is no model by itself; farms compare MODEL ADAPTER measures "
-            "the model that it was trained on with it"
-        )
+        raise InputError(no_model(path))
     if source := open_safetensors_folder(path, filenames):
         return source
     files = [name for name in filenames if Path(name).suffix in _READERS and not name.startswith(".")]

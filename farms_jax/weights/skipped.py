@@ -1,4 +1,4 @@
-"""Tell a model's weights from what else is in a checkpoint: optimiser states, averages, statistics, tables, masks.
+"""Tell a model's weights from what else is in a checkpoint: optimiser states, averages, adapters, tables, masks.
 
 >>> import numpy as np
 >>> matrix, count = TensorInfo(np.dtype("float32"), (3, 4)), TensorInfo(np.dtype("int32"), ())
@@ -8,6 +8,8 @@
 {'1/0/count': 'optimiser state', '1/0/mu/w': 'optimiser state', '1/0/nu/w': 'optimiser state'}
 >>> not_weights({"encoder/mu/w": matrix, "encoder/logvar/w": matrix})
 {}
+>>> list(not_weights({"up.weight": matrix, "up.lora_A.weight": matrix, "up.lora_B.weight": matrix}))
+['up.lora_A.weight', 'up.lora_B.weight']
 >>> not_weights({"up.weight": matrix, "ema.up.weight": matrix, "up.causal_mask": matrix})
 {'ema.up.weight': 'moving average of the weights', 'up.causal_mask': 'mask'}
 """
@@ -20,8 +22,8 @@ from farms_jax.weights.reading import TensorInfo
 
 OPTIMISER, STATISTICS, AVERAGE = "optimiser state", "running statistics", "moving average of the weights"
 COPY, MASK, TABLE = "copy of the model's weights, such as their average", "mask", "fixed table, no weight"
-CACHE = "kept activations"
-OPTIONAL = frozenset({AVERAGE, COPY})
+CACHE, ADAPTER = "kept activations", "part of an adapter (LoRA or the like), which is no layer by itself"
+OPTIONAL = frozenset({AVERAGE, COPY, ADAPTER})
 """Reasons of arrays that are measured where they are asked for."""
 _ALWAYS = {
     **dict.fromkeys(("opt_state", "optimizer", "optimizer_state", "optim_state", "optimizer_states"), OPTIMISER),
@@ -70,6 +72,15 @@ _TABLE = re.compile(
     r"anchors?|anchor_grid|_float_tensor)"
 )
 
+# One of the two factors of LoRA, as PEFT, diffusers, kohya, MLX, Tunix and llama.cpp call them, and what other adapters
+# have: LoHa, LoKr, DoRA, OFT, BOFT, IA3, VeRA.
+_FACTOR = re.compile(r"(.*lora[_./](?:embedding_)?)(a|b|A|B|down|up)((?:[./][^./]+)*)")
+_OTHER_FACTOR = {"a": "b", "A": "B", "down": "up", **{"b": "a", "B": "A", "up": "down"}}
+_ADAPTER = re.compile(
+    r"hada_[wt]\d(_[ab])?|lokr_[wt]\d(_[ab])?|lora_mid|lora_magnitude_vector|dora_scale|oft_(r|R|blocks|diag)|boft_[Rs]|"
+    r"ia3_l|vera_lambda_[bd]"
+)
+
 _Path = tuple[str, ...]
 _Shapes = Mapping[_Path, tuple[int, ...]]
 
@@ -84,6 +95,7 @@ def not_weights(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     found = {}
     for name, path in paths.items():
         reason = _by_path(path, counted, mirrors) or _follows(path, shapes) or _buffer(path, shapes[path])
+        reason = reason or (ADAPTER if _is_of_adapter(name, path, tensors) else None)
         if reason is not None:
             found[name] = reason
     return found
@@ -99,6 +111,12 @@ def _by_path(path: _Path, counted: Iterable[_Path], mirrors: Mapping[_Path, str]
         if end > 1 and part in _ADAM and path[: end - 1] in counted:
             return OPTIMISER
     return None
+
+
+def _is_of_adapter(name: str, path: _Path, tensors: Mapping[str, TensorInfo]) -> bool:
+    if match := _FACTOR.fullmatch(name):
+        return f"{match[1]}{_OTHER_FACTOR[match[2]]}{match[3]}" in tensors
+    return any(map(_ADAPTER.fullmatch, path))
 
 
 def _follows(path: _Path, shapes: _Shapes) -> str | None:

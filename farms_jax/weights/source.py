@@ -14,6 +14,7 @@ from farms_jax._axes import LeafAxes, layer_of
 from farms_jax._axis_rules import AxisRules
 from farms_jax._names import natural_key
 from farms_jax.errors import InputError, one_line, printable
+from farms_jax.weights import factored
 from farms_jax.weights.layout import Layout
 from farms_jax.weights.quantised import Found, find, read_config
 from farms_jax.weights.reading import TensorInfo, check_name
@@ -73,7 +74,8 @@ class WeightSource(ABC):
         self._weights, self.unread = found.weights, {**found.unread, **(unread or {})}
         self.skipped |= found.parts
         self.quantisation = quantisation or found.summary()
-        every = {**self.stored, **{weight.name: weight.info for weight in found.weights.values()}}
+        self._multiply_out()
+        every = {**self.stored, **{weight.name: weight.info for weight in self._weights.values()}}
         self.tensors = {tensor: every[tensor] for tensor in sorted(every, key=natural_key)}
         if callable(axes):
             left_out = {**self.skipped, **self.unread}.keys() - self.optional
@@ -91,6 +93,19 @@ class WeightSource(ABC):
         for name in found.unread.keys() & self._bare(found.unread):
             del found.unread[name]  # what somebody has in memory is what it is
         return found
+
+    def _multiply_out(self) -> None:
+        """Put weights that are stored as factors in their place; those of a copy of the model are a copy too."""
+        found = factored.find(self.stored)
+        for name, weight in found.weights.items():
+            main = next(iter(weight.parts.values()))
+            if (reason := self.skipped.get(main)) not in {None, *OPTIONAL}:
+                continue
+            self._weights[name] = weight
+            self.skipped |= {part: factored.told_of(name) for part in weight.parts.values() if part != name}
+            self.skipped |= {name: reason} if reason else {}
+        self.skipped = {**found.parts, **self.skipped}
+        self.unread |= {name: reason for name, reason in found.unread.items() if name not in self.skipped}
 
     def _bare(self, names: Iterable[str]) -> set[str]:
         """Return the arrays of eight-bit floats among these."""
@@ -148,8 +163,8 @@ class WeightSource(ABC):
         try:
             return np.ascontiguousarray(self._weights[name].decode(**parts))
         except (ArithmeticError, IndexError, TypeError, ValueError) as error:
-            reason = f"its parts do not fit together ({one_line(error)})"
-            raise InputError(f"{self.path}: {name} is quantised, and {reason}; download or write it again") from error
+            reason = f"the arrays that it is made of do not fit together ({one_line(error)})"
+            raise InputError(f"{self.path}: {name}: {reason}; download or write it again") from error
 
     def read_layer(self, name: str, axes: LeafAxes, index: tuple[int, ...]) -> np.ndarray:
         """Read one layer of a tensor that may hold a stack of them.

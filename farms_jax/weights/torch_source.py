@@ -44,7 +44,8 @@ class TorchSource(WeightSource):
                 unread[full] = reason
 
         def axes(weights: Mapping[str, TensorInfo]) -> AxisRules:
-            return of_classes(torch_axes(weights), classes, weights)
+            made = {name: classes[next(iter(weight.parts.values()))] for name, weight in self._weights.items()}
+            return of_classes(torch_axes(weights), classes | made, weights)
 
         infos = {full: _info(tensor) for full, tensor in self._tensors.items()}
         super().__init__(path, name, format, axes, infos, unread=unread, skipped=skipped)

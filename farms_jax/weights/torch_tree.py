@@ -1,10 +1,12 @@
 """The tensors in what `torch.save` takes: modules, state dicts, and dicts and lists of anything around them."""
 
+import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from farms_jax.errors import printable
+from farms_jax.weights.factored import told_of
 from farms_jax.weights.skipped import COPY, OPTIMISER
 
 # What trainings call the model, beside which they put optimiser and epoch; the surest first.
@@ -96,10 +98,31 @@ def _walk_module(
     for name, tensor in buffers.items():
         yield Found(".".join((*at, name)), tensor, left_out or ("" if packed else "buffer of a module, no parameter"))
     for name, child in module._modules.items():
-        if _is_module(child):
+        if name == "parametrizations":
+            for own, parametrisation in child._modules.items():
+                whole, inside = ".".join((*at, own)), (*at, name, own)
+                made = _made_by(parametrisation)
+                if made is not None:
+                    yield Found(whole, made, left_out, classes)
+                told = left_out if made is None else left_out or told_of(whole)
+                yield from _walk_module(parametrisation, inside, told, classes)
+        elif _is_module(child):
             inside = at if name == _WRAPPER else (*at, name)
-            passed = classes if parametrised or name == "parametrizations" else ()
-            yield from _walk_module(child, inside, left_out, passed)
+            yield from _walk_module(child, inside, left_out, classes if parametrised else ())
+
+
+def _made_by(parametrisation: Any) -> Any:
+    """Return the weight that a live parametrisation makes in evaluation; `None` for what stands for one of a file."""
+    from torch import no_grad
+    from torch.nn.utils.parametrize import ParametrizationList
+
+    if not isinstance(parametrisation, ParametrizationList):
+        return None
+    try:
+        with no_grad():  # a copy: a spectral norm that trains changes its vectors whenever it is asked
+            return copy.deepcopy(parametrisation).eval()()
+    except Exception:  # of any kind: the code is the user's; the names of its arrays may tell
+        return None
 
 
 def _is_tensor(node: Any) -> bool:

@@ -260,7 +260,7 @@ def test_modules_know_their_axes(tmp_path):
         "up1.weight": (5, 6, 8),
         "one.weight": (5, 6, 8),
         "wide.weight": (40, 6, 8),
-        "normed.parametrizations.weight.original1": (9, 6, 8),
+        "normed.weight": (9, 6, 8),
         "gpt.weight": (1, 9, 7),
         "embed.weight": (1, 6, 20),
         "both.weight": (1, 6, 20),
