@@ -84,6 +84,8 @@ def load(path: Path) -> Any:
             f"{path}: cannot be read without running code in it ({_reason(error)}); load it where you trust it, and "
             "save its weights alone: torch.save(model.state_dict(), 'weights.pt')"
         ) from error
+    except InputError:
+        raise
     except Exception as error:  # of any kind: it depends on what is damaged
         raise InputError(
             f"{path}: damaged, not finished, or no file of torch.save ({one_line(error)}); save it again"
@@ -177,8 +179,13 @@ def _load_with_stand_ins(path: Path, options: dict[str, Any]) -> Any:
             if refused is None or refused[2] not in stand_ins:
                 raise
             stand_ins[refused[2]] = _stand_in(refused[2], OrderedDict if refused[1] == "SETITEM" else list)
-        except TypeError as error:  # a kind of tensor that behaves in its own way, such as one of torchao
-            raise pickle.UnpicklingError(one_line(error)) from error
+        except TypeError as error:
+            raise InputError(
+                f"{path}: it has tensors of another package's class, such as torchao's quantised ones "
+                f"({one_line(error)}); where that package is, save what they stand for: torch.save({{name: "
+                "w.dequantize() if hasattr(w, 'dequantize') else w for name, w in torch.load(FILE, "
+                "weights_only=False).items()}, 'weights.pt')"
+            ) from error
     raise pickle.UnpicklingError("too many classes with entries")
 
 

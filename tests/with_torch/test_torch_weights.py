@@ -296,3 +296,13 @@ def test_an_adapter_in_bin(tmp_path):
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 3}')
     with LoraSource(open_weights(tmp_path / "model.safetensors"), adapter) as source:
         np.testing.assert_allclose(source.read("up.weight"), weight + 1.5 * b @ a, rtol=1e-5, atol=1e-5)
+
+
+class Quantised(torch.Tensor):
+    """Stands for a tensor of torchao's."""
+
+
+def test_tensors_of_another_packages_class_are_refused_with_the_remedy(tmp_path):
+    torch.save({"up.weight": torch.ones(8, 6).as_subclass(Quantised)}, tmp_path / "weights.pt")
+    with pytest.raises(InputError, match=r"weights\.pt: it has tensors of another package's class.*dequantize"):
+        open_weights(tmp_path / "weights.pt")
