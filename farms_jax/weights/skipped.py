@@ -8,6 +8,8 @@
 {'1/0/count': 'optimiser state', '1/0/mu/w': 'optimiser state', '1/0/nu/w': 'optimiser state'}
 >>> not_weights({"encoder/mu/w": matrix, "encoder/logvar/w": matrix})
 {}
+>>> not_weights({"up.weight": matrix, "up.weight.grad": matrix})
+{'up.weight.grad': 'gradient of a weight'}
 >>> list(not_weights({"up.weight": matrix, "up.lora_A.weight": matrix, "up.lora_B.weight": matrix}))
 ['up.lora_A.weight', 'up.lora_B.weight']
 >>> not_weights({"up.weight": matrix, "ema.up.weight": matrix, "up.causal_mask": matrix})
@@ -23,6 +25,7 @@ from farms_jax.weights.reading import TensorInfo
 OPTIMISER, STATISTICS, AVERAGE = "optimiser state", "running statistics", "moving average of the weights"
 COPY, MASK, TABLE = "copy of the model's weights, such as their average", "mask", "fixed table, no weight"
 CACHE, ADAPTER = "kept activations", "part of an adapter (LoRA or the like), which is no layer by itself"
+GRADIENT = "gradient of a weight"
 OPTIONAL = frozenset({AVERAGE, COPY, ADAPTER})
 """Reasons of arrays that are measured where they are asked for."""
 _ALWAYS = {
@@ -49,6 +52,7 @@ _WHERE_MIRRORED = {
         ("ema", "ema_params", "params_ema", "ema_model", "model_ema", "ema_state", "ema_state_dict"), AVERAGE
     ),
     **dict.fromkeys(("state_dict_ema", "ema_weights", "ema_network", "ema_unet", "shadow", "shadow_params"), AVERAGE),
+    **dict.fromkeys(("grad", "grads", "gradients"), GRADIENT),
     **dict.fromkeys(("averaged_model", "avg_model", "avg_params", "params_avg"), AVERAGE),
     **dict.fromkeys(("swa", "swa_model", "swa_params", "swa_state_dict", "polyak", "ema1", "ema2"), AVERAGE),
     **dict.fromkeys(("ExponentialMovingAverage", "model_ema_state_dict", "ema_variables", "ema_vars"), AVERAGE),
