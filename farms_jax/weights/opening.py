@@ -174,7 +174,8 @@ def _nothing_in(path: Path, filenames: list[str], files: list[str]) -> str:
         name for name in filenames if (path / name).is_dir() and (name.startswith(CACHED) or _has_weights(path / name))
     ]
     if inside:
-        return f"{path}: there are no weights in it, but in its folders {', '.join(inside[:5])}; give one of them"
+        folders = ", ".join(inside[:5])
+        return f"{path}: no weights in it, but in its folders {folders}; give one of them, as {path / inside[0]}"
     return f"{path}: there are no weights in it ({', '.join(filenames[:5])}); give {_KNOWN}"
 
 
