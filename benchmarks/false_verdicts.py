@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks._common import machine, write
 from farms_jax import diagnose
+from farms_jax.diagnosis.status import MISSING
 
 LAYERS = 24  # of the depth by which residual initialisation scales
 SHAPES: dict[str, tuple[int, ...]] = {  # Flax's axes
@@ -34,6 +35,7 @@ SHAPES: dict[str, tuple[int, ...]] = {  # Flax's axes
     "head of 10": (512, 10),
     "head of 4": (512, 4),
     "head of 5": (512, 5),
+    "head of 1": (512, 1),
     "tiny": (8, 12),
 }
 INITIALISERS: dict[str, Callable[..., Any]] = {
@@ -47,8 +49,13 @@ INITIALISERS: dict[str, Callable[..., Any]] = {
     "LeCun normal": initializers.lecun_normal(),
     "residual, scaled": initializers.normal(0.02 / (2 * LAYERS) ** 0.5),
     "normal, half pruned": lambda key, shape: _pruned(initializers.normal(0.02)(key, shape), 0.5),
+    "normal, bfloat16": lambda key, shape: np.asarray(initializers.normal(0.02)(key, shape, "bfloat16"), np.float32),
+    "normal, int8 by outputs": lambda key, shape: _rounded(initializers.normal(0.02)(key, shape), None, 127),
+    "normal, 4 bits by 32": lambda key, shape: _rounded(initializers.normal(0.02)(key, shape), 32, 7),
+    "sparse, 10 %": lambda key, shape: _pruned(initializers.normal(1.0)(key, shape), 0.9),
     "orthogonal": initializers.orthogonal(),
 }
+FEW = {"head of 1", "head of 4", "head of 5", "grouped 3 x 3, 4 channels", "tiny"}
 PLANTED = ("square 256", "1:4", "conv 1 x 1")
 EXPONENTS = (1.5, 2.0, 2.5, 3.0, 4.0)
 MARGIN = 1.5  # times the least strength at which a spike leaves the bulk (Baik, Ben Arous and Peche 2005)
@@ -59,6 +66,23 @@ NOISE = {"undertrained", "too few to say"}
 def _pruned(weight: Any, share: float) -> np.ndarray:
     weight = np.asarray(weight)
     return np.where(np.abs(weight) < np.quantile(np.abs(weight), share), 0, weight)
+
+
+def _rounded(weight: Any, group: int | None, levels: int) -> np.ndarray:
+    """Return weights rounded to 2 `levels` + 1 values, scaled by groups of so many, or by outputs."""
+    weight = np.asarray(weight)
+    if group and weight.size % group == 0:
+        groups, axis = weight.reshape(-1, group), 1
+    else:
+        groups, axis = weight.reshape(-1, weight.shape[-1]), 0
+    scales = np.abs(groups).max(axis, keepdims=True) / levels
+    return (np.round(groups / scales) * scales).reshape(weight.shape)
+
+
+def _dead(weight: np.ndarray) -> float:
+    """Return the share of inputs or outputs that pruning left without a weight."""
+    used = weight.reshape(-1, *weight.shape[-2:]).any(0)
+    return 1 - float(min(used.any(0).mean(), used.any(1).mean()))
 
 
 def power_law(rng: np.random.Generator, shape: tuple[int, ...], exponent: float) -> np.ndarray:
@@ -81,9 +105,11 @@ def _special(rng: np.random.Generator) -> Iterator[tuple[str, str, str, np.ndarr
     normal = rng.standard_normal
     dead = normal((128, 256))
     dead[:, rng.permutation(256)[:64]] = 0
+    decayed = np.where(dead == 0, 1e-5, 1) * normal((128, 256))
     yield "low rank", "degenerate", "low rank: 16 of 128", normal((128, 16)) @ normal((16, 256))
     yield "rank one", "degenerate", "rank one", np.outer(normal(128), normal(256))
     yield "dead outputs", "degenerate", "64 of 256 outputs are zero", dead
+    yield "outputs decayed to 1e-5", "degenerate", "64 of 256 outputs are zero, or 1000 times smaller", decayed
     yield "constant", "degenerate", "constant", np.full((128, 256), normal())
     yield "zero", "degenerate", "every weight is zero", np.zeros((128, 256))
     yield "repeated outputs", "degenerate", "only 64 of 256 outputs differ", np.repeat(normal((128, 64)), 4, axis=1)
@@ -100,17 +126,18 @@ def random_layers(draws: int) -> list[dict[str, Any]]:
     """Diagnose `draws` layers of each initialiser and shape, and count what they are called."""
     results = []
     for initialiser, shape in tqdm([(i, s) for i in INITIALISERS for s in SHAPES], unit="kind", leave=False):
-        if initialiser == "orthogonal" and shape in {"head of 4", "head of 5", "grouped 3 x 3, 4 channels", "tiny"}:
+        if initialiser == "orthogonal" and shape in FEW:
             continue  # a few orthogonal vectors in hundreds of dimensions: noise is nearly that
         keys = jax.random.split(jax.random.key(zlib.crc32(f"{initialiser}, {shape}".encode())), draws)
         layers = {str(i): np.asarray(INITIALISERS[initialiser](key, SHAPES[shape])) for i, key in enumerate(keys)}
         found = _judged(layers)
         right = {"flat"} if initialiser == "orthogonal" else NOISE
+        expected = {name: {"degenerate"} if _dead(weight) >= MISSING else right for name, weight in layers.items()}
         results.append({
             "initialiser": initialiser,
             "shape": shape,
             "layers": len(found),
-            "right": sum(status in right for status, _ in found.values()),
+            "right": sum(status in expected[name] for name, (status, _) in found.items()),
             "statuses": dict(Counter(status for status, _ in found.values())),
         })
     return results

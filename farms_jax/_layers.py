@@ -96,11 +96,13 @@ def select_layers(
     *,
     stack: Any = None,
     params: Any = None,
+    thin: bool = False,
 ) -> Selection:
     """Return which leaves, (name, array) pairs, are layers.
 
     The arrays are not read: anything with `shape` and `dtype` will do. `axes` and `stack` are those of `analyze`;
-    `params` is what they are called with where they are functions.
+    `params` is what they are called with where they are functions. With `thin`, matrices that have `too_few`
+    eigenvalues for a tail are layers too.
     """
     known = axes_of_leaves(leaves, axes, stack, params)
     layers = {name: indexed_names(name, known[name].stack_shape) for name, _ in leaves}
@@ -110,7 +112,7 @@ def select_layers(
         if name in excluded or excluded.issuperset(layers[name]):
             chosen = LeftOut("excluded")
         else:
-            chosen = _fitting(name, leaf, known[name].axes, window, tail)
+            chosen = _fitting(name, leaf, known[name].axes, window, tail, thin=thin)
         if isinstance(chosen, Leaf):
             found.leaves.append(chosen)
             found.axes.append((name, chosen.axes))
@@ -175,19 +177,26 @@ def warn_of_undeclared(undeclared: Sequence[tuple[str, Any]], layers: Sequence[L
         )
 
 
-def _fitting(name: str, leaf: Any, axes: LeafAxes | LeftOut, window: Window | None, tail: Tail) -> Leaf | LeftOut:
+def _fitting(
+    name: str, leaf: Any, axes: LeafAxes | LeftOut, window: Window | None, tail: Tail, *, thin: bool
+) -> Leaf | LeftOut:
     """Return a leaf with its windows, or why a fit of its layers has too little to go by."""
     if isinstance(axes, LeftOut):
         return axes
-    _, positions, rows, cols = shape = axes.matrices_shape(leaf.shape)
-    if positions * min(rows, cols) < _THIN:
-        return LeftOut("too thin for a fit")
+    shape = axes.matrices_shape(leaf.shape)
     grid = make_grid(window, shape[1:], is_kernel=axes.is_kernel(len(leaf.shape)))
+    reason = "" if thin else too_few(shape[1:], grid, window, tail)
+    return LeftOut(reason) if reason else Leaf(name, leaf, axes, grid)
+
+
+def too_few(shape: tuple[int, int, int], grid: Grid, window: Window | None, tail: Tail) -> str:
+    """Return why a layer of shape (K, R, C) has too few eigenvalues for a tail, in words; empty where it has enough."""
+    positions, rows, cols = shape
+    if positions * min(rows, cols) < _THIN:
+        return "too thin for a fit"
     pooled = grid.divisions if window is not None and window.divisions == "pooled" else 1
     count = pooled * grid.num_eigenvalues(positions)
-    if count < tail.min_count:
-        return LeftOut(f"too few eigenvalues: {count}, fewer than {tail.min_count}")
-    return Leaf(name, leaf, axes, grid)
+    return f"too few eigenvalues: {count}, fewer than {tail.min_count}" if count < tail.min_count else ""
 
 
 def _unfit(leaf: Any) -> str | None:

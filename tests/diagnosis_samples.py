@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from farms_jax.diagnosis.columns import COLUMNS
+from farms_jax.diagnosis.columns import COLUMNS, MEDIAN
 from farms_jax.diagnosis.diagnosis import Diagnosis
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import Histogram
@@ -51,6 +51,7 @@ def _row(i, count, rng):
     shorter, longer = sorted(shape)
     row = {column.name: float(rng.random() * 100) for column in COLUMNS if column.format}
     row |= {column.name: int(row[column.name]) for column in COLUMNS if column.format.endswith("d")}
+    row = {name: value for name, value in row.items() if name not in MEDIAN.values()}
     row |= {"layer": f"model.layers.{i // len(KINDS)}.self_attn.{kind}.weight" if i else HOSTILE, "noise_alpha": NOISE}
     row |= {"type": kind.removesuffix("_proj"), "place": i + 1}
     row |= {"status": status, "reason": f"why it is {status}", "shape": f"{shape[0]}x{shape[1]}"}

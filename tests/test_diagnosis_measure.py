@@ -11,7 +11,7 @@ from farms_jax import FLAX_AXES, TORCH_AXES, Tail, Window
 from farms_jax._report import METRICS
 from farms_jax._windows import make_grid
 from farms_jax.diagnosis import measure as module
-from farms_jax.diagnosis.columns import BY_NAME
+from farms_jax.diagnosis.columns import BY_NAME, MEDIAN
 from farms_jax.diagnosis.measure import measure
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import spectrum_measures
@@ -77,7 +77,7 @@ def test_every_column_is_there_and_ready_for_json(measured):
         "rank_flips",
     }
     for name, found in measured.items():
-        assert set(found.row) == set(BY_NAME) - of_the_network, name
+        assert set(found.row) == set(BY_NAME) - of_the_network - set(MEDIAN.values()), name
         assert all(type(value) in {int, float, str, type(None)} for value in found.row.values()), name
         assert found.deviations.shape == (20,)
         low, high = found.row["alpha_low"], found.row["alpha_high"]
@@ -149,6 +149,10 @@ def test_shuffling_tells_structure_from_noise():
     assert rows["n"]["rand_distance"] < 0.03
     assert abs(rows["n"]["ww_softrank"] - 1) < 0.1
     assert (rows["n"]["mp_spikes"], rows["s"]["mp_spikes"]) == (0, 1)
+    entry = noise.copy()
+    entry[3, 4] = 80  # stays when entries are shuffled, as a direction does not
+    rows |= {"e": measure({"e": entry}, TORCH_AXES, Settings())["e"].row}
+    assert [(row["mp_spikes"], row["mp_rand_spikes"]) for row in rows.values()] == [(0, 0), (1, 0), (1, 1)]
     assert rows["s"]["rand_distance"] > 0.1
     assert rows["s"]["ww_softrank"] < 0.4
     np.testing.assert_allclose([row["mp_sigma"] for row in rows.values()], 1, atol=0.05)

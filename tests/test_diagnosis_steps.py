@@ -63,7 +63,7 @@ def test_steps_name_what_stands_out_and_the_command():
 
 
 def test_steps_of_models_where_nothing_or_everything_stands_out():
-    assert steps(blocks(), FACTS)[0].attempt == "nothing has to be done"
+    assert steps(blocks(), FACTS)[0].attempt.startswith("nothing, by the weights alone")
     (noise,) = steps(blocks(status="undertrained"), FACTS)  # its differences are chance: no rates, no recipe
     assert noise.attempt.startswith("check which checkpoint")
     layers = blocks(8)
@@ -76,6 +76,8 @@ def test_steps_of_models_where_nothing_or_everything_stands_out():
     dead = rows(("a", "a", "degenerate", None), ("b", "b", "degenerate", None))
     (step,) = steps(dead, {"path": "weights in memory", "format": "pytree"})
     assert (step.found, step.code) == ("2 of 2 layers are degenerate", ())
+    few = rows(("a", "a", "too few to say", 1.5), ("b", "b", "too few to say", 2.5))  # chance: no rates either
+    assert [step.found for step in steps(few, {})] == ["no layer has enough eigenvalues to be told from noise"]
     two = rows(("a/kernel", "a", "well trained", 1.5), ("b/kernel", "b", "well trained", 2.0))
     assert any("optax" in line for line in steps(two, FACTS)[1].code)
 
@@ -120,8 +122,9 @@ def test_rates_go_from_the_smallest_alpha_to_the_largest():
     layers = rows(
         ("a.weight", "a", "", 1.5), ("b.weight", "b", "", 2.0), ("c.weight", "c", "", 3.5), ("d", "d", "", None)
     )
+    layers += rows(("e", "e", "too few to say", 9.0), ("f", "f", "degenerate", 1.1))
     found = rates(layers, [("b.bias", "bias"), ("norm.weight", "bias")])
-    expected = {"a.weight": 0.5, "b.weight": 0.75, "c.weight": 1.5, "d": 1.0, "b.bias": 0.75}
+    expected = {"a.weight": 0.5, "b.weight": 0.75, "c.weight": 1.5, "d": 1.0, "e": 1.0, "f": 1.0, "b.bias": 0.75}
     assert found["factors"] == pytest.approx(expected)
     assert set(rates(layers[:1])["factors"].values()) == {1.0}
 

@@ -38,7 +38,7 @@ _GROUPS: dict[str, tuple[Column, ...]] = {
         Column("Q", "aspect ratio N / M, at least 1", ".3g", "", "Q"),
         Column("structure", "what the weights are exactly, where they are special: constant, orthogonal, pruned", ""),
         Column("zeros", "share of the weights that are zero, in [0, 1]", ".3f"),
-        Column("dead", "largest share of rows, columns or kernel positions that are zero, in [0, 1]", ".3f"),
+        Column("dead", "largest share of rows, columns or kernel positions that are zero, or nearly, in [0, 1]", ".3f"),
         Column("type", "kind of module, from its name: q, k, v, o, gate, up, down, conv, head", ""),
         Column("place", "place in the network, 1 the first", "d"),
     ),
@@ -50,7 +50,7 @@ _GROUPS: dict[str, tuple[Column, ...]] = {
         Column("rank_low", "lower end of the confidence interval of the place", "d"),
         Column("rank_high", "upper end of the confidence interval of the place", "d"),
         Column("rank_flips", "share of resamples in which the place is another, in [0, 1]", ".2f", "flips"),
-        Column("noise_alpha", "alpha of a matrix of independent entries (Marchenko-Pastur)", ".3f", "noise"),
+        Column("noise_alpha", "alpha, by the median rule, of independent entries (Marchenko-Pastur)", ".3f", "noise"),
         Column("noise_low", "lower end of the band of alpha of noise of this shape, window and law of entries", ".3f"),
         Column("noise_high", "upper end of that band", ".3f"),
         Column(
@@ -60,6 +60,11 @@ _GROUPS: dict[str, tuple[Column, ...]] = {
         Column("ks_distance", "KS distance of the tail of the windows, in [0, 1]", ".3f", "KS"),
         Column("xmin", "eigenvalue where that tail starts", ".4g"),
         Column("num_tail", "eigenvalues in that tail", "d"),
+        Column("median_alpha", "alpha by the median rule, which status and noise go by", ".3f", "median"),
+        Column("median_low", "lower end of its confidence interval", ".3f"),
+        Column("median_high", "upper end of its confidence interval", ".3f"),
+        Column("median_ks_distance", "KS distance of its tail, in [0, 1]", ".3f"),
+        Column("median_num_tail", "eigenvalues in its tail", "d"),
     ),
     "whole matrix": (
         Column("whole_alpha", "exponent by the same rule over the whole matrix", ".3f", "whole"),
@@ -133,6 +138,9 @@ _GROUPS: dict[str, tuple[Column, ...]] = {
         Column("mp_min", "lower edge of that bulk", ".4g"),
         Column("mp_max", "upper edge of that bulk", ".4g"),
         Column("mp_spikes", "eigenvalues beyond it, by more than its fluctuation", "d", "spikes"),
+        Column(
+            "mp_rand_spikes", "the same of the shuffled matrix, beyond its own bulk: made by single large weights", "d"
+        ),
         Column("mp_distance", "KS distance of the others from that law, in [0, 1]", ".3f"),
         Column(
             "rand_distance",
@@ -156,6 +164,20 @@ _GROUPS: dict[str, tuple[Column, ...]] = {
 }
 COLUMNS = tuple(column._replace(group=group) for group, columns in _GROUPS.items() for column in columns)
 BY_NAME = {column.name: column for column in COLUMNS}
+
+# What a status goes by, and the columns that have it where `alpha` is that of another rule than the median.
+MEDIAN = {
+    "alpha": "median_alpha",
+    "alpha_low": "median_low",
+    "alpha_high": "median_high",
+    "ks_distance": "median_ks_distance",
+    "num_tail": "median_num_tail",
+}
+
+
+def by_median(row: Row) -> Row:
+    """Return a row with `alpha` and its companions by the median rule, whatever rule was asked for."""
+    return {**row, **{name: row[own] for name, own in MEDIAN.items() if own in row}}
 
 
 def find_column(name: str, columns: Sequence[Column]) -> Column:

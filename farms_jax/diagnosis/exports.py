@@ -16,6 +16,7 @@ from farms_jax._lr_scale import spread_factors
 from farms_jax._names import block_of, module_of, named_leaves, natural_key, weights_of_bias
 from farms_jax._sparsity import allocate_sparsity, impute_alphas
 from farms_jax.diagnosis.columns import Row, number
+from farms_jax.diagnosis.status import UNTOLD
 from farms_jax.errors import InputError
 
 _RATES = "farms_jax rates 1"
@@ -104,9 +105,10 @@ def rates(
 ) -> dict[str, Any]:
     """Return factors of the learning rate by layer, as TempBalance's: from `low`, of the smallest alpha, to `high`.
 
-    A layer without alpha has 1; a bias that was left out has the factor of its layer.
+    A layer without alpha has 1, and so has one whose alpha says nothing: a degenerate one, or one of too few
+    eigenvalues. A bias that was left out has the factor of its layer.
     """
-    alphas = np.array([number(row, "alpha") or 0.0 for row in rows])
+    alphas = np.array([0.0 if row.get("status") in UNTOLD else number(row, "alpha") or 0.0 for row in rows])
     fitted = alphas > 0
     factors = np.ones(len(rows))
     if fitted.any() and np.ptp(alphas[fitted]) > 0:

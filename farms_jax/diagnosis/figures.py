@@ -53,10 +53,15 @@ def limits(values: np.ndarray) -> tuple[float, float]:
 
 def alpha_limits(rows: Sequence[Row]) -> tuple[float, float]:
     """Return the ends of an axis for alphas of windows, whole matrices and noise, without the far points of each."""
-    kinds = (("alpha", "alpha_low", "alpha_high"), ("whole_alpha",), ("noise_alpha",))
-    found = [np.concatenate([numbers(rows, name) for name in names]) for names in kinds]
+    kinds = (("alpha", "alpha_low", "alpha_high"), ("whole_alpha",))
+    found = [np.concatenate([numbers(rows, name) for name in names]) for names in kinds] + [_noise(rows)]
     ends = [limits(values[np.isfinite(values)]) for values in found if np.isfinite(values).any()]
     return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (1.0, 3.0)
+
+
+def _noise(rows: Sequence[Row]) -> np.ndarray:
+    """Return the alphas of noise to draw beside those of the layers, (L,): NaN where these are of another rule."""
+    return np.where(np.isfinite(numbers(rows, "median_alpha")), np.nan, numbers(rows, "noise_alpha"))
 
 
 def axes(title: str = "", size: tuple[float, float] = SIZE) -> tuple[Figure, Any]:
@@ -72,7 +77,7 @@ def alphas_by_depth(axis: Any, rows: Sequence[Row]) -> None:
     An alpha that the axis does not reach stands on its edge.
     """
     low, high = alpha_limits(rows)
-    levels, wholes, alphas = (numbers(rows, name) for name in ("noise_alpha", "whole_alpha", "alpha"))
+    levels, wholes, alphas = _noise(rows), numbers(rows, "whole_alpha"), numbers(rows, "alpha")
     if np.isfinite(levels).any():
         axis.plot(levels, "--", color=COLOURS["noise"], lw=1.4, label="noise", zorder=1)
     if np.isfinite(wholes).any():
@@ -96,7 +101,7 @@ def alpha_histogram(axis: Any, rows: Sequence[Row]) -> None:
         if np.isfinite(values).any():
             counts, edges = np.histogram(np.clip(values[np.isfinite(values)], low, high), bins, (low, high))
             axis.stairs(counts, edges, **style)
-    levels = numbers(rows, "noise_alpha")
+    levels = _noise(rows)
     if np.isfinite(levels).any():
         axis.axvline(float(np.nanmedian(levels)), color=COLOURS["noise"], ls="--", lw=1.4, label="noise")
     axis.set(xlim=(low, high), xlabel="alpha", ylabel="layers")

@@ -1,5 +1,6 @@
 """measure(): weights of a few layers -> every number of their rows."""
 
+import dataclasses
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,14 +12,17 @@ import numpy as np
 
 from farms_jax._analyze import needs_small_eigenvalues
 from farms_jax._axes import Axes, LeafAxes, as_matrices
+from farms_jax._layers import too_few
 from farms_jax._scaling import in_range
-from farms_jax._tail import highest_alpha, without_flat
+from farms_jax._tail import Tail, TailFit, highest_alpha, without_flat
 from farms_jax._windows import Grid, make_grid
 from farms_jax.diagnosis.alternatives import tail_measures
+from farms_jax.diagnosis.columns import MEDIAN
 from farms_jax.diagnosis.noise import grid_level, heavy_alpha, noise_band
 from farms_jax.diagnosis.resampling import deviations, interval, interval_grid
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import (
+    BULK,
     Histogram,
     bulk_measures,
     histogram,
@@ -54,6 +58,10 @@ class _Layer(NamedTuple):
     grid: Grid  # windows of the estimate
     intervals: Grid  # windows that are resampled for the interval
 
+    def is_thin(self, settings: Settings) -> bool:
+        """Return whether it has too few eigenvalues for a tail: nothing is fitted then, and no noise set beside it."""
+        return bool(too_few(self.stack.shape, self.grid, settings.window, settings.tail))
+
     @property
     def whole(self) -> Grid:
         return make_grid(None, self.stack.shape, is_kernel=self.is_kernel)
@@ -76,9 +84,8 @@ def measure(
 ) -> dict[str, Measured]:
     """Return the measures of layers by name: windows, whole matrices, the same shuffled, and the uncertainty of alpha.
 
-    The weights hold one layer each, are finite, and have enough eigenvalues (`farms_jax._layers.select_layers`); `axes`
-    are those of all or of each. With `overwrite` they are shuffled in place, which saves the memory of a copy. Numbers
-    of the windows are those of `farms_jax.analyze`.
+    The weights hold one layer each, and are finite; `axes` are those of all or of each. With `overwrite` they are
+    shuffled in place, which saves the memory of a copy. Numbers of the windows are those of `farms_jax.analyze`.
     """
     layers = [
         _layer(name, weight, axes.of(weight.ndim) if isinstance(axes, Axes) else axes[name], settings)
@@ -152,15 +159,21 @@ class _Exact(NamedTuple):
     across: np.ndarray | None  # eigenvalues (K,) of a depthwise kernel as one matrix, positions by channels
 
 
+def _median(tail: Tail) -> Tail:
+    """Return the rule that verdicts go by: the others find a new threshold in every draw of noise."""
+    return dataclasses.replace(tail, xmin="median")
+
+
 def _exact(layer: _Layer, values: _Values, settings: Settings) -> _Exact:
-    stack, tail, grid = layer.stack, settings.tail, layer.grid
+    stack, tail, grid = layer.stack, _median(settings.tail), layer.grid
     entries = sample(stack)
     columns, live = structure_of(stack, entries, 2.0**layer.exponent)
     columns |= dict.fromkeys(("noise_alpha", "noise_low", "noise_high", "heavy_alpha"))
-    if tail.xmin == "median":  # the other rules find a new threshold in every draw of noise
+    thin = layer.is_thin(settings)
+    if not thin:
         columns["noise_alpha"] = grid_level(grid, tail)
         columns["heavy_alpha"] = heavy_alpha(grid.gram_rows / max(grid.rows, grid.cols), tail.xmin_pos)
-    if tail.xmin == "median" and columns["zeros"] < 1:
+    if not thin and columns["zeros"] < 1:
         if settings.window is not None and settings.window.divisions == "pooled":
             grid = grid._replace(divisions=1)
         band = noise_band(entries, stack.shape, live, grid, tail, layer.generator(settings, _NOISE))
@@ -197,26 +210,26 @@ def _measured(
         "M": shorter,
         "Q": longer / shorter,
         **exact.columns,
-        **_window_columns(layer, windows, settings),
     }
-    scatter, whole = np.zeros(0), None
-    if settings.resamples:
-        scatter = _scatter(layer, values[layer.name, layer.intervals], settings)
-        row |= {"alpha_low": None, "alpha_high": None}
-        if row["alpha"] is not None and scatter.any():
-            low, high = interval(row["alpha"], scatter, settings.level)
-            row |= {"alpha_low": max(low, 1.0), "alpha_high": high}  # no alpha is below 1
+    found, scatter = _window_columns(layer, windows, values, settings)
+    row, whole = row | found, None
+    if settings.tail.xmin != "median":
+        by_median = dataclasses.replace(settings, tail=_median(settings.tail))
+        found, _ = _window_columns(layer, windows, values, by_median)
+        row |= {MEDIAN[name]: value for name, value in found.items() if name in MEDIAN}
     if settings.whole:
         positions = values[layer.name, layer.whole] * scale
         whole = np.sort(positions, axis=None)
-        highest = highest_alpha(longer, shorter, settings.tail)
-        fit = without_flat(fit_spectra(resolved(whole)[None], settings.tail), highest)
-        alpha = float(fit.alpha[0]) or None  # 0: no tail
+        fit = _fits(resolved(whole)[None], longer, shorter, settings.tail)
+        alpha = None if layer.is_thin(settings) else float(fit.alpha[0]) or None  # 0: no tail
         bias = alpha - row["alpha"] if alpha and row["alpha"] else None
         row |= {"whole_alpha": alpha, "aspect_ratio_bias": bias}
         row |= spectrum_measures(positions, *layer.stack.shape[1:])
-        if exact.across is None:
-            row |= bulk_measures(whole, layer.stack.shape[1:], exact.live)
+        if layer.is_thin(settings):
+            row |= dict.fromkeys(BULK)
+        elif exact.across is None:
+            chance = None if shuffled is None else shuffled * scale
+            row |= bulk_measures(whole, layer.stack.shape[1:], exact.live, chance)
         else:
             shape = (len(layer.stack), longer)
             row |= bulk_measures(np.resize(exact.across, min(shape)) * scale, shape, shape)
@@ -230,23 +243,45 @@ def _measured(
     return Measured(row, scatter, histogram(windows.ravel(), whole))
 
 
-def _window_columns(layer: _Layer, windows: np.ndarray, settings: Settings) -> dict[str, Any]:
-    """Return FARMS's columns: means over the divisions of a kernel, as in `analyze`."""
+def _fits(spectra: np.ndarray, rows: int, cols: int, tail: Tail) -> TailFit:
+    """Return fits to spectra (S, E) of windows of `rows` x `cols`; no rule finds a tail where the median rule has none.
+
+    Of eigenvalues that are equal but for rounding the others fit that, with an alpha of 1e14.
+    """
+    fits = without_flat(fit_spectra(spectra, tail), highest_alpha(rows, cols, tail))
+    if tail.xmin == "median":
+        return fits
+    return without_flat(fits, np.where(_fits(spectra, rows, cols, _median(tail)).alpha > 0, np.inf, 0))
+
+
+def _window_columns(
+    layer: _Layer, windows: np.ndarray, values: _Values, settings: Settings
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Return FARMS's columns, means over the divisions of a kernel as in `analyze`, and alpha's deviations (B,)."""
     grid, tail = layer.grid, settings.tail
     pooled = grid.pool(windows)
     if settings.window is not None and settings.window.divisions == "pooled":
         pooled = pooled.reshape(1, -1)
     pooled = np.sort(pooled.astype(np.float64), axis=-1)
-    fits = without_flat(fit_spectra(pooled, tail), highest_alpha(grid.rows, grid.cols, tail))
+    fits = _fits(pooled, grid.rows, grid.cols, tail)
     alphas, distances, starts = (np.asarray(part) for part in fits[:3])
-    found = alphas > 0
-    return {
+    thin = layer.is_thin(settings)
+    found = (alphas > 0) & (not thin)
+    columns = {
         "alpha": float(alphas[found].mean()) if found.any() else None,
         "num_windows": windows.shape[0],
-        "ks_distance": float(distances.mean()),
+        "ks_distance": None if thin else float(distances.mean()),
         "xmin": float(starts[found].mean()) if found.any() else None,
-        "num_tail": int((pooled[found] >= starts[found, None]).sum()),
+        "num_tail": None if thin else int((pooled[found] >= starts[found, None]).sum()),
     }
+    if not settings.resamples:
+        return columns, np.zeros(0)
+    scatter = _scatter(layer, values[layer.name, layer.intervals], settings)
+    columns |= {"alpha_low": None, "alpha_high": None}
+    if columns["alpha"] is not None and scatter.any():
+        low, high = interval(columns["alpha"], scatter, settings.level)
+        columns |= {"alpha_low": max(low, 1.0), "alpha_high": high}  # no alpha is below 1
+    return columns, scatter
 
 
 def _scatter(layer: _Layer, windows: np.ndarray, settings: Settings) -> np.ndarray:

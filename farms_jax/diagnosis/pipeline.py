@@ -34,7 +34,7 @@ from farms_jax.weights import WeightSource, no_model, open_weights
 from farms_jax.weights.skipped import ADAPTER
 
 _CHUNK = 2**25  # bytes of weights measured at once, where a single layer is not larger: enough for all cores
-_CACHE_FORMAT = 4  # raised when a measure changes its name or its meaning
+_CACHE_FORMAT = 5  # raised when a measure changes its name or its meaning
 
 
 class Place(NamedTuple):
@@ -199,9 +199,8 @@ def _selected(
     weights = {name: tensor for name, tensor in source.tensors.items() if name not in refused}
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     patterns = [p for p in patterns if not matching(refused, p, strict=False) or matching(weights, p, strict=False)]
-    return select_layers(
-        list(weights.items()), settings.window, settings.tail, source.axes, patterns, stack=source.stack, params=weights
-    )
+    leaves, chosen = list(weights.items()), (settings.window, settings.tail, source.axes, patterns)
+    return select_layers(leaves, *chosen, stack=source.stack, params=weights, thin=True)
 
 
 def _places(selection: Selection) -> dict[str, Place]:

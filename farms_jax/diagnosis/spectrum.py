@@ -21,6 +21,7 @@ from farms_jax.diagnosis import weightwatcher
 
 _WEAK = 1e-6  # eigenvalues below it count as a weak loss of rank, as in WeightWatcher
 _BINS = 60
+BULK = ("mp_sigma", "mp_min", "mp_max", "mp_spikes", "mp_distance", "mp_rand_spikes")
 _DRAWN = 1e-8  # of the largest eigenvalue: what is smaller, rounding or no rank, is not drawn
 
 
@@ -93,25 +94,25 @@ def _power_law(eigenvalues: np.ndarray) -> dict[str, Any]:
     return row | {"ww_num_erg_spikes": spikes, "ww_detx_val": least, "ww_erg_gap": gap}
 
 
-def bulk_measures(eigenvalues: np.ndarray, shape: tuple[int, ...], live: tuple[int, int]) -> dict[str, Any]:
-    """Return the columns of the bulk of a whole matrix: `mp_sigma` to `mp_distance`.
+def bulk_measures(
+    eigenvalues: np.ndarray, shape: tuple[int, ...], live: tuple[int, int], shuffled: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Return the columns of the bulk of a whole matrix: `BULK`.
 
     `eigenvalues` is float64 of shape (E,), ascending, not negative, pooled over matrices of `shape`, rows and columns,
-    of which `live` are not zero: noise is in these alone.
+    of which `live` are not zero: noise is in these alone. `shuffled` are those of the same entries in random order.
     """
     eigenvalues = resolved(eigenvalues)[-max(eigenvalues.size * min(live) // min(shape), 1) :]
-    if min(live) == 0:
-        return dict.fromkeys(("mp_sigma", "mp_min", "mp_max", "mp_spikes", "mp_distance"))
-    bulk = marchenko_pastur.fit(eigenvalues, *live)
-    if bulk.sigma == 0:
-        return dict.fromkeys(("mp_sigma", "mp_min", "mp_max", "mp_spikes", "mp_distance"))
+    bulk = marchenko_pastur.fit(eigenvalues, *live) if min(live) else None
+    if bulk is None or bulk.sigma == 0:
+        return dict.fromkeys(BULK)
     spikes = int((eigenvalues > bulk.threshold).sum())
     inside, longer = eigenvalues[: eigenvalues.size - spikes], max(live)
     law = marchenko_pastur.cdf(inside / longer, min(live) / longer, bulk.sigma)
     steps = (np.arange(inside.size) + 0.5) / inside.size
     distance = max(float(np.abs(law - steps).max() - 0.5 / inside.size), 0.0)
-    found = {"mp_sigma": bulk.sigma, "mp_min": bulk.low, "mp_max": bulk.high}
-    return found | {"mp_spikes": spikes, "mp_distance": distance}
+    chance = None if shuffled is None else int((shuffled > marchenko_pastur.fit(shuffled, *shape).threshold).sum())
+    return dict(zip(BULK, (bulk.sigma, bulk.low, bulk.high, spikes, distance, chance), strict=True))
 
 
 def shuffled_measures(eigenvalues: np.ndarray, shuffled: np.ndarray, rows: int, cols: int) -> dict[str, Any]:
@@ -143,7 +144,8 @@ def histogram(windows: np.ndarray, whole: np.ndarray | None) -> Histogram:
     spectra = [windows] if whole is None else [windows, whole]
     largest = max(float(values.max()) for values in spectra)
     logs = [np.log10(values[values > _DRAWN * largest], dtype=np.float64) for values in spectra]
-    low, high = (-1.0, 1.0) if largest == 0 else (min(part.min() for part in logs), max(part.max() for part in logs))
+    filled = [part for part in logs if part.size]  # windows of a sparse layer may all be zero, and it is not
+    low, high = (min(map(np.min, filled)), max(map(np.max, filled))) if filled else (-1.0, 1.0)
     if high - low < 1e-3:  # one bin would hold everything
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, _BINS + 1)

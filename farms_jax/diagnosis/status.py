@@ -4,10 +4,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
-from farms_jax.diagnosis.columns import Row
+from farms_jax.diagnosis.columns import Row, by_median
 from farms_jax.diagnosis.structure import CONSTANT, DIAGONAL, IDENTITY, MEAN, ORTHOGONAL, PERMUTATION, ZERO
 
-OVER_TRAINED, UNDER_TRAINED = 2.0, 6.0  # WeightWatcher's bounds on its alpha; ours for rules under which noise has none
+OVER_TRAINED, UNDER_TRAINED = 2.0, 6.0  # WeightWatcher's bounds on its alpha
 NEAR_NOISE = 0.95  # of noise_alpha: a layer hardly below it is not called well trained, however sure that is
 MISSING = 0.1  # share of directions, rows or columns without which a layer is no full matrix
 SPIKED = 0.1  # KS distance of the bulk from noise, up to which the rest counts as noise
@@ -21,14 +21,15 @@ UNSURE = "too few to say"
 # The faults that spoil results most come first.
 MEANINGS: dict[str, str] = {
     "degenerate": "it is no full matrix: zero, constant, diagonal, of low rank, or with dead rows or columns",
-    "over-correlated": "alpha is below that of exponent 2 (heavy_alpha): overfitted, or trained at too large a rate",
+    "over-correlated": "alpha is below that of exponent 2 (heavy_alpha): few directions rule, as by too large a rate",
     "undertrained": "its spectrum is that of noise, or hardly apart: training has hardly touched it, or not yet",
     "spiked": "noise but for a few strong directions: early in training, or a mean that its weights share",
-    "flat": "its eigenvalues are more equal than those of noise: orthogonal, or nearly",
+    "flat": "its eigenvalues, or most, are more equal than those of noise: orthogonal, or nearly",
     GOOD: "its tail is heavier than that of noise, and not too heavy",
     UNSURE: "so few eigenvalues of noise could have this alpha, and those of a trained layer too",
 }
 SEVERITY = tuple(MEANINGS)
+UNTOLD = {"degenerate", UNSURE}  # statuses of layers whose alpha says nothing of how they are trained
 _DEGENERATE, _EQUAL = (ZERO, CONSTANT, DIAGONAL), (IDENTITY, ORTHOGONAL, PERMUTATION)
 _AGREED = {
     "over-trained": {"over-correlated"},
@@ -42,7 +43,7 @@ def status_of(row: Row) -> tuple[str, str]:
 
     The columns of the whole matrix may be missing from `row`.
     """
-    structure = row.get("structure") or ""
+    structure, row = row.get("structure") or "", by_median(row)
     if reason := _degenerate(row, structure):
         return "degenerate", reason
     if structure.startswith(_EQUAL):
@@ -64,7 +65,7 @@ def disagreements(rows: Iterable[Row]) -> list[tuple[Row, str]]:
 
     Layers without a tail, or with too few eigenvalues, are left out: there is nothing to set against each other.
     """
-    known = [row for row in rows if row.get("ww_status") in _AGREED and row["status"] not in {"degenerate", UNSURE}]
+    known = [row for row in rows if row.get("ww_status") in _AGREED and row["status"] not in UNTOLD]
     found = [row for row in known if row["status"] not in _AGREED[row["ww_status"]]]
     found.sort(key=lambda row: -abs(math.log(row["ww_alpha"] / (row["alpha"] or row["ww_alpha"]))))
     return [(row, _disagreement(row)) for row in found]
@@ -123,6 +124,8 @@ def _degenerate(row: Row, structure: str) -> str | None:
 
 
 def _without_tail(row: Row) -> tuple[str, str]:
+    if row.get("noise_low") is None:
+        return UNSURE, f"too few eigenvalues for a tail: {row.get('whole_num_eigenvalues') or row['M']}"
     if _is_wide(row):
         return UNSURE, "too few eigenvalues: those of its windows are nearly equal, as those of noise may be"
     return "flat", "its eigenvalues are nearly equal, as of an orthogonal matrix: there is no tail to fit"
@@ -130,40 +133,31 @@ def _without_tail(row: Row) -> tuple[str, str]:
 
 def _by_alpha(row: Row) -> tuple[str, str]:
     """Return the status of a layer with a tail, and the reason."""
-    alpha, low, high = (row.get(name) for name in ("alpha", "alpha_low", "alpha_high"))
-    measured = f"alpha {alpha:.2f}" + ("" if low is None or high is None else f" ({low:.2f} to {high:.2f})")
-    if row.get("noise_low") is None:  # rules under which noise has no alpha of its own
-        bound, inside = OVER_TRAINED, False
-    else:
-        bound, inside = row["heavy_alpha"], row["noise_low"] <= row["alpha"] <= row["noise_high"]
-    if row["alpha"] < bound and not inside:
-        if (high or row["alpha"]) < bound:
-            return "over-correlated", f"{measured} is below {bound:.2f}, that of exponent 2{_share(row)}{_spikes(row)}"
-        return GOOD, f"{measured} is too uncertain to tell from {bound:.2f}, that of exponent 2{_spikes(row)}"
-    if row.get("noise_low") is not None:
-        return _against_noise(row, measured, inside=inside)
-    if row["alpha"] > UNDER_TRAINED:
-        return "undertrained", f"{measured} is above {UNDER_TRAINED:g}{_spikes(row)}"
-    return GOOD, f"{measured} is between {OVER_TRAINED:g} and {UNDER_TRAINED:g}{_spikes(row)}"
-
-
-def _against_noise(row: Row, measured: str, *, inside: bool) -> tuple[str, str]:
-    alpha, noise, spikes = row["alpha"], row["noise_alpha"], _spikes(row)
+    alpha, low, high = row["alpha"], row.get("alpha_low"), row.get("alpha_high")
+    rule = "median rule's " if "median_alpha" in row else ""
+    measured = f"{rule}alpha {alpha:.2f}" + ("" if low is None or high is None else f" ({low:.2f} to {high:.2f})")
+    bound, noise, spikes = row["heavy_alpha"], row["noise_alpha"], _spikes(row)
     band, beyond = f"{row['noise_low']:.2f} to {row['noise_high']:.2f}", _count_spikes(row)
+    if alpha < min(bound, row["noise_low"]):
+        if (high or alpha) < bound:
+            return "over-correlated", f"{measured} is below {bound:.2f}, that of exponent 2{_share(row)}{spikes}"
+        return GOOD, f"{measured} is below noise, {band}, and not surely below {bound:.2f}, that of exponent 2{spikes}"
+    inside = row["noise_low"] <= alpha <= row["noise_high"]
+    few = beyond <= max(FEW * row.get("whole_num_eigenvalues", 0), 1)
     if inside or NEAR_NOISE * noise <= alpha < noise:
         if beyond:
-            few = beyond <= max(FEW * row["whole_num_eigenvalues"], 1) and row["mp_distance"] <= SPIKED
-            status = "spiked" if few else GOOD
+            status = "spiked" if few and row["mp_distance"] <= SPIKED else GOOD
             return status, f"{measured} is near noise, {band}, but not all{spikes}"
         if inside and _is_wide(row):
             return UNSURE, f"{measured} may be noise, {band}, or anything{_needed(row)}"
         told = "that of noise" if inside else "hardly below noise"
         return "undertrained", f"{measured} is {told}, {band}{spikes}"
-    if alpha < noise:
+    if alpha < row["noise_low"]:
         return GOOD, f"{measured} is below noise, {band}{spikes}"
     if alpha <= UNDER_TRAINED and row["ks_distance"] <= max(POWER_LAW, row["num_tail"] ** -0.5):
         return GOOD, f"{measured} is that of a power law, above noise, {band}{spikes}"
-    return "flat", f"{measured} is above noise, {band}: its eigenvalues are more equal{spikes}"
+    told = "its eigenvalues are" if not beyond else "most of its eigenvalues are" if few else "a heavy tail, the rest"
+    return "flat" if few else GOOD, f"{measured} is above noise, {band}: {told} more equal{spikes}"
 
 
 def _is_wide(row: Row) -> bool:
@@ -183,24 +177,25 @@ def _needed(row: Row) -> str:
 
 
 def _count_spikes(row: Row) -> int:
-    """Return how many eigenvalues stand beyond noise, none where a few large entries, or a sparse few, do it by chance.
+    """Return how many eigenvalues stand beyond noise and are not there by chance, of a few large entries.
 
-    A mean that all entries share stays when they are shuffled, and so does the matrix of one channel.
+    Those are there when the entries are shuffled too, but so is what a mean that all share makes.
     """
-    shuffled, largest = row.get("max_rand_eval"), row.get("whole_largest_eigenvalue")
-    by_entries = shuffled is not None and largest is not None and largest <= SHUFFLED * shuffled
-    if by_entries and row["M"] > 1 and MEAN not in (row.get("structure") or ""):
-        return 0
-    return row.get("mp_spikes") or 0
+    spikes, chance = row.get("mp_spikes") or 0, row.get("mp_rand_spikes") or 0
+    if not spikes or not chance or MEAN in (row.get("structure") or ""):
+        return spikes
+    if row["whole_largest_eigenvalue"] > SHUFFLED * row["max_rand_eval"]:
+        return max(spikes - chance, 1)
+    return spikes - chance if spikes - chance > 2 * chance**0.5 else 0
 
 
 def _spikes(row: Row) -> str:
     if row.get("mp_spikes") is None:
         return ""
     count = _count_spikes(row)
-    if not count:
-        return "; no eigenvalue beyond the bulk of noise"
-    return f"; {count} eigenvalue{'' if count == 1 else 's'} beyond the bulk of noise"
+    beyond = f"; {count or 'no'} eigenvalue{'s' if count > 1 else ''} beyond the bulk of noise"
+    few = row["mp_spikes"] - count
+    return f"{beyond}{', and' if count else ' but'} {few} that its shuffled weights have too" if few > 0 else beyond
 
 
 def _share(row: Row) -> str:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from farms_jax._names import block_of
 from farms_jax.diagnosis.columns import Row, number
 from farms_jax.diagnosis.exports import prunable
-from farms_jax.diagnosis.status import GOOD, UNSURE
+from farms_jax.diagnosis.status import GOOD, UNSURE, UNTOLD
 from farms_jax.diagnosis.summary import grouped, telling_types
 from farms_jax.errors import listed
 
 _MOST = 0.8  # share of the layers from which on noise is said of the model
-LIKE_NOISE = {"undertrained", "spiked", "flat", UNSURE}
+LIKE_NOISE = {"undertrained", "spiked", "flat"}
 _PRUNED_HERE = {"q", "k", "v", "o", "gate", "up", "down"}  # types of the networks that `farms prune` knows
 _HALF = 0.5  # share of a type's or a block's layers from which on it stands out
 _PATTERNS = 4  # layers that are named in a command
@@ -26,8 +26,8 @@ _ADVICE: dict[str, tuple[str, str]] = {
         "if it is meant to be so, leave these layers out of what follows; if not, look at them first",
     ),
     "over-correlated": (
-        "a few directions carry the layer: often too large a rate, or too long on too little data",
-        "compare with an earlier checkpoint; train on with smaller rates or more weight decay for these layers",
+        "a few directions carry the layer: often too large a rate, strong weight decay, or too long on too little data",
+        "compare with an earlier checkpoint; train on with smaller rates, or less weight decay, for these layers",
     ),
     "undertrained": (
         "training has moved these layers least: frozen, too small a rate, or with little to learn",
@@ -57,6 +57,13 @@ class Step(NamedTuple):
     code: tuple[str, ...] = ()
 
 
+_TOO_FEW = Step(
+    "no layer has enough eigenvalues to be told from noise",
+    "depthwise kernels, or matrices of a few outputs or inputs",
+    "go by their norms and ranks, not by alpha: the table has them as CSV",
+)
+
+
 def steps(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Step]:
     """Return what to do, the most urgent first; `facts` has the model's path and format, and its damaged layers."""
     damaged = [_damaged(facts["damaged"])] if facts.get("damaged") else []
@@ -77,6 +84,7 @@ def _damaged(damaged: Mapping[str, str]) -> Step:
 def _steps_of(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Step]:
     """Return what to do about the layers that were measured."""
     path = "" if facts.get("format") in {None, "pytree"} or not facts.get("path") else shlex.quote(str(facts["path"]))
+    telling = [row for row in rows if row.get("status") != UNSURE]
     told = [status for status in _ADVICE if any(row.get("status") == status for row in rows)]
     if count := mostly_noise(rows):  # whose differences are chance
         noise = Step(f"{count} of {len(rows)} layers are as noise, or nearly", *_UNTRAINED)
@@ -84,10 +92,14 @@ def _steps_of(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Step]:
     found = [_step(status, rows, path) for status in told]
     if not found and not facts.get("damaged") and any(row.get("status") == GOOD for row in rows):
         heavy = "all have heavier tails than noise, none too heavy"
-        found.append(Step("no layer stands out", heavy, "nothing has to be done"))
-    alphas = [alpha for row in rows if (alpha := number(row, "alpha")) is not None]
-    if len(alphas) > 1 and max(alphas) > min(alphas):
-        found.append(_balance(rows, min(alphas), max(alphas), path))
+        nothing = "nothing, by the weights alone: only held-out data tell whether the model generalises"
+        found.append(Step("no layer stands out", heavy, nothing))
+    if rows and not telling:
+        found.append(_TOO_FEW)
+    telling = [row for row in telling if row.get("status") not in UNTOLD and number(row, "alpha") is not None]
+    trained = [row for row in telling if row.get("status") not in LIKE_NOISE]
+    if trained and len(telling) > 1:
+        found.append(_balance(telling, path))
     if any(number(row, "alpha") for row in prunable(rows)):
         found.append(_prune(rows, path))
     return found
@@ -96,7 +108,8 @@ def _steps_of(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Step]:
 def mostly_noise(rows: Sequence[Row]) -> int:
     """Return how many layers are as noise, or nearly, where those are most of several; else 0."""
     count = sum(row.get("status") in LIKE_NOISE for row in rows)
-    return count if len(rows) > 1 and count >= _MOST * len(rows) else 0
+    telling = sum(row.get("status") != UNSURE for row in rows)
+    return count if telling > 1 and count >= _MOST * telling else 0
 
 
 def _step(status: str, rows: Sequence[Row], path: str) -> Step:
@@ -134,10 +147,10 @@ def _where(status: str, rows: Sequence[Row]) -> str:
     return "".join(f"{mark} {part}" for mark, part in ((":", listed(shown, 4, ", ")), (";", by_block)) if part)
 
 
-def _balance(rows: Sequence[Row], low: float, high: float, path: str) -> Step:
-    groups = [group for group in telling_types(rows) if group.alphas]
-    means = sorted((fmean(group.alphas), group.name) for group in groups)
-    spread = f"alpha goes from {low:.2f} to {high:.2f}"
+def _balance(rows: Sequence[Row], path: str) -> Step:
+    alphas = [row["alpha"] for row in rows]
+    means = sorted((fmean(group.alphas), group.name) for group in telling_types(rows))
+    spread = f"alpha goes from {min(alphas):.2f} to {max(alphas):.2f}"
     if len(means) > 1:
         spread += f"; by type from {means[0][0]:.2f} ({means[0][1]}) to {means[-1][0]:.2f} ({means[-1][1]})"
     write = f"farms analyze {path} --rates rates.json" if path else 'diagnosis.write_rates("rates.json")'
@@ -155,7 +168,7 @@ def _balance(rows: Sequence[Row], low: float, high: float, path: str) -> Step:
             "by_layer = optax.stateless(lambda updates, _: jax.tree.map(jax.numpy.multiply, updates, scale))",
             "optimizer = optax.chain(optax.adamw(1e-3), by_layer)",
         )
-    attempt = "if you train on, balance the layers: larger rates where alpha is large (TempBalance), or decay"
+    attempt = "if you train on, balance the layers: larger rates (TempBalance) or more decay where alpha is large"
     return Step(spread, "layers differ in how far they are trained", attempt, (write, *use))
 
 

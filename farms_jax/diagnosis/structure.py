@@ -16,6 +16,7 @@ _EQUAL = 1e-2  # of a vector: how far W W^T may turn it where singular values ar
 _BEYOND_CHANCE = 0.1  # of what noise of that shape does to the vector
 _ENTRIES = 2**16  # of a layer, looked at for its mean and the tails of its entries
 _LOOKED_AT = 16  # rows that are looked at first
+_DEAD = 1e-3  # of the root mean square of the rows: weight decay shrinks dead ones without end, and never to zero
 _FEW_ZEROS = 0.005  # share of the weights that may be zero by rounding
 _NEARLY_ALL = 0.99  # of the groups have a pattern: what is zero by chance besides
 _GROUP = 4  # N:M sparsity that hardware has: 2 of 4, or 1 of 4
@@ -27,7 +28,7 @@ class Structure(NamedTuple):
     """What was found."""
 
     columns: dict[str, Any]  # `zeros`, `dead`; `structure`, which is empty for most
-    live: tuple[int, int]  # rows and columns that are not zero
+    live: tuple[int, int]  # rows and columns that are not zero, nor nearly
 
 
 def structure_of(stack: np.ndarray, entries: np.ndarray, scale: float = 1.0) -> Structure:
@@ -36,17 +37,15 @@ def structure_of(stack: np.ndarray, entries: np.ndarray, scale: float = 1.0) -> 
     `entries` is a `sample` of them.
     """
     filled = int(np.count_nonzero(stack))
-    alive = [np.ones(size, bool) for size in stack.shape]  # positions, rows, columns
-    if 0 < filled < stack.size:
-        used = stack != 0
-        alive = [used.any(axis=axes) for axes in ((1, 2), (0, 2), (0, 1))]
+    norms = _norms(stack)
+    alive = [squares > _DEAD**2 * squares.mean() for squares in norms]
     if filled == 0:
         said = ZERO
     elif filled == stack.size and (entries == entries[0]).all() and (stack == stack.flat[0]).all():
         said = f"{CONSTANT}: every weight is {stack.flat[0] * scale:.3g}"
     else:
         said = _single(stack, filled, scale) or _orthogonal(stack)
-        said = said or "; ".join(filter(None, [*_zeros(stack, alive, filled), _mean(entries, stack.shape, scale)]))
+        said = said or "; ".join([*_zeros(stack, norms, alive, filled), *_mean(entries, stack.shape, scale)])
     dead = 1.0 if filled == 0 else max(1 - float(part.mean()) for part in alive)
     columns = {"zeros": 1 - filled / stack.size, "dead": dead, "structure": said}
     return Structure(columns, (int(alive[1].sum()), int(alive[2].sum())))
@@ -73,11 +72,18 @@ def repeated(stack: np.ndarray) -> str:
     return ""
 
 
-def _zeros(stack: np.ndarray, alive: list[np.ndarray], filled: int) -> Iterator[str]:
-    """Yield in words where the zeros are; `alive` is which positions, rows and columns are not zero."""
-    for part, name in zip(alive, ("kernel positions", "outputs", "inputs"), strict=True):
+def _norms(stack: np.ndarray) -> list[np.ndarray]:
+    """Return the squared norms of the positions, rows and columns of a stack (K, R, C)."""
+    conjugate = stack.conj() if np.iscomplexobj(stack) else stack  # it copies real ones too
+    return [np.real(np.einsum(f"krc,krc->{axis}", stack, conjugate)) for axis in "krc"]
+
+
+def _zeros(stack: np.ndarray, norms: list[np.ndarray], alive: list[np.ndarray], filled: int) -> Iterator[str]:
+    """Yield in words where the zeros are; `alive` is which positions, rows and columns are not zero, nor nearly."""
+    for squares, part, name in zip(norms, alive, ("kernel positions", "outputs", "inputs"), strict=True):
         if not part.all():
-            yield f"{np.sum(~part)} of {len(part)} {name} are zero"
+            nearly = f", or {1 / _DEAD:g} times smaller than others" if squares[~part].any() else ""
+            yield f"{np.sum(~part)} of {len(part)} {name} are zero{nearly}"
     if filled < (1 - _FEW_ZEROS) * np.prod([part.sum() for part in alive]):
         share = 1 - filled / stack.size
         yield f"{share:.0%} of its weights are zero{_pattern(stack, share)}"
@@ -139,15 +145,14 @@ def _equal(lines: np.ndarray, bound: float) -> bool:
     )
 
 
-def _mean(entries: np.ndarray, shape: tuple[int, ...], scale: float) -> str:
-    """Return that the entries share a mean, where that is an eigenvalue beyond the bulk of the others' noise.
+def _mean(entries: np.ndarray, shape: tuple[int, ...], scale: float) -> Iterator[str]:
+    """Yield that the entries share a mean, where that is an eigenvalue beyond the bulk of the others' noise.
 
     From mean / deviation = (R C)^(-1/4) on: Baik, Ben Arous and Peche 2005.
     """
     mean, scatter = entries.mean(), entries.std()
-    if np.iscomplexobj(entries) or abs(mean) <= _SEEN * scatter * (shape[1] * shape[2]) ** -0.25:
-        return ""
-    return f"{MEAN} of {mean * scale:.3g}"
+    if not np.iscomplexobj(entries) and abs(mean) > _SEEN * scatter * (shape[1] * shape[2]) ** -0.25:
+        yield f"{MEAN} of {mean * scale:.3g}"
 
 
 def sample(stack: np.ndarray) -> np.ndarray:

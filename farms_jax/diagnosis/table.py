@@ -31,7 +31,7 @@ _LEAST_NAME = 24  # characters that a shortened name keeps while there are colum
 # Columns dropped from a table that is too wide, in this order; others stay.
 _DROPPED = (
     *("whole_stable_rank", "ks_distance", "ww_alpha", "mp_spikes", "shape", "rank_flips", "rank", "whole_alpha"),
-    *("aspect_ratio_bias", "noise_alpha"),
+    *("aspect_ratio_bias", "median_alpha", "noise_alpha"),
 )
 
 
@@ -231,7 +231,8 @@ class LayerTable:
         levels = {text(row, BY_NAME["noise_alpha"]) for row in self.layers} - {MISSING}
         if len(levels) == 1:
             shown = [column for column in shown if column.name != "noise_alpha"]
-            notes.append(f"alpha of noise: {levels.pop()}")
+            rule = " by the median rule" if BY_NAME["median_alpha"] in self.columns else ""
+            notes.append(f"alpha of noise{rule}: {levels.pop()}")
         cells = {column.name: [with_interval(row, column) for row in self.layers] for column in shown}
         widths = {column.name: _GAP + max(map(len, [column.head, *cells[column.name]])) for column in shown}
         if width is not None and sum(widths.values()) - _GAP > width:
