@@ -82,7 +82,7 @@ def _rounded(weight: Any, group: int | None, levels: int) -> np.ndarray:
 def _dead(weight: np.ndarray) -> float:
     """Return the share of inputs or outputs that pruning left without a weight."""
     used = weight.reshape(-1, *weight.shape[-2:]).any(0)
-    return 1 - float(min(used.any(0).mean(), used.any(1).mean()))
+    return 1 - float(min(used.any(0).mean(), used.T.any(0).mean()))
 
 
 def power_law(rng: np.random.Generator, shape: tuple[int, ...], exponent: float) -> np.ndarray:

@@ -140,6 +140,8 @@ def _layers():
     yield "rank 8", "degenerate", "low rank: 8 of 96", normal((96, 8)) @ normal((8, 128))
     yield "repeated", "degenerate", "only 32 of 128 outputs differ", np.repeat(normal((32, 128)), 4, 0)
     yield "dead", "degenerate", "20 of 128 outputs are zero", dead
+    sparse = normal((128, 4, 3, 3)) * (rng.random((128, 4, 3, 3)) < 0.1)
+    yield "sparse grouped", "undertrained", "% of its weights are zero", sparse
     yield "power law", "well trained", "a power law, above noise", power
 
 

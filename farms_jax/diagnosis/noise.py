@@ -59,7 +59,8 @@ def noise_band(
         rng: for draws.
     """
     positions, count = shape[0], len(grid.starts)
-    entries = entries - entries.mean()
+    filled = entries != 0  # zeros stay zeros: in small windows they are missing eigenvalues
+    entries = np.where(filled, entries - (entries[filled].mean() if filled.any() else 0), 0)
     kurtosis, size = _kurtosis(entries), grid.gram_rows
     per_fit = positions * count // grid.divisions
     worth = positions * separate_windows(grid, power=2)
@@ -115,9 +116,13 @@ def heavy_alpha(ratio: float, xmin_pos: float) -> float:
 
 
 def _spreads(spectra: np.ndarray, xmin_pos: float) -> np.ndarray:
-    """Return 1 / (alpha - 1) of spectra (S, E), each row ascending."""
-    kept = np.maximum(spectra[:, int(spectra.shape[1] / xmin_pos) :], spectra[:, -1:] * 1e-12)
-    return np.maximum(np.log(kept / kept[:, :1]).mean(-1), 1e-6)
+    """Return 1 / (alpha - 1) of spectra (S, E), each row ascending; zeros are left out, as in `fit_tail`."""
+    kept = spectra[:, int(spectra.shape[1] / xmin_pos) :]
+    positive = kept > spectra[:, -1:] * 1e-12
+    logs = np.log(np.where(positive, kept, 1))
+    starts = np.where(positive, logs, np.inf).min(-1, keepdims=True)
+    sums = np.where(positive, logs - starts, 0).sum(-1)
+    return np.maximum(sums / np.maximum(positive.sum(-1), 1), 1e-6)
 
 
 def _kurtosis(entries: np.ndarray) -> float:

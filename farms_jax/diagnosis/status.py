@@ -181,12 +181,12 @@ def _count_spikes(row: Row) -> int:
 
     Those are there when the entries are shuffled too, but so is what a mean that all share makes.
     """
-    spikes, chance = row.get("mp_spikes") or 0, row.get("mp_rand_spikes") or 0
-    if not spikes or not chance or MEAN in (row.get("structure") or ""):
+    spikes, chance = row.get("mp_spikes") or 0, row.get("mp_rand_spikes")
+    if not spikes or chance is None or MEAN in (row.get("structure") or ""):
         return spikes
     if row["whole_largest_eigenvalue"] > SHUFFLED * row["max_rand_eval"]:
         return max(spikes - chance, 1)
-    return spikes - chance if spikes - chance > 2 * chance**0.5 else 0
+    return spikes - chance if spikes - chance > 2 * max(chance, 1) ** 0.5 else 0
 
 
 def _spikes(row: Row) -> str:
