@@ -20,6 +20,7 @@ _POSITIONS = re.compile(
     rf"(.*[/.])?((abs_|rel_)?pos(_[hw])?|positions?|W_pos){_TABLE}|(.*[/.])?pe"
 )
 _LORA = re.compile(r"((?:.*[/.])?(?:\w*lora_|lora[/.]))([ab])", re.IGNORECASE)
+BY_NAME = "bias, norm or other vector", "embedding of positions"  # reasons why a matrix is no layer
 _LONGEST_POSITIONS = 32  # patches of vision transformers are up to 32 pixels wide; embeddings and stacks are longer
 _SMALL_POSITIONS = 7  # other kernels seldom have more, along an axis
 _FEW_CHANNELS = 16
@@ -52,9 +53,9 @@ def default_spelling(name: str, shapes: Shapes, default: Axes) -> str | Axes | L
         return spelling
     is_token = len(shape) == 3 and sum(size > 1 for size in shape) < 2  # (1, 1, n)
     if is_small(name, len(shape)) or is_token or _is_norm(name, shapes):
-        return LeftOut("bias, norm or other vector")
+        return LeftOut(BY_NAME[0])
     if is_positions(name, shapes):
-        return LeftOut("embedding of positions")
+        return LeftOut(BY_NAME[1])
     if len(shape) == 2:
         return default
     if spelling := _attention(name, shapes) or _dense_general(name, shapes):

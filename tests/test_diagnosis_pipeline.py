@@ -11,7 +11,7 @@ import farms_jax
 from farms_jax import FLAX_AXES
 from farms_jax.diagnosis import compare, diagnose
 from farms_jax.diagnosis.in_memory import open_in_memory
-from farms_jax.errors import InputError, LeftOutWarning
+from farms_jax.errors import AxesWarning, InputError, LeftOutWarning
 from farms_jax.programs.cache import weights_key, with_checksum
 
 FAST = {"resamples": 20, "randomize": False}
@@ -167,3 +167,12 @@ def test_a_warning_of_what_is_left_out_is_of_what_was_asked_for():
 def test_settings_out_of_range(settings):
     with pytest.raises(ValueError, match="Settings: "):
         diagnose(model(), **settings)
+
+
+def test_a_matrix_that_is_alone_is_measured_whatever_its_name():
+    transitions = np.log(np.arange(1, 17, dtype=np.float32)) * np.ones((128, 1), np.float32)
+    with pytest.warns(AxesWarning, match="A_log is the only matrix"):
+        found = diagnose({"mixer/A_log": transitions, "mixer/D": np.ones(128)}, resamples=0)
+    assert "rank one" in found.layers[0]["reason"]
+    beside = {"mixer/A_log": transitions, "mixer/in_proj/kernel": np.random.default_rng(0).normal(size=(16, 128))}
+    assert [row["layer"] for row in diagnose(beside, resamples=0).layers] == ["mixer/in_proj/kernel"]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import platform
+import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from farms_jax._axes import Axes, LeafAxes
 from farms_jax._axis_rules import AxisRules
+from farms_jax._default_axes import BY_NAME
 from farms_jax._layers import SAY_IT, Leaf, Selection, select_layers, warn_of_undeclared
 from farms_jax._modules import network_order, types
 from farms_jax._names import matching, natural_key
@@ -167,6 +169,12 @@ def layers_of(
         warnings.warn(f"{source.doubt}; where that is wrong, {SAY_IT}", AxesWarning, stacklevel=3)
     refused = {**source.skipped, **source.unread}
     selection = _selected(source, refused, settings, exclude)
+    if not selection.leaves and (name := _only_matrix(source, refused, selection)):
+        warnings.warn(
+            f"{name} is the only matrix here: it is measured whatever its name says", AxesWarning, stacklevel=3
+        )
+        source.declare(AxisRules({re.escape(name): "IO"}, default=None))
+        selection = _selected(source, refused, settings, exclude)
     asked = _asked_for(source, _places(selection), include)
     if asked:
         refused = {name: reason for name, reason in refused.items() if name not in asked}
@@ -201,6 +209,14 @@ def _selected(
     patterns = [p for p in patterns if not matching(refused, p, strict=False) or matching(weights, p, strict=False)]
     leaves, chosen = list(weights.items()), (settings.window, settings.tail, source.axes, patterns)
     return select_layers(leaves, *chosen, stack=source.stack, params=weights, thin=True)
+
+
+def _only_matrix(source: WeightSource, refused: Mapping[str, str], selection: Selection) -> str | None:
+    """Return the one matrix of a model that has no other array than vectors, where only its name is against it."""
+    named = [name for name, tensor in source.tensors.items() if len(tensor.shape) > 1]
+    if len(named) != 1 or refused or len(source.tensors[named[0]].shape) != 2:
+        return None
+    return named[0] if dict(selection.left_out).get(named[0]) in BY_NAME else None
 
 
 def _places(selection: Selection) -> dict[str, Place]:

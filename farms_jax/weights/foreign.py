@@ -14,7 +14,7 @@ _ONNX = (
     f"onnx.load(FILE).graph.initializer}}; {_SAVEZ}",
 )
 _SAVED_MODEL = (
-    "a SavedModel of TensorFlow, that is a program, which is never run",
+    "a SavedModel of TensorFlow, that is a program",
     "where you trust it, save its weights alone: arrays = {v.name.replace(':', '_'): v.numpy() for v in "
     f"tf.saved_model.load(FOLDER).variables}}; {_SAVEZ}; or save the model by Keras, as .keras",
 )
