@@ -28,7 +28,7 @@ from prune.perplexity import perplexity
 from prune.pruning import simulate
 from prune.scores import score_layers
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
+METHODS = ("magnitude", "wanda", "sparsegpt", "admm", "admm+blocks")  # +: what stays is trained, see `--recover`
 ALLOCATIONS = ("uniform", "alphapruning", "farms", "owl", "atp")
 
 
@@ -82,7 +82,9 @@ def fill(args: argparse.Namespace) -> dict[str, Any]:
         depends = method != "magnitude" or allocation == "owl"
         if name in results["cells"] or (not depends and seed != args.seed[0]):
             continue
-        start, job = time.perf_counter(), under(jobs[seed], method=method, allocation=allocation, sparsity=sparsity)
+        start, (kind, _, recover) = time.perf_counter(), method.partition("+")
+        changes = {"method": kind, "recover": recover or "none", "allocation": allocation, "sparsity": sparsity}
+        job = under(jobs[seed], **changes)
         shapes, epsilon = job.network.layer_shapes(), EPSILON.get(allocation, 0)
         wanted = sparsities(job.config, scores[seed][allocation], shapes, epsilon)
         found = simulate(job, plan_of(job.config, wanted, shapes), job.evaluation.ids, name)

@@ -5,7 +5,8 @@ linear gathers its own statistics (also where several linears share an input), t
 outputs are computed again with the pruned weights.
 
 References:
-    Sun et al., Wanda, arXiv:2306.11695; Frantar and Alistarh, SparseGPT, arXiv:2301.00774.
+    Sun et al., Wanda, arXiv:2306.11695; Frantar and Alistarh, SparseGPT, arXiv:2301.00774; Boža, ADMM,
+    arXiv:2401.02938; Meng et al., ALPS, arXiv:2406.07831 (the conjugate gradients).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Method = Literal["magnitude", "wanda", "sparsegpt"]
+Method = Literal["magnitude", "wanda", "sparsegpt", "admm"]
 NM = tuple[int, int]  # (2, 4): 2 of every 4 consecutive inputs are pruned
 
 LINEARS = (
@@ -30,6 +31,7 @@ LINEARS = (
 )
 COLUMNS = 128  # of SparseGPT's blocks, as in its paper
 DAMPING = 0.01  # share of the Hessian's mean diagonal that is added to it, likewise
+ADMM_DAMPING, RHO, STEPS, GROWTH, POLISH = 0.1, 1.0, 20, 15, 10  # of ADMM: its code's, and ALPS's steps at the end
 
 
 class TorchBlock(nn.Module):
@@ -123,8 +125,10 @@ def prune_block(
             prune_magnitude(weight, ratio, nm)
         elif method == "wanda":
             prune_wanda(weight, statistics[name] / len(xs), ratio, nm)
-        else:
+        elif method == "sparsegpt":
             prune_sparsegpt(weight, 2 / len(xs) * statistics[name], ratio, nm)
+        else:
+            prune_admm(weight, 2 / len(xs) * statistics[name], ratio, nm)
     return [block(x) for x in xs] if outputs else []
 
 
@@ -159,6 +163,7 @@ def gather(block: TorchBlock, xs: Sequence[Tensor], statistic: Callable[[Tensor]
 SUMS: dict[str, Callable[[Tensor], Tensor]] = {
     "wanda": lambda x: x.square().sum(0),
     "sparsegpt": lambda x: x.T @ x,
+    "admm": lambda x: x.T @ x,
 }
 
 
@@ -232,6 +237,50 @@ def _prune_columns(part: Tensor, factor: Tensor, sparsity: float, nm: NM | None)
         part[:, column] = new
         errors[:, column] = error
     return errors
+
+
+def prune_admm(weight: Tensor, hessian: Tensor, sparsity: float, nm: NM | None = None) -> None:
+    """Finds mask and weights by ADMM, the sparsity growing, and ends with conjugate gradients, in place.
+
+    Args:
+        weight: shape (out, in).
+        hessian: 2 x^T x of the inputs, mean over sequences, shape (in, in), without zeros on the diagonal; changed.
+        sparsity: fraction of each row, rounded down to whole weights.
+        nm: remove n of every m inputs instead.
+    """
+    norms = hessian.diagonal().sqrt()
+    hessian /= norms * norms[:, None]
+    hessian.diagonal().add_(ADMM_DAMPING)
+    one = torch.eye(len(hessian))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian + RHO * one))
+    dense = weight * norms
+    target = dense @ hessian
+    removed, group = nm or (int(weight.shape[1] * sparsity), weight.shape[1])
+    w, u, kept = dense, torch.zeros_like(dense), torch.ones_like(dense, dtype=torch.bool)
+    for step in range(STEPS):
+        if step < GROWTH:
+            count = round(removed * (1 - (1 - (step + 1) / GROWTH) ** 3))
+            groups = (w + u).abs().unflatten(1, (-1, group))
+            order = groups.sort(dim=2, stable=True).indices[:, :, :count]
+            kept = torch.ones_like(groups, dtype=torch.bool).scatter_(2, order, value=False).flatten(1)
+        z = (w + u) * kept
+        u = u + w - z
+        w = (target + RHO * (z - u)) @ inverse
+    weight[:] = _polish(w * kept, target, kept, hessian) / norms
+
+
+def _polish(w: Tensor, target: Tensor, kept: Tensor, hessian: Tensor) -> Tensor:
+    """Return the weights (out, in) under the mask after conjugate gradients on their error, each row on its own."""
+    residual = (target - w @ hessian) * kept
+    direction, square = residual, residual.square().sum(1, keepdim=True)
+    for _ in range(POLISH):
+        product = (direction @ hessian) * kept
+        length = square / (direction * product).sum(1, keepdim=True)
+        w = w + length * direction
+        residual = residual - length * product
+        before, square = square, residual.square().sum(1, keepdim=True)
+        direction = residual + square / before * direction
+    return w
 
 
 def smallest_of_groups(score: Tensor, n: int, m: int) -> Tensor:

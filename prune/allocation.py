@@ -8,8 +8,11 @@ from farms_jax import allocate_sparsity, block_of, round_to_groups
 
 from .config import SPECTRAL, Config, Method
 from .methods import Groups
+from .recovery import Recovery
 
 Shapes = Mapping[str, tuple[int, int]]  # (out, in) by layer
+
+_BY_ROWS: tuple[Method, ...] = ("wanda", "admm")  # remove a whole number of weights from every row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Plan:
     method: Method
     sparsity: Mapping[str, float]  # by layer
     groups: Mapping[str, Groups] = dataclasses.field(default_factory=dict)  # N:M by layer, instead of its sparsity
-    damping: float = 0.01  # that SparseGPT tries first
+    damping: float | None = None  # that is tried first, instead of the method's own
+    recovery: Recovery | None = None  # training of each block after it is pruned
 
     def asked(self, layer: str) -> float:
         """Return the sparsity asked of a layer: N / M where it has groups."""
@@ -49,9 +53,9 @@ def sparsities(config: Config, scores: Mapping[str, float], shapes: Shapes, epsi
 def plan_of(config: Config, sparsity: Mapping[str, float], shapes: Shapes) -> Plan:
     """Return the plan for these sparsities by layer.
 
-    Under N:M with an allocation other than uniform, M is given and N follows from the layer's sparsity. Wanda removes
-    a whole number of weights from every row. Both are rounded so that the global budget is kept; with the reference's
-    budget Wanda rounds down, as the reference does.
+    Under N:M with an allocation other than uniform, M is given and N follows from the layer's sparsity. Wanda and
+    ADMM remove a whole number of weights from every row. Both are rounded so that the global budget is kept; with the
+    reference's budget they round down, as Wanda's code does.
     """
     pattern, groups = config.groups_of(), {}
     if pattern and config.allocation == "uniform":
@@ -60,11 +64,11 @@ def plan_of(config: Config, sparsity: Mapping[str, float], shapes: Shapes) -> Pl
         shared = block_of if config.granularity == "block" else None
         removed = round_to_groups(sparsity, sizes_of(shapes), group=pattern.size, block_of=shared)
         groups = {layer: Groups(count, pattern.size) for layer, count in removed.items()}
-    elif config.method == "wanda" and config.budget == "exact":
+    elif config.method in _BY_ROWS and config.budget == "exact":
         inputs = {layer: columns for layer, (_, columns) in shapes.items()}
         removed = round_to_groups(sparsity, sizes_of(shapes), group=inputs)
         sparsity = {layer: count / inputs[layer] for layer, count in removed.items()}
         for layer, count in removed.items():
             if int(inputs[layer] * sparsity[layer]) < count:  # 29 / 100 * 100 is 28.999999999999996
                 sparsity[layer] = math.nextafter(sparsity[layer], 1)
-    return Plan(config.method, sparsity, groups, config.damping)
+    return Plan(config.method, sparsity, groups, config.damping, config.recovery())

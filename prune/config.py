@@ -10,16 +10,19 @@ from farms_jax.errors import InputError
 
 from .methods import Groups
 from .models import Network
+from .recovery import Recovery
 
 BUNDLED = Path(__file__).parent / "bundled"
 
-Method = Literal["magnitude", "wanda", "wanda_variant", "sparsegpt"]
+Method = Literal["magnitude", "wanda", "wanda_variant", "sparsegpt", "admm"]
 Allocation = Literal["uniform", "alphapruning", "farms", "owl", "dlp", "atp"]
 
 SPECTRAL: tuple[Allocation, ...] = ("alphapruning", "farms")  # those by the alphas of the weights' spectra
 # Half the range of sparsities where --epsilon is not given. farms, alphapruning: the middle of the values that the
 # papers search; owl: lambda of its paper; dlp: alpha of its code; atp: none is published, half of beta * (blocks - 1).
 EPSILON: dict[Allocation, float] = {"alphapruning": 0.3, "farms": 0.3, "owl": 0.08, "dlp": 0.15, "atp": 0.15}
+# Added to the Hessian's diagonal, relative to its mean, where --damping is not given: as in the methods' public code.
+DAMPING: dict[Method, float] = {"sparsegpt": 0.01, "admm": 0.1}
 # Tried by --epsilon auto; 0 is the uniform allocation.
 EPSILONS_SCALE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 EPSILONS_SHIFT = (0.0, 0.03, 0.06, 0.1, 0.15, 0.2)
@@ -36,7 +39,8 @@ class Config:
     sparsity: float | None = None
     """Fraction of the block weights to remove, in [0, 1). Default: 0.5, or N/M with --groups."""
     method: Method = "wanda"
-    """magnitude needs no calibration; wanda and its variant need norms of inputs, sparsegpt their Hessians."""
+    """magnitude needs no calibration; wanda and its variant need norms of inputs, sparsegpt and admm their Hessians.
+    These two also update the weights that stay."""
     allocation: Allocation = "farms"
     """Sparsity of each block: the same (uniform); by alpha of whole matrices (alphapruning) or of windows (farms); by
     outliers (owl), medians (dlp); rising with depth (atp)."""
@@ -74,8 +78,15 @@ class Config:
     """Columns over rows of a window."""
     tail: Literal["peak", "median", "ks"] = "peak"
     """Rule for the start of the power-law tail."""
-    damping: float = 0.01
-    """SparseGPT: added to the Hessian's diagonal, relative to its mean; raised tenfold where it is too little."""
+    damping: float | None = None
+    """Added to the Hessian's diagonal, relative to its mean; raised tenfold where it is too little. Default: 0.01 for
+    sparsegpt, 0.1 for admm."""
+    recover: Literal["none", "blocks"] = "none"
+    """blocks: train the weights that stay, in each block after it is pruned, to do again what it did dense."""
+    recover_steps: int = 200
+    """Steps of AdamW for each half of a block, attention and feed-forward network."""
+    recover_rate: float = 2e-4
+    """Learning rate of these steps at its peak."""
     baseline: Literal["auto", "uniform", "none"] = "auto"
     """Also prune uniformly, for comparison, without writing a model; auto: for the bundled model."""
     dry_run: bool = False
@@ -97,7 +108,17 @@ class Config:
                 f"--sparsity {self.sparsity} is not --groups {self.groups}; leave it out, or choose an --allocation "
                 "under which N differs from block to block"
             )
-        for field in ("samples", "length", "limit", "per_axis", "rows", "damping", "aspect_ratio"):
+        for field in (
+            "samples",
+            "length",
+            "limit",
+            "per_axis",
+            "rows",
+            "damping",
+            "aspect_ratio",
+            "recover_steps",
+            "recover_rate",
+        ):
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise InputError(f"--{field.replace('_', '-')} must be above 0, got {value}")
@@ -146,6 +167,10 @@ class Config:
             raise InputError(f"--groups must read N:M with 0 < N < M, such as 2:4; got {self.groups!r}")
         return groups
 
+    def recovery(self) -> Recovery | None:
+        """Return how blocks are trained after they are pruned, `None` where they are not."""
+        return None if self.recover == "none" else Recovery(self.recover_steps, self.recover_rate, self.seed)
+
     def window(self, smallest: int) -> Window | None:
         """Return the windows to analyse, for the smallest dimension of a block's weights; `None`: whole matrices."""
         if self.allocation == "alphapruning":
@@ -174,6 +199,7 @@ def resolve(config: Config, network: Network) -> Config:
         config,
         sparsity=config.target,
         length=length,
+        damping=config.damping or DAMPING.get(config.method),
         calibration=config.calibration or (str(BUNDLED / "calibration.txt") if bundled else "c4"),
         text=config.text or (str(BUNDLED / "heldout.txt") if bundled else "wikitext2"),
         baseline=("uniform" if bundled else "none") if config.baseline == "auto" else config.baseline,

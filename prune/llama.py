@@ -3,6 +3,7 @@
 python -m prune.llama --sparsity 0.75                    the small LLaMA that comes with the program
 python -m prune.llama --model PATH|HUB_ID|FILE.gguf      any LLaMA, Mistral, Qwen2, Qwen3 or OPT
 python -m prune.llama --method sparsegpt --groups 2:4    other methods and patterns
+python -m prune.llama --method admm --recover blocks     the most accurate: what stays is trained, block by block
 
 A run that was stopped, in whatever way, goes on when the same command is given again.
 """

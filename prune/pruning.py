@@ -6,15 +6,18 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from tqdm import tqdm
 
+from .admm import Normal, admm, normalise
 from .allocation import Plan, sizes_of
-from .config import Method
+from .config import DAMPING, Method
 from .forward import Activations, Read, Statistic, Statistics, Tensors, embed, run_blocks, weights_of
 from .job import Job
 from .methods import magnitude, wanda, wanda_variant
 from .models import Network
 from .perplexity import losses
+from .recovery import recover_block
 from .sparsegpt import Factor, factorise, sparsegpt
 
 STATISTIC: dict[Method, Statistic | None] = {
@@ -22,6 +25,12 @@ STATISTIC: dict[Method, Statistic | None] = {
     "wanda": "squares",
     "wanda_variant": "squares",
     "sparsegpt": "hessian",
+    "admm": "hessian",
+}
+# By method with a Hessian: how to factorise it, and how to find the new weights and the mask.
+_WITH_HESSIAN: dict[Method, tuple[Callable[..., Factor | Normal], Callable[..., tuple[Array, Array]]]] = {
+    "sparsegpt": (factorise, sparsegpt),
+    "admm": (normalise, admm),
 }
 
 
@@ -31,7 +40,8 @@ class PrunedBlock:
 
     tensors: Tensors  # all of the block, in their stored dtypes
     masks: dict[str, np.ndarray]  # (out, in) bool by layer, True where kept
-    damping: dict[str, float]  # by layer: that its Hessian needed, under SparseGPT
+    damping: dict[str, float]  # by layer: that its Hessian needed, where the method has one
+    recovered: dict[str, float]  # by half that was trained: its error, relative to before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +59,20 @@ def prune_block(network: Network, block: int, tensors: Tensors, statistics: Stat
     `tensors` are the block's, as stored; `statistics` those that the plan's method needs, see `STATISTIC`. A Hessian
     that cannot be factorised is an InputError.
     """
-    pruned = PrunedBlock(dict(tensors), {}, {})
-    factors: dict[int, Factor] = {}  # by identity: layers that share an input share its Hessian
+    pruned = PrunedBlock(dict(tensors), {}, {}, {})
+    factors: dict[int, Factor | Normal] = {}  # by identity: layers that share an input share its Hessian
     for layer, weight in weights_of(network, block, tensors).items():
         given, values = jnp.asarray(weight), weight
         sparsity, groups = plan.sparsity[layer], plan.groups.get(layer)
-        if plan.method == "sparsegpt":
-            hessian = statistics[layer]
+        if plan.method in _WITH_HESSIAN:
+            prepare, solve = _WITH_HESSIAN[plan.method]
+            hessian, damping = statistics[layer], plan.damping or DAMPING[plan.method]
             if id(hessian) not in factors:
-                factors[id(hessian)] = factor = factorise(hessian, plan.damping, layer)
-                if factor.damping > plan.damping:
-                    tqdm.write(
-                        f"{layer}: the Hessian needed a damping of {factor.damping:g} instead of {plan.damping:g}"
-                    )
+                factors[id(hessian)] = factor = prepare(hessian, damping, layer)
+                if factor.damping > damping:
+                    tqdm.write(f"{layer}: the Hessian needed a damping of {factor.damping:g} instead of {damping:g}")
             pruned.damping[layer] = factors[id(hessian)].damping
-            updated, kept = sparsegpt(given, factors[id(hessian)], sparsity, groups)
+            updated, kept = solve(given, factors[id(hessian)], sparsity, groups)
             values = np.asarray(updated).astype(weight.dtype)
         elif plan.method == "wanda":
             kept = wanda(given, statistics[layer], sparsity, groups)
@@ -91,14 +100,19 @@ def prune_blocks(
     """Return the outputs of the last block, after all blocks were pruned, one in memory at a time.
 
     `keep` is called with the number of each block and the pruned block; those before `first` are pruned already. The
-    statistics are of `calibration`, tokens (M, T), which methods without any leave out; `evaluation` (N, T) travels
-    behind, so that its outputs are the last N. A Hessian that cannot be factorised is an InputError.
+    statistics are of `calibration`, tokens (M, T), of no use where there are none and no recovery; `evaluation` (N, T)
+    travels behind, so that its outputs are the last N. A Hessian that cannot be factorised is an InputError.
     """
     statistic = STATISTIC[plan.method]
-    seen = calibration if statistic else calibration[:0]
+    seen = calibration if statistic or plan.recovery else calibration[:0]
 
     def visit(block: int, tensors: Tensors, statistics: Statistics) -> Tensors:
         pruned = prune_block(network, block, tensors, statistics, plan)
+        if plan.recovery:
+            found, errors = recover_block(
+                network, block, tensors, pruned.tensors, pruned.masks, activations, len(seen), plan.recovery, spill
+            )
+            pruned = dataclasses.replace(pruned, tensors=found, recovered=errors)
         keep(block, pruned)
         return pruned.tensors
 

@@ -36,7 +36,7 @@ class LayerRow(NamedTuple):
     sparsity: float  # asked for
     groups: str | None  # N:M
     reached: float  # sparsity
-    damping: float | None  # that SparseGPT needed
+    damping: float | None  # that the Hessian needed
 
 
 def allocation_table(job: Job, scores: Mapping[str, float], epsilon: float, plan: Plan) -> str:
@@ -136,6 +136,7 @@ def make_card(
         "nll_per_block": {name: found.nll for name, found in {"dense": dense, **baseline, "pruned": pruned}.items()},
         "uniform_sparsity": uniform.sparsity if uniform else None,
         "seconds": record.get("seconds"),
+        "recovered_per_block": [block.recovered for block in blocks],
         "seconds_per_block": [block.seconds for block in blocks],
         "peak_memory_bytes": record.peak_memory(),
     }

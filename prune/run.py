@@ -97,6 +97,7 @@ def find_epsilon(job: Job, scores: Mapping[str, float], record: Record) -> float
     given = config.half_range()
     if given is not None:
         return given
+    config = dataclasses.replace(config, recover="none")  # which would take every trial far longer
     trials = dict(record.get("trials", {}))
     for epsilon in EPSILONS_SCALE if config.allocation in SPECTRAL else EPSILONS_SHIFT:
         if str(epsilon) not in trials:

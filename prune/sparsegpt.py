@@ -11,13 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from farms_jax.errors import InputError
-
+from .hessians import damped, inverse_of_lower
 from .methods import Groups, lowest, lowest_of_groups
 
 _PART = 16  # columns at a time: few enough to stay in the cache
-_LEAF = 256  # triangles up to this size are inverted by LAPACK
-MOST_DAMPING = 10.0  # times the mean of the diagonal: beyond, the Hessian would no longer matter
 
 
 class Factor(NamedTuple):
@@ -36,15 +33,8 @@ def factorise(hessian: Array, damping: float = 0.01, layer: str = "the layer") -
     Raises:
         InputError: no damping up to ten times the mean helps: the calibration holds NaN, Inf or nothing.
     """
-    while damping <= MOST_DAMPING:
-        upper, dead = _factorise(hessian, damping)
-        if bool(jnp.isfinite(upper).all()):
-            return Factor(upper, dead, damping)
-        damping *= 10
-    raise InputError(
-        f"{layer}: the Hessian of its inputs cannot be factorised, however damped; "
-        "are there NaN or Inf in the weights, or is the calibration text too short? Give more --samples"
-    )
+    (upper, dead), damping = damped(functools.partial(_factorise, hessian), damping, layer)
+    return Factor(upper, dead, damping)
 
 
 @jax.jit
@@ -54,19 +44,7 @@ def _factorise(hessian: Array, damping: float) -> tuple[Array, Array]:
     hessian = hessian + jnp.diag(jnp.where(dead, 1.0, 0.0))
     hessian += jnp.eye(len(hessian), dtype=hessian.dtype) * damping * jnp.diagonal(hessian).mean()
     lower = lax.linalg.cholesky(hessian[::-1, ::-1], symmetrize_input=False)
-    return _inverse(lower)[::-1, ::-1], dead
-
-
-def _inverse(lower: Array) -> Array:
-    """Invert a lower triangular matrix by halves: products use all cores, LAPACK's solver would not."""
-    size = len(lower)
-    if size <= _LEAF:
-        return lax.linalg.triangular_solve(lower, jnp.eye(size, dtype=lower.dtype), left_side=True, lower=True)
-    half = size // 2
-    first, last = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
-    multiply = functools.partial(jnp.matmul, precision="highest")
-    below = -multiply(last, multiply(lower[half:, :half], first))
-    return jnp.block([[first, jnp.zeros((half, size - half), lower.dtype)], [below, last]])
+    return inverse_of_lower(lower)[::-1, ::-1], dead
 
 
 def sparsegpt(

@@ -23,7 +23,8 @@ class WrittenBlock:
     sha256: str  # of its tensors and masks
     seconds: float  # since the block before it
     reached: dict[str, float]  # sparsity by layer
-    damping: dict[str, float]  # that the Hessian of each layer needed, under SparseGPT
+    damping: dict[str, float]  # that the Hessian of each layer needed, where the method has one
+    recovered: dict[str, float]  # by half that was trained: its error, relative to before
 
 
 def written_blocks(record: Record) -> list[WrittenBlock]:
@@ -95,7 +96,7 @@ def write_pruned(job: Job, plan: Plan, record: Record, output: Output | None) ->
         sha256 = output.write(pruned.tensors, pruned.masks)
         now = time.perf_counter()
         reached = {layer: float(1 - mask.mean()) for layer, mask in pruned.masks.items()}
-        done.append(WrittenBlock(sha256, now - last, reached, pruned.damping))
+        done.append(WrittenBlock(sha256, now - last, reached, pruned.damping, pruned.recovered))
         record.put("written", done)
         last = now
 

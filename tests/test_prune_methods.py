@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from farms_jax.errors import InputError
+from prune.admm import GROWTH, STEPS, admm, normalise
 from prune.methods import Groups, lowest, lowest_of_groups, lowest_of_rows, magnitude, wanda, wanda_variant
 from prune.sparsegpt import factorise, sparsegpt
 from tests.helpers import few, load_cases
@@ -84,10 +85,69 @@ def test_damping_is_raised_until_it_is_enough():
     assert np.isfinite(factor.upper).all()
 
 
+@pytest.mark.parametrize("prepare", [factorise, normalise])
 @pytest.mark.parametrize("hessian", [np.full((4, 4), np.nan), np.diag([1.0, 1, 1, -99])])
-def test_a_hopeless_hessian_is_an_error(hessian):
+def test_a_hopeless_hessian_is_an_error(hessian, prepare):
     with pytest.raises(InputError, match=r"blocks\.0\.q.*cannot be factorised"):
-        factorise(jnp.asarray(hessian, jnp.float32), 0.01, "blocks.0.q")
+        prepare(jnp.asarray(hessian, jnp.float32), 0.01, "blocks.0.q")
+
+
+def expected_admm(weight, hessian, removed, group, steps, polish):
+    """ADMM in the papers' terms, in float64, with sorts and solvers: the weights, and the mask of those kept."""
+    dead = np.diag(hessian) == 0
+    norms = np.where(dead, 1, np.sqrt(np.diag(hessian)))
+    hessian = hessian / np.outer(norms, norms) + np.diag(0.1 + dead)
+    dense = weight * norms
+    w, u, kept = dense, np.zeros_like(dense), np.ones(dense.shape, bool)
+    for step in range(steps):
+        if step < GROWTH:
+            count = round(removed * (1 - (1 - (step + 1) / GROWTH) ** 3))
+            groups = np.where(dead, 0, np.abs(w + u)).reshape(-1, group)
+            kept = np.ones(groups.shape, bool)
+            np.put_along_axis(kept, np.argsort(groups, axis=1, kind="stable")[:, :count], False, axis=1)
+            kept = kept.reshape(dense.shape)
+        z = np.where(kept, w + u, 0)
+        u = u + w - z
+        w = np.linalg.solve(hessian + np.eye(len(hessian)), (dense @ hessian + z - u).T).T
+    found = np.where(kept, w, 0)
+    for row, mask, target in zip(found, kept, dense, strict=True):
+        residual = ((target - row) @ hessian)[mask]
+        direction = residual
+        for _ in range(polish):
+            product = hessian[np.ix_(mask, mask)] @ direction
+            length = residual @ residual / (direction @ product)
+            row[mask] += length * direction
+            after = residual - length * product
+            direction = after + (after @ after) / (residual @ residual) * direction
+            residual = after
+    return found / norms, kept
+
+
+@pytest.mark.parametrize(
+    ("groups", "steps", "polish"),
+    few([(None, STEPS, 10), (Groups(2, 4), STEPS, 1), (None, 1, 0), (None, 7, 2), (None, GROWTH, 0)], 2),
+)
+def test_admm_equals_the_papers_in_float64(groups, steps, polish):
+    weight = RNG.standard_normal((12, 24)).astype(np.float32)
+    inputs = RNG.standard_normal((60, 24)) @ RNG.standard_normal((24, 24)) * RNG.uniform(0.1, 10, 24)
+    inputs[:, 3] = 0
+    hessian = (inputs.T @ inputs).astype(np.float32)
+    found, kept = admm(jnp.asarray(weight), normalise(jnp.asarray(hessian)), 0.6, groups, steps=steps, polish=polish)
+    removed, group = groups or (14, 24)
+    expected, mask = expected_admm(np.float64(weight), np.float64(hessian), removed, group, steps, polish)
+    np.testing.assert_array_equal(kept, mask)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert not np.asarray(found)[~mask].any()
+
+
+def test_admm_removes_weights_of_dead_inputs_first_and_leaves_the_others_alone():
+    weight, hessian = ARRAYS["layer_64x96/W"].copy(), ARRAYS["layer_64x96/H"].copy()
+    hessian[:4], hessian[:, :4] = 0, 0
+    found, kept = (np.asarray(array) for array in admm(jnp.asarray(weight), normalise(jnp.asarray(hessian)), 0.03))
+    assert not kept[:, :2].any()  # of dead inputs the first
+    assert kept[:, 2:].all()
+    np.testing.assert_array_equal(found[:, 2:4], weight[:, 2:4])
+    np.testing.assert_allclose(found[:, 4:], weight[:, 4:], rtol=1e-3, atol=1e-5)  # nothing to make up for
 
 
 def test_sparsity_zero_removes_nothing():
@@ -96,6 +156,9 @@ def test_sparsity_zero_removes_nothing():
     assert np.asarray(magnitude(weight, 0.0)).all()
     assert np.asarray(wanda(weight, squares, 0.0)).all()
     found, kept = sparsegpt(weight, factorise(jnp.asarray(ARRAYS["layer_64x96/H"])), 0.0)
+    assert np.asarray(kept).all()
+    np.testing.assert_array_equal(found, weight)
+    found, kept = admm(weight, normalise(jnp.asarray(ARRAYS["layer_64x96/H"])), 0.01)  # of 96 inputs
     assert np.asarray(kept).all()
     np.testing.assert_array_equal(found, weight)
 
@@ -114,6 +177,7 @@ def test_groups_of_every_row():
     factor = factorise(jnp.asarray(ARRAYS["layer_64x96/H"]))
     groups = Groups(5, 6)
     kept = [magnitude(weight, 0, groups), wanda(weight, squares, 0, groups), sparsegpt(weight, factor, 0, groups)[1]]
+    kept.append(admm(weight, normalise(jnp.asarray(ARRAYS["layer_64x96/H"])), 0, groups)[1])
     for mask in kept:
         assert (np.asarray(mask).reshape(-1, 6).sum(1) == 1).all()
     for i, scores in enumerate((np.abs(weight), np.abs(weight) * np.sqrt(squares))):
