@@ -1,13 +1,14 @@
 """allocate_sparsity(): from scores of layers to the sparsity of each, under one global budget."""
 
-import math
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
 
 from farms_jax._report import LayerReport
 
+_MOST_TOTALS = 2**13  # that rounding keeps in mind
 HIGHEST = 0.998  # the reference gives this to a layer that would pass 1
 
 
@@ -89,15 +90,18 @@ def round_to_groups(
 
     With one group size this is mixed N:M; with each layer's number of inputs, the weights to remove from every row.
 
-    Fractions are rounded so that the total comes as near to that of `sparsity` as whole numbers allow (largest
-    remainders first): with layers of one size, to within half a step of one layer. Rounding leaves at least one weight
-    of each group of two and more; only a sparsity of 1 removes them all.
+    Each number is the fraction above or below it, and together they remove as nearly as many weights as `sparsity`
+    does as such numbers can, whatever the sizes of the layers; among those that come equally near, fractions are
+    rounded as little as possible (largest remainders first). Rounding leaves at least one weight of each group of two
+    and more; only a sparsity of 1 removes them all, and what a full layer cannot take, others do.
 
     >>> round_to_groups({"a": 0.4, "b": 0.6, "c": 0.5}, {"a": 64, "b": 64, "c": 64}, group=4)
     {'a': 2, 'b': 2, 'c': 2}
+    >>> round_to_groups({"k": 0.14, "q": 0.19}, {"k": 256, "q": 512}, group=2)
+    {'k': 1, 'q': 0}
 
     Args:
-        sparsity: sparsity of each layer, from `allocate_sparsity`.
+        sparsity: sparsity of each layer, in [0, 1], from `allocate_sparsity`.
         num_params: weights in each layer.
         group: M of N:M, or the size for each layer; layers of one block must have the same.
         block_of: layers of one block get one N; `None`: every layer has its own.
@@ -106,30 +110,80 @@ def round_to_groups(
         Number of weights to remove from each group, by layer.
 
     Raises:
-        ValueError: `group` is below 1, or differs within a block.
+        ValueError: `group` is no integer above 0, or differs within a block; a sparsity is outside [0, 1]; or a layer
+            has no size.
     """
     blocks = {layer: block_of(layer) if block_of else layer for layer in sparsity}
     groups: dict[str, int] = {}
     sizes: dict[str, int] = {}
     wanted: dict[str, float] = {}
     for layer, block in blocks.items():
-        size = group if isinstance(group, int) else group[layer]
-        if size < 1 or groups.setdefault(block, size) != size:
+        size = group.get(layer) if isinstance(group, Mapping) else group
+        if not isinstance(size, Integral) or size < 1 or groups.setdefault(block, int(size)) != size:
             raise ValueError(f"round_to_groups: group must be at least 1 and one for all of {block}, got {size}")
+        if not 0 <= sparsity[layer] <= 1:
+            raise ValueError(f"round_to_groups: the sparsity of {layer} must be in [0, 1], got {sparsity[layer]}")
+        if num_params.get(layer, 0) < 1:
+            raise ValueError(f"round_to_groups: num_params has no size for {layer}")
         sizes[block] = sizes.get(block, 0) + num_params[layer]
         wanted[block] = wanted.get(block, 0.0) + num_params[layer] * sparsity[layer]
-    exact = {block: groups[block] * wanted[block] / sizes[block] for block in groups}
+    if not blocks:
+        return {}
+    exact = np.array([groups[block] * wanted[block] / sizes[block] for block in groups])
+    step = np.array([sizes[block] / groups[block] for block in groups])  # weights that one more of each group removes
     # 1e-9: a sparsity of 0.5 that arrives as 0.4999999999 is still 2 of 4.
-    removed = {block: math.floor(value + 1e-9) for block, value in exact.items()}
-    step = {block: sizes[block] / groups[block] for block in groups}
-    rest = sum(wanted.values()) - sum(removed[block] * step[block] for block in groups)
+    least = np.floor(exact + 1e-9)
     # One of each group stays, as `allocate_sparsity` keeps some of each layer; other blocks remove more instead.
-    most = {block: max(removed[block], groups[block] - 1, 1) for block in groups}
-    while able := [block for block in groups if removed[block] < most[block] and rest >= step[block] / 2]:
-        block = min(able, key=lambda block: removed[block] - exact[block])
-        removed[block] += 1
-        rest -= step[block]
+    most = np.maximum(least, np.maximum(np.array(list(groups.values())) - 1, 1))
+    removed = dict(zip(groups, _whole_numbers(exact, least, most, step), strict=True))
     return {layer: removed[block] for layer, block in blocks.items()}
+
+
+def _whole_numbers(exact: np.ndarray, least: np.ndarray, most: np.ndarray, step: np.ndarray) -> list[int]:
+    """Return whole numbers from `least` to `most`, for which the sum of number * `step` is nearest that of `exact`.
+
+    They are at most one above `least`, or as many more as the sum needs. All arrays are (B,), one entry per block.
+    """
+    rest = float((exact - least) @ step)
+    above = np.ones_like(least)
+    while (np.minimum(least + above, most) - least) @ step < rest and (least + above < most).any():
+        above += 1
+    # One step more is a unit of its block; the units of equal steps are taken in order of how little they round.
+    units: dict[float, list[tuple[float, int]]] = {}
+    for block, upper in enumerate(np.minimum(least + above, most)):
+        for number in range(int(least[block]), int(upper)):
+            cost = 2 * (number - exact[block]) + 1  # of the squared distance to `exact`
+            units.setdefault(float(step[block]), []).append((cost, block))
+    sums, costs, choices = np.zeros(1), np.zeros(1), []
+    for size in sorted(units, reverse=True):  # the small ones last: they find what is still missing
+        units[size].sort()
+        counts = np.arange(len(units[size]) + 1)
+        cost = size * np.append(0, np.cumsum([cost for cost, _ in units[size]]))
+        totals = np.add.outer(sums, counts * size).ravel()
+        paid = np.add.outer(costs, cost).ravel()
+        kept = _best_of_each(totals, paid, rest)
+        choices.append((size, kept // len(counts), kept % len(counts)))
+        sums, costs = totals[kept], paid[kept]
+    removed = least.astype(int)
+    gap = np.abs(sums - rest)
+    state = int(np.lexsort((-sums, costs, gap > gap.min() + 1e-9 * step.sum()))[0])
+    for size, before, count in reversed(choices):
+        for _, block in units[size][: count[state]]:
+            removed[block] += 1
+        state = before[state]
+    return removed.tolist()
+
+
+def _best_of_each(totals: np.ndarray, paid: np.ndarray, rest: float) -> np.ndarray:
+    """Return the indices of one of the cheapest ways to each total; of very many totals, those of a grid."""
+    scale = max(float(totals.max()), 1.0)
+    grid = np.round(totals / scale * 2**40)
+    order = np.lexsort((paid, grid))
+    kept = order[np.append(True, np.diff(grid[order]) > 0)]
+    if len(kept) > _MOST_TOTALS:
+        near = kept[np.argsort(np.abs(totals[kept] - rest), kind="stable")[: _MOST_TOTALS // 2]]
+        kept = np.union1d(near, kept[:: -(-len(kept) // (_MOST_TOTALS // 2))])
+    return kept
 
 
 def _check(sparsity: float, epsilon: float, highest: float, rule: str, budget: str) -> None:

@@ -1,5 +1,7 @@
 """allocate_sparsity: the reference's figures, arguments, groups; `faults/test_properties.py` draws budgets."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -134,6 +136,55 @@ def test_whole_numbers_of_each_row_keep_the_global_budget():
     assert all(abs(found[layer] / inputs[layer] - wanted[layer]) < 1 / inputs[layer] + 1e-9 for layer in found)
     reached = {layer: found[layer] / inputs[layer] for layer in found}
     assert abs(removed(reached, SIZES) - 0.63) * sum(SIZES.values()) <= 100 / 7  # a step of the smallest layer
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_budget_is_met_as_nearly_as_whole_numbers_can(seed):
+    """Against all ways to round the fractions of layers of many sizes up or down, N of each group below M."""
+    random, group = np.random.default_rng(seed), int(2 ** (seed % 4 + 1))
+    sizes = {str(layer): group * int(random.integers(1, 300)) for layer in range(8)}
+    wanted = {layer: float(random.choice([random.uniform(0, 1), 0.5, 0.99, 1])) for layer in sizes}
+    ways = []
+    for layer in sizes:
+        below = int(np.floor(wanted[layer] * group + 1e-9))
+        ways.append({below, max(min(below + 1, group - 1), below)})
+
+    def gap(found):
+        return abs(sum(sizes[layer] * (found[layer] / group - wanted[layer]) for layer in sizes))
+
+    best = min(gap(dict(zip(sizes, numbers, strict=True))) for numbers in itertools.product(*ways))
+    assert gap(round_to_groups(wanted, sizes, group=group)) <= best + 1e-6
+
+
+def test_many_layers_of_different_sizes_meet_the_budget_to_a_few_weights():
+    random = np.random.default_rng(0)
+    shapes = {str(layer): random.integers(50, 3000, 2).tolist() for layer in range(60)}
+    sizes = {layer: rows * columns for layer, (rows, columns) in shapes.items()}
+    wanted = {layer: float(random.uniform(0.2, 0.95)) for layer in shapes}
+    found = round_to_groups(wanted, sizes, group={layer: columns for layer, (_, columns) in shapes.items()})
+    assert (
+        abs(sum(shapes[layer][0] * found[layer] - sizes[layer] * wanted[layer] for layer in shapes)) < 25
+    )  # half a row
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "group", "message"),
+    [
+        (1.5, 4, r"sparsity of a must be in \[0, 1\], got 1\.5"),
+        (-0.5, 4, "got -0.5"),
+        (float("nan"), 4, "got nan"),
+        (0.5, 4.0, "group must be .* got 4.0"),
+        (0.5, {"b": 4}, "group must be .* got None"),
+        (0.5, -1, "group must be"),
+    ],
+)
+def test_what_cannot_be_rounded_is_refused(sparsity, group, message):
+    with pytest.raises(ValueError, match=message):
+        round_to_groups({"a": sparsity}, {"a": 64}, group=group)
+    with pytest.raises(ValueError, match="no size for a"):
+        round_to_groups({"a": 0.5}, {}, group=4)
+    assert round_to_groups({"a": np.float32(0.5)}, {"a": 64}, group=np.int64(4)) == {"a": 2}
+    assert round_to_groups({}, {}, group=4) == {}
 
 
 @pytest.mark.parametrize(
