@@ -55,7 +55,8 @@ class Config:
     """N:M, such as 2:4: N of every M consecutive inputs are removed. With an allocation other than uniform, N differs
     from block to block and --sparsity is the global budget."""
     calibration: str | None = None
-    """Calibration text: c4, wikitext2, or a file (text, jsonl, parquet, or token ids in npy, npz). Default: c4."""
+    """Calibration text: c4, wikitext2, or a file: text, or documents under "text" in json, jsonl, csv, parquet or arrow
+    (also .gz, .bz2, .xz, .zst), or token ids in npy or npz. Default: c4."""
     samples: int = 128
     """Calibration sequences."""
     length: int | None = None

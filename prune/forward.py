@@ -31,6 +31,18 @@ Statistics = dict[str, Array]
 Visit = Callable[[int, Tensors, Statistics], Tensors | None]
 
 
+class NotFiniteError(InputError):
+    """A network gives NaN or Inf, or a loss that has no perplexity: there is no result."""
+
+    def __init__(self, what: str) -> None:
+        """Say what is not finite; the remedy is always the same."""
+        super().__init__(
+            f"{what}; the weights are damaged, or too large for float32, in which networks are computed: get the "
+            "checkpoint again, and check it with prune.evaluate; where it was pruned, remove less, or choose another "
+            "--method"
+        )
+
+
 # Jitted, with the network static: networks of equal configs share what is compiled.
 apply_embed = jax.jit(Network.embed, static_argnums=0)
 apply_block = jax.jit(Network.block, static_argnums=0)
@@ -105,6 +117,9 @@ def run_blocks(
     `visit` is called from block `first` on with each block's number, tensors and statistics; the block's outputs are
     computed with the tensors that it returns, if any. `statistic` says which, see `_statistics`; they are of the block
     as it was read, over the first `calibration` sequences.
+
+    Raises:
+        NotFiniteError: the outputs of a block are.
     """
     with tqdm(range(network.num_blocks), desc=title, unit="block") as bar:
         for block in bar:
@@ -118,7 +133,10 @@ def run_blocks(
                 if changed is not None:
                     state = network.to_state(block, changed)
             for rows in batches(len(activations), activations.shape[1], f"block {block}"):
-                activations.write(rows, np.asarray(apply_block(network, state, activations.read(rows))))
+                outputs = np.asarray(apply_block(network, state, activations.read(rows)))
+                if not np.isfinite(outputs).all():
+                    raise NotFiniteError(f"{title}: the outputs of block {block} are not finite")
+                activations.write(rows, outputs)
 
 
 def batches(count: int, length: int, title: str) -> Iterator[slice]:

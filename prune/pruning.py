@@ -16,7 +16,7 @@ from .forward import Activations, Read, Statistic, Statistics, Tensors, embed, r
 from .job import Job
 from .methods import magnitude, wanda, wanda_variant
 from .models import Network
-from .perplexity import losses
+from .perplexity import losses, perplexity_of
 from .recovery import recover_block
 from .sparsegpt import Factor, factorise, sparsegpt
 
@@ -124,7 +124,14 @@ def prune_blocks(
 
 
 def simulate(job: Job, plan: Plan, ids: np.ndarray, title: str) -> Simulation:
-    """Prune without writing anything, and evaluate on tokens (N, T) on the way: no pruned block is kept."""
+    """Prune without writing anything, and evaluate on tokens (N, T) on the way: no pruned block is kept.
+
+    Returns:
+        The pruned model's losses and sparsity.
+
+    Raises:
+        NotFiniteError: it has no perplexity.
+    """
     removed = []
 
     def count(block: int, pruned: PrunedBlock) -> None:
@@ -136,4 +143,4 @@ def simulate(job: Job, plan: Plan, ids: np.ndarray, title: str) -> Simulation:
     )
     nll = losses(network, read, activations, ids)
     total = sum(sizes_of(network.layer_shapes()).values())
-    return Simulation(float(np.exp(nll.mean())), sum(removed) / total, nll.tolist())
+    return Simulation(perplexity_of(nll, title), sum(removed) / total, nll.tolist())

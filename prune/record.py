@@ -79,9 +79,10 @@ class Record:
         return self._stages.get(name, default)
 
     def put(self, name: str, result: Any) -> None:
-        """Put a result on record; a full disk is an InputError."""
+        """Put a result on record; a full disk is an InputError, a number that is not finite a ValueError."""
         # Through JSON, so that this process goes on with exactly what a resumed one would read.
-        before, self._stages[name] = self._stages.get(name), json.loads(json.dumps(result, default=_encode))
+        text = json.dumps(result, default=_encode, allow_nan=False)
+        before, self._stages[name] = self._stages.get(name), json.loads(text)
         if self._stages[name] != before or not self._file.exists():
             self._save()
 

@@ -5,7 +5,6 @@ with the first block that is not written, after the calibration text has passed 
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 from tqdm import tqdm
@@ -16,6 +15,7 @@ from farms_jax.programs.files import write_json
 from .allocation import plan_of, sparsities
 from .checkpoints import Checkpoint, open_checkpoint
 from .config import EPSILONS_SCALE, EPSILONS_SHIFT, SPECTRAL
+from .forward import NotFiniteError
 from .job import Job
 from .perplexity import Perplexity, perplexity
 from .pruning import Simulation, simulate
@@ -102,7 +102,15 @@ def find_epsilon(job: Job, scores: Mapping[str, float], record: Record) -> float
     for epsilon in EPSILONS_SCALE if config.allocation in SPECTRAL else EPSILONS_SHIFT:
         if str(epsilon) not in trials:
             plan = plan_of(config, sparsities(config, scores, shapes, epsilon), shapes)
-            trials[str(epsilon)] = simulate(job, plan, job.unseen, f"epsilon {epsilon}").perplexity
+            try:
+                found = simulate(job, plan, job.unseen, f"epsilon {epsilon}").perplexity
+            except NotFiniteError:
+                found = None  # this one removes too much somewhere
+            trials[str(epsilon)] = found
             record.put("trials", trials)
-    tqdm.write("held-out perplexity by epsilon: " + ", ".join(f"{k}: {v:.4g}" for k, v in trials.items()))
-    return float(min(trials, key=lambda epsilon: (math.isnan(trials[epsilon]), trials[epsilon])))
+    finite = {epsilon: value for epsilon, value in trials.items() if value is not None}
+    shown = (f"{k}: {'not finite' if v is None else f'{v:.4g}'}" for k, v in trials.items())
+    tqdm.write(f"held-out perplexity by epsilon: {', '.join(shown)}")
+    if not finite:
+        raise NotFiniteError("--epsilon auto: no value gives a finite perplexity")
+    return float(min(finite, key=finite.__getitem__))

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from farms_jax.errors import InputError
-
-from .forward import apply_block, apply_embed
+from .forward import NotFiniteError, apply_block, apply_embed
 from .models import Network, Part, State
 
 _SHORTEST = 16  # shorter inputs are padded to it: fewer shapes to compile
@@ -87,7 +85,7 @@ def score(
     """Yield the number of each request, and its answer, with all batches in memory while blocks are read one by one.
 
     Raises:
-        InputError: the network gives NaN.
+        NotFiniteError: the network gives NaN or Inf.
     """
     state = state_of("embed")
     activations = [apply_embed(network, state, batch.ids) for batch in batches]
@@ -99,8 +97,8 @@ def score(
     for batch, x in zip(batches, activations, strict=True):
         logprobs, greedy = map(np.asarray, _score(network, state, x, *batch[1:-1]))
         totals = logprobs.astype(np.float64).sum(1)
-        if np.isnan(totals).any():
-            raise InputError("the network gives NaN; its weights are damaged, or too large for float32")
+        if not np.isfinite(totals).all():
+            raise NotFiniteError("log-likelihoods of the tasks are not finite")
         for row, number in enumerate(batch.requests):
             yield number, (float(totals[row]), bool(greedy[row]))
 

@@ -97,7 +97,7 @@ def zero_shot(lm: JaxLM, tasks: Mapping[str, Task], limit: int | None = None) ->
     `limit` is the number of examples of each task, from the first on.
 
     Raises:
-        InputError: a continuation has no tokens or too many.
+        InputError: a continuation has no tokens or too many, or a metric is not finite.
     """
     for task in tasks.values():
         if task.get_config("num_fewshot") is None:
@@ -113,6 +113,8 @@ def zero_shot(lm: JaxLM, tasks: Mapping[str, Task], limit: int | None = None) ->
         for key in (key for key in row if "," in key and "_stderr," not in key):
             metric, kind = key.split(",", 1)
             stderr = row.get(f"{metric}_stderr,{kind}")
+            if not math.isfinite(row[key]):
+                raise InputError(f"--tasks {name}: {metric} is {row[key]}; take another task or model")
             known = isinstance(stderr, float) and math.isfinite(stderr)
             shown = metric if kind == "none" else f"{metric} ({kind})"
             scores.append(Score(name, shown, float(row[key]), stderr if known else None, examples))

@@ -17,7 +17,8 @@ import prune.record
 import prune.run
 import prune.scores
 from farms_jax.errors import InputError
-from prune import llama
+from prune import evaluate, llama
+from prune.forward import NotFiniteError
 from prune.job import prepare
 from prune.run import run
 
@@ -71,6 +72,51 @@ def test_a_model_that_cannot_be_used_is_refused(changes, message, tmp_path):
     before = bytes_of(source)
     assert_refused(small_run(tmp_path, source, allocation="uniform"), message)
     assert bytes_of(source) == before
+
+
+# --- What overflows --------------------------------------------------------------------------------------------------
+
+
+def overflowing(folder, name, factor):
+    """A model whose weights are finite, one of them too large."""
+    return write_folder(
+        folder, {k: v * np.float32(factor if k == name else 1) for k, v in weights_of("llama_tiny").items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "message"),
+    [
+        (UP, 1e38, "dense perplexity: the outputs of block 2 are not finite; .* get the checkpoint again"),
+        ("lm_head.weight", 1e38, r"the losses of \d+ of 3 sequences are not finite"),
+        ("lm_head.weight", 1e6, r"dense perplexity: a mean loss of \S+ nats has no finite perplexity"),
+    ],
+)
+def test_a_network_that_overflows_has_no_result(name, factor, message, tmp_path):
+    source = overflowing(tmp_path / "source", name, factor)
+    with pytest.raises(NotFiniteError, match=message):
+        run(prepare(small_run(tmp_path, source, allocation="uniform")))
+    assert not list(tmp_path.rglob("run.json"))
+    with pytest.raises(InputError, match=message.partition("perplexity")[2] or message):
+        evaluate.run(evaluate.Config(str(source), text=str(tmp_path / "text.npy"), length=40))
+
+
+def test_epsilons_of_models_that_overflow_are_never_chosen(tmp_path, monkeypatch):
+    found = iter([3.0, None, 2.0, None, 5.0, 4.0])
+
+    def trial(*_, **__):
+        value = next(found)
+        if value is None:
+            raise NotFiniteError("block 1")
+        return prune.pruning.Simulation(value, 0.5, [])
+
+    monkeypatch.setattr(prune.run, "simulate", trial)
+    job = prepare(small_run(tmp_path, epsilon="auto", samples=4))
+    with prune.record.opened(tmp_path / "run") as record:
+        assert prune.run.find_epsilon(job, dict.fromkeys(job.network.layer_shapes(), 1.0), record) == 0.2
+        assert list(record.get("trials").values()) == [3.0, None, 2.0, None, 5.0, 4.0]
+        with pytest.raises(ValueError, match="JSON"):
+            record.put("perplexity", float("nan"))
 
 
 # --- Settings and texts ----------------------------------------------------------------------------------------------

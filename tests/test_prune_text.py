@@ -1,7 +1,11 @@
 """Samples: where they are cut, their records, and the errors."""
 
+import bz2
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import sys
 import types
 import zipfile
@@ -13,7 +17,7 @@ from prune_helpers import byte_tokenizer
 from pyarrow import parquet
 
 from farms_jax.errors import InputError
-from prune.texts import calibration_samples, evaluation_blocks, hub
+from prune.texts import calibration_samples, evaluation_blocks, hub, sources
 
 TEXT = "\r\n".join(f"Line {number} is its own and nobody else's: {number**3}." for number in range(40)) + "\n"
 
@@ -50,6 +54,8 @@ def write(path, content):
         path.write_bytes(content)
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in content))
+    elif isinstance(content, pa.Table):
+        parquet.write_table(content, path)
     elif path.suffix == ".parquet":
         parquet.write_table(pa.table({"text": content, "number": list(range(len(content)))}), path)
     elif path.suffix == ".npy":
@@ -137,6 +143,74 @@ def test_documents_are_joined_to_be_evaluated(tmp_path):
         np.testing.assert_array_equal(found.ids[0], expected)
 
 
+DOCUMENTS = ['first é, with a "quote"', "second \U0001f642\nand a line", "third \u2028 line"]
+LINES = "\n".join(json.dumps({"text": text, "url": "x"}, ensure_ascii=False) for text in DOCUMENTS).encode()
+TABLE = pa.table({"text": DOCUMENTS, "url": ["x"] * 3})
+
+
+def csv_of(delimiter):
+    quoted = [text.replace('"', '""') for text in DOCUMENTS]
+    return "\r\n".join([f"id{delimiter}text", *(f'1{delimiter}"{text}"' for text in quoted)]).encode()
+
+
+def arrow_of(kind):
+    sink = io.BytesIO()
+    with kind(sink, TABLE.schema) as file:
+        file.write_table(TABLE)
+    return sink.getvalue()
+
+
+def dictionary(kind):
+    return pa.table({"text": pa.array(DOCUMENTS, kind).dictionary_encode()})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("c4-train.00000-of-01024.json", LINES),
+        ("c4-train.00000-of-01024.json.gz", gzip.compress(LINES)),
+        ("c4-train.00000-of-01024", LINES),
+        ("lines.ndjson.zst", pa.compress(LINES, "zstd", asbytes=True)),
+        ("lines.jsonl.xz", lzma.compress(LINES)),
+        ("lines.JSONL.bz2", bz2.compress(LINES)),
+        ("packed.jsonl", gzip.compress(LINES)),
+        *((f"{code}.jsonl", LINES.decode().encode(code)) for code in ("utf-8-sig", "utf-16", "utf-32")),
+        ("array.json", json.dumps([{"text": text} for text in DOCUMENTS], indent=1).encode()),
+        ("array.txt", json.dumps([{"text": text} for text in DOCUMENTS]).encode()),
+        ("strings.json", json.dumps(DOCUMENTS).encode()),
+        ("columns.json", json.dumps({"text": DOCUMENTS, "url": ["x"] * 3}).encode()),
+        ("table.json", json.dumps({"version": 1, "data": [{"text": text} for text in DOCUMENTS]}, indent=1).encode()),
+        ("null.jsonl", LINES + b'\n{"text": null}\n'),
+        ("table.csv", csv_of(",")),
+        ("table.tsv", csv_of("\t")),
+        ("stream.arrow", arrow_of(pa.ipc.new_stream)),
+        ("file.arrow", arrow_of(pa.ipc.new_file)),
+        ("dictionary.parquet", dictionary(pa.string())),
+        ("large.parquet", dictionary(pa.large_string())),
+        ("view.parquet", pa.table({"text": pa.array(DOCUMENTS, pa.string_view())})),
+        ("without-a-suffix", TABLE),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_documents_are_read_from_files_of_every_usual_kind(tmp_path, name, content):
+    found = sources.read(str(write(tmp_path / name, content)), "--text")
+    assert (found.kind, list(found.texts)) == ("documents", DOCUMENTS)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_text_of_any_marked_encoding_is_read(tmp_path, encoding, pack):
+    # JSON that is no document is text like any other.
+    for text in (TEXT, '{"a": 1}\n{"b": 2}\n', "[1] The first note.\n"):
+        found = sources.read(str(write(tmp_path / "words.txt", pack(text.encode(encoding)))), "--text")
+        assert (found.kind, found.texts) == ("text", [text])
+
+
+def test_one_object_is_one_document(tmp_path):
+    found = sources.read(str(write(tmp_path / "one.json", b'{"text": "alone",\n "url": "x"}')), "--text")
+    assert (found.kind, list(found.texts)) == ("documents", ["alone"])
+
+
 @pytest.mark.parametrize("name", ["t.npy", "t.npz"])
 def test_token_files_of_the_asked_length_are_taken_as_they_are(tmp_path, name):
     ids = np.random.default_rng(3).integers(0, 256, (6, 16), np.uint16)
@@ -221,6 +295,7 @@ def test_the_package_datasets_is_asked_for_by_name(monkeypatch):
         calibrate("wikitext2")
 
 
+UNMARKED = ("UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE")
 GOOD = b'{"text": "good"}\n'
 
 
@@ -230,10 +305,35 @@ GOOD = b'{"text": "good"}\n'
         ("empty.txt", b"", "holds no text"),
         ("blank.txt", b" \n\n ", "holds no text"),
         ("latin.txt", "café".encode("latin-1") * 10, r"not UTF-8 text \(byte 0xe9 at 3\)"),
+        *(
+            (f"{kind}.txt", ("Wörter und Wörter\n" * 9).encode(kind), rf"like {kind}.*iconv -f {kind}")
+            for kind in UNMARKED
+        ),
+        ("cyrillic.txt", ("Слова и слова\n" * 9).encode("utf-16-le"), "control characters; it looks like UTF-16LE"),
+        ("binary.txt", bytes(range(128)) * 9, "control characters; convert it"),
+        ("cut.json.gz", gzip.compress(TEXT.encode())[:-20], "cannot be unpacked"),
+        ("bad.json.zst", b"\x28\xb5\x2f\xfd and no more", "cannot be unpacked"),
+        ("text.zip", b"PK\x03\x04 and so on", "it is a zip archive; unpack it"),
+        ("data.tar.gz", gzip.compress(b"x" * 257 + b"ustar" + b"x" * 200), "it is a tar archive; unpack it"),
+        ("page.txt", b"<!DOCTYPE html>\n<html>", "it is markup"),
+        ("c4.json.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS"),
+        (
+            "chat.jsonl",
+            b'{"messages": [{"role": "user", "content": "x"}]}',
+            "line 1 .* but a chat: .*apply_chat_template",
+        ),
+        ("turns.json", b'[{"role": "user", "content": "x"}]', "document 1 .* but a chat"),
+        ("keys.json", b'[{"text": "a"}, {"body": "x", "url": "y"}]', "document 2 .* object with body, url; rename"),
+        ("cut.json", b'[{"text": "a"}', "is not JSON"),
+        ("number.json", b"3", "but 3; rename"),
+        ("table.csv", b"id,body\n1,x\n", 'needs a column "text" in its first line, has id, body'),
+        ("short.csv", b"id,text\n1,x\n2\n", "line 3 has 1 fields, the first line 2"),
+        ("chat.parquet", pa.table({"messages": [[{"role": "user", "content": "x"}]]}), "has a chat: write it"),
+        ("bad.arrow", b"ARROW1 and no more", "not a readable Arrow file"),
         ("short.txt", b"twelve bytes", "has 12 tokens, .*--length 12"),
         ("cut.jsonl", GOOD + b'\n{"text": "cut o\n' + GOOD, "cut.jsonl: line 3 is not"),
         ("key.jsonl", GOOD + b'\n{"body": "x"}\n' + GOOD, "line 3 is not"),
-        ("type.jsonl", b'{"text": 3}', "line 1 is not"),
+        ("type.jsonl", b'{"text": 3}', "line 1 is not .*rename the key"),
         ("list.jsonl", b'["text"]', "line 1 is not"),
         ("surrogate.jsonl", GOOD + b'{"text": "\\ud800"}\n', "line 2 has half of a pair of UTF-16"),
         ("bad.parquet", b"PAR1 and no more", "not a readable parquet file"),
@@ -257,7 +357,14 @@ def test_files_that_cannot_be_read_are_refused(name, content, message, tmp_path)
 
 
 def test_sources_that_are_no_files_are_refused(tmp_path):
-    for source, message in ((tmp_path, "is a folder"), ("nothing.txt", "no such file"), ("wikitext", "wikitext2, c4")):
+    (tmp_path / "state.json").touch()
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "a.jsonl").touch()
+    for source, message in (
+        (tmp_path, "is a folder; give one file of it, such as .*a.jsonl$"),
+        ("nothing.txt", "no such file"),
+        ("wikitext", "wikitext2, c4"),
+    ):
         with pytest.raises(InputError, match=message):
             blocks(source)
 

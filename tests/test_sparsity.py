@@ -1,6 +1,7 @@
 """allocate_sparsity: the reference's figures, arguments, groups; `faults/test_properties.py` draws budgets."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,7 +184,8 @@ def test_what_cannot_be_rounded_is_refused(sparsity, group, message):
         round_to_groups({"a": sparsity}, {"a": 64}, group=group)
     with pytest.raises(ValueError, match="no size for a"):
         round_to_groups({"a": 0.5}, {}, group=4)
-    assert round_to_groups({"a": np.float32(0.5)}, {"a": 64}, group=np.int64(4)) == {"a": 2}
+    of_numpy: Any = {"sparsity": {"a": np.float32(0.5)}, "group": np.int64(4)}
+    assert round_to_groups(num_params={"a": 64}, **of_numpy) == {"a": 2}
     assert round_to_groups({}, {}, group=4) == {}
 
 

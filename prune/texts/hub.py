@@ -11,6 +11,8 @@ from typing import Any
 from farms_jax._extras import from_extra
 from farms_jax.errors import InputError, one_line
 
+from .documents import KINDS
+
 _SECONDS = 5.0  # until the hub counts as unreachable
 
 
@@ -56,6 +58,5 @@ def load(flag: str, name: str, *arguments: str, **keywords: Any) -> Any:
             return datasets.load_dataset(*arguments, **keywords)
     except Exception as error:  # of several network libraries
         raise InputError(
-            f"{flag} {name}: cannot be had from the hub ({one_line(error)}); "
-            f"give {flag} a file instead (text, .jsonl, .parquet, or tokens in .npy or .npz)"
+            f"{flag} {name}: cannot be had from the hub ({one_line(error)}); give {flag} a file instead: {KINDS}"
         ) from error

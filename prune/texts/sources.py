@@ -1,22 +1,20 @@
 """Where text comes from: the papers' data sets by name, or a local file.
 
-A file's name tells its format: `.jsonl` (an object with a "text" per line), `.parquet` (a column "text"), `.npy` and
-`.npz` (token ids, in an npz under the key "ids"); any other is UTF-8 text.
+`.npy` and `.npz` are token ids (in an npz under the key "ids"); for all others see `documents`.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from farms_jax._extras import from_extra
 from farms_jax.errors import InputError, listed, one_line, printable, short_repr
 from farms_jax.programs import files
 
 from . import hub
+from .documents import KINDS, read_documents, some_documents
 
 NAMED = ("wikitext2", "c4")
 _IDS = (".npy", ".npz")
@@ -47,12 +45,13 @@ def read(source: str, flag: Flag) -> Source:
         return _read_named(source, flag)
     path, where = files.expanded(source), f"{flag} {source}"
     if path.is_dir():
-        raise InputError(f"{where}: is a folder; give one file of it")
+        inside = listed(some_documents(path), 3, ", ")
+        raise InputError(f"{where}: is a folder; give one file of it{f', such as {inside}' if inside else ''}")
     if not path.is_file():
-        raise InputError(f"{where}: no such file; give a file, or one of {', '.join(NAMED)}")
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet, **dict.fromkeys(_IDS, _read_tokens)}
+        raise InputError(f"{where}: no such file; give a file ({KINDS}), or one of {', '.join(NAMED)}")
     try:
-        found = readers.get(path.suffix.lower(), _read_text)(path, where)
+        is_ids = path.suffix.lower() in _IDS
+        found = _read_tokens(path, where) if is_ids else Source(*read_documents(path, where))
         if not any(text.strip() for text in found.texts) and found.ids is None:
             raise InputError(f"{where}: holds no text; give another file")
         return found._replace(sha256=files.sha256(path))
@@ -81,59 +80,6 @@ def _read_named(name: str, flag: Flag) -> Source:
     for number, text in enumerate(texts):
         digest.update(("\n\n" if number else "").encode() + text.encode())
     return Source(kind, texts, sha256=digest.hexdigest())
-
-
-def _decode(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where}: not UTF-8 text (byte {content[error.start]:#04x} at {error.start}); convert it to UTF-8, "
-            "or give .jsonl, .parquet, or token ids in .npy or .npz"
-        ) from error
-
-
-def _read_text(path: Path, where: str) -> Source:
-    # Not Path.read_text, which would turn "\r\n" into "\n".
-    return Source("text", [_decode(path.read_bytes(), where)])
-
-
-def _read_jsonl(path: Path, where: str) -> Source:
-    # Not splitlines, which splits at characters that JSON allows inside a string.
-    lines = _decode(path.read_bytes(), where).split("\n")
-    texts = [_text_of(line, f"{where}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    return Source("documents", texts)
-
-
-def _text_of(line: str, where: str) -> str:
-    try:
-        document = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({one_line(error)}); correct or remove it") from error
-    text = document.get("text") if isinstance(document, dict) else None
-    if not isinstance(text, str):
-        raise InputError(f'{where} is not an object with a string "text"; correct or remove it')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where} has half of a pair of UTF-16, which is no letter; correct or remove it") from error
-    return text
-
-
-def _read_parquet(path: Path, where: str) -> Source:
-    with from_extra("prune", where):
-        import pyarrow as pa
-        from pyarrow import parquet
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = {field.name: str(field.type) for field in file.schema_arrow}
-            if columns.get("text") not in {"string", "large_string", "string_view"}:
-                have = listed((f"{printable(name)} ({printable(kind)})" for name, kind in columns.items()), 12, ", ")
-                raise InputError(f'{where}: needs a column "text" of strings, has {have}; rename the text column')
-            texts = file.read(columns=["text"])["text"].to_pylist()
-            return Source("documents", [text for text in texts if text is not None])
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{where}: not a readable parquet file ({one_line(error)}); download it again") from error
 
 
 def _read_tokens(path: Path, where: str) -> Source:
