@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 
 import huggingface_hub
 import ml_dtypes
@@ -97,18 +98,11 @@ def drop_weights(folder):
         path.unlink()
 
 
-def pickle_weights(folder):
-    drop_weights(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: (folder / SHARD).unlink(), f"{SHARD}: this shard is missing"),
         (cut_shard, f"{SHARD}: .*truncated"),
-        (list_tensor("model.extra.weight", SHARD), rf"index.json: .*model.extra.weight \(not in {SHARD}"),
-        (list_tensor("lm_head.weight", None), r"index.json: .*lm_head.weight \(in model-00001.*not in the index"),
         (list_tensor("lm_head.weight", "../other"), r"lm_head.weight is in '\.\./other', no plain file name"),
         (list_tensor("lm_head.weight", "a" * 300), "lm_head.weight is in 'aaa.*aaa', no plain file name"),
         (list_tensor("lm_head.weight", "a\nb"), r"lm_head.weight is in 'a\\nb', no plain file name"),
@@ -116,8 +110,7 @@ def pickle_weights(folder):
         (write_file(INDEX, b'{"weight_map": {'), "index.json: not valid JSON"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
         (write_file("config.json", b"[1]"), "config.json: not a JSON object"),
-        (drop_weights, r"neither model\.safetensors nor "),
-        (pickle_weights, r"pickles \(pytorch_model\.bin\).*never loaded.*save_pretrained"),
+        (drop_weights, r"neither model\.safetensors nor .*; it has config\.json"),
     ],
 )
 def test_a_damaged_folder_is_one_clear_error(folder, damage, message):
@@ -145,28 +138,233 @@ def test_a_path_that_does_not_exist_is_one_clear_error(model):
         open_checkpoint(model)
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path):
-    path = tmp_path / "model.bin"
-    path.write_bytes(b"\x80\x04.")
-    with pytest.raises(InputError, match=r"model\.bin: neither a \.gguf nor a \.safetensors file; pickled.*never"):
-        open_checkpoint(str(path))
+def test_a_file_of_another_kind_is_refused(folder):
+    (folder / "model.onnx").write_bytes(b"\x80\x04.")
+    with pytest.raises(InputError, match=r"model\.onnx: its folder's weights are model-00001-of-00003\.safetensors, "):
+        open_checkpoint(str(folder / "model.onnx"))
 
 
-def test_a_hub_name_is_downloaded_without_pickles_and_code(monkeypatch):
-    asked = {}
+def test_files_of_torch_need_torch_or_a_command(folder, monkeypatch):
+    drop_weights(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InputError, match=r"pytorch_model\.bin: saved by torch, .*pip install .*python -c "):
+        open_checkpoint(str(folder))
 
-    def download(repository, **settings):
-        asked.update(settings, repository=repository)
-        return str(DATA / "llama_tiny")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+# What is accepted, as transformers accepts it.
+
+
+def assert_same_network(checkpoint, model="llama_tiny"):
+    """The network and its weights are those of a fixture, and a copy has them under their usual names."""
+    expected = open_checkpoint(str(DATA / model))
+    network = checkpoint.network()
+    assert network == expected.network()
+    copy = {name for layout in checkpoint.shards().values() for name in layout.tensors}
+    for name in network.names():
+        np.testing.assert_array_equal(checkpoint.read(name), expected.read(name))
+        assert name in copy
+
+
+@pytest.mark.parametrize(
+    "prefixes",
+    [
+        ("module.", "module."),
+        ("_orig_mod.", "_orig_mod."),
+        ("module._orig_mod.", "module._orig_mod."),
+        ("base_model.model.", "base_model.model."),
+        ("language_model.", "language_model."),
+    ],
+)
+def test_names_with_a_prefix_are_found_and_written_without(tmp_path, prefixes):
+    inner, outer = prefixes
+    names = {name: (outer if name.startswith("lm_head") else inner) + name for name in weights_of("llama_tiny")}
+    renamed = {names[name]: array for name, array in weights_of("llama_tiny").items()}
+    folder = write_folder(tmp_path / "model", renamed, shards=2)
+    checkpoint = open_checkpoint(str(folder))
+    assert_same_network(checkpoint)
+    written = written_back(checkpoint)
+    assert set(written) == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    checkpoint.copy_sidecars(tmp_path / "export")
+    index = json.loads((tmp_path / "export" / INDEX).read_text())["weight_map"]
+    assert index == {n: file for file, layout in checkpoint.shards().items() for n in layout.tensors}
+    for filename, content in written.items():
+        (tmp_path / "export" / filename).write_bytes(content)
+    assert_same_network(open_checkpoint(str(tmp_path / "export")))
+
+
+def test_a_language_model_inside_another_is_found(tmp_path):
+    tensors = {name.replace("model.", "model.language_model."): x for name, x in weights_of("llama_tiny").items()}
+    tensors["model.vision_tower.layers.0.self_attn.q_proj.weight"] = np.ones((4, 4), np.float32)
+    checkpoint = open_checkpoint(str(write_folder(tmp_path / "model", tensors)))
+    assert_same_network(checkpoint)
+    assert checkpoint.tensors.keys() == checkpoint.network().names()
+
+
+BUFFERS = {
+    "model.rotary_emb.inv_freq": (12,),
+    "model.layers.0.self_attn.rotary_emb.inv_freq": (12,),
+    "model.layers.1.self_attn.rotary_emb.cos_cached": (1, 1, 32, 24),
+    "model.layers.1.self_attn.rotary_emb.sin_cached": (1, 1, 32, 24),
+    "model.layers.2.self_attn.bias": (1, 1, 32, 32),
+    "model.layers.2.self_attn.masked_bias": (),
+    "rope.freqs": (12,),
+}
+OTHERS = {"mtp.fc.weight": (4, 4), "model.layers.4.eh_proj.weight": (4, 4), "v_head.summary.weight": (1, 96)}
+
+
+@pytest.mark.parametrize("model", ["llama_tiny", "llama_tiny_tied"])
+def test_buffers_and_parts_that_the_network_does_not_have_stay_as_they_are(tmp_path, model, caplog):
+    extra = {name: np.ones(shape, np.float32) for name, shape in (BUFFERS | OTHERS).items()}
+    folder = write_folder(tmp_path / "model", weights_of(model) | extra, config=model)
+    checkpoint = open_checkpoint(str(folder))
+    assert_same_network(checkpoint, model)
+    assert written_back(checkpoint) == {"model.safetensors": (folder / "model.safetensors").read_bytes()}
+    assert "left out, as in transformers: model.layers.4.eh_proj.weight, mtp.fc.weight, v_head" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.self_attn.q_norm.weight",
+        "model.layers.1.self_attn.q_proj.bias",
+        "model.layers.1.mlp.up_proj.lora_A.weight",
+        "model.layers.4.mlp.up_proj.weight",
+        "lm_head.bias",
+        "model.norm.bias",
+    ],
+)
+def test_what_would_change_the_network_is_refused(tmp_path, name):
+    beside = name.replace("lora_A", "lora_B")  # one alone is no adapter
+    tensors = weights_of("llama_tiny") | dict.fromkeys((name, beside), np.ones((96,), np.float32))
+    checkpoint = open_checkpoint(str(write_folder(tmp_path / "model", tensors)))
+    with pytest.raises(InputError, match=rf"unexpected: {name} "):
+        checkpoint.network()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        list_tensor("mtp.fc.weight", SHARD),  # that no shard has
+        list_tensor("lm_head.weight", None),  # left out
+        list_tensor("lm_head.weight", SHARD),  # in another shard
+        lambda folder: (folder / INDEX).unlink(),
+    ],
+)
+def test_an_index_that_disagrees_with_its_shards_is_written_anew(folder, tmp_path, damage):
+    damage(folder)
+    checkpoint = open_checkpoint(str(folder))
+    assert_same_network(checkpoint)
+    checkpoint.copy_sidecars(tmp_path / "export")
+    for filename, content in written_back(checkpoint).items():
+        assert content == (folder / filename).read_bytes()
+        (tmp_path / "export" / filename).write_bytes(content)
+    index = json.loads((tmp_path / "export" / INDEX).read_text())
+    for name, filename in index["weight_map"].items():
+        assert name in safetensors.numpy.load_file(folder / filename)
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in weights_of("llama_tiny").values())
+
+
+def test_a_tensor_in_two_shards_is_the_index_s_and_written_once(folder):
+    tensors = safetensors.numpy.load_file(folder / SHARD)
+    again = {"lm_head.weight": np.zeros((256, 96), np.float32)}
+    safetensors.numpy.save_file(tensors | again, folder / SHARD, metadata={"format": "pt"})
+    checkpoint = open_checkpoint(str(folder))
+    assert_same_network(checkpoint)
+    assert sum("lm_head.weight" in layout.tensors for layout in checkpoint.shards().values()) == 1
+
+
+def test_a_needed_tensor_that_no_shard_has_is_missing(folder):
+    tensors = safetensors.numpy.load_file(folder / SHARD)
+    name = next(name for name in tensors if "mlp" in name)
+    del tensors[name]
+    safetensors.numpy.save_file(tensors, folder / SHARD)
+    with pytest.raises(InputError, match=rf"missing: {name} "):
+        open_checkpoint(str(folder)).network()
+
+
+def test_a_tied_embedding_may_be_stored_as_the_head(tmp_path):
+    tensors = weights_of("llama_tiny_tied")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    folder = write_folder(tmp_path / "model", tensors, config="llama_tiny_tied")
+    assert_same_network(open_checkpoint(str(folder)), "llama_tiny_tied")
+
+
+def test_a_folder_of_the_hub_s_cache_stands_for_its_snapshot(tmp_path):
+    cache = tmp_path / "models--owner--small"
+    write_folder(cache / "snapshots" / "abc", weights_of("llama_tiny"))
+    checkpoint = open_checkpoint(str(cache))
+    assert checkpoint.name == "owner/small"
+    assert_same_network(checkpoint)
+
+
+# The hub.
+
+
+class Hub:
+    """Stands in for the hub: files of one repository; what is downloaded is copied, and noted."""
+
+    def __init__(self, files, folder, *, lists=True):
+        self.files, self.folder, self.lists, self.downloaded, self.asked = files, folder, lists, [], []
+
+    def list_repo_files(self, repository, *, revision):
+        self.asked.append((repository, revision))
+        if not self.lists:
+            raise OSError("no connection")
+        return list(self.files)
+
+    def snapshot_download(self, repository, *, revision, allow_patterns, ignore_patterns):
+        self.asked.append((repository, revision))
+        self.folder.mkdir(exist_ok=True)
+        names = huggingface_hub.utils.filter_repo_objects(
+            self.files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        for name in names:
+            self.downloaded.append(name)
+            (self.folder / name).write_bytes(self.files[name])
+        return str(self.folder)
+
+
+JUNK = dict.fromkeys(
+    ("consolidated.safetensors", "checkpoint-5/model.safetensors", "onnx/config.json", "pytorch_model.bin", "own.py"),
+    b"",
+) | {"flax_model.msgpack": b"", "model.fp16.safetensors": b"", "x.pt": b""}
+
+
+@pytest.mark.parametrize("lists", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_of_a_hub_repository_only_what_is_read_is_downloaded(monkeypatch, tmp_path, lists, shards):
+    source = write_folder(tmp_path / "source", weights_of("llama_tiny"), shards=shards)
+    needed = {path.name: path.read_bytes() for path in source.iterdir()}
+    hub = Hub(needed | JUNK, tmp_path / "snapshot", lists=lists)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", hub.list_repo_files)
     checkpoint = open_checkpoint("owner/small-model@v1.0")
     assert checkpoint.name == "owner/small-model@v1.0"
-    assert checkpoint.config["model_type"] == "llama"
-    assert (asked["repository"], asked["revision"]) == ("owner/small-model", "v1.0")
-    listed = ("config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin", "modeling_own.py", "x.pt")
-    wanted = huggingface_hub.utils.filter_repo_objects(listed, allow_patterns=asked["allow_patterns"])
-    assert list(wanted) == ["config.json", "model-00001-of-00002.safetensors"]
+    assert set(hub.asked) == {("owner/small-model", "v1.0")}
+    assert set(hub.downloaded) == set(needed)
+    assert_same_network(checkpoint)
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_pickles_of_a_hub_repository_are_downloaded_where_there_is_nothing_else(monkeypatch, tmp_path, lists):
+    files = {
+        "config.json": b'{"model_type": "opt"}',
+        "pytorch_model.bin": b"{}",
+        "tf_model.h5": b"",
+        "vocab.json": b"{}",
+    }
+    hub = Hub(files, tmp_path / "snapshot", lists=lists)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", hub.list_repo_files)
+    with pytest.raises(InputError, match=r"pytorch_model\.bin: "):
+        open_checkpoint("owner/older")
+    assert hub.downloaded == ["config.json", "vocab.json", "pytorch_model.bin"]
+    del files["pytorch_model.bin"]
+    (tmp_path / "snapshot" / "pytorch_model.bin").unlink()
+    message = "no weights in it that are read .*tf_model.h5" if lists else "neither model.safetensors nor"
+    with pytest.raises(InputError, match=message):
+        open_checkpoint("owner/older")
 
 
 @pytest.mark.parametrize("opens", [open_checkpoint, open_tokenizer])

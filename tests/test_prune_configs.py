@@ -89,17 +89,35 @@ def test_check_lists_all_faults_at_once():
 
 
 def test_check_names_the_first_of_many_faults():
-    with pytest.raises(InputError, match=r"38 tensor\(s\).*; and 28 more$") as caught:
+    with pytest.raises(InputError, match=r"38 tensor\(s\).*; and 28 more\. Names in the file look like none") as caught:
         make_network(config_of("llama_tiny")).check({"lm_head.weight": (256, 96)})
     assert len(str(caught.value)) < 1500
 
 
-def test_check_accepts_what_is_known_and_not_needed():
-    network = make_network(config_of("llama_tiny_tied"))
-    extra = {"lm_head.weight": (256, 96), "model.layers.0.self_attn.rotary_emb.inv_freq": (12,)}
-    network.check(shapes_of("llama_tiny_tied") | extra)
-    assert network.tensors("head").keys() == {"model.norm.weight", "model.embed_tokens.weight"}
-    make_network(config_of("opt_tiny")).check(shapes_of("opt_tiny") | {"lm_head.weight": (256, 64)})
+@pytest.mark.parametrize(
+    ("name", "look", "remedy"),
+    [
+        ("layers.{}.attention.wq.weight", r"layers\.\*\.attention\.wq\.weight", "convert_llama_weights_to_hf"),
+        ("model.layers.{}.mlp.up_proj.qweight", r"model\.layers\.\*\.mlp\.up_proj\.qweight", "take the model's float"),
+        ("transformer.h.{}.attn.c_attn.weight", r"transformer\.h\.\*\.attn\.c_attn\.weight", ""),
+    ],
+)
+def test_check_shows_what_names_in_the_file_look_like(name, look, remedy):
+    found = {name.format(block): (4, 4) for block in range(4)}
+    with pytest.raises(InputError, match=rf"unexpected: .*Names in the file look like {look}.*{remedy}"):
+        make_network(config_of("llama_tiny")).check(found)
+
+
+def test_a_head_is_tied_as_the_tensors_say():
+    tied, names = config_of("llama_tiny", tie_word_embeddings=True), shapes_of("llama_tiny")
+    network = make_network(tied, names)
+    assert not network.tied and network == make_network(config_of("llama_tiny"), names)
+    for without in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert make_network(tied, names.keys() - {without}).tied
+    with pytest.raises(
+        InputError, match=r"`tie_word_embeddings` is false, and there is no lm_head\.weight: .*set it to"
+    ):
+        make_network(config_of("llama_tiny")).check({k: v for k, v in names.items() if k != "lm_head.weight"})
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", None, 3, ["llama"]])

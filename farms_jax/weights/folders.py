@@ -30,19 +30,31 @@ def open_safetensors_folder(path: Path, filenames: Iterable[str]) -> Safetensors
     Raises:
         InputError: A shard is missing, or there are several models.
     """
+    index, files = safetensors_files(path, filenames)
+    if index is not None:
+        return _open_indexed(path / index)
+    if not files:
+        return None
+    check_numbers(path, files)
+    return SafetensorsSource(path, files)
+
+
+def safetensors_files(path: Path, filenames: Iterable[str]) -> tuple[str | None, list[str]]:
+    """Return the index and the files that `open_safetensors_folder` would open; of them the index alone has to exist.
+
+    Raises:
+        InputError: There are several models.
+    """
     seen = [name for name in filenames if not name.startswith(".")]
     files = _by_model([name for name in seen if name.endswith(".safetensors")], _FILE)
     for usual in _USUAL:
         if files.get(usual) == [f"{usual}.safetensors"]:
-            return SafetensorsSource(path, files[usual])
+            return None, files[usual]
     if indices := _main(_by_model(seen, _INDEX)):
         if len(indices) > 1:
             raise InputError(f"{path}: it has several models ({', '.join(indices)}); give a file of one of them")
-        return open_indexed(path / indices[0])
-    if not (shards := _main(files)):
-        return None
-    check_numbers(path, shards)
-    return SafetensorsSource(path, shards)
+        return indices[0], sorted(set(read_weight_map(path / indices[0]).values()))
+    return None, _main(files)
 
 
 def _by_model(filenames: Iterable[str], kind: re.Pattern[str]) -> dict[str, list[str]]:
@@ -67,7 +79,7 @@ def _main(models: Mapping[str, list[str]]) -> list[str]:
     return [file for name, files in models.items() if name in names for file in files]
 
 
-def open_indexed(path: Path, *, exact: bool = False) -> SafetensorsSource:
+def _open_indexed(path: Path) -> SafetensorsSource:
     """Open the shards that an index names; they lie beside it.
 
     As in transformers, tensors that it leaves out are read too; one that it names and no shard has costs a warning.
@@ -76,7 +88,7 @@ def open_indexed(path: Path, *, exact: bool = False) -> SafetensorsSource:
         The open weights.
 
     Raises:
-        InputError: A shard is missing; or, with `exact`, the index disagrees with the shards.
+        InputError: A shard is missing.
     """
     weight_map = read_weight_map(path)
     filenames = sorted(set(weight_map.values()))
@@ -84,25 +96,10 @@ def open_indexed(path: Path, *, exact: bool = False) -> SafetensorsSource:
         if not (path.parent / filename).is_file():
             raise InputError(f"{path.parent / filename}: this shard is missing, {path.name} names it; {DOWNLOAD_AGAIN}")
     source = SafetensorsSource(path.parent, filenames, weight_map)
-    if exact and (faults := _faults(weight_map, source.file_of)):
-        raise InputError(f"{path}: it disagrees with its shards: {listed(faults)}; download all")
     if missing := [printable(name) for name in weight_map if name not in source.file_of]:
         text = f"{path}: no shard has {listed(missing, 3, ', ')}, which it names; all others are read"
         warnings.warn(text, LeftOutWarning, stacklevel=2)
     return source
-
-
-def _faults(weight_map: Mapping[str, str], file_of: Mapping[str, str]) -> list[str]:
-    faults = [
-        f"{printable(name)} (not in {printable(filename)})"
-        for name, filename in weight_map.items()
-        if file_of.get(name) != filename
-    ]
-    return faults + [
-        f"{printable(name)} (in {printable(filename)}, not in the index)"
-        for name, filename in file_of.items()
-        if name not in weight_map
-    ]
 
 
 def read_weight_map(path: Path) -> dict[str, str]:

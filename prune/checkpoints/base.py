@@ -9,29 +9,38 @@ from typing import Any
 
 import numpy as np
 
+from farms_jax.errors import InputError
 from farms_jax.programs import files
 from farms_jax.weights import WeightSource
 from farms_jax.weights.safetensors_file import FileLayout
 
 from ..models import Network, make_network
+from .names import is_beside, names_in, without_others
 
 # Before transformers is imported: without torch it would advise to install it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 class Checkpoint(ABC):
-    """A model to prune: its weights (linears are (out, in)), config and tokenizer, and the layout of a copy."""
+    """A model to prune: its weights (linears are (out, in)), config and tokenizer, and the layout of a copy.
+
+    Attributes:
+        names: Name of each tensor -> what the file calls it; see `names_in`.
+        tensors: Name -> dtype and shape.
+    """
 
     def __init__(
         self, source: WeightSource, config: Mapping[str, Any], files: tuple[Path, ...], name: str | None = None
     ) -> None:
         """Keep opened weights with their files and config."""
         self.source, self.path, self.name = source, source.path, name or source.name
-        self.config, self.tensors, self.files = dict(config), dict(source.tensors), files
+        self.config, self.files = dict(config), files
+        self.names = names_in(self.config, source)
+        self.tensors = {name: source.tensors[stored] for name, stored in self.names.items()}
 
     def read(self, name: str) -> np.ndarray:
         """Read one tensor in its stored dtype and shape; an InputError where that is impossible."""
-        return self.source.read(name)
+        return self.source.read(self.names.get(name, name))
 
     @abstractmethod
     def shards(self) -> dict[str, FileLayout]:
@@ -47,8 +56,13 @@ class Checkpoint(ABC):
 
     def network(self) -> Network:
         """Return the config's network, after a check that the tensors are those that it needs; no weights are read."""
-        network = make_network(self.config, self.tensors)
-        network.check({name: info.shape for name, info in self.tensors.items()})
+        weights = [name for name in self.tensors if not is_beside(self.names.get(name, name), self.source)]
+        network = make_network(self.config, weights)
+        names = without_others(network, {*weights, *(self.tensors.keys() & network.names())}, self.name)
+        network.check({name: self.tensors[name].shape for name in self.tensors if name in names})
+        if made := sorted(name for name in network.names() if self.names[name] not in self.source.stored):
+            what = f"{len(made)} weights, such as {made[0]}, are stored as several arrays ({self.source.quantisation})"
+            raise InputError(f"{self.path}: {what}, which cannot be pruned in place; take the model's float weights")
         return network
 
     def sha256(self) -> str:

@@ -52,8 +52,6 @@ class Llama(Network):
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     )
-    # Frequencies that older versions of `transformers` saved; ours come from the config.
-    ignored = r".*layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
     def _shapes(self, kind: PartKind) -> dict[str, Shape]:
         size, inner = self.hidden_size, self.intermediate_size

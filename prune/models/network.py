@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from farms_jax.errors import InputError, listed
+from farms_jax.errors import InputError, listed, printable
 from farms_jax.weights.conversion import Shape, mismatches
 
 from .operations import State, linear
@@ -25,9 +25,19 @@ from .operations import State, linear
 # 25 %.
 LONG = 256
 
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+
 Part = int | Literal["embed", "head"]  # number of a block, or one of the two ends
 PartKind = Literal["embed", "block", "head"]
 Inputs = tuple[Array, ...]
+
+# Names in other layouts of the same models, and how to get Hugging Face's.
+_LAYOUTS = {
+    r".*attention\.w[qkvo]\.weight": "Meta's layout; convert it with convert_llama_weights_to_hf.py of transformers",
+    r".*\.(qweight|qzeros|weight_packed|absmax)": "quantised weights; take the model's float weights",
+    r".*\.(lora_[AB]\..*|base_layer\..*)": "an adapter; merge it into its model (merge_and_unload of peft)",
+    r".*flat_param(_\d+)?": "shards of FSDP; save the whole state dict",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +52,6 @@ class Network(ABC):
     tied: bool  # the head's matrix is the embedding's
 
     input_groups: ClassVar[tuple[tuple[str, ...], ...]]  # linears of a block by shared input, in the reference's order
-    ignored: ClassVar[str] = r"(?!)"  # pattern of tensors that checkpoints may have and the network does not need
 
     @abstractmethod
     def _shapes(self, kind: PartKind) -> dict[str, Shape]:
@@ -80,7 +89,16 @@ class Network(ABC):
 
     def layer_name(self, block: int, linear: str) -> str:
         """Return the full name of a linear, without `.weight`: `model.layers.3.self_attn.q_proj`."""
-        return f"{self.prefix}layers.{block}.{linear}"
+        return self.block_prefix(block) + linear
+
+    def block_prefix(self, block: int) -> str:
+        """Return what the names of a block's tensors begin with: `model.layers.3.`."""
+        return f"{self.prefix}layers.{block}."
+
+    @property
+    def embedding(self) -> str:
+        """Name of the embedding of tokens, which a tied head shares."""
+        return f"{self.prefix}{EMBEDDING}"
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
         """Return the shape (out, in) of every linear of all blocks, by full name, in network order."""
@@ -91,9 +109,13 @@ class Network(ABC):
     def tensors(self, part: Part) -> dict[str, Shape]:
         """Return the shapes of a part's tensors by name, as in the checkpoint; a tied head has the embedding."""
         inside = self._shapes("block" if isinstance(part, int) else part)
-        prefix = f"{self.prefix}layers.{part}." if isinstance(part, int) else self.prefix
+        prefix = self.block_prefix(part) if isinstance(part, int) else self.prefix
         # Sorted, because written blocks are hashed in this order: it must not change with the code.
-        return {name if name == "lm_head.weight" else prefix + name: inside[name] for name in sorted(inside)}
+        return {name if name == HEAD else prefix + name: inside[name] for name in sorted(inside)}
+
+    def names(self) -> set[str]:
+        """Return the names of all tensors."""
+        return {name for part in self.parts for name in self.tensors(part)}
 
     def check(self, found: Mapping[str, Shape]) -> None:
         """Compare the shapes of all tensors of a checkpoint, by name, with those that the network needs.
@@ -104,8 +126,12 @@ class Network(ABC):
         expected = {}
         for part in self.parts:
             expected |= self.tensors(part)
-        ignored = re.compile(rf"lm_head\.weight|{self.ignored}" if self.tied else self.ignored)
-        _compare(expected, {name: shape for name, shape in found.items() if not ignored.fullmatch(name)})
+        if not self.tied and expected.keys() - found.keys() == {HEAD}:
+            raise InputError(
+                f"config.json: `tie_word_embeddings` is false, and there is no {HEAD}: complete the weight files, or "
+                "set it to true if the head is the embedding"
+            )
+        _compare(expected, found)
 
     def to_state(self, part: Part, tensors: Mapping[str, np.ndarray | Array]) -> State:
         """Return the state of a part, from exactly its `tensors` by name, of any floating type or traced.
@@ -149,11 +175,11 @@ class Network(ABC):
 
     def unembed(self, state: State, x: Array) -> Array:
         """Multiply by the head's matrix, or by the embedding's where they are tied."""
-        return jnp.dot(x, state["embed_tokens.weight"].T) if self.tied else linear(state, "lm_head", x)
+        return jnp.dot(x, state[EMBEDDING].T) if self.tied else linear(state, "lm_head", x)
 
     def head_shapes(self, features: int) -> dict[str, Shape]:
         """Return the shape of the matrix for `unembed`, with this number of features."""
-        return {"embed_tokens.weight" if self.tied else "lm_head.weight": (self.vocab_size, features)}
+        return {EMBEDDING if self.tied else HEAD: (self.vocab_size, features)}
 
     def _map_block(self, function: Callable[[Array], Any], x: Array) -> Any:
         def one_by_one(x: Array) -> Any:
@@ -171,8 +197,24 @@ def _exactly(function: Callable[[State, Array], Any], state: State, x: Array) ->
 
 
 def _compare(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
-    if faults := mismatches(found, expected):
-        raise InputError(
-            f"{len(faults)} tensor(s) do not fit the config.json (use the one that belongs to these weights, "
-            f"and the complete set of weight files): {listed(faults.values())}"
-        )
+    faults = mismatches(found, expected)
+    if not faults:
+        return
+    missing = [text for name, text in faults.items() if name not in found]
+    others = [text for name, text in faults.items() if name in found]
+    # Names that the file has tell most where none is as it should be.
+    shown = [*missing[: max(10 - len(others), 5)], *others[: max(10 - len(missing), 5)]]
+    more = f"; and {len(faults) - len(shown)} more" if len(faults) > len(shown) else ""
+    raise InputError(
+        f"{len(faults)} tensor(s) do not fit the config.json (use the one that belongs to these weights, "
+        f"and the complete set of weight files): {'; '.join(shown)}{more}{_looks_like(found, expected)}"
+    )
+
+
+def _looks_like(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str:
+    """Return what the names in a file look like, where most of those that are needed are not among them."""
+    if len(expected.keys() & found.keys()) > len(expected) / 2:
+        return ""
+    kinds = list(dict.fromkeys(re.sub(r"\d+", "*", printable(name)) for name in found if name not in expected))
+    remedy = next((text for pattern, text in _LAYOUTS.items() for name in found if re.fullmatch(pattern, name)), "")
+    return f". Names in the file look like {listed(kinds, 6, ', ') or 'none'}{f': {remedy}' if remedy else ''}"

@@ -1,6 +1,8 @@
 """Pruned models in `transformers` on torch: they load, score the same perplexity, and are as sparse."""
 
+import functools
 import hashlib
+import json
 
 import ml_dtypes
 import numpy as np
@@ -44,7 +46,35 @@ def gguf_file(folder):
     return write_gguf(folder / "llama.gguf", tensors, gguf_metadata(config_of("llama_tiny")) | tokenizer)
 
 
+def pickled(folder, save=torch.save, names=str, shards=1):
+    """A folder of Torch's files, with what a training leaves beside the weights."""
+    source = folder_with_tokenizer("llama_tiny_tied", folder)
+    (source / "model.safetensors").unlink()
+    tensors = {names(name): torch.from_numpy(array) for name, array in weights_of("llama_tiny_tied").items()}
+    tensors[names("lm_head.weight")] = tensors[names("model.embed_tokens.weight")]  # tied: the same storage
+    tensors[names("model.layers.0.self_attn.rotary_emb.inv_freq")] = torch.ones(12)
+    save({"step": torch.tensor(3)}, source / "optimizer.pt")
+    if shards == 1:
+        save(tensors, source / "pytorch_model.bin")
+        return source
+    weight_map = {}
+    for number in range(shards):
+        filename = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
+        part = {name: tensors[name] for name in sorted(tensors)[number::shards]}
+        save(part, source / filename)
+        weight_map |= dict.fromkeys(part, filename)
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return source
+
+
+def legacy(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
 SOURCES = {
+    "pickle": pickled,
+    "pickle-shards": functools.partial(pickled, shards=2),
+    "pickle-compiled": functools.partial(pickled, save=legacy, names="_orig_mod.{}".format),
     "llama": lambda folder: folder_with_tokenizer("llama_tiny", folder),
     "llama-tied": lambda folder: folder_with_tokenizer("llama_tiny_tied", folder),
     "llama-bfloat16": bfloat16_folder,
@@ -60,6 +90,9 @@ SOURCES = {
         ("llama-tied", {"method": "magnitude", "allocation": "atp"}),
         ("llama-bfloat16", {"method": "wanda", "allocation": "uniform", "groups": "2:4"}),
         ("llama-gguf", {"method": "magnitude", "allocation": "alphapruning"}),
+        ("pickle", {"method": "magnitude", "allocation": "uniform"}),
+        ("pickle-shards", {"method": "magnitude", "allocation": "uniform"}),
+        ("pickle-compiled", {"method": "magnitude", "allocation": "uniform"}),
         ("opt", {"method": "wanda", "allocation": "owl", "groups": "4:8", "sparsity": 0.45}),
     ],
 )
