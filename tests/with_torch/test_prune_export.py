@@ -46,7 +46,7 @@ def gguf_file(folder):
     return write_gguf(folder / "llama.gguf", tensors, gguf_metadata(config_of("llama_tiny")) | tokenizer)
 
 
-def pickled(folder, save=torch.save, names=str, shards=1):
+def pickled(folder, save=torch.save, names="{}".format, shards=1):
     """A folder of Torch's files, with what a training leaves beside the weights."""
     source = folder_with_tokenizer("llama_tiny_tied", folder)
     (source / "model.safetensors").unlink()
