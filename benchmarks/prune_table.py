@@ -4,7 +4,8 @@
 
 Each cell prunes the whole model with the calibration samples of one seed and evaluates it on the same blocks of text.
 Magnitude looks at no calibration text, so under an allocation that does not either it has one run instead of one per
-seed. Finished cells are kept in the results file; the same command goes on with the others.
+seed. A search takes as long as a dozen other cells, and its generations beside. Finished cells are kept in the results
+file; the same command goes on with the others.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -26,10 +28,14 @@ from prune.config import EPSILON, Config
 from prune.job import Job, prepare
 from prune.perplexity import perplexity
 from prune.pruning import simulate
+from prune.record import opened
 from prune.scores import score_layers
+from prune.search import search
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "admm", "admm+blocks")  # +: what stays is trained, see `--recover`
-ALLOCATIONS = ("uniform", "alphapruning", "farms", "owl", "atp")
+ALLOCATIONS = ("uniform", "alphapruning", "farms", "owl", "dlp", "atp", "ends", "sensitivity", "search")
+TEXT_FREE = ("uniform", "alphapruning", "farms", "atp", "ends")
+MEASURED = ("sensitivity", "search")  # by pruned models, so for each method and sparsity anew
 
 
 def main() -> None:
@@ -45,6 +51,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choices=ALLOCATIONS)
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--search-generations", type=int, default=Config.search_generations)
     parser.add_argument("--cache", type=Path, default=Path("runs"), help="folder for analyses")
     parser.add_argument("--json", default="benchmarks/results/prune_table.json", help="file for the results, JSON")
     args = parser.parse_args()
@@ -70,7 +77,7 @@ def fill(args: argparse.Namespace) -> dict[str, Any]:
     results["machine"] = machine()
     jobs = {seed: prepare(config_of(args, seed)) for seed in args.seed}
     scores = {
-        seed: {allocation: score_layers(under(job, allocation=allocation)) for allocation in args.allocations}
+        seed: {name: score_layers(under(job, allocation=name)) for name in args.allocations if name not in MEASURED}
         for seed, job in jobs.items()
     }
     first = jobs[args.seed[0]]
@@ -79,19 +86,28 @@ def fill(args: argparse.Namespace) -> dict[str, Any]:
     cells = list(itertools.product(args.sparsities, args.methods, args.allocations, args.seed))
     for sparsity, method, allocation, seed in tqdm(cells, desc="table", unit="cell"):
         name = f"{method} {allocation} {sparsity} {seed}"
-        depends = method != "magnitude" or allocation == "owl"
+        depends = method != "magnitude" or allocation not in TEXT_FREE
         if name in results["cells"] or (not depends and seed != args.seed[0]):
             continue
         start, (kind, _, recover) = time.perf_counter(), method.partition("+")
         changes = {"method": kind, "recover": recover or "none", "allocation": allocation, "sparsity": sparsity}
         job = under(jobs[seed], **changes)
-        shapes, epsilon = job.network.layer_shapes(), EPSILON.get(allocation, 0)
-        wanted = sparsities(job.config, scores[seed][allocation], shapes, epsilon)
+        shapes = job.network.layer_shapes()
+        wanted = allocate(job, scores[seed].get(allocation))
         found = simulate(job, plan_of(job.config, wanted, shapes), job.evaluation.ids, name)
         results["cells"][name] = {"perplexity": found.perplexity, "sparsity": found.sparsity}
         results["cells"][name]["seconds"] = time.perf_counter() - start
         write(path, results)
     return results
+
+
+def allocate(job: Job, scores: Mapping[str, float] | None) -> dict[str, float]:
+    """Return the sparsity of each layer; a search is kept in the run's own directory, and goes on there."""
+    if job.config.allocation == "search":
+        with opened(job.path) as record:
+            return record.stage("sparsity", lambda: search(job, record))
+    scores = score_layers(job) if scores is None else scores
+    return sparsities(job.config, scores, job.network.layer_shapes(), EPSILON.get(job.config.allocation, 0))
 
 
 def config_of(args: argparse.Namespace, seed: int) -> Config:
@@ -105,6 +121,8 @@ def config_of(args: argparse.Namespace, seed: int) -> Config:
         limit=args.limit,
         seed=seed,
         special_tokens=False,
+        allocation="search",  # which needs most of the calibration text: a part of it that no statistic sees
+        search_generations=args.search_generations,
         out=args.cache,
     )
 

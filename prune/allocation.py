@@ -35,6 +35,14 @@ def sizes_of(shapes: Shapes) -> dict[str, int]:
     return {layer: rows * columns for layer, (rows, columns) in shapes.items()}
 
 
+def units_of(config: Config, shapes: Shapes) -> dict[str, list[str]]:
+    """Return the layers that share one sparsity: those of a block, by its name, or each alone, by its own."""
+    units: dict[str, list[str]] = {}
+    for layer in shapes:
+        units.setdefault(block_of(layer) if config.granularity == "block" else layer, []).append(layer)
+    return units
+
+
 def sparsities(config: Config, scores: Mapping[str, float], shapes: Shapes, epsilon: float) -> dict[str, float]:
     """Return the sparsity of each layer, in the order of `shapes`; the uniform allocation needs no `scores`."""
     if config.allocation == "uniform":

@@ -15,12 +15,21 @@ from .recovery import Recovery
 BUNDLED = Path(__file__).parent / "bundled"
 
 Method = Literal["magnitude", "wanda", "wanda_variant", "sparsegpt", "admm"]
-Allocation = Literal["uniform", "alphapruning", "farms", "owl", "dlp", "atp"]
+Allocation = Literal["uniform", "alphapruning", "farms", "owl", "dlp", "atp", "ends", "sensitivity", "search"]
 
 SPECTRAL: tuple[Allocation, ...] = ("alphapruning", "farms")  # those by the alphas of the weights' spectra
 # Half the range of sparsities where --epsilon is not given. farms, alphapruning: the middle of the values that the
-# papers search; owl: lambda of its paper; dlp: alpha of its code; atp: none is published, half of beta * (blocks - 1).
-EPSILON: dict[Allocation, float] = {"alphapruning": 0.3, "farms": 0.3, "owl": 0.08, "dlp": 0.15, "atp": 0.15}
+# papers search; owl: lambda of its paper; dlp: alpha of its code; atp: none is published, half of beta * (blocks - 1);
+# ends, sensitivity: measured on SmolLM2-135M, see docs/results.md.
+EPSILON: dict[Allocation, float] = {
+    "alphapruning": 0.3,
+    "farms": 0.3,
+    "owl": 0.08,
+    "dlp": 0.15,
+    "atp": 0.15,
+    "ends": 0.13,
+    "sensitivity": 0.15,
+}
 # Added to the Hessian's diagonal, relative to its mean, where --damping is not given: as in the methods' public code.
 DAMPING: dict[Method, float] = {"sparsegpt": 0.01, "admm": 0.1}
 # Tried by --epsilon auto; 0 is the uniform allocation.
@@ -43,12 +52,17 @@ class Config:
     These two also update the weights that stay."""
     allocation: Allocation = "farms"
     """Sparsity of each block: the same (uniform); by alpha of whole matrices (alphapruning) or of windows (farms); by
-    outliers (owl), medians (dlp); rising with depth (atp)."""
+    outliers (owl), medians (dlp); rising with depth (atp); less for the first and the last (ends); by the measured
+    harm of pruning it alone (sensitivity); the best of all these, and what an evolution finds from there (search)."""
     granularity: Literal["block", "layer"] = "block"
     """Layers of a block share one sparsity, as in the papers, or each has its own."""
     epsilon: str | None = None
-    """Half the range of sparsities: relative for farms and alphapruning, absolute for owl, dlp and atp; or auto: the
-    value with the lowest perplexity on calibration text held out for it. Default: 0.3, 0.08 (owl), 0.15 (dlp, atp)."""
+    """Half the range of sparsities: relative for farms and alphapruning, absolute for the others; or auto: the value
+    with the lowest perplexity on calibration text held out for it. Default: 0.3, 0.08 (owl), 0.13 (ends), 0.15."""
+    search_generations: int = 100
+    """Generations of --allocation search, after all other allocations were tried."""
+    search_minutes: float | None = None
+    """End the generations after this time, where it comes first; what was found by then counts."""
     budget: Literal["exact", "reference"] = "exact"
     """exact meets the global sparsity; reference clips as the papers' code does, and removes less."""
     groups: str | None = None
@@ -109,17 +123,8 @@ class Config:
                 f"--sparsity {self.sparsity} is not --groups {self.groups}; leave it out, or choose an --allocation "
                 "under which N differs from block to block"
             )
-        for field in (
-            "samples",
-            "length",
-            "limit",
-            "per_axis",
-            "rows",
-            "damping",
-            "aspect_ratio",
-            "recover_steps",
-            "recover_rate",
-        ):
+        positive = ("samples", "length", "limit", "per_axis", "rows", "damping", "aspect_ratio")
+        for field in (*positive, "recover_steps", "recover_rate", "search_generations", "search_minutes"):
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise InputError(f"--{field.replace('_', '-')} must be above 0, got {value}")
@@ -131,6 +136,10 @@ class Config:
             raise InputError(f"--seed must not be below 0, got {self.seed}")
         if self.method == "wanda_variant" and (self.allocation != "uniform" or self.groups):
             raise InputError("--method wanda_variant chooses its own rows: it needs --allocation uniform, no --groups")
+        if self.allocation == "search" and self.epsilon is not None:
+            raise InputError("--epsilon: --allocation search takes each allocation's own; leave it out")
+        if self.allocation == "search" and self.dry_run:
+            raise InputError("--dry-run: --allocation search prunes to find one; look at another --allocation")
         if self.budget == "reference" and self.allocation not in {*SPECTRAL, "uniform"}:
             raise InputError("--budget reference is defined for farms and alphapruning; leave it out")
         self.half_range()  # these two raise where their own settings are wrong
@@ -157,6 +166,14 @@ class Config:
         if self.epsilon == "auto":
             return None
         return EPSILON[self.allocation] if given is None else given
+
+    @property
+    def held_out(self) -> int:
+        """Number of calibration sequences beside `samples`, which no statistic sees: allocations are judged by them."""
+        if self.allocation == "search":
+            return self.samples
+        is_judged = self.allocation == "sensitivity" or self.half_range() is None
+        return max(self.samples // 4, 1) if is_judged else 0
 
     def groups_of(self) -> Groups | None:
         """Return N:M as numbers, `None` without `--groups`."""

@@ -26,7 +26,7 @@ class Job:
     config: Config  # resolved
     checkpoint: Checkpoint  # the dense model
     network: Network
-    calibration: Samples  # those beyond `config.samples` are for the search of epsilon
+    calibration: Samples  # `config.samples` for statistics, then `config.held_out`
     evaluation: Samples
     tokenizer: Any  # None where the texts are token ids
     weights: str  # SHA-256 of all tensors: names, dtypes, shapes, values
@@ -45,7 +45,7 @@ class Job:
 
     @property
     def unseen(self) -> np.ndarray:
-        """Token ids (M, T) held out from the statistics; none unless epsilon is searched."""
+        """Token ids (M, T) held out from the statistics, to judge allocations by; none unless one is to be judged."""
         return self.calibration.ids[self.config.samples :]
 
     @property
@@ -68,8 +68,7 @@ def prepare(config: Config) -> Job:
     tokenizer = choose_tokenizer(checkpoint, config.tokenizer, needed=not in_ids)
     common = {"length": config.length, "special_tokens": config.special_tokens, "vocab_size": network.vocab_size}
     evaluation = evaluation_blocks(config.text, tokenizer, limit=config.limit, **common)
-    # A search of epsilon is judged on a quarter as many sequences more.
-    needed = config.samples + (max(config.samples // 4, 1) if config.half_range() is None else 0)
+    needed = config.samples + config.held_out
     calibration = calibration_samples(config.calibration, tokenizer, count=needed, seed=config.seed, **common)
     return Job(config, checkpoint, network, calibration, evaluation, tokenizer, _hash(checkpoint))
 

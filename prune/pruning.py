@@ -1,7 +1,7 @@
 """Pruning one block, and a whole model block by block: each is given the outputs of the pruned ones before it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ from jax import Array
 from tqdm import tqdm
 
 from .admm import Normal, admm, normalise
-from .allocation import Plan, sizes_of
+from .allocation import Plan, plan_of, sizes_of
 from .config import DAMPING, Method
-from .forward import Activations, Read, Statistic, Statistics, Tensors, embed, run_blocks, weights_of
+from .forward import Activations, NotFiniteError, Read, Statistic, Statistics, Tensors, embed, run_blocks, weights_of
 from .job import Job
 from .methods import magnitude, wanda, wanda_variant
 from .models import Network
@@ -144,3 +144,15 @@ def simulate(job: Job, plan: Plan, ids: np.ndarray, title: str) -> Simulation:
     nll = losses(network, read, activations, ids)
     total = sum(sizes_of(network.layer_shapes()).values())
     return Simulation(perplexity_of(nll, title), sum(removed) / total, nll.tolist())
+
+
+def judge(job: Job, sparsity: Mapping[str, float], title: str) -> float | None:
+    """Return the perplexity on the held-out calibration text when layers are pruned to these sparsities.
+
+    Without recovery, which would take far longer; `None` where it is not finite: too much is removed somewhere.
+    """
+    plan = plan_of(dataclasses.replace(job.config, recover="none"), sparsity, job.network.layer_shapes())
+    try:
+        return simulate(job, plan, job.unseen, title).perplexity
+    except NotFiniteError:
+        return None

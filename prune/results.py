@@ -15,10 +15,12 @@ from farms_jax.programs.environment import environment
 from farms_jax.programs.files import atomic
 
 from .allocation import Plan, Shapes, sizes_of
+from .config import EPSILON
 from .job import Job
 from .perplexity import Perplexity
 from .pruning import Simulation
 from .record import Record
+from .search import report as search_report
 from .writing import WrittenBlock
 
 _PACKAGES = ("farms-jax", "jax", "jaxlib", "numpy", "transformers", "tokenizers")
@@ -55,7 +57,8 @@ def allocation_table(job: Job, scores: Mapping[str, float], epsilon: float, plan
     inside, everything = sum(sizes.values()), sum(math.prod(info.shape) for info in tensors)
     removed, stored = sum(plan.asked(layer) * sizes[layer] for layer in sizes), sum(info.nbytes for info in tensors)
     sparse = stored - removed * stored / everything + inside / 8  # kept weights, and a bit for each weight
-    how = f", epsilon {epsilon:g}, by {config.granularity}" if config.allocation != "uniform" else ""
+    spread = f", epsilon {epsilon:g}" if config.allocation in EPSILON else ""
+    how = f"{spread}, by {config.granularity}" if config.allocation != "uniform" else ""
     lines += [
         f"{config.allocation}{how}: {removed / inside:.4f} of {inside / 1e6:.2f} M block weights, "
         f"{removed / everything:.4f} of all {everything / 1e6:.2f} M",
@@ -130,6 +133,7 @@ def make_card(
             "granularity": config.granularity,
             "epsilon": {"value": record.get("epsilon")} | ({"trials": trials} if trials else {}),
             "layers": [row._asdict() for row in rows],
+            **({"search": found} if (found := search_report(record)) else {}),
         },
         "sparsity": {"asked": config.sparsity, "reached": reached},
         "perplexity": perplexities,

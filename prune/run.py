@@ -18,10 +18,11 @@ from .config import EPSILONS_SCALE, EPSILONS_SHIFT, SPECTRAL
 from .forward import NotFiniteError
 from .job import Job
 from .perplexity import Perplexity, perplexity
-from .pruning import Simulation, simulate
+from .pruning import Simulation, judge, simulate
 from .record import Record, opened
 from .results import allocation_table, layer_rows, make_card, results_table, write_layers
 from .scores import score_layers, spectral_alphas
+from .search import search
 from .sparsity_plots import plot_run
 from .writing import lay_out, write_pruned, written_blocks
 
@@ -57,7 +58,10 @@ def _run(job: Job, record: Record) -> str:
     alphas = record.stage("alphas", lambda: spectral_alphas(job, job.checkpoint, "alphas"))
     scores = record.stage("scores", lambda: score_layers(job, alphas))
     epsilon = record.stage("epsilon", lambda: find_epsilon(job, scores, record))
-    sparsity = record.stage("sparsity", lambda: sparsities(config, scores, shapes, epsilon))
+    sparsity = record.stage(
+        "sparsity",
+        lambda: search(job, record) if config.allocation == "search" else sparsities(config, scores, shapes, epsilon),
+    )
     plan = plan_of(config, sparsity, shapes)
     table = allocation_table(job, scores, epsilon, plan)
     if config.dry_run:
@@ -97,16 +101,10 @@ def find_epsilon(job: Job, scores: Mapping[str, float], record: Record) -> float
     given = config.half_range()
     if given is not None:
         return given
-    config = dataclasses.replace(config, recover="none")  # which would take every trial far longer
     trials = dict(record.get("trials", {}))
     for epsilon in EPSILONS_SCALE if config.allocation in SPECTRAL else EPSILONS_SHIFT:
         if str(epsilon) not in trials:
-            plan = plan_of(config, sparsities(config, scores, shapes, epsilon), shapes)
-            try:
-                found = simulate(job, plan, job.unseen, f"epsilon {epsilon}").perplexity
-            except NotFiniteError:
-                found = None  # this one removes too much somewhere
-            trials[str(epsilon)] = found
+            trials[str(epsilon)] = judge(job, sparsities(config, scores, shapes, epsilon), f"epsilon {epsilon}")
             record.put("trials", trials)
     finite = {epsilon: value for epsilon, value in trials.items() if value is not None}
     shown = (f"{k}: {'not finite' if v is None else f'{v:.4g}'}" for k, v in trials.items())

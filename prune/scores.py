@@ -18,6 +18,7 @@ from .forward import Read, Statistics, Tensors, embed, read_part, run_blocks, we
 from .job import Job
 from .methods import lowest, wanda_scores
 from .models import Network
+from .sensitivity import score_by_sensitivity
 
 OUTLIER = 5.0  # OWL's M: an outlier is a score above this multiple of the mean
 
@@ -55,7 +56,9 @@ def measure_alphas(
 
 
 def score_layers(job: Job, alphas: dict[str, float] | None = None) -> dict[str, float]:
-    """Return the score of each layer of the dense model; empty for uniform. `alphas` are measured if not known yet.
+    """Return the score of each layer of the dense model; empty for uniform and search.
+
+    `alphas` are measured if not known yet.
 
     References:
         Huang et al., Determining Layer-wise Sparsity for Large Language Models Through a Theoretical Perspective,
@@ -67,10 +70,21 @@ def score_layers(job: Job, alphas: dict[str, float] | None = None) -> dict[str, 
         known = spectral_alphas(job, job.checkpoint, f"{config.allocation} scores") if alphas is None else alphas
         filled = impute_alphas(np.array([known.get(layer, 0.0) for layer in layers]))
         return dict(zip(layers, filled.tolist(), strict=True))
-    if config.allocation == "atp":
-        blocks = range(network.num_blocks)
-        return {network.layer_name(block, linear): float(block) for block in blocks for linear in network.linears}
+    if config.allocation in {"atp", "ends"}:
+        return _score_by_depth(job)
+    if config.allocation == "sensitivity":
+        return score_by_sensitivity(job)
     return _score_by_activations(job) if config.allocation in {"owl", "dlp"} else {}
+
+
+def _score_by_depth(job: Job) -> dict[str, float]:
+    """Return scores by the number of the block alone: the number (ATP), or 0 for the first and the last, 1 between."""
+    network, last = job.network, job.network.num_blocks - 1
+
+    def score(block: int) -> float:
+        return float(block) if job.config.allocation == "atp" else float(0 < block < last)
+
+    return {network.layer_name(block, linear): score(block) for block in range(last + 1) for linear in network.linears}
 
 
 def _score_by_activations(job: Job) -> dict[str, float]:

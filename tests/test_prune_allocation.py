@@ -97,6 +97,13 @@ def test_atp_is_an_arithmetic_progression(tmp_path):
     np.testing.assert_allclose(found, [0.58, 0.66, 0.74, 0.82], atol=1e-9)
 
 
+def test_ends_lose_less_and_all_others_the_same(tmp_path):
+    _, found = allocated(tmp_path, allocation="ends", sparsity=0.7, epsilon=0.12)
+    np.testing.assert_allclose(found, [0.58, 0.82, 0.82, 0.58], atol=1e-9)
+    _, found = allocated(tmp_path, allocation="ends", sparsity=0.1, epsilon=0.13)
+    np.testing.assert_allclose(found, [0, 0.2, 0.2, 0], atol=1e-9)
+
+
 @pytest.mark.parametrize("allocation", ["farms", "alphapruning"])
 def test_alphas_are_stretched_around_one_and_scaled_to_the_budget(allocation, tmp_path):
     alphas, found = allocated(tmp_path, allocation=allocation, epsilon=0.4)
