@@ -54,6 +54,15 @@ def text_table(heads: Sequence[str], cells: Iterable[Sequence[str]], *, left: Co
     )
 
 
+def counted(count: int, thing: str) -> str:
+    """Return a number of things in words.
+
+    >>> counted(1, "layer"), counted(2_000, "layer")
+    ('1 layer', '2000 layers')
+    """
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def short_count(count: int) -> str:
     """Return a number of parameters in a few characters.
 

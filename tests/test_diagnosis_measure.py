@@ -14,7 +14,7 @@ from farms_jax.diagnosis import measure as module
 from farms_jax.diagnosis.columns import BY_NAME, MEDIAN
 from farms_jax.diagnosis.measure import measure
 from farms_jax.diagnosis.settings import Settings
-from farms_jax.diagnosis.spectrum import spectrum_measures
+from farms_jax.diagnosis.spectrum import bulk_measures, spectrum_measures
 from farms_jax.solvers import cpu, dispatch, gram_matrices
 
 RNG = np.random.default_rng(0)
@@ -156,6 +156,17 @@ def test_shuffling_tells_structure_from_noise():
     assert rows["s"]["rand_distance"] > 0.1
     assert rows["s"]["ww_softrank"] < 0.4
     np.testing.assert_allclose([row["mp_sigma"] for row in rows.values()], 1, atol=0.05)
+
+
+def test_what_a_sparse_layer_shares_with_its_shuffles_is_no_spike():
+    rng, shape = np.random.default_rng(0), (32, 48)
+    sparse = rng.standard_normal((48, *shape)) * (rng.random((48, *shape)) < 0.1)
+    direction = np.full(shape, 0.2)  # an eigenvalue of 61, where the bulk ends at 13
+    spectra = [np.linalg.svd(part, compute_uv=False)[:, ::-1] ** 2 for part in (sparse, sparse[:24] + direction)]
+    noise, planted = ([bulk_measures(own, shape, shape, spectra[0][24:]) for own in part[:24]] for part in spectra)
+    assert sum(row["mp_spikes"] > 0 for row in noise) > 12
+    assert sum(row["mp_spikes"] > row["mp_rand_spikes"] for row in noise) <= 1
+    assert all(row["mp_spikes"] > row["mp_rand_spikes"] for row in planted)
 
 
 def test_histograms_hold_the_whole_spectrum(measured):

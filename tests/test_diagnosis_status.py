@@ -9,7 +9,7 @@ from farms_jax.diagnosis.status import disagreement_summary, disagreements, stat
 BAND = {"noise_alpha": 2.12, "noise_low": 2.08, "noise_high": 2.16, "heavy_alpha": 1.56}
 WINDOWS = {"alpha": 1.8, "alpha_low": 1.75, "alpha_high": 1.85, "ks_distance": 0.15, "num_tail": 640, **BAND}
 TRAINED = WINDOWS | {"ww_alpha": 3.5, "whole_stable_rank": 4.0, "whole_largest_eigenvalue": 4.0, "mp_spikes": 12}
-TRAINED |= {"numerical_rank": 64, "whole_num_eigenvalues": 64, "mp_distance": 0.2, "max_rand_eval": 1.0, "M": 64}
+TRAINED |= {"numerical_rank": 64, "whole_num_eigenvalues": 64, "mp_distance": 0.2, "M": 64}
 NEAR = {"alpha": 2.13, "alpha_low": 2.11, "alpha_high": 2.15, "mp_spikes": 0, "mp_distance": 0.01}
 WIDE = {"noise_low": 1.3, "noise_high": 4.0, "num_tail": 5}
 OF_ANOTHER_RULE = {"median_alpha": 2.13, "median_low": 2.11, "median_high": 2.15}
@@ -29,7 +29,7 @@ OF_ANOTHER_RULE |= {"median_ks_distance": 0.15, "median_num_tail": 640, "mp_spik
         (NEAR | {"mp_spikes": 9}, "well trained", "is near noise"),
         (NEAR | {"mp_spikes": 2, "mp_distance": 0.3}, "well trained", "is near noise"),
         (
-            NEAR | {"mp_spikes": 2, "mp_rand_spikes": 1, "max_rand_eval": 3.9},
+            NEAR | {"mp_spikes": 2, "mp_rand_spikes": 2},
             "undertrained",
             "is that of noise, 2.08 to 2.16; no eigenvalue beyond the bulk of noise but 2 that its shuffled weights",
         ),
@@ -38,15 +38,9 @@ OF_ANOTHER_RULE |= {"median_ks_distance": 0.15, "median_num_tail": 640, "mp_spik
             "spiked",
             "; 2 eigenvalues beyond the bulk of noise, and 1 that",
         ),
-        ({"mp_spikes": 12, "mp_rand_spikes": 1, "max_rand_eval": 4.0}, "well trained", "; 11 eigenvalues beyond"),
+        ({"mp_spikes": 12, "mp_rand_spikes": 1}, "well trained", "; 11 eigenvalues beyond"),
         (NEAR | {"alpha": 2.2, "mp_spikes": 2}, "flat", "most of its eigenvalues are more equal; 2"),
         (NEAR | {"alpha": 2.2, "mp_spikes": 9}, "well trained", "a heavy tail, the rest more equal; 9"),
-        (
-            NEAR
-            | {"mp_spikes": 2, "mp_rand_spikes": 2, "max_rand_eval": 3.9, "structure": "its weights share a mean of 1"},
-            "spiked",
-            "a mean",
-        ),
         (NEAR | WIDE, "too few to say", "its tail has 5 eigenvalues, about 14 would do"),
         (NEAR | WIDE | {"alpha": None}, "too few to say", "too few eigenvalues"),
         ({"alpha": 1.5, "alpha_high": 1.55}, "over-correlated", "is below 1.56, that of exponent 2; the largest"),
@@ -126,7 +120,13 @@ def _layers():
     yield "two weights", "degenerate", "62 of 64 inputs are zero", np.eye(1, 64) + np.eye(1, 64, 63)
     yield "decayed", "degenerate", "20 of 128 outputs are zero, or 1000 times smaller", decayed
     yield "tiny", "too few to say", "would do", normal((5, 5))
-    yield "mean", "spiked", "its weights share a mean of 0.5", 0.5 + normal((128, 128))
+    yield "mean of all", "spiked", "its weights share a mean of 0.5", 0.5 + normal((128, 128))
+    centre = normal((64, 32, 3, 3))
+    centre[..., 1, 1] += 0.4
+    yield "mean of the centre", "spiked", "share a mean of 0.352 at kernel position 4", centre
+    strong = 0.15 + normal((128, 128)) + np.outer(normal(128), normal(128)) / 3
+    yield "mean beside more", "spiked", "1 eigenvalue beyond", strong
+    yield "residual", "flat", "a multiple of the identity is 9", np.eye(128) + 0.02 * normal((128, 128))
     yield "orthogonal", "flat", "orthogonal: all singular values are equal", 3 * square
     yield "semi-orthogonal", "flat", "orthogonal", square[:64]
     yield "orthogonal kernel", "flat", "orthogonal", square[:64].reshape(64, 32, 2, 2)
@@ -140,8 +140,9 @@ def _layers():
     yield "rank 8", "degenerate", "low rank: 8 of 96", normal((96, 8)) @ normal((8, 128))
     yield "repeated", "degenerate", "only 32 of 128 outputs differ", np.repeat(normal((32, 128)), 4, 0)
     yield "dead", "degenerate", "20 of 128 outputs are zero", dead
-    sparse = normal((128, 4, 3, 3)) * (rng.random((128, 4, 3, 3)) < 0.1)
-    yield "sparse grouped", "undertrained", "% of its weights are zero", sparse
+    for shape in ((128, 4, 3, 3), (128, 64, 3, 3), (64, 3, 7, 7)):
+        sparse = normal(shape) * (rng.random(shape) < 0.1)
+        yield f"sparse {shape}", "undertrained", "% of its weights are zero", sparse
     yield "power law", "well trained", "a power law, above noise", power
 
 
@@ -153,6 +154,7 @@ def test_statuses_of_layers_of_known_kinds():
     assert found == {name: status for name, status, _, _ in layers}
     for name, _, words, _ in layers:
         assert words in rows[name]["reason"], (name, rows[name]["reason"])
+        assert ("share a mean" in rows[name]["reason"]) == name.startswith("mean of"), name
 
 
 def test_statuses_do_not_depend_on_the_rule_of_the_tail():

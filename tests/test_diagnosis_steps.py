@@ -97,6 +97,9 @@ def test_a_recipe_has_a_sparsity_for_each_block_in_the_order_of_modules():
     assert np.mean([*found.values()]) == pytest.approx(0.7, abs=1e-3)  # blocks of one size
     assert np.all(np.diff([*found.values()]) > 0)  # as their alphas grow
     assert len(prunable(layers)) == 22
+    sequential = rows(*((f"{side}.{i}.weight", "linear", "well trained", 2.0) for side in "ab" for i in (0, 2, 4)))
+    assert prunable(sequential) == []  # each is one layer, and the last the head
+    assert prunable(layers[:4] + sequential) == layers[:4]
     assert "ignore: []" in recipe(layers, sparsity=0.5)
     routed = [*layers, *rows(("layers.0.mlp.gate.weight", "router", "", 2.0))]
     assert 'ignore: ["re:.*[.](gate|router)$"]' in recipe(routed, sparsity=0.5)

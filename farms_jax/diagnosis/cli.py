@@ -14,7 +14,7 @@ import tyro
 
 from farms_jax import axis_rules
 from farms_jax._layers import SAY_IT
-from farms_jax._present import text_table
+from farms_jax._present import counted, text_table
 from farms_jax._tail import Tail
 from farms_jax._windows import Window
 from farms_jax.diagnosis.columns import COLUMNS, Column, find_column
@@ -247,7 +247,7 @@ class Watch(Measuring):
             sys.stdout.flush()
             count, again = count + len(news), again + len(seen.alerts) - len(news)
         told = f", {again} more told before" if again else ""
-        sys.stdout.write(f"{count} alert{'' if count == 1 else 's'}{told}; written to {out}\n")
+        sys.stdout.write(f"{counted(count, 'alert')}{told}; written to {out}\n")
 
 
 def main(name: str) -> None:

@@ -139,7 +139,7 @@ _GROUPS: dict[str, tuple[Column, ...]] = {
         Column("mp_max", "upper edge of that bulk", ".4g"),
         Column("mp_spikes", "eigenvalues beyond it, by more than its fluctuation", "d", "spikes"),
         Column(
-            "mp_rand_spikes", "the same of the shuffled matrix, beyond its own bulk: made by single large weights", "d"
+            "mp_rand_spikes", "how many of these the shuffled matrix has too, by chance or by single large weights", "d"
         ),
         Column("mp_distance", "KS distance of the others from that law, in [0, 1]", ".3f"),
         Column(

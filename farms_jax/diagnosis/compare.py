@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from farms_jax._axes import as_matrices
 from farms_jax._extras import from_extra
+from farms_jax._present import counted
 from farms_jax._tail import Tail
 from farms_jax.diagnosis.alignment import alignment
 from farms_jax.diagnosis.columns import BY_NAME, Column, Row, half_width, plain, text
@@ -85,8 +86,8 @@ class Comparison(LayerTable):
             beyond += f" (most {row['layer']}, {row['alpha_change']:+.3f})"
         same = sum(row.get("moved") == 0 for row in self.layers)
         unchanged = f", {same} with the same weights" if same else ""
-        count = f"{len(self)} layer{'' if len(self) == 1 else 's'}"
         damaged = "".join(f", {len(layers)} not measured in {side}" for side, layers in self.damaged.items() if layers)
+        count = counted(len(self), "layer")
         return f"A {self.models[0]}, B {self.models[1]}: {count} of one name{beyond}{unchanged}{damaged}"
 
     def closing(self) -> list[str]:
@@ -142,10 +143,7 @@ class Comparison(LayerTable):
         Raises:
             InputError: there is no such kind or layer, or what it needs is not known, or Matplotlib is not installed.
         """
-        if kind not in {"alpha", "moved", "spectrum"}:
-            raise InputError(f"plot: there is no kind {kind!r}; there are 'alpha', 'moved' and 'spectrum'")
-        if layer is not None and kind != "spectrum":
-            raise InputError(f"plot: kind {kind!r} shows all layers; leave out `layer`, or take kind 'spectrum'")
+        self._check_plot(kind, ("alpha", "moved", "spectrum"), layer)
         name = self.names[0] if layer is None else layer
         needed = {"alpha": "alpha_change", "moved": "moved"}.get(kind)
         if needed and not any(row.get(needed) is not None for row in self.layers):
@@ -168,10 +166,6 @@ class Comparison(LayerTable):
             )
             (figures.changes_by_depth if kind == "alpha" else figures.moves_by_depth)(axis, self._by_depth())
         return drawing
-
-    def _by_depth(self) -> list[Row]:
-        """Return the layers in the order of the first model, however the table was sorted."""
-        return sorted(self.layers, key=lambda row: row.get("place") or 0)
 
 
 def compare(a: Any, b: Any, *, directions: int = 10, progress: bool = False, **options: Any) -> Comparison:

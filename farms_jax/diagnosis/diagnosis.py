@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from farms_jax._extras import from_extra
-from farms_jax._modules import network_order
-from farms_jax._names import natural_key
-from farms_jax._present import left_out_lines, short_count
-from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column, Row, number, plain, with_interval
+from farms_jax._present import counted, left_out_lines, short_count
+from farms_jax.diagnosis.columns import BY_NAME, COLUMNS, Column, number, plain, with_interval
 from farms_jax.diagnosis.exports import rates, recipe
 from farms_jax.diagnosis.spectrum import Histogram
 from farms_jax.diagnosis.status import MEANINGS, attention, counts, disagreement_summary
@@ -73,8 +71,7 @@ class Diagnosis(LayerTable):
     def _measured(self) -> str:
         """Return in words what of the model was measured."""
         quantised = f", {self.facts['quantisation']}" if self.facts.get("quantisation") else ""
-        count = f"{len(self)} layer{'' if len(self) == 1 else 's'}"
-        return f"{self.model}{quantised}: {count}{self._share()}{self._zeros()}"
+        return f"{self.model}{quantised}: {counted(len(self), 'layer')}{self._share()}{self._zeros()}"
 
     def _zeros(self) -> str:
         """Return in words how many of the layers' weights are zero; empty where few are."""
@@ -224,10 +221,7 @@ class Diagnosis(LayerTable):
             InputError: there is no such kind or layer, or what it needs was not measured, or Matplotlib is not
                 installed.
         """
-        if kind not in {"alpha", "spectrum", "bias"}:
-            raise InputError(f"plot: there is no kind {kind!r}; there are 'alpha', 'spectrum' and 'bias'")
-        if layer is not None and kind != "spectrum":
-            raise InputError(f"plot: kind {kind!r} shows all layers; leave out `layer`, or take kind 'spectrum'")
+        self._check_plot(kind, ("alpha", "spectrum", "bias"), layer)
         if kind == "bias" and not any(number(row, "aspect_ratio_bias") is not None for row in self.layers):
             raise InputError("plot: the bias needs whole matrices; measure with whole=True")
         with from_extra("diagnose"):
@@ -250,9 +244,3 @@ class Diagnosis(LayerTable):
             figures.spectrum(axis, row, self.histograms[name])
             axis.legend(fontsize="small")
         return drawing
-
-    def _by_depth(self) -> list[Row]:
-        """Return the layers in network order, however the table was sorted."""
-        order = network_order(sorted(self.names, key=natural_key))
-        place = {name: i for i, name in enumerate(order, start=1)}  # for rows that were made without
-        return sorted(self.layers, key=lambda row: row.get("place") or place[row["layer"]])

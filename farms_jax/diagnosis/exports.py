@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,28 +27,36 @@ _NOT_PRUNED = {"embedding", "head", "stem", "router", "norm"}
 def prunable(rows: Sequence[Row]) -> list[Row]:
     """Return the layers that llm-compressor prunes: linear modules of numbered blocks, under Torch's names.
 
-    Empty where there are fewer than two blocks.
+    Empty where there are fewer than two blocks of several layers. A numbered module that is one layer is no block, but
+    a part of an `nn.Sequential`, whose last one is the head, under no name that says so.
     """
-    found = [
-        row
+    found = {
+        row["layer"]: row
         for row in rows
-        if _in_block(row["layer"]) and row.get("type") not in _NOT_PRUNED and str(row.get("shape", "")).count("x") == 1
-    ]
-    return found if len({block_of(row["layer"]) for row in found}) > 1 else []
+        if row.get("type") not in _NOT_PRUNED and str(row.get("shape", "")).count("x") == 1
+    }
+    return [found[name] for name in _in_blocks(found)]
 
 
 def check_blocks(names: Iterable[str]) -> None:
     """Check by names alone, before anything is measured, that a recipe can be written.
 
     Raises:
-        InputError: there are no two numbered blocks under Torch's names.
+        InputError: there are no two numbered blocks of several layers under Torch's names.
     """
-    if len({block_of(name) for name in names if _in_block(name)}) < 2:
-        raise InputError("--recipe: needs two numbered blocks of linear layers under Torch's names, as layers.0.fc1")
+    if not _in_blocks(names):
+        raise InputError(
+            "--recipe: needs two numbered blocks of several linear layers under Torch's names, as layers.0.fc1, "
+            "layers.0.fc2, layers.1.fc1, layers.1.fc2"
+        )
 
 
-def _in_block(name: str) -> bool:
-    return re.search(r"(^|[.])\d+[.]", name) is not None and not name.endswith("]")
+def _in_blocks(names: Iterable[str]) -> list[str]:
+    """Return the layers of numbered blocks of several layers; none where there are fewer than two such blocks."""
+    numbered = [name for name in names if re.search(r"(^|[.])\d+[.]", name) and not name.endswith("]")]
+    sizes = Counter(map(block_of, numbered))
+    found = [name for name in numbered if sizes[block_of(name)] > 1]
+    return found if len(set(map(block_of, found))) > 1 else []
 
 
 def recipe(

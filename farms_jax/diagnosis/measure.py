@@ -18,7 +18,7 @@ from farms_jax._tail import Tail, TailFit, highest_alpha, without_flat
 from farms_jax._windows import Grid, make_grid
 from farms_jax.diagnosis.alternatives import tail_measures
 from farms_jax.diagnosis.columns import MEDIAN
-from farms_jax.diagnosis.noise import grid_level, heavy_alpha, noise_band
+from farms_jax.diagnosis.noise import excess_kurtosis, grid_level, heavy_alpha, noise_band
 from farms_jax.diagnosis.resampling import deviations, interval, interval_grid
 from farms_jax.diagnosis.settings import Settings
 from farms_jax.diagnosis.spectrum import (
@@ -30,13 +30,15 @@ from farms_jax.diagnosis.spectrum import (
     shuffled_measures,
     spectrum_measures,
 )
-from farms_jax.diagnosis.structure import HEAVY, numerical_rank, repeated, sample, structure_of
+from farms_jax.diagnosis.structure import HEAVY, MEAN, numerical_rank, repeated, sample, structure_of
 from farms_jax.diagnosis.tail_fits import fit_spectra
 from farms_jax.solvers.cpu import cores
 from farms_jax.solvers.dispatch import Solver, window_eigenvalues
 
 _RESOLVED = 1e-10  # of the largest eigenvalue: below it Gram matrices in float64 lose a singular value's sixth digit
 _FIRST_WINDOWS = 16  # of an adaptive measure; each round after that doubles them
+_BY_CHANCE = 16  # squared deviations of the largest of a layer's rows: see `_shuffles`
+_SHUFFLED, _MOST_SHUFFLES = 2**21, 32  # entries of a layer that are shuffled in all, and how often at most
 _SHUFFLE, _RESAMPLE, _ORDER, _NOISE, _BOOTSTRAP = range(5)  # uses of random numbers, each with a stream of its own
 
 
@@ -97,7 +99,10 @@ def measure(
     _solve(layers, values, settings)
     with ThreadPoolExecutor(cores()) as pool:  # before they are shuffled in place
         exact = list(pool.map(lambda layer: _exact(layer, values, settings), layers))
-    shuffled = _shuffled_spectra(layers, settings, overwrite) if settings.whole and settings.randomize else {}
+    shuffled = {}
+    if settings.whole and settings.randomize:
+        counts = {layer.name: own.shuffles for layer, own in zip(layers, exact, strict=True)}
+        shuffled = _shuffled_spectra(layers, counts, settings, overwrite)
     return {
         layer.name: _measured(layer, values, own, shuffled.get(layer.name), settings)
         for layer, own in zip(layers, exact, strict=True)
@@ -156,7 +161,8 @@ class _Exact(NamedTuple):
 
     columns: dict[str, Any]
     live: tuple[int, int]  # rows and columns that are not zero
-    across: np.ndarray | None  # eigenvalues (K,) of a depthwise kernel as one matrix, positions by channels
+    shuffles: int  # how many tell what is there by chance
+    across: np.ndarray | None  # see `_across`
 
 
 def _median(tail: Tail) -> Tail:
@@ -166,8 +172,11 @@ def _median(tail: Tail) -> Tail:
 
 def _exact(layer: _Layer, values: _Values, settings: Settings) -> _Exact:
     stack, tail, grid = layer.stack, _median(settings.tail), layer.grid
-    entries = sample(stack)
-    columns, live = structure_of(stack, entries, 2.0**layer.exponent)
+    entries, across, whole, largest = sample(stack), _across(stack), None, None
+    if settings.whole:
+        whole = values[layer.name, layer.whole]
+        largest = whole.max(1) / 4.0**layer.exponent if across is None else across[-1:]
+    columns, live = structure_of(stack, entries, 2.0**layer.exponent, largest)
     columns |= dict.fromkeys(("noise_alpha", "noise_low", "noise_high", "heavy_alpha"))
     thin = layer.is_thin(settings)
     if not thin:
@@ -180,17 +189,36 @@ def _exact(layer: _Layer, values: _Values, settings: Settings) -> _Exact:
         columns |= {"noise_alpha": band.level, "noise_low": band.low, "noise_high": band.high}
         if band.kurtosis and not columns["structure"]:
             columns["structure"] = f"{HEAVY} (excess kurtosis {band.kurtosis:.3g})"
-    if settings.whole:
-        whole = values[layer.name, layer.whole]
+    if whole is not None:
         rank = numerical_rank(whole, stack.shape, layer.eps)
         columns["numerical_rank"] = rank
         if 0 < rank < whole.size and not columns["structure"]:
             columns["structure"] = repeated(stack)
-    across = None
-    if len(stack) > 1 and min(stack.shape[1:]) == 1:  # matrices of one row say nothing of what channels share
-        matrix = stack.reshape(len(stack), -1).astype(np.result_type(stack.dtype, np.float64))
-        across = np.linalg.svd(matrix, compute_uv=False)[::-1] ** 2 * 4.0**layer.exponent
-    return _Exact(columns, live, across)
+    return _Exact(columns, live, _shuffles(entries, stack), across)
+
+
+def _across(stack: np.ndarray) -> np.ndarray | None:
+    """Return the eigenvalues (K,), ascending, of a depthwise kernel (K, R, C) as one matrix, positions by channels.
+
+    Its matrices of one row say nothing of what channels share. `None` of any other layer.
+    """
+    if len(stack) == 1 or min(stack.shape[1:]) > 1:
+        return None
+    matrix = stack.reshape(len(stack), -1).astype(np.result_type(stack.dtype, np.float64))
+    return np.linalg.svd(matrix, compute_uv=False)[::-1] ** 2
+
+
+def _shuffles(entries: np.ndarray, stack: np.ndarray) -> int:
+    """Return how often a layer (K, R, C) has to be shuffled, to know which eigenvalues beyond the bulk are chance.
+
+    Entries of excess kurtosis k, in rows of C, have rows whose squared norms scatter by sqrt((k + 2) / C) of their
+    mean. One that is larger than the mean by sqrt(R / C) of it is a spike (Baik, Ben Arous and Peche 2005), and where
+    the largest of all rows, 4 deviations off, may be that, it is another in every order: where (k + 2) 16 > R. The
+    same holds of columns.
+    """
+    if (excess_kurtosis(entries) + 2) * _BY_CHANCE < min(stack.shape[1:]):
+        return 1
+    return min(max(_SHUFFLED // stack.size, 1), _MOST_SHUFFLES)
 
 
 def _measured(
@@ -228,18 +256,19 @@ def _measured(
         if layer.is_thin(settings):
             row |= dict.fromkeys(BULK)
         elif exact.across is None:
-            chance = None if shuffled is None else shuffled * scale
+            # A mean that all share is there in any order too.
+            chance = None if shuffled is None or MEAN in row["structure"] else shuffled * scale
             row |= bulk_measures(whole, layer.stack.shape[1:], exact.live, chance)
         else:
             shape = (len(layer.stack), longer)
-            row |= bulk_measures(np.resize(exact.across, min(shape)) * scale, shape, shape)
+            row |= bulk_measures(np.resize(exact.across, min(shape)) * scale * 4.0**layer.exponent, shape, shape)
         if row["mp_sigma"]:
             row["mp_sigma"] /= scale**0.5  # of the weight's own entries
         if settings.alternatives or settings.bootstrap:
             rng, samples = layer.generator(settings, _BOOTSTRAP), settings.bootstrap
             row |= tail_measures(whole, alternatives=settings.alternatives, samples=samples, rng=rng)
         if shuffled is not None:
-            row |= shuffled_measures(whole, shuffled * scale, *layer.stack.shape[1:])
+            row |= shuffled_measures(whole, shuffled[0] * scale, *layer.stack.shape[1:])
     return Measured(row, scatter, histogram(windows.ravel(), whole))
 
 
@@ -290,22 +319,29 @@ def _scatter(layer: _Layer, windows: np.ndarray, settings: Settings) -> np.ndarr
     return deviations(windows, settings.tail, grids, len(layer.stack), settings.resamples, rng)
 
 
-def _shuffled_spectra(layers: list[_Layer], settings: Settings, overwrite: bool) -> dict[str, np.ndarray]:
-    """Return eigenvalues (E,), ascending, of each layer's matrices with their entries in random order."""
+def _shuffled_spectra(
+    layers: list[_Layer], counts: Mapping[str, int], settings: Settings, overwrite: bool
+) -> dict[str, np.ndarray]:
+    """Return eigenvalues (B, E), ascending, of each layer's matrices in B random orders of their entries."""
+    generators = {layer.name: layer.generator(settings, _SHUFFLE) for layer in layers}
 
-    def shuffle(layer: _Layer) -> np.ndarray:
-        rng, stack = layer.generator(settings, _SHUFFLE), layer.stack
+    def shuffle(layer: _Layer) -> _Layer:
+        stack = layer.stack
         if not (overwrite and stack.flags.c_contiguous and stack.flags.writeable):
             stack = np.array(stack, order="C")
         for matrix in stack:
-            rng.shuffle(matrix.reshape(-1))
-        return stack
+            generators[layer.name].shuffle(matrix.reshape(-1))
+        return layer._replace(stack=stack)
 
+    spectra: dict[str, list[np.ndarray]] = {layer.name: [] for layer in layers}
     with ThreadPoolExecutor(cores()) as threads:
-        stacks = list(threads.map(shuffle, layers))
-    shuffled = [layer._replace(stack=stack) for layer, stack in zip(layers, stacks, strict=True)]
-    found = _eigenvalues(shuffled, [layer.whole for layer in layers], "gram", settings)
-    return {layer.name: np.sort(values.ravel()) for layer, values in zip(layers, found, strict=True)}
+        while layers:
+            layers = list(threads.map(shuffle, layers))
+            found = _eigenvalues(layers, [layer.whole for layer in layers], "gram", settings)
+            for layer, values in zip(layers, found, strict=True):
+                spectra[layer.name].append(np.sort(values.ravel()))
+            layers = [layer for layer in layers if len(spectra[layer.name]) < counts[layer.name]]
+    return {name: np.stack(found) for name, found in spectra.items()}
 
 
 def _adapted(layer: _Layer, values: _Values, settings: Settings, tolerance: float) -> _Layer:

@@ -59,9 +59,8 @@ def noise_band(
         rng: for draws.
     """
     positions, count = shape[0], len(grid.starts)
-    filled = entries != 0  # zeros stay zeros: in small windows they are missing eigenvalues
-    entries = np.where(filled, entries - (entries[filled].mean() if filled.any() else 0), 0)
-    kurtosis, size = _kurtosis(entries), grid.gram_rows
+    entries = _centred(entries)
+    kurtosis, size = excess_kurtosis(entries), grid.gram_rows
     per_fit = positions * count // grid.divisions
     worth = positions * separate_windows(grid, power=2)
     shares = (live[0] / shape[1], live[1] / shape[2])
@@ -125,10 +124,17 @@ def _spreads(spectra: np.ndarray, xmin_pos: float) -> np.ndarray:
     return np.maximum(sums / np.maximum(positive.sum(-1), 1), 1e-6)
 
 
-def _kurtosis(entries: np.ndarray) -> float:
-    squares = np.abs(entries) ** 2
+def excess_kurtosis(entries: np.ndarray) -> float:
+    """Return that of a layer's entries, of any shape, about the mean of those that are not zero; 0 for normal ones."""
+    squares = np.abs(_centred(entries)) ** 2
     mean = squares.mean()
     return float((squares**2).mean() / mean**2 - (2 if np.iscomplexobj(entries) else 3)) if mean > 0 else 0.0
+
+
+def _centred(entries: np.ndarray) -> np.ndarray:
+    """Return entries less their mean; zeros stay zeros: in small windows they are missing eigenvalues."""
+    filled = entries != 0
+    return np.where(filled, entries - (entries[filled].mean() if filled.any() else 0), 0)
 
 
 def _drawn(

@@ -36,7 +36,7 @@ from farms_jax.weights import WeightSource, no_model, open_weights
 from farms_jax.weights.skipped import ADAPTER
 
 _CHUNK = 2**25  # bytes of weights measured at once, where a single layer is not larger: enough for all cores
-_CACHE_FORMAT = 5  # raised when a measure changes its name or its meaning
+_CACHE_FORMAT = 6  # raised when a measure changes its name or its meaning
 
 
 class Place(NamedTuple):

@@ -22,6 +22,8 @@ from farms_jax.diagnosis import weightwatcher
 _WEAK = 1e-6  # eigenvalues below it count as a weak loss of rank, as in WeightWatcher
 _BINS = 60
 BULK = ("mp_sigma", "mp_min", "mp_max", "mp_spikes", "mp_distance", "mp_rand_spikes")
+_LOOKED_AT = 8  # spikes, the largest, that are compared with those of shuffled matrices
+_LEAST_STEP, _DEVIATIONS = 0.05, 3.5  # by which one has to be larger than theirs: of their mean, of their deviation
 _DRAWN = 1e-8  # of the largest eigenvalue: what is smaller, rounding or no rank, is not drawn
 
 
@@ -100,7 +102,8 @@ def bulk_measures(
     """Return the columns of the bulk of a whole matrix: `BULK`.
 
     `eigenvalues` is float64 of shape (E,), ascending, not negative, pooled over matrices of `shape`, rows and columns,
-    of which `live` are not zero: noise is in these alone. `shuffled` are those of the same entries in random order.
+    of which `live` are not zero: noise is in these alone. `shuffled`, (B, E), are those of the entries in
+    B random orders.
     """
     eigenvalues = resolved(eigenvalues)[-max(eigenvalues.size * min(live) // min(shape), 1) :]
     bulk = marchenko_pastur.fit(eigenvalues, *live) if min(live) else None
@@ -111,8 +114,22 @@ def bulk_measures(
     law = marchenko_pastur.cdf(inside / longer, min(live) / longer, bulk.sigma)
     steps = (np.arange(inside.size) + 0.5) / inside.size
     distance = max(float(np.abs(law - steps).max() - 0.5 / inside.size), 0.0)
-    chance = None if shuffled is None else int((shuffled > marchenko_pastur.fit(shuffled, *shape).threshold).sum())
+    chance = None if shuffled is None else _by_chance(spikes, eigenvalues, shuffled, shape)
     return dict(zip(BULK, (bulk.sigma, bulk.low, bulk.high, spikes, distance, chance), strict=True))
+
+
+def _by_chance(spikes: int, eigenvalues: np.ndarray, shuffled: np.ndarray, shape: tuple[int, ...]) -> int:
+    """Return how many of a matrix's `spikes` shuffled ones have too: all, where it does not differ from them.
+
+    It does where one of its largest eigenvalues (E,), ascending, is beyond those in its place in shuffled ones (B, E).
+    """
+    own, others = eigenvalues[::-1][: min(spikes, _LOOKED_AT)], shuffled[:, ::-1][:, : min(spikes, _LOOKED_AT)]
+    # Of one shuffle the scatter is not known.
+    scatter = _DEVIATIONS * others.std(0) * (1 + 1 / len(others)) ** 0.5
+    if not (own > others.mean(0) + np.maximum(_LEAST_STEP * others.mean(0), scatter)).any():
+        return spikes
+    counts = [(values > marchenko_pastur.fit(values, *shape).threshold).sum() for values in shuffled]
+    return min(round(float(np.mean(counts))), spikes - 1)
 
 
 def shuffled_measures(eigenvalues: np.ndarray, shuffled: np.ndarray, rows: int, cols: int) -> dict[str, Any]:

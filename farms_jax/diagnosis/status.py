@@ -4,8 +4,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
+from farms_jax._present import counted
 from farms_jax.diagnosis.columns import Row, by_median
-from farms_jax.diagnosis.structure import CONSTANT, DIAGONAL, IDENTITY, MEAN, ORTHOGONAL, PERMUTATION, ZERO
+from farms_jax.diagnosis.structure import CONSTANT, DIAGONAL, IDENTITY, ORTHOGONAL, PERMUTATION, ZERO
 
 OVER_TRAINED, UNDER_TRAINED = 2.0, 6.0  # WeightWatcher's bounds on its alpha
 NEAR_NOISE = 0.95  # of noise_alpha: a layer hardly below it is not called well trained, however sure that is
@@ -14,7 +15,6 @@ SPIKED = 0.1  # KS distance of the bulk from noise, up to which the rest counts 
 FEW = 0.05  # share of the eigenvalues that may stand beyond it
 POWER_LAW = 0.1  # KS distance of a long tail, up to which it counts as a power law: that of noise is 0.18
 WIDE = math.log(2)  # of log(alpha - 1): from noise to what is over-correlated
-SHUFFLED = 1.05  # times the largest eigenvalue of the same entries in random order: what is below is due to them
 
 GOOD = "well trained"
 UNSURE = "too few to say"
@@ -77,10 +77,9 @@ def disagreement_summary(rows: Iterable[Row]) -> list[str]:
     differing, said = {row["ww_status"] for row, _ in disagreements(rows)}, []
     for verdict in (verdict for verdict in _AGREED if verdict in differing):
         found = counts(row for row in rows if row.get("ww_status") == verdict)
-        number = sum(found.values())
         parts = ", ".join(f"{count} {status}" for status, count in sorted(found.items(), key=lambda item: -item[1]))
         said.append(
-            f"of {number} layer{'' if number == 1 else 's'} that WeightWatcher calls {verdict}, FARMS calls {parts}"
+            f"of {counted(sum(found.values()), 'layer')} that WeightWatcher calls {verdict}, FARMS calls {parts}"
         )
     return said
 
@@ -177,25 +176,17 @@ def _needed(row: Row) -> str:
 
 
 def _count_spikes(row: Row) -> int:
-    """Return how many eigenvalues stand beyond noise and are not there by chance, of a few large entries.
-
-    Those are there when the entries are shuffled too, but so is what a mean that all share makes.
-    """
-    spikes, chance = row.get("mp_spikes") or 0, row.get("mp_rand_spikes")
-    if not spikes or chance is None or MEAN in (row.get("structure") or ""):
-        return spikes
-    if row["whole_largest_eigenvalue"] > SHUFFLED * row["max_rand_eval"]:
-        return max(spikes - chance, 1)
-    return spikes - chance if spikes - chance > 2 * max(chance, 1) ** 0.5 else 0
+    """Return how many eigenvalues stand beyond noise and are not there by chance."""
+    return (row.get("mp_spikes") or 0) - (row.get("mp_rand_spikes") or 0)
 
 
 def _spikes(row: Row) -> str:
     if row.get("mp_spikes") is None:
         return ""
     count = _count_spikes(row)
-    beyond = f"; {count or 'no'} eigenvalue{'s' if count > 1 else ''} beyond the bulk of noise"
-    few = row["mp_spikes"] - count
-    return f"{beyond}{', and' if count else ' but'} {few} that its shuffled weights have too" if few > 0 else beyond
+    beyond = f"; {counted(count, 'eigenvalue') if count else 'no eigenvalue'} beyond the bulk of noise"
+    chance = row.get("mp_rand_spikes")
+    return f"{beyond}{', and' if count else ' but'} {chance} that its shuffled weights have too" if chance else beyond
 
 
 def _share(row: Row) -> str:

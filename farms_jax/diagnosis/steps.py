@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from farms_jax._names import block_of
+from farms_jax._present import counted
 from farms_jax.diagnosis.columns import Row, number
 from farms_jax.diagnosis.exports import prunable
 from farms_jax.diagnosis.status import GOOD, UNSURE, UNTOLD
@@ -72,10 +73,9 @@ def steps(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[Step]:
 
 def _damaged(damaged: Mapping[str, str]) -> Step:
     """Return the step of layers that could not be measured, by name with the reason."""
-    number = f"{len(damaged)} layer{'' if len(damaged) == 1 else 's'}"
     told = listed([f"{name} ({reason})" for name, reason in damaged.items()], 5, ", ")
     return Step(
-        f"{number} not measured: {told}",
+        f"{counted(len(damaged), 'layer')} not measured: {told}",
         "NaN or Inf: the training diverged, or numbers went over the range of their dtype; else a damaged file",
         "take an earlier checkpoint, or write this one again; the other layers may be of a run that has gone wrong",
     )

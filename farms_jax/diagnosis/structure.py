@@ -20,7 +20,10 @@ _DEAD = 1e-3  # of the root mean square of the rows: weight decay shrinks dead o
 _FEW_ZEROS = 0.005  # share of the weights that may be zero by rounding
 _NEARLY_ALL = 0.99  # of the groups have a pattern: what is zero by chance besides
 _GROUP = 4  # N:M sparsity that hardware has: 2 of 4, or 1 of 4
-_SEEN = 1.1  # times the least mean that is seen in a spectrum
+_SEEN = 1.1  # times the least square of a mean that is seen in a spectrum
+_EXPLAINED = 0.1  # of the eigenvalue that a mean makes in noise: what the largest may be beyond it
+_SCATTER = 3.0  # the same in deviations of an entry times the singular value: 99 in 100 draws of noise are within 2.5
+_SQUARE, _OF_IDENTITY = 8, 0.1  # rows, and the share of the squared norm that is far beyond that by chance, 1 / rows^2
 _ROUNDED = 4  # units of rounding of an entry, up to which a direction may be rounding alone
 
 
@@ -31,10 +34,13 @@ class Structure(NamedTuple):
     live: tuple[int, int]  # rows and columns that are not zero, nor nearly
 
 
-def structure_of(stack: np.ndarray, entries: np.ndarray, scale: float = 1.0) -> Structure:
+def structure_of(
+    stack: np.ndarray, entries: np.ndarray, scale: float = 1.0, largest: np.ndarray | None = None
+) -> Structure:
     """Return what the matrices of a layer are exactly: those of `stack`, (K, R, C), times `scale`.
 
-    `entries` is a `sample` of them.
+    `entries` is a `sample` of them; `largest`, (K,), are the largest eigenvalues of `stack`, where they are known. Of a
+    depthwise kernel it is one, of positions by channels.
     """
     filled = int(np.count_nonzero(stack))
     norms = _norms(stack)
@@ -45,7 +51,11 @@ def structure_of(stack: np.ndarray, entries: np.ndarray, scale: float = 1.0) -> 
         said = f"{CONSTANT}: every weight is {stack.flat[0] * scale:.3g}"
     else:
         said = _single(stack, filled, scale) or _orthogonal(stack)
-        said = said or "; ".join([*_zeros(stack, norms, alive, filled), *_mean(entries, stack.shape, scale)])
+        said = said or "; ".join([
+            *_zeros(stack, norms, alive, filled),
+            *_scaled_identity(stack, norms[0]),
+            *_mean(stack, norms[0], scale, largest),
+        ])
     dead = 1.0 if filled == 0 else max(1 - float(part.mean()) for part in alive)
     columns = {"zeros": 1 - filled / stack.size, "dead": dead, "structure": said}
     return Structure(columns, (int(alive[1].sum()), int(alive[2].sum())))
@@ -145,14 +155,39 @@ def _equal(lines: np.ndarray, bound: float) -> bool:
     )
 
 
-def _mean(entries: np.ndarray, shape: tuple[int, ...], scale: float) -> Iterator[str]:
-    """Yield that the entries share a mean, where that is an eigenvalue beyond the bulk of the others' noise.
+def _scaled_identity(stack: np.ndarray, norms: np.ndarray) -> Iterator[str]:
+    """Yield how much of a square matrix is a multiple of the identity, as where a residual layer starts from it."""
+    rows, cols = stack.shape[1:]
+    if len(stack) == 1 and rows == cols >= _SQUARE:
+        share = abs(np.trace(stack[0], dtype=np.result_type(stack.dtype, np.float64))) ** 2 / rows / float(norms[0])
+        if share > _OF_IDENTITY:
+            yield f"a multiple of the identity is {share:.0%} of its norm"
 
-    From mean / deviation = (R C)^(-1/4) on: Baik, Ben Arous and Peche 2005.
+
+def _mean(stack: np.ndarray, norms: np.ndarray, scale: float, largest: np.ndarray | None) -> Iterator[str]:
+    r"""Yield that the entries share a mean, where that explains the largest eigenvalue.
+
+    A mean m in R x C entries of deviation s has the eigenvalue t = R C m^2, which noise moves to
+    (t + R s^2) (t + C s^2) / t, beyond the bulk from t = sqrt(R C) s^2 on (Baik, Ben Arous and Peche 2005). Where the
+    largest eigenvalue is well beyond that, by more than its scatter of some s times its root, other directions make it.
     """
-    mean, scatter = entries.mean(), entries.std()
-    if not np.iscomplexobj(entries) and abs(mean) > _SEEN * scatter * (shape[1] * shape[2]) ** -0.25:
-        yield f"{MEAN} of {mean * scale:.3g}"
+    if largest is None or np.iscomplexobj(stack):
+        return
+    if len(largest) < len(stack):
+        stack, norms = stack.reshape(1, len(stack), -1), norms.sum(keepdims=True)
+    first = int(largest.argmax())
+    rows, cols = stack.shape[1:]
+    means = stack.mean((1, 2), np.float64)
+    mean, size = float(means[first]), rows * cols
+    made, variance = size * mean**2, max(float(norms[first]) / size - mean**2, 0.0)
+    if made > _SEEN * variance * size**0.5:
+        moved = (made + rows * variance) * (made + cols * variance) / made
+        if largest[first] <= moved + max(_EXPLAINED * moved, _SCATTER * (moved * variance) ** 0.5):
+            common = float(means.mean())
+            if abs(common - mean) < abs(mean) / 2:
+                yield f"{MEAN} of {common * scale:.3g}"
+            else:
+                yield f"{MEAN} of {mean * scale:.3g} at kernel position {first}"
 
 
 def sample(stack: np.ndarray) -> np.ndarray:

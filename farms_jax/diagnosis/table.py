@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from farms_jax._extras import from_extra
+from farms_jax._modules import network_order
+from farms_jax._names import natural_key
 from farms_jax._present import common_prefix, data_frame, html_table, shorten, text_table
 from farms_jax.diagnosis.columns import BY_NAME, MISSING, Column, Row, find_column, number, plain, text, with_interval
 from farms_jax.diagnosis.resampling import order_is_noise
@@ -214,6 +216,21 @@ class LayerTable:
 
     def _repr_html_(self) -> str:
         return "".join(map(_html_of, self.parts(None)))
+
+    def _by_depth(self) -> list[Row]:
+        """Return the layers in network order, however the table was sorted."""
+        order = network_order(sorted(self.names, key=natural_key))
+        place = {name: i for i, name in enumerate(order, start=1)}  # for rows that were made without
+        return sorted(self.layers, key=lambda row: row.get("place") or place[row["layer"]])
+
+    @staticmethod
+    def _check_plot(kind: str, kinds: Sequence[str], layer: str | None) -> None:
+        """Check the arguments of `plot`; a layer is of its spectrum alone."""
+        if kind not in kinds:
+            *others, last = map(repr, kinds)
+            raise InputError(f"plot: there is no kind {kind!r}; there are {', '.join(others)} and {last}")
+        if layer is not None and kind != "spectrum":
+            raise InputError(f"plot: kind {kind!r} shows all layers; leave out `layer`, or take kind 'spectrum'")
 
     def _layout(self, width: int | None) -> Layout:
         """Return the columns that have a head, laid out in `width` characters; `None` for any width.
