@@ -68,8 +68,15 @@ def prepare(config: Config) -> Job:
     tokenizer = choose_tokenizer(checkpoint, config.tokenizer, needed=not in_ids)
     common = {"length": config.length, "special_tokens": config.special_tokens, "vocab_size": network.vocab_size}
     evaluation = evaluation_blocks(config.text, tokenizer, limit=config.limit, **common)
-    needed = config.samples + config.held_out
-    calibration = calibration_samples(config.calibration, tokenizer, count=needed, seed=config.seed, **common)
+    held_out = config.held_out
+    calibration = calibration_samples(
+        config.calibration,
+        tokenizer,
+        count=config.samples + held_out,
+        seed=config.seed,
+        held_out=held_out,
+        **common,
+    )
     return Job(config, checkpoint, network, calibration, evaluation, tokenizer, _hash(checkpoint))
 
 

@@ -78,6 +78,21 @@ def test_calibration_windows_are_spread_and_lie_where_the_record_says(text):
     assert samples.record["ids_sha256"] != other.record["ids_sha256"]
 
 
+def test_held_out_windows_share_as_few_tokens_as_can_be_with_the_others(text, tmp_path):
+    samples, alone = calibrate(text, count=40, held_out=20), calibrate(text, count=20)
+    assert_windows(samples, encode(TEXT))
+    starts = np.array(samples.record["positions"])
+    assert starts[:20].tolist() == alone.record["positions"]
+    for number in range(20, 40):
+        assert np.abs(starts[number] - starts[:number]).min() >= 16
+    assert samples.record == calibrate(text, count=40, held_out=20).record
+    short = tmp_path / "short.txt"
+    short.write_text("abcdefghijkl")
+    first, *others = calibrate(short, count=5, length=6, held_out=4).record["positions"]
+    assert first <= 6
+    assert np.bincount(np.concatenate([np.arange(start, start + 6) for start in (first, *others)])).max() <= 4
+
+
 def test_every_position_can_be_drawn_and_none_beyond_the_end(tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("abcdef")

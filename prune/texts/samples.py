@@ -63,8 +63,12 @@ def calibration_samples(
     seed: int,
     special_tokens: bool = True,
     vocab_size: int,
+    held_out: int = 0,
 ) -> Samples:
     """Return samples (count, length) at random positions of a text; the same arguments give the same ones.
+
+    The last `held_out` of them do not change the others. In one text they share as few tokens as can be with these and
+    with each other; of documents they are other ones, until all were used.
 
     `source` is "wikitext2", "c4" (their training splits), or the path of a file, see `prune.texts.sources`; a token
     file of shape (N, length) is taken as it is, from its first row on, and needs no tokenizer. With `special_tokens`
@@ -85,7 +89,8 @@ def calibration_samples(
             _log.warning("%s: no document is longer than %d tokens; they are put into one text", where, length)
     if drawn is None:
         ids = _whole(found, encode, length, where)
-        starts = random.integers(0, len(ids) - length, size=count, endpoint=True).tolist()
+        starts = random.integers(0, len(ids) - length, size=count - held_out, endpoint=True).tolist()
+        starts += _held_out_starts(starts, held_out, length, len(ids), random)
         drawn = (np.stack([ids[start : start + length] for start in starts]), starts, len(ids))
     facts = {"source": source, "count": count, "length": length, "seed": seed, "special_tokens": special_tokens}
     return _samples(drawn, found, tokenizer, vocab_size, where, facts)
@@ -150,6 +155,22 @@ def _whole(found: Source, encode: _Encode, length: int, where: str) -> np.ndarra
         remedy = f"give --length {len(ids)} or less, or more text" if len(ids) > 1 else "give more text"
         raise InputError(f"{where}: has {len(ids)} tokens, fewer than one sequence of {length}; {remedy}")
     return ids
+
+
+def _held_out_starts(
+    starts: Sequence[int], count: int, length: int, tokens: int, random: np.random.Generator
+) -> list[int]:
+    """Return random positions whose windows share the fewest tokens with those at `starts` and with each other."""
+    used, found = np.zeros(tokens, np.int64), []
+    for start in starts:
+        used[start : start + length] += 1
+    for _ in range(count):
+        before = np.concatenate([[0], np.cumsum(used)])
+        shared = before[length:] - before[:-length]
+        start = int(random.choice(np.flatnonzero(shared == shared.min())))
+        used[start : start + length] += 1
+        found.append(start)
+    return found
 
 
 def _windows_of_documents(
