@@ -20,7 +20,7 @@ from .config import Config, Method
 from .forward import Statistics, Tensors, embed, run_blocks
 from .job import Job
 from .models import Network
-from .pruning import STATISTIC, prune_block
+from .pruning import STATISTIC, Factors, prune_block
 
 Choice = tuple[int | None, ...]  # the level of each linear of a block, in the order of `network.linears`; None: dense
 
@@ -98,9 +98,10 @@ def build_levels(job: Job, plans: Sequence[Plan], folder: Path, title: str) -> L
         return levels
 
     def visit(block: int, tensors: Tensors, statistics: Statistics) -> None:
+        factors: Factors = {}
         for level, plan in enumerate(plans):
             if not levels.has(block, level):
-                pruned = prune_block(network, block, tensors, statistics, plan)
+                pruned = prune_block(network, block, tensors, statistics, plan, factors)
                 levels.write(block, level, tensors, pruned.tensors, pruned.masks)
 
     seen = job.seen if statistic else job.seen[:0]

@@ -27,6 +27,7 @@ STATISTIC: dict[Method, Statistic | None] = {
     "sparsegpt": "hessian",
     "admm": "hessian",
 }
+Factors = dict[int, Factor | Normal]  # by identity of the Hessian: layers that share an input share it
 # By method with a Hessian: how to factorise it, and how to find the new weights and the mask.
 _WITH_HESSIAN: dict[Method, tuple[Callable[..., Factor | Normal], Callable[..., tuple[Array, Array]]]] = {
     "sparsegpt": (factorise, sparsegpt),
@@ -53,14 +54,17 @@ class Simulation:
     nll: list[float]  # mean negative log-likelihood of each sequence, in nats
 
 
-def prune_block(network: Network, block: int, tensors: Tensors, statistics: Statistics, plan: Plan) -> PrunedBlock:
+def prune_block(
+    network: Network, block: int, tensors: Tensors, statistics: Statistics, plan: Plan, factors: Factors | None = None
+) -> PrunedBlock:
     """Return a block with its linears pruned, as it will be stored: weights are rounded to the stored dtype.
 
-    `tensors` are the block's, as stored; `statistics` those that the plan's method needs, see `STATISTIC`. A Hessian
-    that cannot be factorised is an InputError.
+    `tensors` are the block's, as stored; `statistics` those that the plan's method needs, see `STATISTIC`. `factors`
+    keeps what was factorised of them, for another plan of the same method and damping. A Hessian that cannot be
+    factorised is an InputError.
     """
     pruned = PrunedBlock(dict(tensors), {}, {}, {})
-    factors: dict[int, Factor | Normal] = {}  # by identity: layers that share an input share its Hessian
+    factors = {} if factors is None else factors
     for layer, weight in weights_of(network, block, tensors).items():
         given, values = jnp.asarray(weight), weight
         sparsity, groups = plan.sparsity[layer], plan.groups.get(layer)
