@@ -1,7 +1,7 @@
 """Encoding of text, and errors of tokenizers: whatever the packages raise becomes one error that names the file."""
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,14 @@ def check_tokenizer(tokenizer: Any) -> None:
     Raises:
         ValueError: its ids have huge gaps: `tokenizers` allocates memory for all ids up to the highest.
     """
-    ids = tokenizer.get_vocab().values()
-    if max(ids, default=0) > _GAPS + 10 * len(ids):
-        raise ValueError(f"{len(ids)} tokens have ids up to {max(ids)}")
+    check_ids(tokenizer.get_vocab())
     encode(tokenizer, "a")
+
+
+def check_ids(vocab: Mapping[str, int]) -> None:
+    """Raise a ValueError where the ids of a vocabulary have huge gaps."""
+    if max(vocab.values(), default=0) > _GAPS + 10 * len(vocab):
+        raise ValueError(f"{len(vocab)} tokens have ids up to {max(vocab.values())}")
 
 
 def encode(tokenizer: Any, text: str, *, special_tokens: bool = True) -> np.ndarray:

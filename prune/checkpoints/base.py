@@ -15,6 +15,7 @@ from farms_jax.weights import WeightSource
 from farms_jax.weights.safetensors_file import FileLayout
 
 from ..models import Network, make_network
+from .folder_tokenizer import declare_own_rule
 from .names import is_beside, names_in, without_others
 
 # Before transformers is imported: without torch it would advise to install it.
@@ -71,7 +72,7 @@ class Checkpoint(ABC):
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write the files of a tokenizer of `transformers` into a folder, each atomically."""
+    """Write the files of a tokenizer of `transformers` into a folder with a `config.json`, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as draft:
         tokenizer.save_pretrained(draft)
@@ -84,3 +85,4 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         for path in sorted(Path(draft).iterdir()):
             with files.atomic(folder / path.name) as part:
                 path.rename(part)
+    declare_own_rule(folder)

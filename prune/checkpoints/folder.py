@@ -17,14 +17,13 @@ from farms_jax.weights.safetensors_source import SafetensorsSource
 from farms_jax.weights.torch_folder import model_in
 from farms_jax.weights.torch_source import open_torch
 
-from ..tokenizing import check_tokenizer, tokenizer_faults
 from .base import Checkpoint, save_tokenizer
+from .folder_tokenizer import TOKENIZERS, declare_own_rule, load_tokenizer
 
 CONFIG = "config.json"
 _SHARD_BYTES = 5 * 10**9
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _TOKENIZER_FILES = (
-    *_TOKENIZERS,
+    *TOKENIZERS,
     "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -69,12 +68,17 @@ class FolderCheckpoint(Checkpoint):
         return self._layouts
 
     def copy_sidecars(self, folder: Path, tokenizer: Any = None) -> None:
-        """Copy config, generation config and tokenizer files byte for byte, and the index where the shards agree."""
+        """Copy config, generation config and tokenizer files byte for byte, and the index where the shards agree.
+
+        The config of the tokenizer names another class where `AutoTokenizer` would give other tokens by it.
+        """
         names = (CONFIG, "generation_config.json", *(() if tokenizer is not None else _TOKENIZER_FILES))
         for filename in names:
             self._copy(filename, folder)
         self._write_index(folder)
-        if tokenizer is not None:
+        if tokenizer is None:
+            declare_own_rule(folder)
+        else:
             save_tokenizer(tokenizer, folder)
 
     def _copy(self, filename: str, folder: Path) -> None:
@@ -93,7 +97,7 @@ class FolderCheckpoint(Checkpoint):
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def tokenizer(self) -> Any:
-        """Load the folder's tokenizer; see `load_tokenizer`."""
+        """Load the folder's tokenizer, by the rule of its `tokenizer.json`; see `load_tokenizer`."""
         return load_tokenizer(self.path)
 
 
@@ -131,15 +135,3 @@ def _in_shards(tensors: Mapping[str, TensorInfo]) -> dict[str, FileLayout]:
     names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     names = [WEIGHTS] if len(parts) == 1 else names
     return {name: make_layout(part, {"format": "pt"}) for name, part in zip(names, parts, strict=True)}
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a Hugging Face folder; only files of the folder are read, and none of its code is run."""
-    if not any((folder / filename).is_file() for filename in _TOKENIZERS):
-        raise InputError(f"{folder}: there is no tokenizer in it; give a folder that has one with --tokenizer PATH")
-    from transformers import AutoTokenizer  # noqa: PLC0415
-
-    with tokenizer_faults(f"{folder}: its tokenizer cannot be loaded", "give another one with --tokenizer PATH"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        check_tokenizer(tokenizer)
-    return tokenizer

@@ -9,7 +9,8 @@ from farms_jax.programs.files import expanded
 from farms_jax.weights.folders import WEIGHTS, snapshot_of
 
 from .base import Checkpoint
-from .folder import FolderCheckpoint, load_tokenizer
+from .folder import FolderCheckpoint
+from .folder_tokenizer import load_tokenizer
 from .gguf_checkpoint import GGUFCheckpoint
 from .hub import download_model, download_tokenizer
 
