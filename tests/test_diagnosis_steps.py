@@ -100,6 +100,8 @@ def test_a_recipe_has_a_sparsity_for_each_block_in_the_order_of_modules():
     sequential = rows(*((f"{side}.{i}.weight", "linear", "well trained", 2.0) for side in "ab" for i in (0, 2, 4)))
     assert prunable(sequential) == []  # each is one layer, and the last the head
     assert prunable(layers[:4] + sequential) == layers[:4]
+    numbered = rows(*((f"{i}.fc{j}.weight", "linear", "well trained", 2.0 + i) for i in (0, 1) for j in (1, 2)))
+    assert [list(one) for one in modifiers(recipe(numbered, sparsity=0.5))] == [["re:0$", "re:1$"]]  # not fc.0
     assert "ignore: []" in recipe(layers, sparsity=0.5)
     routed = [*layers, *rows(("layers.0.mlp.gate.weight", "router", "", 2.0))]
     assert 'ignore: ["re:.*[.](gate|router)$"]' in recipe(routed, sparsity=0.5)

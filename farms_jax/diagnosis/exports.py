@@ -102,11 +102,20 @@ def recipe(
             '      mask_structure: "0:0"',
             f"      ignore: {ignored}",
             "      targets:",
-            *(f'        - "re:(.*[.])?{module.replace(".", "[.]")}$"' for module in members),
+            *(f'        - "re:{_pattern(module)}"' for module in members),
             "      sparsity:",
             *(f"        - {modules[module]:.4f}" for module in members),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _pattern(module: str) -> str:
+    """Return a regular expression of a module, in whatever it is wrapped; of a mere number only by itself.
+
+    >>> _pattern("layers.0"), _pattern("0")
+    ('(.*[.])?layers[.]0$', '0$')
+    """
+    return f"{'' if module.isdecimal() else '(.*[.])?'}{module.replace('.', '[.]')}$"
 
 
 def rates(
