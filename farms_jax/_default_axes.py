@@ -52,7 +52,7 @@ def default_spelling(name: str, shapes: Shapes, default: Axes) -> str | Axes | L
     if spelling := _low_rank(name, shapes, default):
         return spelling
     is_token = len(shape) == 3 and sum(size > 1 for size in shape) < 2  # (1, 1, n)
-    if is_small(name, len(shape)) or is_token or _is_norm(name, shapes):
+    if is_small(name, len(shape)) or is_token or is_norm(name, shapes):
         return LeftOut(BY_NAME[0])
     if is_positions(name, shapes):
         return LeftOut(BY_NAME[1])
@@ -82,7 +82,7 @@ def _low_rank(name: str, shapes: Shapes, default: Axes) -> str | Axes | None:
     return "I" * (len(first) - 1) + "O" if parts[2] in "aA" else "I" + "O" * (len(second) - 1)
 
 
-def _is_norm(name: str, shapes: Shapes) -> bool:
+def is_norm(name: str, shapes: Shapes) -> bool:
     """Tell whether a leaf multiplies element by element: its bias has its own shape, or its module is called a norm."""
     bias = shapes.get(_beside(name, "bias"))
     is_called_so = len(shapes[name]) < 4 and _NORM.fullmatch(name) is not None

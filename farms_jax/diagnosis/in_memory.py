@@ -30,9 +30,9 @@ class TreeSource(WeightSource):
             name: leaf for name, leaf in named_leaves(tree) if isinstance(getattr(leaf, "dtype", None), np.dtype)
         }
         # Functions look at the tree itself, at its modules and boxes.
-        axes = _axes_of(tree) if axes is None else axes
         axes, stack = (declared(tree) if callable(declared) else declared for declared in (axes, stack))
-        super().__init__(Path(_NAME), _NAME, "pytree", axes, self._leaves)
+        own = _axes_of(tree) if axes is None else axes
+        super().__init__(Path(_NAME), _NAME, "pytree", own if axes is not None else lambda _: own, self._leaves)
         self.declare(stack=stack)
 
     def _read(self, name: str) -> np.ndarray:
@@ -103,7 +103,7 @@ def _axes_of(tree: Any) -> Any:
     """Return what the axes of a tree's arrays count, by its modules and by the names that its boxes give them."""
     nodes = jax.tree.leaves(tree, is_leaf=axis_rules.is_equinox_module)
     if any(map(axis_rules.is_equinox_module, nodes)):
-        return axis_rules.equinox
+        return axis_rules.equinox(tree)
     if any(map(is_box, jax.tree.leaves(tree, is_leaf=is_box))):
         rules = axis_rules.logical_names(tree)
         return rules if rules.axes or rules.stack else FLAX_AXES

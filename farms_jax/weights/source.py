@@ -19,6 +19,7 @@ from farms_jax.weights.layout import Layout
 from farms_jax.weights.quantised import Found, find, read_config
 from farms_jax.weights.reading import TensorInfo, check_name
 from farms_jax.weights.skipped import OPTIONAL, not_weights
+from farms_jax.weights.stacks import with_stacks
 
 
 class WeightSource(ABC):
@@ -35,7 +36,7 @@ class WeightSource(ABC):
         stored: The same of the arrays as they are stored.
         skipped: Name -> why an array is no weight of the model, such as "optimiser state".
         unread: Name -> why a weight cannot be read.
-        doubt: On what `axes` rest, where that should be said; empty after `declare`.
+        doubt: On what `axes` rest, where that should be said: on shapes alone; empty where they were declared.
         quantisation: How weights are quantised, in words; empty where none is.
         listed: Full names as the file lists them.
         in_order: Whether files of this format list arrays as they were put into them, such as in the network's order.
@@ -77,13 +78,20 @@ class WeightSource(ABC):
         self._multiply_out()
         every = {**self.stored, **{weight.name: weight.info for weight in self._weights.values()}}
         self.tensors = {tensor: every[tensor] for tensor in sorted(every, key=natural_key)}
-        if callable(axes):
-            left_out = {**self.skipped, **self.unread}.keys() - self.optional
-            axes = axes({tensor: info for tensor, info in self.tensors.items() if tensor not in left_out})
-        axes, self.doubt = axes if isinstance(axes, Layout) else (axes, "")
-        self.axes = self._own_axes = axes
+        self._sure, self._told = self._layouts(axes)
+        self.axes, self.doubt = self._told
         self.stack: Any = None
         self._held: tuple[tuple[Any, ...], np.ndarray] | None = None  # what layers are cut out of
+
+    def _layouts(self, axes: Any) -> tuple[Layout, Layout]:
+        """Return what the axes count without and with stacks that only the shapes tell of."""
+        if not callable(axes):
+            return (sure := Layout(axes, "")), sure
+        left_out = {**self.skipped, **self.unread}.keys() - self.optional
+        weights = {tensor: info for tensor, info in self.tensors.items() if tensor not in left_out}
+        found = axes(weights)
+        sure = found if isinstance(found, Layout) else Layout(found, "")
+        return sure, with_stacks(sure, weights)
 
     def _quantised(self) -> Found:
         weights = {tensor: info for tensor, info in self.stored.items() if tensor not in self.skipped}
@@ -129,10 +137,13 @@ class WeightSource(ABC):
     def declare(self, axes: Any = None, stack: Any = None) -> None:
         """Say what the axes of the arrays count, as `farms_jax.analyze` takes it; what is `None` stays as it is.
 
-        Where no default is in `AxisRules`, what their patterns do not match goes by the format.
+        Where no default is in `AxisRules`, what their patterns do not match goes by the format. Of stacks nothing is
+        guessed then.
         """
+        if self.axes is self._told.axes and (axes is not None or stack is not None):
+            self.axes, self.doubt = self._sure
         if isinstance(axes, AxisRules) and axes.default is None:
-            own = self._own_axes if isinstance(self._own_axes, AxisRules) else AxisRules(default=self._own_axes)
+            own = self._sure.axes if isinstance(self._sure.axes, AxisRules) else AxisRules(default=self._sure.axes)
             spellings, stacks = {**axes.axes, **own.axes}, {**axes.stack, **own.stack}
             axes = dataclasses.replace(axes, axes=spellings, stack=stacks, default=own.default)
         self.doubt = self.doubt if axes is None else ""
