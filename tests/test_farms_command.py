@@ -167,7 +167,10 @@ def test_a_bad_file_is_one_line(fails, tmp_path):
     (tmp_path / "cut.npz").write_bytes((tmp_path / "nan.npz").read_bytes()[:-100])
     assert "cut.npz" in fails("analyze", tmp_path / "cut.npz", *FAST)
     np.savez(tmp_path / "numbers.npz", loss=np.array(0.5), step=np.array(3))
-    assert "no layer to measure among its 2 arrays" in fails("analyze", tmp_path / "numbers.npz", *FAST)
+    told = fails("analyze", tmp_path / "numbers.npz", *FAST)
+    assert "no layer to measure among its 2 arrays; 1 left out (bias, norm or other vector); see --explain" in told
+    np.savez(tmp_path / "packed.npz", **{"up.B": np.ones((4, 128), np.int32), "up.s": np.ones((4, 64), np.float16)})
+    assert "1 left out (quantised by Marlin, " in fails("analyze", tmp_path / "packed.npz", *FAST)
     (tmp_path / "model.bin").write_bytes(b"\x80\x02K\x01.")
     assert "never loaded" in fails("analyze", tmp_path / "model.bin", *FAST)
 

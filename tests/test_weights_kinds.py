@@ -12,7 +12,8 @@ import farms_jax
 from farms_jax._axes import as_matrices
 from farms_jax.errors import AxesWarning, InputError
 from farms_jax.weights import TensorInfo, open_weights
-from farms_jax.weights.skipped import AVERAGE, COPY, MASK, OPTIMISER, TABLE, not_weights
+from farms_jax.weights.beside import DATA, GRADIENT, IMPORTANCE, STATISTICS
+from farms_jax.weights.skipped import AVERAGE, COPY, MASK, OPTIMISER, TABLE, UNMERGED, not_weights
 
 RNG = np.random.default_rng(0)
 QUICK = {"resamples": 0, "randomize": False, "whole": False}
@@ -45,6 +46,14 @@ BESIDE = {
         {"q.weight": BIG, "rotary_emb.cos_cached": (1, 1, 64, 32), "rotary_emb.inv_freq": (16,), "freqs_cis": (64, 32)},
         {"conv.weight": BIG, "mel_filters": (80, 201)},
     ],
+    DATA: [
+        {"net.weight": BIG, "x_train": (500, 48), "data": BIG, "hidden_states.0": BIG, "loss": (9, 9)},
+        {"test_images": (500, 48), "X_val": (9, 48)},
+    ],
+    GRADIENT: [{"net.weight": BIG, "net.weight_grad": BIG, "grad_net": BIG, "grads.net.weight": BIG}],
+    IMPORTANCE: [{"net.weight": BIG, "net__weight_EWC_fisher": BIG, "importance.net.weight": BIG, "weight_omega": BIG}],
+    STATISTICS: [{"net.weight": BIG, "obs_mean": (1, 48), "std": (1, 48), "net.act_stats": BIG, "input_cov": (48, 48)}],
+    UNMERGED: [{"q.base_layer.weight": BIG, "q.lora_A.default.weight": (4, 48), "q.lora_B.default.weight": (64, 4)}],
 }  # fmt: skip
 
 
@@ -58,7 +67,7 @@ def test_what_is_no_weight_has_its_reason(reason, shapes):
         "net.weight",
         "sa.key.weight",
     }
-    weights |= {"h.0.attn.c_attn.weight", "layers.0.qkv.weight", "q.weight", "conv.weight"}
+    weights |= {"q.base_layer.weight", "h.0.attn.c_attn.weight", "layers.0.qkv.weight", "q.weight", "conv.weight"}
     found = not_weights({name: TensorInfo(np.dtype(np.float32), shape) for name, shape in shapes.items()})
     assert found == dict.fromkeys(shapes.keys() - weights, reason)
 
@@ -70,6 +79,10 @@ def test_modules_with_such_names_are_weights():
         "cos.weight",
         "teacher.down.weight",
         "anchor.weight",
+        "action_mean.weight",
+        "data.weight",
+        "gradient.weight",
+        "gate.importance",
         "fb.w",
     )
     assert not_weights(dict.fromkeys(shapes, TensorInfo(np.dtype(np.float32), BIG))) == {}

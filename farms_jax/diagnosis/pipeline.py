@@ -6,6 +6,7 @@ import platform
 import re
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
@@ -112,11 +113,7 @@ def diagnose(
     with opened(model, axes, stack) as source:
         places, left_out = layers_of(source, chosen, include, exclude)
         if not places:
-            if ADAPTER in source.skipped.values():
-                raise InputError(no_model(source.path))
-            raise InputError(
-                f"{source.path}: no layer to measure among its {len(source.tensors)} arrays; see --explain"
-            )
+            raise InputError(_nothing_to_measure(source, left_out))
         layers, damaged = _hashed(source, places, chosen, progress=progress)
         if not layers:
             told = listed([f"{name} ({reason})" for name, reason in damaged.items()], 5, ", ")
@@ -155,6 +152,17 @@ def diagnose(
             facts=facts,
             histograms={layer.name: found[layer.name].histogram for layer in layers},
         )
+
+
+def _nothing_to_measure(source: WeightSource, left_out: Iterable[tuple[str, str]]) -> str:
+    """Return why a model has no layer: the reason of most of its matrices, such as their quantisation."""
+    if ADAPTER in source.skipped.values():
+        return no_model(source.path)
+    vectors = {name for name, tensor in source.tensors.items() if len(tensor.shape) < 2}
+    told = [reason for name, reason in left_out if name not in vectors] or [reason for _, reason in left_out]
+    ((reason, count),) = Counter(told).most_common(1)
+    among = f"no layer to measure among its {len(source.tensors)} arrays"
+    return f"{source.path}: {among}; {count} left out ({reason}); see --explain"
 
 
 def layers_of(

@@ -20,13 +20,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from farms_jax.weights.beside import GRADIENT, IMPORTANCE, STATISTICS, beside_weights
 from farms_jax.weights.reading import TensorInfo
 
-OPTIMISER, STATISTICS, AVERAGE = "optimiser state", "running statistics", "moving average of the weights"
+OPTIMISER, AVERAGE = "optimiser state", "moving average of the weights"
 COPY, MASK, TABLE = "copy of the model's weights, such as their average", "mask", "fixed table, no weight"
 CACHE, ADAPTER = "kept activations", "part of an adapter (LoRA or the like), which is no layer by itself"
-GRADIENT = "gradient of a weight"
-OPTIONAL = frozenset({AVERAGE, COPY, ADAPTER})
+UNMERGED = "part of an adapter beside its base_layer, measured without it; model.merge_and_unload() of PEFT joins both"
+BESIDE = "beside the model in the checkpoint"
+OPTIONAL = frozenset({AVERAGE, COPY, ADAPTER, UNMERGED, BESIDE})
 """Reasons of arrays that are measured where they are asked for."""
 _ALWAYS = {
     **dict.fromkeys(("opt_state", "optimizer", "optimizer_state", "optim_state", "optimizer_states"), OPTIMISER),
@@ -53,6 +55,7 @@ _WHERE_MIRRORED = {
     ),
     **dict.fromkeys(("state_dict_ema", "ema_weights", "ema_network", "ema_unet", "shadow", "shadow_params"), AVERAGE),
     **dict.fromkeys(("grad", "grads", "gradients"), GRADIENT),
+    **dict.fromkeys(("fisher", "fisher_information", "fisher_diag", "importance", "omega"), IMPORTANCE),
     **dict.fromkeys(("averaged_model", "avg_model", "avg_params", "params_avg"), AVERAGE),
     **dict.fromkeys(("swa", "swa_model", "swa_params", "swa_state_dict", "polyak", "ema1", "ema2"), AVERAGE),
     **dict.fromkeys(("ExponentialMovingAverage", "model_ema_state_dict", "ema_variables", "ema_vars"), AVERAGE),
@@ -96,10 +99,11 @@ def not_weights(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     integers = {name for name, info in tensors.items() if info.shape == () and info.dtype.kind in "iu"}
     counted = {path[:-1] for name, path in paths.items() if path[-1] == "count" and name in integers}
     mirrors = _mirrors(shapes)
+    adapter = UNMERGED if any("base_layer" in path for path in shapes) else ADAPTER
     found = {}
     for name, path in paths.items():
         reason = _by_path(path, counted, mirrors) or _follows(path, shapes) or _buffer(path, shapes[path])
-        reason = reason or (ADAPTER if _is_of_adapter(name, path, tensors) else None)
+        reason = reason or beside_weights(path, shapes) or (adapter if _is_of_adapter(name, path, tensors) else None)
         if reason is not None:
             found[name] = reason
     return found

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 from farms_jax.errors import printable
 from farms_jax.weights.factored import told_of
-from farms_jax.weights.skipped import COPY, OPTIMISER
+from farms_jax.weights.skipped import BESIDE, COPY, OPTIMISER
 
-# What trainings call the model, beside which they put optimiser and epoch; the surest first.
+# What trainings call the model, beside which they put optimiser, epoch, losses; the surest first.
+_WHOLE_MODEL_KEYS = ("state_dict", "model_state_dict", "model_state", "model")
 _MODEL_KEYS = (
-    *("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params"),
+    *_WHOLE_MODEL_KEYS,
+    *("module", "net", "network", "params"),  # beside which other parts of a model may be
     "student",  # beside the teacher, which is its average
 )
 _OPTIMISER_KEY = re.compile(r"(?i)opt|(.*_)?optim(izer)?s?(_.*)?")
@@ -47,8 +49,17 @@ def tensors_in(content: Any) -> Iterator[Found]:
     yield from (model := list(tensors_in(content[key])))
     beside = list(_walk({other: value for other, value in content.items() if other != key}, ()))
     copies = tuple(_copies(model, beside))
+    parts = () if key in _WHOLE_MODEL_KEYS else tuple(_parts(content))
     for item in beside:
-        yield item._replace(left_out=COPY) if not item.left_out and item.name.startswith(copies) else item
+        reason = COPY if item.name.startswith(copies) else "" if item.name.startswith(parts) else BESIDE
+        yield item._replace(left_out=item.left_out or reason)
+
+
+def _parts(content: Mapping[Any, Any]) -> Iterator[str]:
+    """Yield what the names begin with of the modules and state dicts in a checkpoint."""
+    for key, value in content.items():
+        if isinstance(value, Mapping) or _is_module(value):
+            yield f"{printable(str(key))}."
 
 
 def _copies(model: Iterable[Found], beside: Iterable[Found]) -> Iterator[str]:

@@ -19,6 +19,8 @@ from farms_jax._windows import Window
 from farms_jax.diagnosis.pipeline import diagnose, opened
 from farms_jax.errors import InputError
 from farms_jax.weights import LoraSource, open_weights
+from farms_jax.weights.beside import DATA, STATISTICS
+from farms_jax.weights.skipped import BESIDE
 from farms_jax.weights.torch_file import conversion_command
 
 
@@ -47,11 +49,11 @@ def around(model):
     odd = {"settings": Settings(depth=2), "seen": collections.defaultdict(list, {"a": [1]}), "best": np.float64(0.5)}
     return {
         "plain.pth": state,
-        "model.pt": {"model": state, "epoch": 3, "rng": torch.get_rng_state()},
+        "model.pt": {"model": state, "epoch": 3, "rng": torch.get_rng_state(), "centers": {"k": torch.ones(9, 8)}},
         "tutorial.pt": {"model_state_dict": state, "optimizer_state_dict": optimizer, "loss": 0.3},
         "imagenet.pth.tar": {"state_dict": state, "optimizer": optimizer, "best_acc1": torch.tensor(0.5)},
         "deepspeed.pt": {"module": state, "optimizer": None},
-        "net.pth": {"net": state, "acc": 93.0},
+        "net.pth": {"net": state, "acc": 93.0, "codes": [torch.ones(9, 8)], "preds": torch.ones(9, 8)},
         "torchvision.pth": {"model": state, "model_ema": average, "optimizer": optimizer, "args": arguments},
         "timm.pth.tar": {"state_dict": state, "state_dict_ema": average, "arch": "resnet", **odd},
         "epoch=1-step=100.ckpt": {
@@ -99,7 +101,13 @@ def test_a_model_is_found_under_every_name(tmp_path, zipped):
                 np.testing.assert_array_equal(found[name], expected(model)[name])
             reasons = set(source.skipped.values())
         copies = {"moving average of the weights", "copy of the model's weights, such as their average"}
-        assert reasons <= {"optimiser state", "running statistics", *copies}, filename
+        assert reasons <= {"optimiser state", STATISTICS, BESIDE, DATA, *copies}, filename
+
+
+def test_other_parts_of_a_model_are_beside_the_first(tmp_path):
+    torch.save({"net": {"up.weight": torch.ones(4, 3)}, "head": {"weight": torch.ones(2, 4)}}, tmp_path / "parts.pt")
+    with open_weights(tmp_path / "parts.pt") as source:
+        assert (set(source.tensors), source.skipped) == ({"up.weight", "head.weight"}, {})
 
 
 def tensors():
