@@ -47,6 +47,29 @@ def test_variants_and_other_files_beside_a_model_are_not_read(tmp_path, chosen, 
     assert read(tmp_path) == {f"layer{number}": number for number in range(len(chosen))}
 
 
+def test_other_models_of_a_folder_are_told(tmp_path, recwarn):
+    """Not variants of the same model, its other formats, and what belongs to a training."""
+    save(tmp_path / "unet.safetensors", w=1)
+    for name in ("unet.fp16.safetensors", "adapter_model.safetensors", "optimizer.npz", "flax_model.msgpack"):
+        (tmp_path / name).write_bytes((tmp_path / "unet.safetensors").read_bytes())
+    (tmp_path / "training_args.bin").touch()
+    assert (read(tmp_path), [*recwarn]) == ({"w": 1}, [])
+    (tmp_path / "vae.npz").touch()
+    (tmp_path / "best.pt").touch()
+    with pytest.warns(LeftOutWarning, match="unet.safetensors is read, and not vae.npz, best.pt beside it; give one"):
+        assert read(tmp_path) == {"w": 1}
+
+
+def test_modules_beside_a_sentence_transformer_are_told(tmp_path):
+    save(tmp_path / "model.safetensors", w=1)
+    save(tmp_path / "2_Dense" / "model.safetensors", **{"linear.weight": 2})
+    (tmp_path / "1_Pooling").mkdir()
+    modules = [{"idx": number, "path": path} for number, path in enumerate(("", "1_Pooling", "2_Dense", "../up"))]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.warns(LeftOutWarning, match=r"weights of this model are in 2_Dense too, .* give .*/2_Dense to measure"):
+        assert read(tmp_path) == {"w": 1}
+
+
 def test_shards_are_read_whatever_their_index_leaves_out_or_adds(tmp_path):
     shards = ["model-1-of-2.safetensors", "model-2-of-2.safetensors"]
     for number, name in enumerate(shards):

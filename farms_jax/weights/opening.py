@@ -2,7 +2,7 @@
 
 import shlex
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from farms_jax.weights.source import WeightSource
 from farms_jax.weights.torch_file import is_archive, is_torch_file
 from farms_jax.weights.torch_folder import model_files, model_in
 from farms_jax.weights.torch_source import open_torch
+from farms_jax.weights.unread_files import warn_of_others
 
 _READERS: dict[str, Callable[[Path], WeightSource]] = {
     ".safetensors": SafetensorsSource,
@@ -145,17 +146,22 @@ def _open_folder(path: Path) -> WeightSource:
     if is_lora(path):
         raise InputError(no_model(path))
     if source := open_safetensors_folder(path, filenames):
+        _warn_of_others(path, filenames, source.layouts)
         return source
     files = [name for name in filenames if Path(name).suffix in _READERS and not name.startswith(".")]
     torch_files = model_in(path, filenames)
     # Where the same model is there in another format, Torch is not needed; safetensors were opened above.
     files = [name for name in files if Path(name).suffix not in _LAST] or ([] if torch_files else files)
     model = files if files else torch_files
-    if len(model) == 1:
-        return open_weights(path / model[0])
-    if model and not files:
-        return open_torch(*(path / name for name in model))
+    if len(model) == 1 or (model and not files):
+        _warn_of_others(path, filenames, model)
+        return open_weights(path / model[0]) if len(model) == 1 else open_torch(*(path / name for name in model))
     raise InputError(_nothing_in(path, filenames, files))
+
+
+def _warn_of_others(folder: Path, filenames: list[str], chosen: Iterable[str]) -> None:
+    files = [name for name in filenames if Path(name).suffix in _READERS and not name.startswith(".")]
+    warn_of_others(folder, chosen, [*files, *model_files(folder, filenames)], _has_weights)
 
 
 def _nothing_in(path: Path, filenames: list[str], files: list[str]) -> str:

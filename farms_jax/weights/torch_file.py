@@ -10,8 +10,10 @@ import pickle
 import pickletools
 import re
 import shlex
+import sys
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -157,6 +159,17 @@ def refuse_programs(path: Path) -> None:
                 f"{path}: {what}, that is a program, which is never run; where you trust it, save its weights alone: "
                 f"torch.save({state}, 'weights.pt')"
             )
+
+
+def checksums(path: Path) -> set[tuple[int, int]]:
+    """Return (bytes, CRC-32) of all that a file's archive holds; nothing where Torch checks it, or there is no CRC."""
+    if not _can_be_mapped(path):
+        return set()
+    members = _members(path)
+    # It is 0 where none were computed (`torch.serialization.set_crc32_options`); bytes of another order are swapped.
+    if (order := members.get("byteorder")) and zlib.crc32(sys.byteorder.encode()) != order.CRC:
+        return set()
+    return {(member.file_size, member.CRC) for member in members.values()}
 
 
 def _can_be_mapped(path: Path) -> bool:

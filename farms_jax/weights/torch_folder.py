@@ -20,6 +20,11 @@ _BESIDE = re.compile(
 _SHARD = re.compile(r".*-\d+-of-\d+\.\w+")
 
 
+def is_state(name: str) -> bool:
+    """Return whether a file is what trainers put beside a model: states of optimiser, schedule, random numbers."""
+    return _BESIDE.fullmatch(name) is not None
+
+
 def is_shard(name: str) -> bool:
     """Return whether a file is one of several that hold a model together."""
     return _SHARD.fullmatch(name) is not None
@@ -30,7 +35,7 @@ def model_files(folder: Path, filenames: Iterable[str]) -> list[str]:
 
     Where one has the name that Hugging Face gives to models, it alone.
     """
-    names = [name for name in filenames if _NAMES.fullmatch(name) and name[0] != "." and not _BESIDE.fullmatch(name)]
+    names = [name for name in filenames if _NAMES.fullmatch(name) and name[0] != "." and not is_state(name)]
     for model in _MODELS:
         if model in names:
             return [model]

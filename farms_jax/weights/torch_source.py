@@ -1,5 +1,6 @@
 """Tensors of Torch as weights: of files, and of modules and state dicts in memory."""
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from farms_jax._torch_axes import of_classes, torch as torch_axes
 from farms_jax.errors import InputError, one_line
 from farms_jax.weights.reading import TensorInfo
 from farms_jax.weights.source import WeightSource
-from farms_jax.weights.torch_file import import_torch, load, refuse_programs
+from farms_jax.weights.torch_file import checksums, import_torch, load, refuse_programs
 from farms_jax.weights.torch_tree import Found, tensors_in
 
 _UNKNOWN = np.dtype("V1")  # of tensors without values in any dtype of NumPy
@@ -27,6 +28,9 @@ class TorchSource(WeightSource):
     def __init__(self, path: Path, name: str, format: str, found: Iterable[Found], files: Sequence[Path] = ()) -> None:
         """Take the tensors; `files` are those that they are mapped from, which must not change meanwhile."""
         self._tensors: dict[str, Any] = {}
+        found_checksums = [checksums(file) for file in files]
+        self._checksums = set().union(*found_checksums) if all(found_checksums) else set()
+        self._sound: set[int] = set()  # storages, by their places in memory
         self._versions = {file: _version(file) for file in files}
         skipped: dict[str, str] = {}
         unread: dict[str, str] = {}
@@ -60,10 +64,26 @@ class TorchSource(WeightSource):
         # Pages that are no longer in a mapped file would end the process.
         if changed := [file for file, version in self._versions.items() if _version(file) != version]:
             raise InputError(f"{changed[0]}: has changed since it was opened; open it again")
+        self._check(name, tensor)
         try:
             return _as_numpy(tensor, self.stored[name].dtype)
         except (RuntimeError, TypeError, ValueError, MemoryError) as error:
             raise InputError(f"{self.path}: {name} cannot be read ({one_line(error)}); leave it out") from error
+
+    def _check(self, name: str, tensor: Any) -> None:
+        """Compare the bytes of a tensor with the checksums of the files, which Torch does not where it maps them."""
+        import torch
+
+        try:
+            storage = tensor.untyped_storage()
+        except (RuntimeError, NotImplementedError):  # of sparse tensors: they are parts that have their own
+            return
+        if not self._checksums or storage.device.type != "cpu" or storage.data_ptr() in self._sound:
+            return
+        content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
+        if len(content) and (len(content), zlib.crc32(content)) not in self._checksums:
+            raise InputError(f"{self.path}: {name} is damaged: its checksum is another; download or save it again")
+        self._sound.add(storage.data_ptr())
 
 
 def open_torch(path: Path, *more: Path) -> TorchSource:

@@ -240,6 +240,23 @@ def test_a_file_that_changes_or_ends_too_early(tmp_path):
             open_weights(path)
 
 
+@pytest.mark.parametrize("has_checksums", [True, False])
+def test_an_entry_whose_checksum_is_another_is_damaged(tmp_path, monkeypatch, has_checksums):
+    monkeypatch.setattr(torch.serialization, "get_crc32_options", lambda: has_checksums)
+    path, state = tmp_path / "weights.pt", {"up.weight": torch.rand(64, 48), "down.weight": torch.rand(48, 64)}
+    torch.save(state, path)
+    content = path.read_bytes()
+    at = content.index(state["up.weight"].numpy().tobytes()) + 400
+    path.write_bytes(content[:at] + bytes(800) + content[at + 800 :])
+    with open_weights(path) as source:
+        np.testing.assert_array_equal(source.read("down.weight"), state["down.weight"])
+        if not has_checksums:
+            assert (source.read("up.weight") == 0).sum() >= 200
+            return
+        with pytest.raises(InputError, match="up.weight is damaged: its checksum is another; download"):
+            source.read("up.weight")
+
+
 def axes_of(model):
     """Name -> (positions, outputs, inputs) of the layers of a model."""
     source = opened(model)
