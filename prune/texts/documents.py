@@ -97,7 +97,7 @@ def _unpacked(content: bytes, where: str) -> bytes:
             if content.startswith(mark):
                 content = unpack(content)
                 break
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{where}: cannot be unpacked ({one_line(error)}); download it again") from error
     start = content[:64].lstrip().lower()
     for mark, what in _OTHERS.items():
@@ -276,7 +276,9 @@ def _texts_of_arrow(content: bytes, where: str) -> list[str]:
         # `datasets` writes streams into files that are called .arrow.
         with ipc.open_file(buffer) if content.startswith(b"ARROW1") else ipc.open_stream(buffer) as file:
             _check_columns(file.schema, where)
-            return _texts_of_table(file.read_all())
+            table = file.read_all()
+            table.validate(full=True)  # a damaged file could end the process later
+            return _texts_of_table(table)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: not a readable Arrow file ({one_line(error)}); download it again") from error
 

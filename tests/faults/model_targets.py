@@ -151,7 +151,9 @@ def _lines(folder: Path) -> list[Path]:
     texts = [f"document {number}: {TEXT}" for number in range(4)]
     (path := folder / "texts.jsonl").write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts))
     (plain := folder / "text.txt").write_text(TEXT * 3)
-    return [path, path, path, plain]
+    (array := folder / "texts.json").write_text(json.dumps([{"text": text} for text in texts]))
+    (table := folder / "texts.csv").write_text("n,text\n" + "".join(f'{n},"{text}"\n' for n, text in enumerate(texts)))
+    return [path, path, path, plain, array, table]
 
 
 def _parquet(folder: Path) -> list[Path]:
@@ -162,7 +164,9 @@ def _parquet(folder: Path) -> list[Path]:
     parquet.write_table(table, folder / "snappy.parquet")
     parquet.write_table(table, folder / "plain.parquet", compression="none", use_dictionary=False)
     parquet.write_table(table, folder / "zstd.parquet", compression="zstd", row_group_size=3)
-    return [folder / "snappy.parquet", folder / "plain.parquet", folder / "zstd.parquet"]
+    with pa.ipc.new_stream(folder / "stream.arrow", table.schema) as stream:
+        stream.write_table(table)
+    return [folder / "snappy.parquet", folder / "plain.parquet", folder / "zstd.parquet", folder / "stream.arrow"]
 
 
 def _read_text(path: Path) -> None:
@@ -188,7 +192,12 @@ _TOKENIZER_FILES = {
     "merges.txt": mutations.mutate_bytes,
 }
 _ADAPTER_FILES = {"*.json": mutations.mutate_json, "adapter_*": mutations.mutate_safetensors}
-_LINES_FILES = {"*.jsonl": mutations.mutate_json_lines, "*.txt": mutations.mutate_bytes}
+_LINES_FILES = {
+    "*.jsonl": mutations.mutate_json_lines,
+    "*.json": mutations.mutate_json,
+    "*.txt": mutations.mutate_bytes,
+    "*.csv": mutations.mutate_bytes,
+}
 TARGETS: dict[str, Target] = {
     "config": Target(750, _configs, {"config.json": mutations.mutate_json}, _read_config),
     "tokenizer": Target(750, _tokenizers, _TOKENIZER_FILES, _read_tokenizer),
