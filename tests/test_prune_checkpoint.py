@@ -219,6 +219,7 @@ def test_buffers_and_parts_that_the_network_does_not_have_stay_as_they_are(tmp_p
     folder = write_folder(tmp_path / "model", weights_of(model) | extra, config=model)
     checkpoint = open_checkpoint(str(folder))
     assert_same_network(checkpoint, model)
+    assert checkpoint.is_weight("lm_head.weight") and not any(map(checkpoint.is_weight, BUFFERS))
     assert written_back(checkpoint) == {"model.safetensors": (folder / "model.safetensors").read_bytes()}
     assert "left out, as in transformers: model.layers.4.eh_proj.weight, mtp.fc.weight, v_head" in caplog.text
 

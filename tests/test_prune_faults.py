@@ -74,6 +74,11 @@ def test_a_model_that_cannot_be_used_is_refused(changes, message, tmp_path):
     assert bytes_of(source) == before
 
 
+def test_masks_may_be_infinite(tmp_path):
+    mask = {"model.causal_mask": np.triu(np.full((8, 8), -np.inf, np.float32), 1)}
+    prepare(small_run(tmp_path, write_folder(tmp_path / "source", weights_of("llama_tiny") | mask)))
+
+
 # --- What overflows --------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +115,7 @@ def test_epsilons_of_models_that_overflow_are_never_chosen(tmp_path, monkeypatch
             raise NotFiniteError("block 1")
         return prune.pruning.Simulation(value, 0.5, [])
 
-    monkeypatch.setattr(prune.run, "simulate", trial)
+    monkeypatch.setattr(prune.pruning, "simulate", trial)
     job = prepare(small_run(tmp_path, epsilon="auto", samples=4))
     with prune.record.opened(tmp_path / "run") as record:
         assert prune.run.find_epsilon(job, dict.fromkeys(job.network.layer_shapes(), 1.0), record) == 0.2

@@ -43,6 +43,10 @@ class Checkpoint(ABC):
         """Read one tensor in its stored dtype and shape; an InputError where that is impossible."""
         return self.source.read(self.names.get(name, name))
 
+    def is_weight(self, name: str) -> bool:
+        """Return whether a tensor is a weight, and not a table, a mask or the like, which may hold any numbers."""
+        return not is_beside(self.names.get(name, name), self.source)
+
     @abstractmethod
     def shards(self) -> dict[str, FileLayout]:
         """Return the layouts of an exported copy's weight files, by file name."""
@@ -57,7 +61,7 @@ class Checkpoint(ABC):
 
     def network(self) -> Network:
         """Return the config's network, after a check that the tensors are those that it needs; no weights are read."""
-        weights = [name for name in self.tensors if not is_beside(self.names.get(name, name), self.source)]
+        weights = list(filter(self.is_weight, self.tensors))
         network = make_network(self.config, weights)
         names = without_others(network, {*weights, *(self.tensors.keys() & network.names())}, self.name)
         network.check({name: self.tensors[name].shape for name in self.tensors if name in names})

@@ -17,6 +17,8 @@ from farms_jax.programs.files import write_json
 
 from ..tokenizing import check_ids, check_tokenizer, encode, tokenizer_faults
 
+_log = logging.getLogger(__name__)
+
 OWN, CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENIZERS = (OWN, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _OTHER = "give another one with --tokenizer PATH"
@@ -66,7 +68,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not _gives_tokens(tokenizer, own):
         raise InputError(f"{folder}: transformers gives other tokens than {OWN}, which cannot be right; {_OTHER}")
     if fault:
-        logging.getLogger(__name__).warning("%s: the tokens are those of %s: %s", folder, OWN, fault)
+        _log.warning("%s: the tokens are those of %s: %s", folder, OWN, fault)
     return tokenizer
 
 
@@ -85,6 +87,8 @@ def declare_own_rule(folder: Path) -> None:
     for change in _AS_IT_IS:
         write_json(path, json.loads(before) | change)
         if _class_has_rule(folder, own):
+            if "auto_map" in change:
+                _log.warning("%s: AutoTokenizer gives the model's tokens without trust_remote_code alone", folder)
             return
     raise InputError(
         f"{folder}: AutoTokenizer of transformers gives other tokens than {OWN}, whatever class is named; {_OTHER}"

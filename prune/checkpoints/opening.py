@@ -51,7 +51,8 @@ def open_tokenizer(source: str) -> Any:
     """Load a tokenizer from a folder, a file in one or the hub ("OWNER/NAME@REVISION"); none of its code is run."""
     path = expanded(source)
     if path.exists():
-        return load_tokenizer(path if path.is_dir() else path.parent)
+        folder = path if path.is_dir() else path.parent
+        return load_tokenizer((snapshot_of(folder) or (folder,))[0])
     if match := _HUB_ID.fullmatch(source):
         return load_tokenizer(download_tokenizer(match["id"], match["revision"]))
     raise InputError(f"--tokenizer {source}: no such folder or file, and no hub name of the form OWNER/NAME")
