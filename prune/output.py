@@ -2,7 +2,8 @@
 
 Files have the source's layout: its header bytes, and every tensor where it was. So a tensor is written at its offset
 when its block is done, in any order and again after a stop, and a model with nothing removed comes out byte for byte
-as it went in. Until all is written the folder is called `NAME.part`; then it gets a `SHA256SUMS` of its files.
+as it went in. Until all is written the folder is called `NAME.part`; then it gets a `SHA256SUMS` of its files. The masks
+lie beside the folder: some loaders, vLLM's among them, take every safetensors file of a model's folder for its weights.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ _REMEDY = "free space, or name another --out; what was written so far is kept, a
 
 
 class Output:
-    """The folder of a pruned model, finished or being written."""
+    """The folder of a pruned model and its masks beside it, finished or being written."""
 
     def __init__(
         self, folder: Path, checkpoint: Checkpoint, layers: Mapping[str, tuple[int, int]], tokenizer: Any = None
@@ -36,22 +37,23 @@ class Output:
         """Plan the files for (out, in) layers that get masks; nothing is written yet."""
         self._checkpoint, self._tokenizer = checkpoint, tokenizer
         self._folder, self._part = folder, folder.with_name(f"{folder.name}.part")
+        self._masks = folder.with_name(MASKS)
         # Masks as numpy.packbits writes them: eight inputs to a byte, the first in its highest bit.
         masks = {name: TensorInfo(np.dtype(np.uint8), (out, -(-inputs // 8))) for name, (out, inputs) in layers.items()}
         inputs = json.dumps({name: shape[1] for name, shape in layers.items()})
         mask_layout = make_layout(masks, {"format": "packbits", "inputs": inputs})
-        self._layouts = {**checkpoint.shards(), MASKS: mask_layout}
+        self._weights = checkpoint.shards()
+        self._layouts = {self._part / filename: layout for filename, layout in self._weights.items()}
+        self._layouts[self._masks] = mask_layout
         self._places: dict[str, tuple[Path, Entry]] = {
-            name: (self._part / filename, entry)
-            for filename, layout in self._layouts.items()
-            for name, entry in layout.tensors.items()
+            name: (path, entry) for path, layout in self._layouts.items() for name, entry in layout.tensors.items()
         }
         self.finished = not self._incomplete_files(folder)  # it has its final name, and all its weight files
         self.begun = self._part.is_dir()  # by an earlier run that was stopped
 
     def check(self) -> None:
-        """Compare the finished folder's files with their checksums; an InputError names those that differ."""
-        if damaged := damaged_files(self._folder):
+        """Compare the finished files with their checksums; an InputError names those that differ."""
+        if damaged := [*damaged_files(self._folder), *damaged_files(self._folder.parent)]:
             raise InputError(
                 f"{listed(map(str, damaged), 3, ', ')}: damaged, or changed since it was written; "
                 f"remove {self._folder}, and the same command makes it again"
@@ -63,25 +65,25 @@ class Output:
         try:
             self._part.mkdir(parents=True, exist_ok=True)
             self._write_sidecars()
-            for filename, layout in self._layouts.items():
-                path = self._part / filename
+            for path, layout in self._layouts.items():
                 path.touch()
                 with path.open("r+b") as file:
                     file.truncate(min(path.stat().st_size, layout.size))  # a damaged file may be too long
                     reserve(file.fileno(), layout.size)
                     file.write(layout.header)
         except OSError as error:
-            if not keep:  # nothing in the folder is worth its space
+            if not keep:  # nothing in the files is worth its space
                 shutil.rmtree(self._part, ignore_errors=True)
+                self._masks.unlink(missing_ok=True)
             size = sum(layout.size for layout in self._layouts.values())
             raise InputError(_no_room(self._part, size, error)) from error
         return incomplete
 
     def _incomplete_files(self, folder: Path) -> list[Path]:
-        """Return the weight files that are missing, or have another size or header than planned."""
+        """Return the files of a folder's weights and of masks that are missing, or have another size or header."""
         incomplete = []
-        for filename, layout in self._layouts.items():
-            path = folder / filename
+        for planned, layout in self._layouts.items():
+            path = planned if planned == self._masks else folder / planned.name
             if not path.is_file() or path.stat().st_size != layout.size:
                 incomplete.append(path)
                 continue
@@ -95,7 +97,7 @@ class Output:
         for path in self._part.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name not in self._layouts:
+            elif path.name not in self._weights:
                 path.unlink()
         try:
             self._checkpoint.copy_sidecars(self._part, self._tokenizer)
@@ -143,6 +145,7 @@ class Output:
         """Write the checksums, and give the folder its final name in place of any older one."""
         try:
             write_checksums(self._part)
+            write_checksums(self._masks.parent, [self._masks])
             if self._folder.exists():
                 shutil.rmtree(self._folder)
             os.replace(self._part, self._folder)
@@ -152,9 +155,12 @@ class Output:
             ) from error
 
 
-def read_masks(folder: Path) -> dict[str, np.ndarray]:
-    """Read the masks of a pruned model's folder: layer -> (out, in) bool, True where a weight is kept."""
-    path = folder / MASKS
+def read_masks(run: Path) -> dict[str, np.ndarray]:
+    """Read the masks in a run's directory: layer -> (out, in) bool, False where the written weight is zero.
+
+    The folder of the model in it stands for it.
+    """
+    path = next((path for path in (run / MASKS, run.parent / MASKS) if path.is_file()), run / MASKS)
     layout = read_layout(path)
     inputs = json.loads(layout.metadata["inputs"])
     return {

@@ -40,7 +40,7 @@ class PrunedBlock:
     """A pruned block."""
 
     tensors: Tensors  # all of the block, in their stored dtypes
-    masks: dict[str, np.ndarray]  # (out, in) bool by layer, True where kept
+    masks: dict[str, np.ndarray]  # (out, in) bool by layer, False where the weight is zero
     damping: dict[str, float]  # by layer: that its Hessian needed, where the method has one
     recovered: dict[str, float]  # by half that was trained: its error, relative to before
 
@@ -84,8 +84,10 @@ def prune_block(
             kept = wanda_variant(given, statistics[layer], sparsity)
         else:
             kept = magnitude(given, sparsity, groups)
-        mask = pruned.masks[layer] = np.asarray(kept)
-        pruned.tensors[f"{layer}.weight"] = np.where(mask, values, np.zeros((), weight.dtype))
+        written = np.where(np.asarray(kept), values, np.zeros((), weight.dtype))
+        pruned.tensors[f"{layer}.weight"] = written
+        # Not `kept`: weights may be zero from the start, or become so in a narrow dtype.
+        pruned.masks[layer] = written != 0
     return pruned
 
 
@@ -116,7 +118,8 @@ def prune_blocks(
             found, errors = recover_block(
                 network, block, tensors, pruned.tensors, pruned.masks, activations, len(seen), plan.recovery, spill
             )
-            pruned = dataclasses.replace(pruned, tensors=found, recovered=errors)
+            masks = {layer: found[f"{layer}.weight"] != 0 for layer in pruned.masks}
+            pruned = dataclasses.replace(pruned, tensors=found, masks=masks, recovered=errors)
         keep(block, pruned)
         return pruned.tensors
 

@@ -4,6 +4,7 @@ RUN/run.json          the card: everything that the numbers depend on, and the n
 RUN/progress.json     finished stages and blocks, and their checksums; the card is made from it
 RUN/layers.csv        layer, weights, score, alpha before and after, sparsity asked for and reached
 RUN/model/            the pruned model, a Hugging Face folder; `model.part` until it is complete
+RUN/masks.safetensors the masks, see `output.read_masks`, and their checksum in `SHA256SUMS`
 RUN/*.png             plots
 RUN/.lock             held by the process that works on the run
 """
@@ -23,7 +24,7 @@ from farms_jax.programs.files import write_json
 from farms_jax.programs.locking import locked
 from farms_jax.programs.memory import peak_memory
 
-FORMAT = 2  # of progress.json; part of the key of a run, so that none goes on from a record that it cannot read
+FORMAT = 3  # of progress.json; part of the key of a run, so that none goes on from a record that it cannot read
 
 Result = TypeVar("Result")
 

@@ -15,6 +15,8 @@ from .hessians import damped, inverse_of_lower
 from .methods import Groups, lowest, lowest_of_groups
 
 _PART = 16  # columns at a time: few enough to stay in the cache
+# Of a dead input, in place of its diagonal: scores below those of all others, in the order of the weights' magnitudes.
+_DEAD = 1e12
 
 
 class Factor(NamedTuple):
@@ -57,6 +59,9 @@ def sparsegpt(
     removed (none at a sparsity of 0). `groups` take the place of the sparsity: each group of columns is chosen when its
     turn comes, and the block is rounded to a multiple of their size.
 
+    Weights of dead inputs are removed first, the smallest before the others; those that the sparsity leaves stay as
+    they are. (The public code sets all of them to zero, whatever the sparsity.)
+
     References:
         Frantar and Alistarh, SparseGPT, ICML 2023, algorithm 1; `fasterprune` of the public code.
     """
@@ -86,10 +91,12 @@ def _sparsegpt(
     columns = weight.shape[1]
     num_blocks = -(-columns // block)
     padding = num_blocks * block - columns
-    work = jnp.pad(jnp.where(dead, 0, weight.astype(jnp.float32)).T, ((0, padding), (0, 0)))
+    work = jnp.pad(weight.astype(jnp.float32).T, ((0, padding), (0, 0)))
     # Padded columns have a 1 on the diagonal and no score: they are never chosen and change nothing.
     upper = jnp.pad(upper, ((0, padding), (0, padding)))
-    diagonal = jnp.where(jnp.arange(len(upper)) < columns, jnp.diagonal(upper), 1)
+    # A dead input shares no entry of the Hessian with another: whatever is divided by its diagonal changes nothing else.
+    alive = jnp.where(jnp.pad(dead, (0, padding)), _DEAD, jnp.diagonal(upper))
+    diagonal = jnp.where(jnp.arange(len(upper)) < columns, alive, 1)
     real = jnp.arange(num_blocks * block) < columns
 
     def do_block(b: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:

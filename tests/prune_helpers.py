@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from prune.config import Config
 from prune.forward import apply_block, apply_embed
 from prune.models import make_network
+from prune.output import MASKS
 from tests.weights_helpers import close_gguf
 
 DATA = Path(__file__).parent / "data"
@@ -262,6 +263,7 @@ def card_of(path):
 def assert_same_run(path, expected):
     """Byte for byte the same model and table, and the same card but for times and memory."""
     assert bytes_of(path / "model") == bytes_of(expected / "model")
+    assert (path / MASKS).read_bytes() == (expected / MASKS).read_bytes()
     assert (path / "layers.csv").read_bytes() == (expected / "layers.csv").read_bytes()
     cards = [card_of(run) for run in (path, expected)]
     for card in cards:

@@ -163,6 +163,23 @@ def test_sparsity_zero_removes_nothing():
     np.testing.assert_array_equal(found, weight)
 
 
+@pytest.mark.parametrize(("sparsity", "groups"), [(0.0, None), (0.25, None), (0.75, None), (0.25, Groups(1, 4))])
+def test_weights_of_dead_inputs_go_first_and_the_others_stay_as_they_are(sparsity, groups):
+    weight, dead = RNG.standard_normal((8, 64)).astype(np.float32), np.arange(64) % 8 < 5
+    inputs = RNG.standard_normal((200, 64)) * ~dead
+    factor = factorise(jnp.asarray(inputs.T @ inputs, jnp.float32))
+    found, kept = map(np.asarray, sparsegpt(jnp.asarray(weight), factor, sparsity, groups))
+    np.testing.assert_array_equal(found != 0, kept)
+    np.testing.assert_array_equal(found[:, dead], np.where(kept, weight, 0)[:, dead])
+    if groups:
+        assert ((~kept).reshape(8, 16, 4).sum(-1) == 1).all()
+        return
+    count = int(weight.size * sparsity) + (sparsity > 0)
+    assert (~kept).sum() == count
+    of_dead = np.sort(np.abs(weight[:, dead]).ravel())
+    np.testing.assert_array_equal(np.sort(np.abs(weight[~kept & dead])), of_dead[:count])
+
+
 @pytest.mark.parametrize("sparsity", [0.1, 0.77])
 def test_counts_are_rounded_as_in_the_reference(sparsity):
     weight = jnp.asarray(ARRAYS["layer_48x300/W"])

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,10 @@ def sha256(*paths: Path, title: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def write_checksums(folder: Path) -> None:
-    """Write `SHA256SUMS` of all files in a folder and below; `sha256sum -c` reads it too."""
-    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder)]
+def write_checksums(folder: Path, paths: Iterable[Path] | None = None) -> None:
+    """Write `SHA256SUMS` of all files in a folder and below, or of some of them; `sha256sum -c` reads it too."""
+    paths = _files(folder) if paths is None else paths
+    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
     write_text(folder / CHECKSUMS, "".join(lines))
 
 

@@ -24,6 +24,7 @@ from farms_jax.programs.files import CHECKSUMS
 from farms_jax.programs.locking import locked
 from prune import llama
 from prune.job import prepare
+from prune.output import MASKS
 from prune.run import run
 
 ROOT = DATA.parent.parent
@@ -109,7 +110,7 @@ def test_fresh_removes_all_but_the_lock_that_it_holds(finished_copy, finished, m
     monkeypatch.setattr(prune.pruning, "prune_block", look)
     (finished_copy.path / "model" / "mine.txt").write_text("of an earlier run")
     run(prepare(dataclasses.replace(finished_copy.config, fresh=True)))
-    assert seen == [[".lock", "model.part", "progress.json"]] * BLOCKS
+    assert seen == [[".lock", MASKS, "model.part", "progress.json"]] * BLOCKS
     assert bytes_of(finished_copy.path / "model") == bytes_of(finished.path / "model")
 
 
@@ -163,7 +164,7 @@ def test_a_stop_costs_the_block_alone(number, status, when, finished, tmp_path, 
     [
         ("model.safetensors", "model.layers.1.mlp.up_proj.weight", 1),
         ("model.safetensors", "model.layers.2.input_layernorm.weight", 2),  # no layer's, but the block's
-        ("masks.safetensors", "model.layers.0.self_attn.q_proj", 0),
+        ("../masks.safetensors", "model.layers.0.self_attn.q_proj", 0),
         ("model.safetensors", "model.layers.3.mlp.up_proj.weight", 3),  # not written yet
     ],
 )
@@ -191,7 +192,7 @@ def test_pruning_goes_on_from_the_block_before_a_damaged_one(file, tensor, first
     ),
 )
 def test_a_cut_off_weight_file_costs_what_was_lost(damage, first, stopped, finished, pruned, capsys):
-    path = stopped.path / "model.part" / "masks.safetensors"
+    path = stopped.path / "masks.safetensors"
     damage(path)
     run(stopped)
     assert pruned == list(range(first, BLOCKS))
@@ -211,23 +212,24 @@ def test_what_is_outside_the_blocks_is_looked_at_too(stopped, finished):
 
 
 def test_a_finished_model_has_checksums(finished):
-    sums = finished.path / "model" / CHECKSUMS
-    done = subprocess.run(["sha256sum", "-c", CHECKSUMS], cwd=sums.parent, capture_output=True, text=True, check=True)
-    assert done.stdout == "config.json: OK\nmasks.safetensors: OK\nmodel.safetensors: OK\n"
+    for folder, names in ((finished.path / "model", ["config.json", "model.safetensors"]), (finished.path, [MASKS])):
+        done = subprocess.run(["sha256sum", "-c", CHECKSUMS], cwd=folder, capture_output=True, text=True, check=True)
+        assert done.stdout == "".join(f"{name}: OK\n" for name in names)
 
 
 @pytest.mark.parametrize(
-    ("name", "place"), few([("model.safetensors", 0.7), ("masks.safetensors", 0.9), (CHECKSUMS, 5)], 3)
+    ("name", "place"), few([("model.safetensors", 0.7), ("../masks.safetensors", 0.9), (CHECKSUMS, 5)], 3)
 )
 def test_a_finished_model_that_is_damaged_is_named(name, place, finished_copy, finished, pruned):
-    path = finished_copy.path / "model" / name
+    model = finished_copy.path / "model"
+    path = (model / name).resolve()
     flip(path, place)
     before = bytes_of(finished_copy.path)
     named = path if name != CHECKSUMS else path.with_name("config.json")  # the line of which is no longer right
     with pytest.raises(InputError, match=rf"^{named}: damaged, or changed .*; remove .*model, and the same command"):
         run(finished_copy)
     assert bytes_of(finished_copy.path) == before  # whose change it was is not for the program to say
-    shutil.rmtree(path.parent)
+    shutil.rmtree(model)
     run(finished_copy)
     assert pruned == list(range(BLOCKS))
     assert_same_run(finished_copy.path, finished.path)

@@ -1,5 +1,6 @@
 """Pruned models in `transformers` on torch: they load, score the same perplexity, and are as sparse."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -20,6 +21,7 @@ from prune_helpers import (
     write_folder,
     write_gguf,
 )
+from safetensors import safe_open
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -83,6 +85,15 @@ SOURCES = {
 }
 
 
+def read_by_vllm(folder):
+    """Every safetensors file of a folder, less those that an index does not name."""
+    paths, index = list(folder.glob("*.safetensors")), folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return paths
+    named = set(json.loads(index.read_text())["weight_map"].values())
+    return [path for path in paths if path.name in named]
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -117,7 +128,13 @@ def test_export_scores_the_same_on_torch(name, settings, tmp_path):
     np.testing.assert_allclose(losses, card["nll_per_block"]["pruned"], rtol=1e-4)
     assert card["perplexity"]["pruned"] != pytest.approx(card["perplexity"]["dense"], rel=1e-3)
 
-    modules, masks = dict(model.named_modules()), read_masks(job.path / "model")
+    by_vllm, by_llama_cpp = read_by_vllm(job.path / "model"), list((job.path / "model").glob("model*.safetensors"))
+    assert sorted(by_vllm) == sorted(by_llama_cpp)
+    with contextlib.ExitStack() as stack:
+        names = [name for path in by_vllm for name in stack.enter_context(safe_open(path, "pt")).keys()]  # noqa: SIM118
+    assert len(names) == len(set(names)) and set(names) <= set(model.state_dict())
+
+    modules, masks = dict(model.named_modules()), read_masks(job.path)
     assert set(masks) == {row["layer"] for row in card["allocation"]["layers"]}
     for layer, mask in masks.items():
         np.testing.assert_array_equal(modules[layer].weight.detach().numpy() != 0, mask, err_msg=layer)
