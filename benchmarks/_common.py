@@ -1,13 +1,12 @@
 """What the benchmarks share: the machine, fair timing of alternatives, and the file of results."""
 
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from farms_jax.programs.environment import installed_versions
+from farms_jax.programs.environment import installed_versions, processor
 from farms_jax.programs.files import write_json
 
 T = TypeVar("T")
@@ -19,8 +18,7 @@ def machine() -> dict[str, Any]:
     import jax
 
     return {
-        "cpu": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **processor(),
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
         "versions": installed_versions("jax", "jaxlib", "flax", "numpy", "torch"),
@@ -64,12 +62,3 @@ def interleave(functions: Mapping[str, Callable[[], object]], repeats: int) -> d
 def write(path: str | Path, results: dict[str, Any]) -> None:
     """Write results as indented JSON, atomically, making the folder if need be."""
     write_json(Path(path), results)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

@@ -15,6 +15,7 @@ from .recovery import Recovery
 BUNDLED = Path(__file__).parent / "bundled"
 
 Method = Literal["magnitude", "wanda", "wanda_variant", "sparsegpt", "admm"]
+Dtype = Literal["source", "float32", "float16", "bfloat16"]
 Allocation = Literal["uniform", "alphapruning", "farms", "owl", "dlp", "atp", "ends", "sensitivity", "search"]
 
 SPECTRAL: tuple[Allocation, ...] = ("alphapruning", "farms")  # those by the alphas of the weights' spectra
@@ -35,8 +36,14 @@ DAMPING: dict[Method, float] = {"sparsegpt": 0.01, "admm": 0.1}
 # Tried by --epsilon auto; 0 is the uniform allocation.
 EPSILONS_SCALE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 EPSILONS_SHIFT = (0.0, 0.03, 0.06, 0.1, 0.15, 0.2)
+_BASELINES: dict[str, tuple[Allocation, ...]] = {
+    "uniform": ("uniform",),
+    "farms": ("farms",),
+    "both": ("uniform", "farms"),
+    "none": (),
+}
 # Settings that change no number: a run given again with others of them is the same run.
-_NO_NUMBERS = ("out", "spill", "dry_run", "fresh", "baseline")
+_NO_NUMBERS = ("out", "spill", "dry_run", "fresh", "baseline", "push")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +109,16 @@ class Config:
     """Steps of AdamW for each half of a block, attention and feed-forward network."""
     recover_rate: float = 2e-4
     """Learning rate of these steps at its peak."""
-    baseline: Literal["auto", "uniform", "none"] = "auto"
-    """Also prune uniformly, for comparison, without writing a model; auto: for the bundled model."""
+    dtype: Dtype = "source"
+    """Precision of the written model: source, float32, float16 or bfloat16. The source's is, for a quantised GGUF file,
+    float16, or bfloat16 where float16 has no range for its numbers."""
+    baseline: Literal["auto", "uniform", "farms", "both", "none"] = "auto"
+    """Also prune uniformly, by farms, or both, for comparison, without writing a model; auto: both for the bundled
+    model, but what --allocation names."""
+    push: str | None = None
+    """OWNER/NAME on the Hugging Face hub to upload the model to, with its card; a new repository is private."""
     dry_run: bool = False
-    """Print the allocation and the size it would give; prune nothing."""
+    """Print the allocation and the size it would give; evaluate and prune nothing."""
     spill: Path | None = None
     """Folder for activations, where memory is too small for them (samples x length x hidden size x 4 bytes)."""
     fresh: bool = False
@@ -132,6 +145,8 @@ class Config:
             raise InputError(f"--sparsity {self.target} is beyond --groups {self.groups}: one of each group stays")
         if self.length == 1:
             raise InputError("--length must be at least 2: perplexity predicts tokens from those before them")
+        if self.push is not None and not re.fullmatch(r"[^/\s]+/[^/\s]+", self.push):
+            raise InputError(f"--push must be OWNER/NAME of the hub, got {self.push!r}")
         if self.seed < 0:
             raise InputError(f"--seed must not be below 0, got {self.seed}")
         if self.method == "wanda_variant" and (self.allocation != "uniform" or self.groups):
@@ -195,6 +210,10 @@ class Config:
             return None
         return Window(self.rows or min(smallest, 2000), self.aspect_ratio, per_axis=self.per_axis)
 
+    def baselines(self) -> tuple[Allocation, ...]:
+        """Return the allocations to prune by for comparison, those of `auto` once it is resolved."""
+        return _BASELINES[self.baseline]
+
     def numbers(self) -> dict[str, object]:
         """Return the settings on which the pruned weights or the figures depend."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in _NO_NUMBERS}
@@ -220,5 +239,13 @@ def resolve(config: Config, network: Network) -> Config:
         damping=config.damping or DAMPING.get(config.method),
         calibration=config.calibration or (str(BUNDLED / "calibration.txt") if bundled else "c4"),
         text=config.text or (str(BUNDLED / "heldout.txt") if bundled else "wikitext2"),
-        baseline=("uniform" if bundled else "none") if config.baseline == "auto" else config.baseline,
+        baseline=_baseline(config, bundled=bundled) if config.baseline == "auto" else config.baseline,
     )
+
+
+def _baseline(config: Config, *, bundled: bool) -> Literal["uniform", "farms", "both", "none"]:
+    if not bundled:
+        return "none"
+    if config.allocation == "farms" or config.method == "wanda_variant":  # which has no allocation but uniform
+        return "uniform"
+    return "farms" if config.allocation == "uniform" else "both"

@@ -1,6 +1,7 @@
 """Everything that a run needs, opened and checked before long work begins."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from importlib.metadata import version
@@ -15,8 +16,49 @@ from farms_jax.errors import InputError, listed
 from .checkpoints import Checkpoint, choose_tokenizer, open_checkpoint
 from .config import BUNDLED, Config, resolve
 from .models import Network
+from .precision import Precision, choose_precision, converted, largest_magnitude, needs_largest
+from .publishing import check_push
 from .record import FORMAT
 from .texts import Samples, are_token_ids, calibration_samples, evaluation_blocks
+
+
+class Texts:
+    """The texts of a run, each read when it is first asked for: a dry run may need none of them."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, vocab_size: int) -> None:
+        """Take resolved settings, and the model whose tokenizer is used unless they name another."""
+        assert config.length and config.calibration and config.text
+        self._config, self._checkpoint = config, checkpoint
+        self._sources = {"calibration": config.calibration, "text": config.text}
+        self._common = {
+            "length": config.length,
+            "special_tokens": config.special_tokens,
+            "vocab_size": vocab_size,
+        }
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer; `None` where the texts are token ids, and no other is given."""
+        needed = not are_token_ids(*self._sources.values())
+        return choose_tokenizer(self._checkpoint, self._config.tokenizer, needed=needed)
+
+    @functools.cached_property
+    def evaluation(self) -> Samples:
+        """The blocks that perplexity is measured on."""
+        return evaluation_blocks(self._sources["text"], self.tokenizer, limit=self._config.limit, **self._common)
+
+    @functools.cached_property
+    def calibration(self) -> Samples:
+        """Calibration samples, then those held out, see `Config.held_out`."""
+        config = self._config
+        return calibration_samples(
+            self._sources["calibration"],
+            self.tokenizer,
+            count=config.samples + config.held_out,
+            seed=config.seed,
+            held_out=config.held_out,
+            **self._common,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +66,11 @@ class Job:
     """The inputs of a run, opened and checked."""
 
     config: Config  # resolved
-    checkpoint: Checkpoint  # the dense model
+    checkpoint: Checkpoint  # the dense model, in the precision that is written
     network: Network
-    calibration: Samples  # `config.samples` for statistics, then `config.held_out`
-    evaluation: Samples
-    tokenizer: Any  # None where the texts are token ids
-    weights: str  # SHA-256 of all tensors: names, dtypes, shapes, values
+    texts: Texts
+    precision: Precision
+    weights: str  # SHA-256 of all tensors of the source: names, dtypes, shapes, values; empty in a dry run
 
     @property
     def key(self) -> str:
@@ -37,6 +78,21 @@ class Job:
         facts = [FORMAT, self.config.numbers(), self.weights, version("farms-jax"), version("jax")]
         facts += [samples.record["ids_sha256"] for samples in (self.calibration, self.evaluation)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def calibration(self) -> Samples:
+        """Calibration samples: `config.samples` for statistics, then `config.held_out`."""
+        return self.texts.calibration
+
+    @property
+    def evaluation(self) -> Samples:
+        """Blocks that perplexity is measured on."""
+        return self.texts.evaluation
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; `None` where the texts are token ids, and no other is given."""
+        return self.texts.tokenizer
 
     @property
     def seen(self) -> np.ndarray:
@@ -58,31 +114,31 @@ class Job:
 
 
 def prepare(config: Config) -> Job:
-    """Return the job for settings as given on the command line; InputError where a setting or an input is unusable."""
+    """Return the job for settings as given on the command line; InputError where a setting or an input is unusable.
+
+    For a dry run, neither texts nor weights are read here.
+    """
     config.check()
-    checkpoint = open_checkpoint(config.model or str(BUNDLED))
-    network = checkpoint.network()
+    if config.push and not config.dry_run:
+        check_push(config.push)
+    source = open_checkpoint(config.model or str(BUNDLED))
+    network = source.network()
     config = resolve(config, network)
-    assert config.length and config.calibration and config.text
-    in_ids = are_token_ids(config.calibration, config.text)
-    tokenizer = choose_tokenizer(checkpoint, config.tokenizer, needed=not in_ids)
-    common = {"length": config.length, "special_tokens": config.special_tokens, "vocab_size": network.vocab_size}
-    evaluation = evaluation_blocks(config.text, tokenizer, limit=config.limit, **common)
-    held_out = config.held_out
-    calibration = calibration_samples(
-        config.calibration,
-        tokenizer,
-        count=config.samples + held_out,
-        seed=config.seed,
-        held_out=held_out,
-        **common,
-    )
-    return Job(config, checkpoint, network, calibration, evaluation, tokenizer, _hash(checkpoint))
+    texts, weights, largest = Texts(config, source, network.vocab_size), "", None
+    if not config.dry_run:
+        _ = texts.evaluation, texts.calibration
+        weights, largest = _examine(source, needs_largest(config.dtype, source))
+    precision = choose_precision(config.dtype, source, largest)
+    return Job(config, converted(source, precision), network, texts, precision, weights)
 
 
-def _hash(checkpoint: Checkpoint) -> str:
-    """Return the hash of all tensors, whatever files they are in; InputError where one is not finite."""
-    digest, bad = hashlib.sha256(), []
+def _examine(checkpoint: Checkpoint, with_largest: bool) -> tuple[str, dict[str, float]]:
+    """Return the hash of all tensors, whatever files they are in, and if asked for the largest magnitude of each.
+
+    Raises:
+        InputError: a tensor is not finite.
+    """
+    digest, bad, largest = hashlib.sha256(), [], {}
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     with tqdm(total=total, desc="check weights", unit="B", unit_scale=True, leave=False) as bar:
         for name in sorted(checkpoint.tensors):
@@ -91,8 +147,10 @@ def _hash(checkpoint: Checkpoint) -> str:
             digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
             if checkpoint.is_weight(name) and not np.isfinite(tensor).all():
                 bad.append(name)
+            if with_largest:
+                largest[name] = largest_magnitude(tensor)
             bar.update(tensor.nbytes)
     if bad:
         named = listed(bad, 8, ", ")
         raise InputError(f"{checkpoint.name}: NaN or Inf in {named}; the checkpoint is damaged, get it again")
-    return digest.hexdigest()
+    return digest.hexdigest(), largest

@@ -2,8 +2,8 @@
 
 Files have the source's layout: its header bytes, and every tensor where it was. So a tensor is written at its offset
 when its block is done, in any order and again after a stop, and a model with nothing removed comes out byte for byte
-as it went in. Until all is written the folder is called `NAME.part`; then it gets a `SHA256SUMS` of its files. The masks
-lie beside the folder: some loaders, vLLM's among them, take every safetensors file of a model's folder for its weights.
+as it went in. Until all is written the folder is called `NAME.part`; then it gets a `SHA256SUMS` of its files. Masks
+lie beside it: some loaders, vLLM's among them, take every safetensors file of a model's folder for its weights.
 """
 
 import hashlib
@@ -156,10 +156,7 @@ class Output:
 
 
 def read_masks(run: Path) -> dict[str, np.ndarray]:
-    """Read the masks in a run's directory: layer -> (out, in) bool, False where the written weight is zero.
-
-    The folder of the model in it stands for it.
-    """
+    """Return the masks in a run's directory, or beside the model in it: layer -> (out, in) bool, False for zeros."""
     path = next((path for path in (run / MASKS, run.parent / MASKS) if path.is_file()), run / MASKS)
     layout = read_layout(path)
     inputs = json.loads(layout.metadata["inputs"])

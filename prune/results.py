@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,18 +12,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from farms_jax import block_of
-from farms_jax.programs.environment import environment
+from farms_jax.programs.environment import environment, processor
 from farms_jax.programs.files import atomic
 
 from .allocation import Plan, Shapes, sizes_of
+from .command import command_line
+from .comparison import compare, perplexity_interval
 from .config import EPSILON
 from .job import Job
 from .perplexity import Perplexity
+from .precision import dtype_names
 from .pruning import Simulation
 from .record import Record
 from .search import report as search_report
 from .writing import WrittenBlock
 
+ZEROS = (
+    "Its zeros are stored like any number, so it is neither smaller nor faster than the dense model. Faster: N:M on "
+    "hardware that has it (2:4 on NVIDIA GPUs, in a library with kernels for it), unstructured sparsity in runtimes "
+    "made for it, such as MACKO. Smaller: compressed formats, such as the kept weights with a bit for each."
+)
 _PACKAGES = ("farms-jax", "jax", "jaxlib", "numpy", "transformers", "tokenizers")
 
 
@@ -62,7 +71,8 @@ def allocation_table(job: Job, scores: Mapping[str, float], epsilon: float, plan
     lines += [
         f"{config.allocation}{how}: {removed / inside:.4f} of {inside / 1e6:.2f} M block weights, "
         f"{removed / everything:.4f} of all {everything / 1e6:.2f} M",
-        f"size: {stored / 2**20:.1f} MiB dense; {sparse / 2**20:.1f} MiB with kept weights and one bit for each",
+        f"size: {stored / 2**20:.1f} MiB in {dtype_names(job.checkpoint)}, zeros and all; "
+        f"{sparse / 2**20:.1f} MiB with kept weights and one bit for each",
     ]
     return "\n".join(lines)
 
@@ -107,16 +117,18 @@ def make_card(
     rows: Sequence[LayerRow],
     blocks: Sequence[WrittenBlock],
     dense: Perplexity,
-    uniform: Simulation | None,
+    baselines: Mapping[str, Simulation],
     pruned: Perplexity,
 ) -> dict[str, Any]:
     """Return the content of `run.json`: everything that the numbers depend on, and the numbers."""
     config, trials = job.config, record.get("trials")
     reached = sum(row.weights * row.reached for row in rows) / sum(row.weights for row in rows)
-    baseline = {"uniform": uniform} if uniform else {}
-    perplexities = {"dense": dense.value} | {k: v.perplexity for k, v in baseline.items()} | {"pruned": pruned.value}
+    perplexities = {"dense": dense.value} | {k: v.perplexity for k, v in baselines.items()} | {"pruned": pruned.value}
+    nll = {name: found.nll for name, found in {"dense": dense, **baselines, "pruned": pruned}.items()}
     return {
         "key": job.key,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": command_line(config),
         "settings": {key: value for key, value in dataclasses.asdict(config).items() if key != "out"},
         "model": {
             "name": job.checkpoint.name,
@@ -127,7 +139,9 @@ def make_card(
         "tokenizer_sha256": job.evaluation.record.get("tokenizer_sha256"),
         "calibration": job.calibration.record,
         "evaluation": job.evaluation.record,
+        "dtype": {"written": dtype_names(job.checkpoint), "reason": job.precision.reason},
         **environment(*_PACKAGES),
+        "processor": processor(),
         "allocation": {
             "by": config.allocation,
             "granularity": config.granularity,
@@ -136,9 +150,12 @@ def make_card(
             **({"search": found} if (found := search_report(record)) else {}),
         },
         "sparsity": {"asked": config.sparsity, "reached": reached},
+        "baseline_sparsity": {name: found.sparsity for name, found in baselines.items()},
         "perplexity": perplexities,
-        "nll_per_block": {name: found.nll for name, found in {"dense": dense, **baseline, "pruned": pruned}.items()},
-        "uniform_sparsity": uniform.sparsity if uniform else None,
+        "perplexity_interval": {name: perplexity_interval(losses)._asdict() for name, losses in nll.items()},
+        # Fractions by which the perplexity of the written model is above the others'.
+        "against": {name: compare(nll["pruned"], losses)._asdict() for name, losses in nll.items() if name != "pruned"},
+        "nll_per_block": nll,
         "seconds": record.get("seconds"),
         "recovered_per_block": [block.recovered for block in blocks],
         "seconds_per_block": [block.seconds for block in blocks],
@@ -146,22 +163,48 @@ def make_card(
     }
 
 
+class PerplexityRow(NamedTuple):
+    """A model whose perplexity was measured."""
+
+    allocation: str
+    sparsity: float  # reached
+    perplexity: float
+    low: float  # ends of its 95 % interval
+    high: float
+
+
+def perplexity_rows(card: Mapping[str, Any]) -> list[PerplexityRow]:
+    """Return what the content of `run.json` says of each model: dense, the baselines, and last the written one."""
+    sparsities = {"dense": 0.0, **card["baseline_sparsity"], "pruned": card["sparsity"]["reached"]}
+    ends, own = card["perplexity_interval"], card["settings"]["allocation"]
+    return [
+        PerplexityRow(own if k == "pruned" else k, sparsities[k], value, ends[k]["low"], ends[k]["high"])
+        for k, value in card["perplexity"].items()
+    ]
+
+
 def results_table(card: Mapping[str, Any], path: Path, plots: Sequence[Path]) -> str:
     """Return a table of the results in the content of `run.json`, and the paths of all files."""
-    settings, evaluation = card["settings"], card["evaluation"]
-    sparsities = {"dense": 0.0, "uniform": card["uniform_sparsity"], "pruned": card["sparsity"]["reached"]}
+    settings, evaluation, blocks = card["settings"], card["evaluation"], card["evaluation"]["count"]
     lines = [
-        f"\nperplexity on {evaluation['source']} ({evaluation['count']} blocks of {evaluation['length']} tokens), "
+        f"\nperplexity on {evaluation['source']} ({blocks} blocks of {evaluation['length']} tokens), "
         f"{settings['method']}",
-        f"{'allocation':<14} {'sparsity':>9} {'perplexity':>11}",
+        f"{'allocation':<14} {'sparsity':>9} {'perplexity':>11}  {'95 % interval' if blocks > 1 else ''}".rstrip(),
     ]
-    for name, value in card["perplexity"].items():
-        label = settings["allocation"] if name == "pruned" else name
-        lines.append(f"{label:<14} {sparsities[name]:9.4f} {value:11.4f}")
+    for row in perplexity_rows(card):
+        interval = f"{row.low:.2f} to {row.high:.2f}" if blocks > 1 else ""
+        lines.append(f"{row.allocation:<14} {row.sparsity:9.4f} {row.perplexity:11.4f}  {interval}".rstrip())
+    for name, change in card["against"].items():
+        told = f"this run against {name}: {100 * change['value']:+.1f} % perplexity"
+        if blocks > 1:
+            ends = f"{100 * change['low']:+.1f} to {100 * change['high']:+.1f} %"
+            told += f", 95 % interval {ends}, paired over {blocks} blocks"
+        lines.append(told)
     lines += [
         f"time: {sum(card['seconds'].values()):.1f} s, of it pruning {sum(card['seconds_per_block']):.1f} s; "
         f"peak memory {card['peak_memory_bytes'] / 2**20:.0f} MiB",
-        f"model: {path / 'model'}",
+        f"model: {path / 'model'} ({card['dtype']['written']})",
+        f"  {ZEROS}",
         f"run: {path} (run.json, layers.csv, {', '.join(plot.name for plot in plots)})",
     ]
     return "\n".join(lines)

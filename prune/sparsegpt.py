@@ -94,7 +94,7 @@ def _sparsegpt(
     work = jnp.pad(weight.astype(jnp.float32).T, ((0, padding), (0, 0)))
     # Padded columns have a 1 on the diagonal and no score: they are never chosen and change nothing.
     upper = jnp.pad(upper, ((0, padding), (0, padding)))
-    # A dead input shares no entry of the Hessian with another: whatever is divided by its diagonal changes nothing else.
+    # A dead input shares no entry of the Hessian with another: what is divided by its diagonal changes nothing else.
     alive = jnp.where(jnp.pad(dead, (0, padding)), _DEAD, jnp.diagonal(upper))
     diagonal = jnp.where(jnp.arange(len(upper)) < columns, alive, 1)
     real = jnp.arange(num_blocks * block) < columns

@@ -71,7 +71,7 @@ def test_pruning_on_the_way_is_pruning_and_then_evaluating(tmp_path):
     job = prepare(small_run(tmp_path, source, method="sparsegpt", allocation="uniform", baseline="uniform"))
     text = run(job)
     card = card_of(job.path)
-    assert card["uniform_sparsity"] == card["sparsity"]["reached"]
+    assert card["baseline_sparsity"]["uniform"] == card["sparsity"]["reached"]
     np.testing.assert_allclose(card["nll_per_block"]["uniform"], card["nll_per_block"]["pruned"], rtol=1e-6)
     assert card["nll_per_block"]["uniform"] != card["nll_per_block"]["dense"]
     lines = [line.split() for line in text.splitlines()]

@@ -34,6 +34,7 @@ from prune_helpers import (
 )
 from safetensors.numpy import load_file
 
+import prune.job
 import prune.output
 import prune.perplexity
 import prune.pruning
@@ -65,7 +66,7 @@ def test_nothing_removed_gives_the_same_bytes_back(dtype, shards, method, tmp_pa
     job = prepare(small_run(tmp_path, source, method=method, allocation="uniform", sparsity=0.0))
     run(job)
     found, expected = bytes_of(job.path / "model"), bytes_of(source)
-    del found["SHA256SUMS"], expected["pytorch_model.bin"]
+    del found["SHA256SUMS"], found["README.md"], expected["pytorch_model.bin"]
     assert found == expected
     assert all(mask.all() for mask in read_masks(job.path).values())
     assert card_of(job.path)["perplexity"]["pruned"] == card_of(job.path)["perplexity"]["dense"]
@@ -138,7 +139,7 @@ def test_card_holds_the_allocation(finished):
 
 
 def test_plots_show_something(finished):
-    for name in ("sparsity.png", "alphas.png"):
+    for name in ("sparsity.png", "alphas.png", "perplexity.png"):
         pixels = image.imread(finished.path / name)[..., :3]
         # Ink of the first line's colour.
         assert (np.abs(pixels - np.array([0x1F, 0x77, 0xB4]) / 255).max(-1) < 0.02).sum() > 200, name
@@ -243,9 +244,12 @@ def test_what_was_taken_away_from_a_finished_run_is_made_again(lost, finished, f
 
 def test_dry_run_says_what_a_run_would_do_and_saves_it_the_analysis(finished, tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(finished.config, out=tmp_path / "out")
-    job = prepare(dataclasses.replace(config, dry_run=True))
-    table = run(job)
-    assert sorted(path.name for path in job.path.iterdir()) == [".lock", "progress.json"]
+    with monkeypatch.context() as patch:  # neither texts nor evaluations
+        for name in ("evaluation_blocks", "calibration_samples", "choose_tokenizer"):
+            patch.setattr(prune.job, name, None)
+        patch.setattr(prune.run, "perplexity", None)
+        table = run(prepare(dataclasses.replace(config, dry_run=True)))
+    assert sorted(path.name for path in config.out.iterdir()) == ["cache"]
     rows = [line.split() for line in table.splitlines() if line.startswith("model.layers.")]
     assert [row[0] for row in rows] == [f"model.layers.{block}" for block in range(4)]
     # Blocks of one size; figures are printed with four decimals.
@@ -255,23 +259,36 @@ def test_dry_run_says_what_a_run_would_do_and_saves_it_the_analysis(finished, tm
     inside = sum(weight.size for name, weight in weights.items() if "_proj" in name)
     assert f"0.5000 of {inside / 1e6:.2f} M block weights, {inside / 2 / everything:.4f} of all" in table
     kept = 4 * (everything - inside / 2) + inside / 8
-    assert f"size: {4 * everything / MIB:.1f} MiB dense; {kept / MIB:.1f} MiB with" in table
+    assert f"size: {4 * everything / MIB:.1f} MiB in float32, zeros and all; {kept / MIB:.1f} MiB with" in table
 
     measured, evaluated = [], []
-    measure, perplexity = prune.scores.measure_alphas, prune.run.perplexity
-    monkeypatch.setattr(prune.scores, "measure_alphas", lambda *a: measured.append(a[-1]) or measure(*a))
+    analyze, perplexity = prune.scores.farms_jax.analyze, prune.run.perplexity
+    monkeypatch.setattr(prune.scores.farms_jax, "analyze", lambda *a, **k: measured.append(1) or analyze(*a, **k))
     monkeypatch.setattr(prune.run, "perplexity", lambda *a, title, **k: evaluated.append(title) or perplexity(*a, **k))
     capsys.readouterr()
-    run(prepare(config))
-    assert (measured, evaluated) == (["alphas after pruning"], ["pruned perplexity"])
+    job = prepare(config)
+    run(job)
+    assert (len(measured), evaluated) == (4, ["dense perplexity", "pruned perplexity"])  # 4 blocks after pruning
     assert table in capsys.readouterr().out
     assert_same_run(job.path, finished.path)
 
 
 def test_dry_run_takes_nothing_away(finished, finished_copy):
+    before = bytes_of(finished_copy.config.out)
     config = dataclasses.replace(finished_copy.config, dry_run=True, fresh=True)
     assert "block weights" in run(dataclasses.replace(finished_copy, config=config))
-    assert_same_run(finished_copy.path, finished.path)
+    assert bytes_of(finished_copy.config.out) == before
+
+
+def test_dry_run_reads_calibration_text_where_the_allocation_needs_it(tmp_path, monkeypatch):
+    """And leaves the search of epsilon, which prunes, to the run."""
+    config = small_run(tmp_path, allocation="owl", epsilon="auto", dry_run=True)
+    monkeypatch.setattr(prune.job, "evaluation_blocks", None)
+    table = run(prepare(config))
+    assert table.endswith("--epsilon auto is searched by the run; this is the allocation at 0.08")
+    given = run(prepare(dataclasses.replace(config, epsilon="0.08")))
+    assert table.startswith(given)
+    assert not config.out.exists()
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
-"""What a run's numbers depend on besides its settings and data: versions, Python, devices."""
+"""What a run's numbers depend on besides its settings and data: versions, Python, processor, devices."""
 
 import contextlib
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +19,17 @@ def installed_versions(*packages: str) -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return versions
+
+
+def processor() -> dict[str, Any]:
+    """Return the name of the processor and how many of its cores this process may use, ready for JSON."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": names[0] if names else platform.processor(), "cores": cores}
 
 
 def environment(*packages: str) -> dict[str, Any]:

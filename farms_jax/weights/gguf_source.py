@@ -64,6 +64,8 @@ class GGUFSource(WeightSource):
         if strict and unread:
             name, fault = next(iter(unread.items()))
             raise InputError(f"{path}: {name}: {fault}; give a file in F16, F32 or Q8_0")
+        # How each is stored: F32, F16, BF16, or a quantisation such as Q8_0.
+        self.kinds = {name: found[own_name].kind.name for name, own_name in self._names.items() if name not in unread}
         told = quantisation_of(self._file)
         super().__init__(path, path.stem, "gguf", torch, tensors, unread=unread, quantisation=told)
 

@@ -8,6 +8,7 @@ Opening reads headers only, and finds every fault of names, shapes and sizes bef
 """
 
 from .base import Checkpoint as Checkpoint
+from .converted import ConvertedCheckpoint as ConvertedCheckpoint
 from .folder import FolderCheckpoint as FolderCheckpoint
 from .gguf_checkpoint import GGUFCheckpoint as GGUFCheckpoint
 from .opening import (

@@ -21,6 +21,8 @@ from .names import is_beside, names_in, without_others
 # Before transformers is imported: without torch it would advise to install it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+GENERATION = "generation_config.json"
+
 
 class Checkpoint(ABC):
     """A model to prune: its weights (linears are (out, in)), config and tokenizer, and the layout of a copy.
@@ -73,6 +75,12 @@ class Checkpoint(ABC):
     def sha256(self) -> str:
         """Return the SHA-256 of the weight files, read one after the other in the order of their names."""
         return files.sha256(*self.files, title="hash weights")
+
+
+def generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a `generation_config.json`, as `transformers` makes it of a model's config."""
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+    return {"_from_model_config": True, **ids}
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

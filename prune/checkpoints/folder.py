@@ -17,7 +17,7 @@ from farms_jax.weights.safetensors_source import SafetensorsSource
 from farms_jax.weights.torch_folder import model_in
 from farms_jax.weights.torch_source import open_torch
 
-from .base import Checkpoint, save_tokenizer
+from .base import GENERATION, Checkpoint, generation_config, save_tokenizer
 from .folder_tokenizer import TOKENIZERS, declare_own_rule, load_tokenizer
 
 CONFIG = "config.json"
@@ -70,11 +70,14 @@ class FolderCheckpoint(Checkpoint):
     def copy_sidecars(self, folder: Path, tokenizer: Any = None) -> None:
         """Copy config, generation config and tokenizer files byte for byte, and the index where the shards agree.
 
-        The config of the tokenizer names another class where `AutoTokenizer` would give other tokens by it.
+        A generation config that is not there is made from the config. The config of the tokenizer names another class
+        where `AutoTokenizer` would give other tokens by it.
         """
-        names = (CONFIG, "generation_config.json", *(() if tokenizer is not None else _TOKENIZER_FILES))
+        names = (CONFIG, GENERATION, *(() if tokenizer is not None else _TOKENIZER_FILES))
         for filename in names:
             self._copy(filename, folder)
+        if not (self.path / GENERATION).is_file():
+            write_json(folder / GENERATION, generation_config(self.config))
         self._write_index(folder)
         if tokenizer is None:
             declare_own_rule(folder)

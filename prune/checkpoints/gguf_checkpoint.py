@@ -14,7 +14,7 @@ from farms_jax.weights.gguf_file import read_gguf
 from farms_jax.weights.gguf_source import ROPE_FACTORS, GGUFSource, architecture_of, same_in_all_blocks
 from farms_jax.weights.safetensors_file import FileLayout, make_layout
 
-from .base import Checkpoint, save_tokenizer
+from .base import GENERATION, Checkpoint, generation_config, save_tokenizer
 from .gguf_tokenizer import make_tokenizer
 
 _CLASSES = {
@@ -39,6 +39,7 @@ class GGUFCheckpoint(Checkpoint):
         factors = source.read(ROPE_FACTORS) if ROPE_FACTORS in source.tensors else None
         shapes = {name: info.shape for name, info in source.tensors.items()}
         super().__init__(source, _make_config(source.metadata, shapes, factors, str(path)), (path,))
+        self.kinds, self._end_of_turn = source.kinds, source.metadata.get("tokenizer.ggml.eot_token_id")
         # They are part of the config, not of the network.
         self.tensors.pop(ROPE_FACTORS, None)
 
@@ -47,10 +48,18 @@ class GGUFCheckpoint(Checkpoint):
         return {WEIGHTS: make_layout(self.tensors, {"format": "pt"})}
 
     def copy_sidecars(self, folder: Path, tokenizer: Any = None) -> None:
-        """Write config and tokenizer, both made from the metadata."""
+        """Write config, generation config and tokenizer, all made from the metadata."""
         tokenizer = self.tokenizer() if tokenizer is None else tokenizer
         write_json(folder / "config.json", self.config)
+        write_json(folder / GENERATION, self._generation_config())
         save_tokenizer(tokenizer, folder)
+
+    def _generation_config(self) -> dict[str, Any]:
+        """Return the generation config; models that chat end a turn by a token of its own, and should stop there."""
+        content = generation_config(self.config)
+        ends = [content.get("eos_token_id"), self._end_of_turn]
+        ends = list(dict.fromkeys(end for end in ends if end is not None))
+        return content | ({"eos_token_id": ends} if len(ends) > 1 else {})
 
     def tokenizer(self) -> Any:
         """Make the tokenizer, a `PreTrainedTokenizerFast`, from the file's metadata."""

@@ -139,7 +139,10 @@ def prune_run(disk, elsewhere):
     from prune.job import prepare  # noqa: PLC0415
     from prune.run import run  # noqa: PLC0415
 
-    plots._sparsity = plots._alphas = lambda *_: Figure((1, 1))  # quickly drawn, and as a file like any other
+    plots._sparsity = plots._perplexity = plots._alphas = lambda *_: Figure((
+        1,
+        1,
+    ))  # quickly drawn, and as a file like any other
     byte_tokenizer().save_pretrained(elsewhere / "tokenizer")
     config = small_run(elsewhere, tokenizer=str(elsewhere / "tokenizer"))
     run(prepare(config))
@@ -156,7 +159,7 @@ def prune_run(disk, elsewhere):
     weights = sum(file.stat().st_size // PAGE * PAGE for file in (expected / "model").glob("*.safetensors"))
     said, _ = more_and_more(disk, again, least=lambda: 0 if list(path.glob("model*")) else weights)
     assert_named(said, "model.part: cannot write 2 MiB", "progress.json")
-    outputs = ["sparsity.png", "alphas.png", "layers.csv", "run.json"]
+    outputs = ["sparsity.png", "perplexity.png", "alphas.png", "layers.csv", "run.json", "model/README.md"]
     _, there = more_and_more(disk, again, outputs=[path / name for name in outputs])
     assert_between(there, "model", *outputs)
     assert files_of(path / "model") == files_of(expected / "model")

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from prune_helpers import (
     byte_level_metadata,
     byte_tokenizer,
@@ -45,7 +46,8 @@ def gguf_file(folder):
         tensors[name] = np.pad(tensors[name], ((0, 4), (0, 0)))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = byte_level_metadata("gpt-2", ["Ġ t"], [*alphabet, "Ġt"])
-    return write_gguf(folder / "llama.gguf", tensors, gguf_metadata(config_of("llama_tiny")) | tokenizer)
+    kinds = {name: GGMLQuantizationType.Q8_0 for name in tensors if "_proj" in name}
+    return write_gguf(folder / "llama.gguf", tensors, gguf_metadata(config_of("llama_tiny")) | tokenizer, kinds=kinds)
 
 
 def pickled(folder, save=torch.save, names="{}".format, shards=1):
@@ -127,6 +129,10 @@ def test_export_scores_the_same_on_torch(name, settings, tmp_path):
     assert np.exp(np.mean(losses)) == pytest.approx(card["perplexity"]["pruned"], rel=1e-4)
     np.testing.assert_allclose(losses, card["nll_per_block"]["pruned"], rtol=1e-4)
     assert card["perplexity"]["pruned"] != pytest.approx(card["perplexity"]["dense"], rel=1e-3)
+
+    assert {"llama-gguf": "float16", "llama-bfloat16": "bfloat16"}.get(name, "float32") == card["dtype"]["written"]
+    stored = AutoModelForCausalLM.from_pretrained(job.path / "model", dtype="auto").dtype
+    assert str(stored) == f"torch.{card['dtype']['written']}"
 
     by_vllm, by_llama_cpp = read_by_vllm(job.path / "model"), list((job.path / "model").glob("model*.safetensors"))
     assert sorted(by_vllm) == sorted(by_llama_cpp)
