@@ -116,7 +116,7 @@ def _path(name: str) -> str:
 
 
 def _is_numbered(part: str) -> bool:
-    return bool(re.fullmatch(r"\d+|\w*(layer|block|stage|stack)s?_?\d+|h_?\d+", part))
+    return bool(re.fullmatch(r"\d+|\w*(layer|block|stage|stack|scan[a-z]*)s?_?\d+|h_?\d+", part))
 
 
 def _around(path: str) -> tuple[list[int], str]:

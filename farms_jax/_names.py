@@ -125,7 +125,7 @@ def block_of(name: str) -> str:
         return match[0]
     index = re.search(r"\[(\d+)[\d,]*\]$", name)
     leaf = name[: index.start()] if index else name
-    part = re.match(r"(?:[^/.]+[/.])*?[^/.]*(?i:layer|block|stack)[^/.]*", leaf)
+    part = re.match(r"(?:[^/.]+[/.])*?[^/.]*(?i:layer|block|stack|scan)[^/.]*", leaf)
     if part and part[0][-1].isdigit() and (index is None or re.search("(?i)expert|moe|kv_einsum", leaf)):
         return part[0]
     return f"{part[0] if part else re.split('[/.]', leaf)[0]}[{index[1]}]" if index else name

@@ -57,6 +57,11 @@ NETWORKS = {
         "Transformer/encoderblock_0/MlpBlock_0/Dense_1 head",
         "embedding q k o up down head",
     ),
+    "Flax, scanned": (
+        "params/Embed_0/embedding params/ScanBlk_0/SelfAttention_0/query/kernel[0] params/ScanBlk_0/Dense_0/kernel[0] "
+        "params/ScanBlk_0/SelfAttention_0/query/kernel[1] params/ScanBlk_0/Dense_0/kernel[1] params/Dense_0/kernel",
+        "embedding q dense q dense dense",
+    ),
     "MaxText, scanned": (
         "token_embedder/embedding decoder/layers/self_attention/query/kernel[0] "
         "decoder/layers/self_attention/out/kernel[0] decoder/layers/mlp/wi_0/kernel[0] decoder/layers/mlp/wo/kernel[0] "
