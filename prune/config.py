@@ -8,6 +8,7 @@ from typing import Literal
 from farms_jax import Window
 from farms_jax.errors import InputError
 
+from .fine_tuning import FineTuning
 from .methods import Groups
 from .models import Network
 from .recovery import Recovery
@@ -33,6 +34,8 @@ EPSILON: dict[Allocation, float] = {
 }
 # Added to the Hessian's diagonal, relative to its mean, where --damping is not given: as in the methods' public code.
 DAMPING: dict[Method, float] = {"sparsegpt": 0.01, "admm": 0.1}
+# Learning rate where --recover-rate is not given.
+RECOVER_RATE = {"blocks": 6e-4, "lora": 1e-3, "full": 1e-4}
 # Tried by --epsilon auto; 0 is the uniform allocation.
 EPSILONS_SCALE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 EPSILONS_SHIFT = (0.0, 0.03, 0.06, 0.1, 0.15, 0.2)
@@ -103,12 +106,17 @@ class Config:
     damping: float | None = None
     """Added to the Hessian's diagonal, relative to its mean; raised tenfold where it is too little. Default: 0.01 for
     sparsegpt, 0.1 for admm."""
-    recover: Literal["none", "blocks"] = "none"
-    """blocks: train the weights that stay, in each block after it is pruned, to do again what it did dense."""
+    recover: Literal["none", "blocks", "lora", "full"] = "none"
+    """Train the weights that stay: in each block after it is pruned, to do again what it did dense (blocks); or in the
+    whole pruned model, on text, which must fit into memory: by masked adapters (lora), or themselves (full)."""
     recover_steps: int = 200
-    """Steps of AdamW for each half of a block, attention and feed-forward network."""
-    recover_rate: float = 2e-4
-    """Learning rate of these steps at its peak."""
+    """Steps of AdamW: for each half of a block, attention and feed-forward network, or for the whole model."""
+    recover_rate: float | None = None
+    """Learning rate of these steps at its peak. Default: 0.0006 (blocks), 0.001 (lora), 0.0001 (full)."""
+    recover_text: str | None = None
+    """Text that lora and full train on, as for --calibration. Default: the calibration text."""
+    recover_samples: int | None = None
+    """Sequences of that text. Default: as many as calibration samples; of the same text, the same."""
     dtype: Dtype = "source"
     """Precision of the written model: source, float32, float16 or bfloat16. The source's is, for a quantised GGUF file,
     float16, or bfloat16 where float16 has no range for its numbers."""
@@ -137,7 +145,14 @@ class Config:
                 "under which N differs from block to block"
             )
         positive = ("samples", "length", "limit", "per_axis", "rows", "damping", "aspect_ratio")
-        for field in (*positive, "recover_steps", "recover_rate", "search_generations", "search_minutes"):
+        for field in (
+            *positive,
+            "recover_steps",
+            "recover_rate",
+            "recover_samples",
+            "search_generations",
+            "search_minutes",
+        ):
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise InputError(f"--{field.replace('_', '-')} must be above 0, got {value}")
@@ -202,7 +217,16 @@ class Config:
 
     def recovery(self) -> Recovery | None:
         """Return how blocks are trained after they are pruned, `None` where they are not."""
-        return None if self.recover == "none" else Recovery(self.recover_steps, self.recover_rate, self.seed)
+        if self.recover != "blocks":
+            return None
+        return Recovery(self.recover_steps, self.recover_rate or RECOVER_RATE[self.recover], self.seed)
+
+    def fine_tuning(self) -> FineTuning | None:
+        """Return how the whole pruned model is trained, `None` where it is not."""
+        if self.recover not in ("lora", "full"):  # noqa: PLR6201 (a tuple narrows the type)
+            return None
+        rate = self.recover_rate or RECOVER_RATE[self.recover]
+        return FineTuning(self.recover, self.recover_steps, rate, self.seed)
 
     def window(self, smallest: int) -> Window | None:
         """Return the windows to analyse, for the smallest dimension of a block's weights; `None`: whole matrices."""
@@ -237,6 +261,7 @@ def resolve(config: Config, network: Network) -> Config:
         sparsity=config.target,
         length=length,
         damping=config.damping or DAMPING.get(config.method),
+        recover_rate=config.recover_rate or RECOVER_RATE.get(config.recover),
         calibration=config.calibration or (str(BUNDLED / "calibration.txt") if bundled else "c4"),
         text=config.text or (str(BUNDLED / "heldout.txt") if bundled else "wikitext2"),
         baseline=_baseline(config, bundled=bundled) if config.baseline == "auto" else config.baseline,

@@ -29,7 +29,11 @@ class Texts:
         """Take resolved settings, and the model whose tokenizer is used unless they name another."""
         assert config.length and config.calibration and config.text
         self._config, self._checkpoint = config, checkpoint
-        self._sources = {"calibration": config.calibration, "text": config.text}
+        self._sources = {
+            "calibration": config.calibration,
+            "text": config.text,
+            "training": config.recover_text or config.calibration,
+        }
         self._common = {
             "length": config.length,
             "special_tokens": config.special_tokens,
@@ -60,6 +64,17 @@ class Texts:
             **self._common,
         )
 
+    @functools.cached_property
+    def training(self) -> Samples | None:
+        """What the whole pruned model is trained on; `None` where it is not."""
+        config = self._config
+        if config.fine_tuning() is None:
+            return None
+        source, count = self._sources["training"], config.recover_samples or config.samples
+        return calibration_samples(
+            source, self.tokenizer, count=count, seed=config.seed, flag="--recover-text", **self._common
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -76,7 +91,8 @@ class Job:
     def key(self) -> str:
         """Hash of all that the pruned weights and the figures depend on: the same key, the same run."""
         facts = [FORMAT, self.config.numbers(), self.weights, version("farms-jax"), version("jax")]
-        facts += [samples.record["ids_sha256"] for samples in (self.calibration, self.evaluation)]
+        texts = (self.calibration, self.evaluation, self.training)
+        facts += [samples.record["ids_sha256"] for samples in texts if samples]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
@@ -88,6 +104,11 @@ class Job:
     def evaluation(self) -> Samples:
         """Blocks that perplexity is measured on."""
         return self.texts.evaluation
+
+    @property
+    def training(self) -> Samples | None:
+        """Samples that the whole pruned model is trained on; `None` where it is not."""
+        return self.texts.training
 
     @property
     def tokenizer(self) -> Any:
@@ -126,7 +147,7 @@ def prepare(config: Config) -> Job:
     config = resolve(config, network)
     texts, weights, largest = Texts(config, source, network.vocab_size), "", None
     if not config.dry_run:
-        _ = texts.evaluation, texts.calibration
+        _ = texts.evaluation, texts.calibration, texts.training
         weights, largest = _examine(source, needs_largest(config.dtype, source))
     precision = choose_precision(config.dtype, source, largest)
     return Job(config, converted(source, precision), network, texts, precision, weights)

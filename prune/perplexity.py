@@ -65,7 +65,7 @@ def losses(network: Network, read: Read, activations: Activations, ids: np.ndarr
     head, first, found = network.to_state("head", read_part(network, "head", read)), len(activations) - len(ids), []
     for rows in batches(len(ids), ids.shape[1], "losses"):
         x = activations.read(slice(first + rows.start, first + rows.stop))
-        found.append(np.asarray(_losses(network, head, x, jnp.asarray(ids[rows], jnp.int32)), np.float64))
+        found.append(np.asarray(token_losses(network, head, x, jnp.asarray(ids[rows], jnp.int32)), np.float64))
     nll = np.concatenate(found)
     if bad := int((~np.isfinite(nll)).sum()):
         raise NotFiniteError(f"the losses of {bad} of {len(nll)} sequences are not finite")
@@ -73,9 +73,11 @@ def losses(network: Network, read: Read, activations: Activations, ids: np.ndarr
 
 
 @functools.partial(jax.jit, static_argnames="network")
-def _losses(network: Network, head: State, x: Array, ids: Array) -> Array:
+def token_losses(network: Network, head: State, x: Array, ids: Array) -> Array:
+    """Return the mean loss of each sequence in nats, (N,), for the last block's outputs (N, T, D) and tokens (N, T)."""
     features, targets = x[:, :-1].reshape(-1, x.shape[-1]), ids[:, 1:].reshape(-1)
 
+    @jax.checkpoint  # or the way back would keep all logits
     def loss(token: tuple[Array, Array]) -> Array:
         logits = network.head(head, token[0][None, None])[0, 0]
         return jax.nn.logsumexp(logits) - logits[token[1]]

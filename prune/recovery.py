@@ -98,9 +98,7 @@ def _train(
 ) -> tuple[State, float]:
     """Return the trained weights, (in, out) by name as in a state, and their error relative to that before."""
     network, half = task.network, task.half
-    length = activations.shape[1]
-    size = max(1, TOKENS // length)
-    slices = [slice(at, min(at + size, count)) for at in range(0, count, size)]
+    length, slices = activations.shape[1], batches_of(count, activations.shape[1])
     targets = Activations((count, length, network.hidden_size), spill)
     for rows in slices:
         targets.write(rows, np.asarray(_outputs(network, half, task.goal, activations.read(rows))))
@@ -113,17 +111,23 @@ def _train(
 
     if not (before := error(weights)) > 0:  # only inputs that are always zero have lost weights
         return weights, 1.0
-    optimiser = _optimiser(recovery.steps, recovery.rate)
+    optimiser = optimiser_of(recovery.steps, recovery.rate)
     found = jax.tree.map(jnp.copy, weights)  # each step overwrites them
     moments = optimiser.init(found)
-    for rows in _shuffled(slices, recovery.steps, random):
+    for rows in shuffled(slices, recovery.steps, random):
         x, target = activations.read(rows), targets.read(rows)
         found, moments = _step(network, half, optimiser, task.state, found, moments, kept, x, target, count / before)
     ratio = error(found) / before
     return (found, ratio) if ratio < 1 else (weights, 1.0)
 
 
-def _shuffled(slices: list[slice], steps: int, random: np.random.Generator) -> Iterable[slice]:
+def batches_of(count: int, length: int) -> list[slice]:
+    """Return slices of `count` sequences of `length` tokens that are trained on at once."""
+    size = max(1, TOKENS // length)
+    return [slice(at, min(at + size, count)) for at in range(0, count, size)]
+
+
+def shuffled(slices: list[slice], steps: int, random: np.random.Generator) -> Iterable[slice]:
     """Yield a slice for every step: all of them in one order, then in another."""
     order: list[int] = []
     for _ in range(steps):
@@ -132,7 +136,8 @@ def _shuffled(slices: list[slice], steps: int, random: np.random.Generator) -> I
 
 
 @functools.cache  # one object for each setting: it is a static argument of a jitted function
-def _optimiser(steps: int, rate: float) -> optax.GradientTransformation:
+def optimiser_of(steps: int, rate: float) -> optax.GradientTransformation:
+    """Return AdamW without decay of weights, whose rate rises to `rate` and falls to 0 in so many steps."""
     rise = max(int(_WARM_UP * steps), 1)
     return optax.adamw(optax.warmup_cosine_decay_schedule(0.0, rate, rise, max(steps, rise + 1)), weight_decay=0.0)
 

@@ -140,6 +140,7 @@ def make_card(
         "calibration": job.calibration.record,
         "evaluation": job.evaluation.record,
         "dtype": {"written": dtype_names(job.checkpoint), "reason": job.precision.reason},
+        "training": job.training.record if job.training else None,
         **environment(*_PACKAGES),
         "processor": processor(),
         "allocation": {

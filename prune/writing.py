@@ -3,11 +3,13 @@
 import dataclasses
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from .allocation import Plan
+from .fine_tuning import fine_tune
 from .job import Job
 from .output import Output
 from .pruning import PrunedBlock, prune_blocks
@@ -44,7 +46,7 @@ def lay_out(job: Job, record: Record) -> Output | None:
         output.check()
         return None
     if not output.begun:
-        record.forget("outside", "written", *_AFTER)
+        record.forget("outside", "written", "trained", *_AFTER)
     for path in output.lay_out(keep=bool(written_blocks(record))):
         _warn(f"{path} was missing or cut off; what is lost is made again")
     inside = {name for block in range(job.network.num_blocks) for name in job.network.tensors(block)}
@@ -54,7 +56,11 @@ def lay_out(job: Job, record: Record) -> Output | None:
         record.put("outside", [output.write({name: job.checkpoint.read(name)}) for name in outside])
     written = written_blocks(record)
     good = _count_good(job, written, output)
-    if good < len(written):
+    if record.get("trained"):
+        # It was stopped while trained weights took the place of those that they were trained from.
+        good = 0
+        record.forget("trained", *_AFTER)
+    elif good < len(written):
         _warn(f"{record.path / 'model.part'}: block {good} is not as it was written; pruning goes on from there")
         record.forget(*_AFTER)
     record.put("written", written[:good])
@@ -101,4 +107,29 @@ def write_pruned(job: Job, plan: Plan, record: Record, output: Output | None) ->
         last = now
 
     prune_blocks(job.network, read, plan, keep, calibration=job.seen, spill=job.config.spill, first=first)
+    state = record.path / "training.npz"
+    _train(job, record, output, state)
     output.finish()
+    state.unlink(missing_ok=True)
+
+
+def _train(job: Job, record: Record, output: Output, state: Path) -> None:
+    """Train the written model as a whole, where that is asked for, and write it anew; `state` is kept on the way."""
+    tuning, network, done = job.config.fine_tuning(), job.network, written_blocks(record)
+    if tuning is None or job.training is None:
+        return
+    inside = {name for block in range(network.num_blocks) for name in network.tensors(block)}
+
+    def read(name: str) -> np.ndarray:
+        return (output if name in inside else job.checkpoint).read(name)
+
+    masks = {layer: output.read(f"{layer}.weight") != 0 for layer in network.layer_shapes()}
+    for block, found in fine_tune(network, read, masks, job.training.ids, tuning, state):
+        if not record.get("trained"):
+            record.put("trained", True)
+        tensors = {name: read(name) for name in network.tensors(block)}
+        tensors |= {name: values.astype(tensors[name].dtype) for name, values in found.items()}
+        now = {layer: tensors[f"{layer}.weight"] != 0 for layer in done[block].reached}
+        reached = {layer: float(1 - mask.mean()) for layer, mask in now.items()}
+        done[block] = dataclasses.replace(done[block], sha256=output.write(tensors, now), reached=reached)
+    record.put("written", done)

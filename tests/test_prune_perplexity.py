@@ -55,11 +55,11 @@ def test_batches_change_nothing(tokens, dense, tmp_path, monkeypatch):
 def test_logits_of_a_few_tokens_at_a_time_change_nothing(dense, monkeypatch):
     model, ids, expected = dense
     monkeypatch.setattr(prune.perplexity, "_LOGITS", 7 * 256)
-    prune.perplexity._losses.clear_cache()
+    prune.perplexity.token_losses.clear_cache()
     try:
         found = perplexity(*model, ids)
     finally:
-        prune.perplexity._losses.clear_cache()
+        prune.perplexity.token_losses.clear_cache()
     np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-6)
 
 

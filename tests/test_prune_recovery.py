@@ -1,22 +1,24 @@
 """Training of the weights that stay in a pruned block: what it reaches, what it leaves alone, and when it stops."""
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import few
-from prune_helpers import Killed, assert_same_run, numbers_of, small_run, weights_of
+from prune_helpers import Killed, assert_same_run, config_of, logits_of, numbers_of, small_run, state_of, weights_of
 
+import prune.fine_tuning
 import prune.writing
 from prune.allocation import Plan
+from prune.fine_tuning import FineTuning, fine_tune
 from prune.forward import apply_block, embed
 from prune.job import prepare
 from prune.models import make_network
 from prune.pruning import prune_blocks
 from prune.recovery import HALVES, Recovery, recover_block
 from prune.run import run
-from tests.prune_helpers import config_of, state_of
 
 RECOVERY = Recovery(steps=10, rate=3e-3, seed=0)
 
@@ -29,7 +31,7 @@ def recovered(read, network, calibration, first=0, **changes):
     return blocks
 
 
-@pytest.mark.parametrize("model", few(["llama_tiny", "opt_tiny"], 1))
+@pytest.mark.parametrize("model", few(["llama_tiny", "opt_tiny"], 2))
 def test_halves_get_nearer_to_the_dense_ones_and_removed_weights_stay_removed(model):
     dense, network = weights_of(model), make_network(config_of(model, num_hidden_layers=2))
     calibration = numbers_of("llama_tiny")[0]["ids"][:3] % network.vocab_size
@@ -72,21 +74,77 @@ def test_a_half_that_lost_nothing_or_would_get_worse_stays_as_it_is():
         np.testing.assert_array_equal(found[name], tensor)
 
 
+# --- The whole model -------------------------------------------------------------------------------------------------
+
+
+def stop_at(patch, module, name, number):
+    """Let the process end at a call of a function, counted from 1."""
+    calls, original = itertools.count(1), getattr(module, name)
+
+    def call(*arguments, **keywords):
+        if next(calls) == number:
+            raise Killed
+        return original(*arguments, **keywords)
+
+    patch.setattr(module, name, call)
+
+
+def mean_loss(network, tensors, ids):
+    logits = np.float64(logits_of(network, tensors, ids))[:, :-1]
+    logits -= logits.max(-1, keepdims=True)
+    losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, ids[:, 1:, None], 2)[..., 0]
+    return losses.mean()
+
+
+@pytest.mark.parametrize("kind", few(["lora", "full"], 2))
+def test_a_whole_model_is_trained_under_its_masks_and_goes_on_after_a_stop(kind, tmp_path, monkeypatch):
+    dense, network = weights_of("llama_tiny"), make_network(config_of("llama_tiny", num_hidden_layers=2))
+    names = [network.layer_name(block, linear) for block in range(2) for linear in network.linears]
+    masks = {name: np.abs(dense[f"{name}.weight"]) > np.median(np.abs(dense[f"{name}.weight"])) for name in names}
+    pruned = dense | {f"{name}.weight": dense[f"{name}.weight"] * mask for name, mask in masks.items()}
+    ids, tuning = numbers_of("llama_tiny")[0]["ids"][:3], FineTuning(kind, 5, 5e-3, seed=0)
+    monkeypatch.setattr(prune.fine_tuning, "_EVERY", 2)
+
+    def trained(path):
+        blocks = fine_tune(network, pruned.__getitem__, masks, ids, tuning, path)
+        return {name: weight for _, block in blocks for name, weight in block.items()}
+
+    found = trained(tmp_path / "through")
+    assert set(found) == {f"{name}.weight" for name in names}
+    for name, mask in masks.items():
+        weight, before = found[f"{name}.weight"], pruned[f"{name}.weight"]
+        assert not weight[~mask].any()
+        assert (weight[mask] != before[mask]).mean() > 0.9, name
+    assert mean_loss(network, pruned | found, ids) < mean_loss(network, pruned, ids) - 0.1
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_at(patch, prune.fine_tuning, "_step", 4)
+        trained(tmp_path / "stopped")
+    again = trained(tmp_path / "stopped")
+    for name, weight in found.items():
+        np.testing.assert_array_equal(again[name], weight)
+
+
+# --- Runs ------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    config = small_run(tmp_path, method="admm", allocation="uniform", recover="blocks", recover_steps=10)
+@pytest.mark.parametrize(
+    ("recover", "module", "function", "number"),
+    [
+        ("blocks", prune.writing, "WrittenBlock", 3),
+        ("full", prune.fine_tuning, "_save", 2),
+        # 3 outside the blocks, 4 blocks, and the first of those that were trained.
+        ("lora", prune.writing.Output, "write", 9),
+    ],
+)
+def test_a_killed_run_ends_with_the_same_bytes(recover, module, function, number, tmp_path, monkeypatch):
+    monkeypatch.setattr(prune.fine_tuning, "_EVERY", 4)
+    config = small_run(tmp_path, method="admm", allocation="uniform", recover=recover, recover_steps=10)
     expected = prepare(config)
     run(expected)
-    kept = prune.writing.Output.write
-
-    def killed_at_the_third_block(output, tensors, masks=None):
-        if any(".layers.2." in name for name in masks or ()):
-            raise Killed
-        return kept(output, tensors, masks)
-
     job = prepare(dataclasses.replace(config, out=tmp_path / "again"))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(prune.writing.Output, "write", killed_at_the_third_block)
+        stop_at(patch, module, function, number)
         run(job)
     run(job)
     assert_same_run(job.path, expected.path)

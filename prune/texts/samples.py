@@ -22,7 +22,7 @@ from farms_jax.errors import InputError
 
 from .. import tokenizing
 from ..tokenizing import tokenizer_faults
-from .sources import Source, read
+from .sources import Flag, Source, read
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ def calibration_samples(
     special_tokens: bool = True,
     vocab_size: int,
     held_out: int = 0,
+    flag: Flag = "--calibration",
 ) -> Samples:
     """Return samples (count, length) at random positions of a text; the same arguments give the same ones.
 
@@ -72,12 +73,12 @@ def calibration_samples(
 
     `source` is "wikitext2", "c4" (their training splits), or the path of a file, see `prune.texts.sources`; a token
     file of shape (N, length) is taken as it is, from its first row on, and needs no tokenizer. With `special_tokens`
-    the tokenizer, one of `transformers`, adds those that it adds by default, such as a first BOS.
+    the tokenizer, one of `transformers`, adds those that it adds by default, such as a first BOS. Errors name `flag`.
 
     Raises:
         InputError: the source cannot be read, is too short, or has ids outside the vocabulary.
     """
-    where, found = f"--calibration {source}", read(source, "--calibration")
+    where, found = f"{flag} {source}", read(source, flag)
     encode, random, drawn = _encoder(tokenizer, special_tokens, where), np.random.default_rng(seed), None
     if found.ids is not None and found.ids.ndim == 2 and found.ids.shape[1] == length:
         if len(found.ids) < count:

@@ -21,7 +21,7 @@ _IDS = (".npy", ".npz")
 # The reference evaluates on the first documents of C4's validation split.
 _C4_DOCUMENTS = 1100
 
-Flag = Literal["--calibration", "--text"]
+Flag = Literal["--calibration", "--recover-text", "--text"]
 
 
 class Source(NamedTuple):
@@ -36,7 +36,7 @@ class Source(NamedTuple):
 def read(source: str, flag: Flag) -> Source:
     """Return the content of "wikitext2", "c4", or a file, as given to one of the options.
 
-    Of a data set `--calibration` takes the training split, `--text` the one that the papers evaluate on.
+    Of a data set `--text` takes the split that the papers evaluate on, the others the training split.
 
     Raises:
         InputError: it cannot be read, has another format than its name says, or is empty.
@@ -66,7 +66,7 @@ def are_token_ids(*sources: str) -> bool:
 
 def _read_named(name: str, flag: Flag) -> Source:
     """Return the part of a data set that the reference uses, with lines and documents joined as there."""
-    calibrate = flag == "--calibration"
+    calibrate = flag != "--text"
     if name == "wikitext2":
         split, joint = ("train", " ") if calibrate else ("test", "\n\n")
         lines = hub.load(flag, name, "Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
