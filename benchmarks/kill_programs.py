@@ -15,7 +15,7 @@ from PIL import Image
 
 from farms_jax.programs.files import CHECKSUMS, damaged_files
 
-_TIMES = ("seconds", "peak_memory")  # in names of what differs from run to run
+_TIMES = ("seconds", "peak_memory", "date")  # in names of what differs from run to run
 _IN_THE_MAKING = {"model.part"}
 _PNG_END = b"IEND\xaeB`\x82"
 
@@ -250,7 +250,8 @@ class Prune(Program):
         """Read the model, the table of layers and the card."""
         (run,) = (path.parent for path in out.glob("*/run.json"))
         found = _files(run, ("*",))
-        kept = {name: content for name, content in found.items() if name.startswith("model") or name == "layers.csv"}
+        written = ("model/", "masks.safetensors", "layers.csv")
+        kept = {name: content for name, content in found.items() if name.startswith(written)}
         return {**kept, "files": sorted(found), "run.json": _json(run / "run.json")}
 
 

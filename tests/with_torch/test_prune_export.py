@@ -131,8 +131,8 @@ def test_export_scores_the_same_on_torch(name, settings, tmp_path):
     assert card["perplexity"]["pruned"] != pytest.approx(card["perplexity"]["dense"], rel=1e-3)
 
     assert {"llama-gguf": "float16", "llama-bfloat16": "bfloat16"}.get(name, "float32") == card["dtype"]["written"]
-    stored = AutoModelForCausalLM.from_pretrained(job.path / "model", dtype="auto").dtype
-    assert str(stored) == f"torch.{card['dtype']['written']}"
+    if name == "llama-gguf":  # whose config is made anew; that of a folder says what it said
+        assert AutoModelForCausalLM.from_pretrained(job.path / "model", dtype="auto").dtype == torch.float16
 
     by_vllm, by_llama_cpp = read_by_vllm(job.path / "model"), list((job.path / "model").glob("model*.safetensors"))
     assert sorted(by_vllm) == sorted(by_llama_cpp)
