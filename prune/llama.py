@@ -1,7 +1,7 @@
 """Prune a large language model, block by block, with a sparsity for each block from its weight spectrum.
 
 python -m prune.llama --sparsity 0.75                    the small LLaMA that comes with the program
-python -m prune.llama --model PATH|HUB_ID|FILE.gguf      any LLaMA, Mistral, Qwen2, Qwen3 or OPT
+python -m prune.llama --model PATH|HUB_ID|FILE.gguf      LLaMA, Mistral, Qwen, Phi-3, Gemma, OLMo 2, Pythia, GPT-2, ...
 python -m prune.llama --method sparsegpt --groups 2:4    other methods and patterns
 python -m prune.llama --method admm --recover blocks     the most accurate: what stays is trained, block by block
 

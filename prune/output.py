@@ -116,7 +116,7 @@ class Output:
         for name, array in {**tensors, **packed}.items():
             path, entry = self._places[name]
             files.setdefault(path, []).append(name)
-            stored[name] = _bytes(np.ascontiguousarray(array, entry.info.dtype))
+            stored[name] = _bytes(np.ascontiguousarray(self._checkpoint.turn(name, array), entry.info.dtype))
         for path, names in files.items():
             try:
                 with path.open("r+b") as file:
@@ -132,12 +132,15 @@ class Output:
     def holds(self, names: Iterable[str], sha256: str | None) -> bool:
         """Return whether the files still hold what one `write` wrote, its tensors and then its masks, in order."""
         try:
-            return _sha256((name, _bytes(self.read(name))) for name in names) == sha256
+            return _sha256((name, _bytes(self._read(name))) for name in names) == sha256
         except InputError:  # the disk has lost this part
             return False
 
     def read(self, name: str) -> np.ndarray:
-        """Return a tensor that was written."""
+        """Return a tensor that was written, a linear as (out, in)."""
+        return self._checkpoint.turn(name, self._read(name))
+
+    def _read(self, name: str) -> np.ndarray:
         path, entry = self._places[name]
         return read_tensor(path, name, entry)
 

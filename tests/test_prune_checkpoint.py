@@ -9,10 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from prune_helpers import DATA, config_of, weights_of, write_folder, written_back
+from prune_helpers import DATA, config_of, small_run, weights_of, write_folder, written_back
 
 from farms_jax.errors import InputError
 from prune.checkpoints import open_checkpoint, open_tokenizer
+from prune.job import prepare
+from prune.models import make_network
+from prune.output import read_masks
+from prune.run import run
 
 INDEX = "model.safetensors.index.json"
 
@@ -417,3 +421,26 @@ def test_code_of_a_folder_is_never_run(folder):
     (folder / "vocab.json").write_text("{}")
     with pytest.raises(InputError, match="--tokenizer PATH"):
         open_checkpoint(str(folder)).tokenizer()
+
+
+def test_linears_stored_as_in_out(tmp_path):
+    sizes = {"n_embd": 32, "n_head": 4, "n_layer": 1, "n_positions": 48, "vocab_size": 256}
+    config, random = sizes | {"model_type": "gpt2"}, np.random.default_rng(0)
+    expected, prefix = make_network(config), "transformer."
+    layers = expected.layer_shapes()
+    # As the first GPT-2 was published: without a prefix, with the masks of attention.
+    tensors = {
+        "h.0.attn.bias": np.tril(np.ones((1, 1, 48, 48), np.float32)),
+        "h.0.attn.masked_bias": np.full((), -1e4, np.float32),
+    }
+    for name, shape in {k: v for part in expected.parts for k, v in expected.tensors(part).items()}.items():
+        shape = shape[::-1] if name.removesuffix(".weight") in layers else shape
+        tensors[name.removeprefix(prefix)] = random.normal(size=shape).astype(np.float32)
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run(job := prepare(small_run(tmp_path, tmp_path, method="wanda", allocation="uniform", sparsity=0.5)))
+    pruned, masks = safetensors.numpy.load_file(job.path / "model/model.safetensors"), read_masks(job.path)
+    assert {name: mask.shape for name, mask in masks.items()} == {k.removeprefix(prefix): v for k, v in layers.items()}
+    for name, array in tensors.items():
+        mask = masks.get(name.removesuffix(".weight"))
+        np.testing.assert_array_equal(pruned[name], array if mask is None else np.where(mask.T, array, 0))

@@ -8,6 +8,7 @@ from prune.models import make_network
 from tests.prune_helpers import FOLDERS, QWEN, config_of, numbers_of, weights_of
 
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0], "factor": 2}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 OLD = {"rope_parameters": ...}  # the older form has `rope_theta` and `rope_scaling` instead
 # Frequencies under LLAMA3, under LINEAR, and without scaling.
@@ -39,7 +40,7 @@ def test_the_two_forms_of_a_config_are_one_network(name):
     ],
 )
 def test_frequencies(name, changes, expected):
-    rope = make_network(config_of(name, **changes)).rope
+    rope = make_network(config_of(name, **changes)).ropes[0]
     np.testing.assert_allclose(rope.frequencies(2 * len(expected)), expected, rtol=1e-6)
 
 
@@ -59,6 +60,69 @@ def test_frequencies(name, changes, expected):
 def test_windows_of_the_families(config, windows):
     network = make_network({key: value for key, value in config.items() if value is not ...})
     assert network.windows == windows
+
+
+SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 50}
+NORMED = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+GEMMA = {"input_layernorm.weight", "pre_feedforward_layernorm.weight", *NORMED}
+
+
+def in_attention(*names):
+    return {f"self_attn.{name}.weight" for name in names}
+
+
+@pytest.mark.parametrize(
+    ("config", "blocks", "linears", "others"),
+    [
+        (
+            {"model_type": "phi3", "intermediate_size": 48, "num_key_value_heads": 2},
+            "model.layers",
+            {"self_attn.qkv_proj": (64, 32), "self_attn.o_proj": (32, 32), "mlp.gate_up_proj": (96, 32)}
+            | {"mlp.down_proj": (32, 48)},
+            {"input_layernorm.weight", "post_attention_layernorm.weight"},
+        ),
+        ({"model_type": "gemma2", "intermediate_size": 48, "head_dim": 8}, "model.layers", None, GEMMA),
+        (
+            {"model_type": "gemma3_text", "intermediate_size": 48, "head_dim": 8},
+            "model.layers",
+            None,
+            GEMMA | in_attention("q_norm", "k_norm"),
+        ),
+        (
+            {"model_type": "olmo2", "intermediate_size": 48},
+            "model.layers",
+            None,
+            {*NORMED, *in_attention("q_norm", "k_norm")},
+        ),
+        (
+            {"model_type": "gpt_neox", "intermediate_size": 48, "attention_bias": False},
+            "gpt_neox.layers",
+            {"attention.query_key_value": (96, 32), "attention.dense": (32, 32), "mlp.dense_h_to_4h": (48, 32)}
+            | {"mlp.dense_4h_to_h": (32, 48)},
+            {
+                f"{norm}.{kind}"
+                for norm in ("input_layernorm", "post_attention_layernorm")
+                for kind in ("weight", "bias")
+            }
+            | {"mlp.dense_h_to_4h.bias", "mlp.dense_4h_to_h.bias"},
+        ),
+        (
+            {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
+            "transformer.h",
+            {"self_attention.query_key_value": (64, 32), "self_attention.dense": (32, 32)}
+            | {"mlp.dense_h_to_4h": (128, 32), "mlp.dense_4h_to_h": (32, 128)},
+            {f"{norm}.{kind}" for norm in ("ln_attn", "ln_mlp") for kind in ("weight", "bias")},
+        ),
+    ],
+)
+def test_tensors_of_the_families(config, blocks, linears, others):
+    network = make_network(SMALL | config)
+    attention = {f"self_attn.{letter}_proj": (32, 32) for letter in "qkvo"}
+    mlp = {"mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32), "mlp.down_proj": (32, 48)}
+    linears = attention | mlp if linears is None else linears
+    found = {name: shape for name, shape in network.layer_shapes().items() if f"{blocks}.1." in name}
+    assert found == {f"{blocks}.1.{name}": shape for name, shape in linears.items()}
+    assert network.tensors(1).keys() == {f"{blocks}.1.{name}" for name in {f"{n}.weight" for n in linears} | others}
 
 
 def shapes_of(name):
@@ -120,11 +184,11 @@ def test_a_head_is_tied_as_the_tensors_say():
         make_network(config_of("llama_tiny")).check({k: v for k, v in names.items() if k != "lm_head.weight"})
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", None, 3, ["llama"]])
+@pytest.mark.parametrize("model_type", ["bert", None, 3, ["llama"]])
 def test_unknown_family(model_type):
     with pytest.raises(InputError, match="`model_type` (must be one of|is missing)") as error:
         make_network(config_of("llama_tiny", model_type=model_type))
-    assert model_type is None or "llama, mistral, qwen2, qwen3, opt" in str(error.value)
+    assert model_type is None or "llama, mistral, qwen2, qwen3, phi3" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +207,7 @@ def test_unknown_family(model_type):
         ("llama_tiny", {"head_dim": 5}, "`head_dim` must be even"),
         ("llama_tiny", {"head_dim": ..., "num_attention_heads": 5, "num_key_value_heads": 5}, "a multiple of"),
         ("llama_tiny", {"quantization_config": {"bits": 4}}, "`quantization_config` is .* float weights"),
-        ("llama_tiny", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "`type` must be one of .*, got 'yarn'"),
+        ("llama_tiny", {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "`type` must be one of .*, got 'ntk'"),
         ("llama_tiny", {"rope_parameters": {"rope_type": "linear"}}, "`factor` is missing"),
         ("llama_tiny", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "each type of layer"),
         ("llama_tiny", {"rope_parameters": 3}, "`rope_parameters` must be an object"),
@@ -152,6 +216,13 @@ def test_unknown_family(model_type):
         ("llama_tiny", {"model_type": "qwen2", "use_mrope": True}, "`use_mrope` is True"),
         ("llama_tiny", {"model_type": "qwen2", "layer_types": ["full_attention"]}, "`layer_types` must be a list of 4"),
         ("llama_tiny", {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 4}, "use_sliding_window"),
+        ("llama_tiny", {"model_type": "phi3", "partial_rotary_factor": 0.04}, "`head_dim` must be so that"),
+        ("llama_tiny", {"rope_parameters": {"rope_type": "dynamic", "factor": 1e308}}, "give finite frequencies"),
+        ("llama_tiny", {"rope_parameters": {"rope_type": "yarn", "factor": 2, "rope_theta": 1}}, "finite frequencies"),
+        ("llama_tiny", {"rope_parameters": LONGROPE}, "`short_factor` must be a list of 12 numbers"),
+        ("llama_tiny", {"rope_parameters": LONGROPE | {"short_factor": 3}}, "`short_factor` must be a list of numbers"),
+        ("llama_tiny", {"model_type": "smollm3", "no_rope_layers": [2]}, "`no_rope_layers` must be a list of 4"),
+        ("llama_tiny", {"model_type": "falcon", "alibi": True}, "`alibi` is True"),
         ("opt_tiny", {"activation_function": None, "num_attention_heads": 3}, "`hidden_size` must be a multiple"),
     ],
 )

@@ -16,7 +16,7 @@ from farms_jax.weights.safetensors_file import FileLayout
 
 from ..models import Network, make_network
 from .folder_tokenizer import declare_own_rule
-from .names import is_beside, names_in, without_others
+from .names import is_beside, names_in, stored_in_out, without_others
 
 # Before transformers is imported: without torch it would advise to install it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -29,7 +29,9 @@ class Checkpoint(ABC):
 
     Attributes:
         names: Name of each tensor -> what the file calls it; see `names_in`.
-        tensors: Name -> dtype and shape.
+        tensors: Name -> dtype and shape, linears as (out, in).
+        stored: The same with the shapes that the file has.
+        turned: Names of those that it has as (in, out).
     """
 
     def __init__(
@@ -39,11 +41,20 @@ class Checkpoint(ABC):
         self.source, self.path, self.name = source, source.path, name or source.name
         self.config, self.files = dict(config), files
         self.names = names_in(self.config, source)
-        self.tensors = {name: source.tensors[stored] for name, stored in self.names.items()}
+        self.stored = {name: source.tensors[stored] for name, stored in self.names.items()}
+        self.turned = stored_in_out(self.config, self.names)
+        self.tensors = {
+            name: info._replace(shape=info.shape[::-1]) if name in self.turned else info
+            for name, info in self.stored.items()
+        }
 
     def read(self, name: str) -> np.ndarray:
-        """Read one tensor in its stored dtype and shape; an InputError where that is impossible."""
-        return self.source.read(self.names.get(name, name))
+        """Read one tensor in its stored dtype, a linear as (out, in); an InputError where that is impossible."""
+        return self.turn(name, self.source.read(self.names.get(name, name)))
+
+    def turn(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Return a tensor as the file has it from that as it is here, or the reverse; see `Network.stored_in_out`."""
+        return array.T if name in self.turned else array
 
     def is_weight(self, name: str) -> bool:
         """Return whether a tensor is a weight, and not a table, a mask or the like, which may hold any numbers."""

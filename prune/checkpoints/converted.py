@@ -26,6 +26,7 @@ class ConvertedCheckpoint(Checkpoint):
         self._original, self._dtype = original, dtype
         self.source, self.path, self.name = original.source, original.path, original.name
         self.config, self.files, self.names = _with_dtype(original.config, dtype.name), original.files, original.names
+        self.turned, self.stored = original.turned, original.stored
         self.tensors = {name: self._converted(info) for name, info in original.tensors.items()}
 
     def _converted(self, info: TensorInfo) -> TensorInfo:

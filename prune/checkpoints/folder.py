@@ -47,7 +47,7 @@ class FolderCheckpoint(Checkpoint):
 
     def _make_layouts(self) -> dict[str, FileLayout]:
         if not isinstance(self.source, SafetensorsSource):
-            return _in_shards(self.tensors)
+            return _in_shards(self.stored)
         names: dict[str, dict[str, str]] = {}  # file -> name of a tensor in it -> name in the copy
         for name, stored in self.names.items():
             names.setdefault(self.source.file_of[stored], {})[stored] = name

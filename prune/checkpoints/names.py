@@ -12,7 +12,7 @@ from farms_jax.weights import WeightSource
 from farms_jax.weights.skipped import ADAPTER
 from farms_jax.weights.wrappers import located
 
-from ..models import HEAD, Network, make_network
+from ..models import Network, make_network
 
 _log = logging.getLogger(__name__)
 
@@ -37,9 +37,19 @@ def names_in(config: Mapping[str, Any], source: WeightSource) -> dict[str, str]:
         return own
     # With a head of its own if there is one: that decides whether it is tied.
     found = located(sorted(dataclasses.replace(network, tied=False).names()), names)
-    if network.tied and network.embedding not in found and HEAD in found:
-        found[network.embedding] = found.pop(HEAD)
+    if network.tied and network.embedding not in found and network.head_name in found:
+        found[network.embedding] = found.pop(network.head_name)
     return found if network.names() <= found.keys() else own
+
+
+def stored_in_out(config: Mapping[str, Any], names: Iterable[str]) -> frozenset[str]:
+    """Return which tensors a checkpoint stores as (in, out), by the network's names."""
+    try:
+        network = make_network(config, names)
+    except InputError:
+        return frozenset()
+    layers = network.layer_shapes() if network.stored_in_out else {}
+    return frozenset(f"{layer}.weight" for layer in layers)
 
 
 def is_beside(name: str, source: WeightSource) -> bool:
@@ -57,7 +67,7 @@ def without_others(network: Network, names: Iterable[str], where: str) -> set[st
     modules = {module_of(name) for name in needed}
     inside = {name.removeprefix(network.block_prefix(0)) for name in network.tensors(0)}
     blocks: dict[int, set[str]] = {}
-    pattern = re.compile(rf"{re.escape(network.prefix)}layers\.(\d+)\.(.+)")
+    pattern = re.compile(rf"{re.escape(network.prefix + network.block_list)}\.(\d+)\.(.+)")
     for name in names:
         if match := pattern.fullmatch(name):
             blocks.setdefault(int(match[1]), set()).add(match[2])

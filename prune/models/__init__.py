@@ -4,15 +4,15 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from .families import DECODERS, read_decoder
 from .fields import Fields
-from .llama import DEFAULTS, read_llama
-from .network import EMBEDDING as EMBEDDING, HEAD as HEAD, Network as Network, Part as Part
+from .network import Network as Network, Part as Part
 from .operations import State as State
 from .opt import read_opt
 
 # How a `model_type` is read, and the prefixes of its tensors' names: with and without a language model head.
 FAMILIES: dict[str, tuple[Callable[[Fields, str], Network], tuple[str, str]]] = {
-    **dict.fromkeys(DEFAULTS, (read_llama, ("model.", ""))),
+    **{name: (read_decoder, family.prefixes) for name, family in DECODERS.items()},
     "opt": (read_opt, ("model.decoder.", "decoder.")),
 }
 
@@ -31,6 +31,9 @@ def make_network(config: Mapping[str, Any], names: Iterable[str] = ()) -> Networ
     for name in ("quantization_config", "compression_config"):
         fields.raise_if_set(name, "quantised weights cannot be pruned; take the model's float weights")
     names = list(names)
-    found = [prefix for prefix in prefixes if any(name.startswith(f"{prefix}layers.") for name in names)]
-    network = read(fields, (found or prefixes)[0])
-    return dataclasses.replace(network, tied=network.tied and not {network.embedding, HEAD} <= set(names))
+    network = read(fields, prefixes[0])
+    blocks = network.block_list
+    found = [prefix for prefix in prefixes if any(name.startswith(f"{prefix}{blocks}.") for name in names)]
+    network = dataclasses.replace(network, prefix=(found or prefixes)[0])
+    own_head = {network.embedding, network.head_name} <= set(names)
+    return dataclasses.replace(network, tied=network.tied and not own_head)

@@ -7,7 +7,7 @@ from typing import Any
 from farms_jax.errors import InputError, short_repr
 
 MOST_BLOCKS = 10_000  # ten times as deep as any network that was published
-_MOST = 2**31 - 1  # of any size: products of two, the sizes of arrays, must fit in 63 bits
+MOST = 2**31 - 1  # of any size: products of two, the sizes of arrays, must fit in 63 bits
 
 
 class Fields:
@@ -22,7 +22,7 @@ class Fields:
         """Return whether the field is given, and not null."""
         return self.content.get(name) is not None
 
-    def size(self, name: str, default: int | None = None, *, least: int = 1, most: int = _MOST) -> int:
+    def size(self, name: str, default: int | None = None, *, least: int = 1, most: int = MOST) -> int:
         """Return an integer from `least` to `most`; without a default it is required."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -37,6 +37,17 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise self.error(name, "a positive number", value)
         return float(value)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Return a list of positive finite numbers."""
+        value = self._get(name, None)
+        if not isinstance(value, list):
+            raise self.error(name, "a list of numbers", value)
+        return tuple(Fields({name: number}, self.where).number(name) for number in value)
+
+    def is_null(self, name: str, default: Any) -> bool:
+        """Return whether a field is null, or left out where `default` is None: not all nulls read as left out."""
+        return self.content.get(name, default) is None
 
     def flag(self, name: str, default: bool) -> bool:
         """Return true or false."""

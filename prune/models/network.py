@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,6 @@ from .operations import State, linear
 # on 2 cores with blocks of 576 and 2048 features: 15 % faster, and neither better nor worse; shorter ones lose up to
 # 25 %.
 LONG = 256
-
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 Part = int | Literal["embed", "head"]  # number of a block, or one of the two ends
 PartKind = Literal["embed", "block", "head"]
@@ -51,7 +49,17 @@ class Network(ABC):
     max_length: int  # of a sequence
     tied: bool  # the head's matrix is the embedding's
 
-    input_groups: ClassVar[tuple[tuple[str, ...], ...]]  # linears of a block by shared input, in the reference's order
+    # What tensors are called: blocks, tables of tokens and positions, and the head, which has no prefix.
+    block_list: str = "layers"
+    token_table: str = "embed_tokens"
+    position_table: str = "embed_positions"
+    head_module: str = "lm_head"
+    stored_in_out: bool = False  # checkpoints have the blocks' linears as (in, out), Conv1D; (out, in) everywhere here
+
+    @property
+    @abstractmethod
+    def input_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Linears of a block by shared input, in the reference's order."""
 
     @abstractmethod
     def _shapes(self, kind: PartKind) -> dict[str, Shape]:
@@ -93,12 +101,17 @@ class Network(ABC):
 
     def block_prefix(self, block: int) -> str:
         """Return what the names of a block's tensors begin with: `model.layers.3.`."""
-        return f"{self.prefix}layers.{block}."
+        return f"{self.prefix}{self.block_list}.{block}."
 
     @property
     def embedding(self) -> str:
         """Name of the embedding of tokens, which a tied head shares."""
-        return f"{self.prefix}{EMBEDDING}"
+        return f"{self.prefix}{self.token_table}.weight"
+
+    @property
+    def head_name(self) -> str:
+        """Name of the head's matrix where it is not tied."""
+        return f"{self.head_module}.weight"
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
         """Return the shape (out, in) of every linear of all blocks, by full name, in network order."""
@@ -111,7 +124,7 @@ class Network(ABC):
         inside = self._shapes("block" if isinstance(part, int) else part)
         prefix = self.block_prefix(part) if isinstance(part, int) else self.prefix
         # Sorted, because written blocks are hashed in this order: it must not change with the code.
-        return {name if name == HEAD else prefix + name: inside[name] for name in sorted(inside)}
+        return {name if name == self.head_name else prefix + name: inside[name] for name in sorted(inside)}
 
     def names(self) -> set[str]:
         """Return the names of all tensors."""
@@ -126,10 +139,10 @@ class Network(ABC):
         expected = {}
         for part in self.parts:
             expected |= self.tensors(part)
-        if not self.tied and expected.keys() - found.keys() == {HEAD}:
+        if not self.tied and expected.keys() - found.keys() == {self.head_name}:
             raise InputError(
-                f"config.json: `tie_word_embeddings` is false, and there is no {HEAD}: complete the weight files, or "
-                "set it to true if the head is the embedding"
+                f"config.json: `tie_word_embeddings` is false, and there is no {self.head_name}: complete the weight "
+                "files, or set it to true if the head is the embedding"
             )
         _compare(expected, found)
 
@@ -142,10 +155,12 @@ class Network(ABC):
             InputError: tensors are unknown, missing or of another shape.
         """
         expected, state = self.tensors(part), {}
+        tables = {f"{table}.weight" for table in (self.token_table, self.position_table)}
+        prefix = self.block_prefix(part) if isinstance(part, int) else self.prefix
         _compare(expected, {name: array.shape for name, array in tensors.items()})
         for full_name in expected:
-            array, name = tensors[full_name], full_name.removeprefix(self.prefix).removeprefix(f"layers.{part}.")
-            is_linear = array.ndim == 2 and not name.startswith("embed_")
+            array, name = tensors[full_name], full_name.removeprefix(prefix)
+            is_linear = array.ndim == 2 and name not in tables
             # A copy, so that the caller's array may be freed or changed.
             state[name] = jnp.array(array.T if is_linear else array, jnp.float32)
         constants = self._block_constants(part) if isinstance(part, int) else {}
@@ -175,11 +190,11 @@ class Network(ABC):
 
     def unembed(self, state: State, x: Array) -> Array:
         """Multiply by the head's matrix, or by the embedding's where they are tied."""
-        return jnp.dot(x, state[EMBEDDING].T) if self.tied else linear(state, "lm_head", x)
+        return jnp.dot(x, state[f"{self.token_table}.weight"].T) if self.tied else linear(state, self.head_module, x)
 
     def head_shapes(self, features: int) -> dict[str, Shape]:
         """Return the shape of the matrix for `unembed`, with this number of features."""
-        return {EMBEDDING if self.tied else HEAD: (self.vocab_size, features)}
+        return {f"{self.token_table if self.tied else self.head_module}.weight": (self.vocab_size, features)}
 
     def _map_block(self, function: Callable[[Array], Any], x: Array) -> Any:
         def one_by_one(x: Array) -> Any:

@@ -40,10 +40,16 @@ def linear(state: State, name: str, x: Array) -> Array:
     return y + state[f"{name}.bias"] if f"{name}.bias" in state else y
 
 
-def rms_norm(state: State, name: str, x: Array, epsilon: float) -> Array:
-    """Divide by the root mean square over the last axis, and scale."""
+def rms_norm(state: State, name: str, x: Array, epsilon: float, offset: float = 0.0) -> Array:
+    """Divide by the root mean square over the last axis, and scale by the weight plus an offset."""
     mean_square = jnp.square(x).mean(-1, keepdims=True)
-    return x * (lax.rsqrt(mean_square + epsilon) * state[f"{name}.weight"])
+    weight = state[f"{name}.weight"]
+    return x * (lax.rsqrt(mean_square + epsilon) * (weight + offset if offset else weight))
+
+
+def cap(x: Array, limit: float | None) -> Array:
+    """Bend numbers to between plus and minus a limit; `None`: they stay."""
+    return x if limit is None else limit * jnp.tanh(x / limit)
 
 
 def layer_norm(state: State, name: str, x: Array, epsilon: float) -> Array:
@@ -56,7 +62,14 @@ def layer_norm(state: State, name: str, x: Array, epsilon: float) -> Array:
     return centred * factor
 
 
-def attend(query: Array, key: Array, value: Array, window: Array | None = None) -> Array:
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    window: Array | None = None,
+    scale: float | Array | None = None,
+    limit: float | None = None,
+) -> Array:
     """Return causal attention, (B, T, K * G * H), heads side by side.
 
     Args:
@@ -64,21 +77,24 @@ def attend(query: Array, key: Array, value: Array, window: Array | None = None) 
         key: (B, T, K, H).
         value: (B, T, K, H).
         window: number of positions that a query sees, its own included, a float scalar; `None` or infinity: all.
+        scale: of the scores; `None`: 1 / sqrt(H).
+        limit: see `cap`, of the scaled scores.
     """
-    query = (query * query.shape[-1] ** -0.5).transpose(0, 2, 3, 1, 4)
+    query = (query * (query.shape[-1] ** -0.5 if scale is None else scale)).transpose(0, 2, 3, 1, 4)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     windows = () if window is None else (window,)
-    mixed = lax.platform_dependent(query, key, value, *windows, cpu=_attend_by_heads, default=_attend_in_chunks)
+    by_heads, in_chunks = (functools.partial(f, limit=limit) for f in (_attend_by_heads, _attend_in_chunks))
+    mixed = lax.platform_dependent(query, key, value, *windows, cpu=by_heads, default=in_chunks)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape[0], query.shape[3], -1)
 
 
-def _attend_by_heads(query, key, value, *window):
+def _attend_by_heads(query, key, value, *window, limit=None):
     # Head after head, because XLA's products with a batch axis are two to four times slower on CPU than those without.
     heads = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (query, key, value))
-    return lax.map(lambda head: _attend_in_chunks(*head, *window), heads).reshape(query.shape)
+    return lax.map(lambda head: _attend_in_chunks(*head, *window, limit=limit), heads).reshape(query.shape)
 
 
-def _attend_in_chunks(query, key, value, window=None):
+def _attend_in_chunks(query, key, value, window=None, *, limit=None):
     """Return (..., G, T, H) for a query of this shape and key and value (..., T, H).
 
     A chunk of queries meets the keys up to its last position only: half of the work for long sequences, and a small
@@ -93,7 +109,7 @@ def _attend_in_chunks(query, key, value, window=None):
         seen = behind >= 0
         if window is not None:
             seen &= behind < window
-        scores = jnp.einsum("...gth,...sh->...gts", query[..., start:stop, :], key[..., :stop, :])
+        scores = cap(jnp.einsum("...gth,...sh->...gts", query[..., start:stop, :], key[..., :stop, :]), limit)
         scores = jnp.where(seen, scores, -jnp.inf)
         # Any shift gives the same weights, so that none has a gradient.
         weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))

@@ -30,12 +30,11 @@ class OPT(Network):
     bias: bool  # of a block's linears
     affine: bool  # norms have scale and bias
 
-    input_groups = (
-        ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"),
-        ("self_attn.out_proj",),
-        ("fc1",),
-        ("fc2",),
-    )
+    @property
+    def input_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Linears of a block by shared input, in the reference's order."""
+        attention = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj")
+        return (attention, ("self_attn.out_proj",), ("fc1",), ("fc2",))
 
     def _shapes(self, kind: PartKind) -> dict[str, Shape]:
         size, inner = self.hidden_size, self.embedding_size

@@ -26,7 +26,8 @@ def _configs(folder: Path) -> list[Path]:
     given = {name: config_of(name, **sizes) for name in FOLDERS}
     given |= {f"{name}_old": config_of(name, "config.legacy.json", **sizes) for name in FOLDERS if "llama" in name}
     given |= {f"qwen{number}": QWEN | sizes | {"model_type": f"qwen{number}"} for number in (2, 3)}
-    given["mistral"] = QWEN | sizes | {"model_type": "mistral"}
+    families = ("mistral", "phi3", "gemma2", "gemma3_text", "smollm3", "olmo2", "gpt_neox", "falcon")
+    given |= {name: QWEN | sizes | {"model_type": name, "rotary_pct": 0.5} for name in families}
     for name, config in given.items():
         root = new_folder(folder, name)
         safetensors.numpy.save_file(tensors_of(config, np.float16), root / "model.safetensors")
