@@ -19,6 +19,7 @@ _METHODS = {
     "wanda": "[Wanda](https://arxiv.org/abs/2306.11695)",
     "wanda_variant": "[Wanda](https://arxiv.org/abs/2306.11695), the variant with rows of different sparsities",
     "sparsegpt": "[SparseGPT](https://arxiv.org/abs/2301.00774)",
+    "admm": "[ADMM](https://arxiv.org/abs/2401.02938)",
 }
 
 

@@ -90,6 +90,7 @@ def _key(job: Job, sequences: int) -> str:
         config.groups,
         level_config(config).damping,
         config.granularity,
+        config.dtype,
         version("farms-jax"),
         version("jax"),
     ]
