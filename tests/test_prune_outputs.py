@@ -257,7 +257,7 @@ def refused(status):
         (Hub(ME | {"auth": {"accessToken": {"role": "read"}}}), "me/x", "the token may only read; `hf auth login`"),
         (Hub(), "readers/x", "me may not write there; OWNER may be me, team$"),
     ],
-    ids=str,
+    ids=["no login", "offline", "unreachable", "invalid token", "500", "read token", "other owner"],
 )
 def test_who_may_not_push_is_told_before_any_work(hub, name, message, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", hub)
