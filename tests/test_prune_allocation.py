@@ -192,7 +192,10 @@ def test_auto_takes_the_epsilon_of_the_lowest_perplexity_on_held_out_text(tmp_pa
     assert len(set(found["trials"].values())) == 6
     # The same as with that number given, and the trial is what the model that was written gives on the held-out text.
     _, other = run_of(small_run(tmp_path, epsilon=str(found["value"])))
-    assert bytes_of(other / "model") == bytes_of(path / "model")
+    written, again = bytes_of(path / "model"), bytes_of(other / "model")
+    for files in (written, again):
+        del files["README.md"]  # it has the command
+    assert again == written
     job = prepare(config)
     assert (card["calibration"]["count"], len(job.seen), len(job.unseen)) == (10, 8, 2)
     value = perplexity(job.network, open_checkpoint(str(path / "model")), job.unseen).value
