@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from benchmarks._common import machine, write
 from benchmarks.smollm2 import find_model
-from prune.allocation import plan_of, sparsities
-from prune.config import EPSILON, Config
+from prune.allocation import plan_of
+from prune.config import Config
 from prune.job import Job, prepare
 from prune.perplexity import perplexity
 from prune.pruning import simulate
 from prune.record import opened
-from prune.scores import score_layers
+from prune.scores import allocate, score_layers
 from prune.search import search
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "admm", "admm+blocks")  # +: what stays is trained, see `--recover`
@@ -93,7 +93,7 @@ def fill(args: argparse.Namespace) -> dict[str, Any]:
         changes = {"method": kind, "recover": recover or "none", "allocation": allocation, "sparsity": sparsity}
         job = under(jobs[seed], **changes)
         shapes = job.network.layer_shapes()
-        wanted = allocate(job, scores[seed].get(allocation))
+        wanted = sparsity_of(job, scores[seed].get(allocation))
         found = simulate(job, plan_of(job.config, wanted, shapes), job.evaluation.ids, name)
         results["cells"][name] = {"perplexity": found.perplexity, "sparsity": found.sparsity}
         results["cells"][name]["seconds"] = time.perf_counter() - start
@@ -101,13 +101,12 @@ def fill(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def allocate(job: Job, scores: Mapping[str, float] | None) -> dict[str, float]:
+def sparsity_of(job: Job, scores: Mapping[str, float] | None) -> dict[str, float]:
     """Return the sparsity of each layer; a search is kept in the run's own directory, and goes on there."""
     if job.config.allocation == "search":
         with opened(job.path) as record:
             return record.stage("sparsity", lambda: search(job, record))
-    scores = score_layers(job) if scores is None else scores
-    return sparsities(job.config, scores, job.network.layer_shapes(), EPSILON.get(job.config.allocation, 0))
+    return allocate(job, scores)
 
 
 def config_of(args: argparse.Namespace, seed: int) -> Config:

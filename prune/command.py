@@ -4,9 +4,7 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from .config import BUNDLED, Config
-
-_ELSEWHERE = ("out", "spill", "fresh", "dry_run", "push")  # options of where and how, not of what
+from .config import BUNDLED, ELSEWHERE, Config
 
 
 def command_line(config: Config, *, short: bool = False) -> str:
@@ -20,7 +18,7 @@ def command_line(config: Config, *, short: bool = False) -> str:
     words = ["farms", "prune"]
     for field in dataclasses.fields(config):
         value, flag = getattr(config, field.name), field.name.replace("_", "-")
-        if value == field.default or field.name in _ELSEWHERE or str(value).startswith(str(BUNDLED)):
+        if value == field.default or field.name in ELSEWHERE or str(value).startswith(str(BUNDLED)):
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")

@@ -46,7 +46,12 @@ _BASELINES: dict[str, tuple[Allocation, ...]] = {
     "none": (),
 }
 # Settings that change no number: a run given again with others of them is the same run.
-_NO_NUMBERS = ("out", "spill", "dry_run", "fresh", "baseline", "push")
+ELSEWHERE = ("out", "spill", "dry_run", "fresh", "push")  # of where and how, not of what
+_NO_NUMBERS = (*ELSEWHERE, "baseline")
+_POSITIVE = (
+    *("samples", "length", "limit", "per_axis", "rows", "damping", "aspect_ratio"),
+    *("recover_steps", "recover_rate", "recover_samples", "search_generations", "search_minutes"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,15 +149,7 @@ class Config:
                 f"--sparsity {self.sparsity} is not --groups {self.groups}; leave it out, or choose an --allocation "
                 "under which N differs from block to block"
             )
-        positive = ("samples", "length", "limit", "per_axis", "rows", "damping", "aspect_ratio")
-        for field in (
-            *positive,
-            "recover_steps",
-            "recover_rate",
-            "recover_samples",
-            "search_generations",
-            "search_minutes",
-        ):
+        for field in _POSITIVE:
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise InputError(f"--{field.replace('_', '-')} must be above 0, got {value}")

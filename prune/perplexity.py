@@ -19,6 +19,11 @@ from .models import Network, State
 _LOGITS = 2**24  # held in memory at once: 64 MiB
 
 
+def tokens_at_once(network: Network) -> int:
+    """Return for how many tokens logits are computed together."""
+    return max(1, _LOGITS // network.vocab_size)
+
+
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
     """Result of an evaluation."""
@@ -83,5 +88,4 @@ def token_losses(network: Network, head: State, x: Array, ids: Array) -> Array:
         return jax.nn.logsumexp(logits) - logits[token[1]]
 
     # A few tokens at a time: the logits of a whole sequence can outweigh a block.
-    at_once = max(1, _LOGITS // network.vocab_size)
-    return lax.map(loss, (features, targets), batch_size=at_once).reshape(len(x), -1).mean(1)
+    return lax.map(loss, (features, targets), batch_size=tokens_at_once(network)).reshape(len(x), -1).mean(1)

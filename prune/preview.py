@@ -3,22 +3,21 @@
 import dataclasses
 
 from .allocation import plan_of, sparsities
-from .config import EPSILON, Allocation
+from .config import EPSILON
 from .job import Job
 from .results import allocation_table
 from .scores import score_layers, spectral_alphas
-
-_PRUNE_TO_FIND_OUT: tuple[Allocation, ...] = ("sensitivity", "search")
 
 
 def preview(job: Job) -> str:
     """Return the table of the allocation; weights are measured, and calibration text is read, where it needs them.
 
     Nothing is written but the cache of alphas, which saves a run their measurement. What a run finds by pruning is left
-    to it: the default stands for an epsilon that is searched, `ends` for the allocations by sensitivity and search.
+    to it: the default stands for an epsilon that is searched, `ends` for the allocation by sensitivity; a search is
+    refused before (`Config.check`).
     """
     config, note = job.config, ""
-    if config.allocation in _PRUNE_TO_FIND_OUT:
+    if config.allocation == "sensitivity":
         note = f"\n--allocation {config.allocation} prunes to find out, so it is left to the run; this is `ends`"
         job = dataclasses.replace(job, config=dataclasses.replace(config, allocation="ends", epsilon=None))
     elif config.half_range() is None:

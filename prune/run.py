@@ -28,7 +28,7 @@ from .pruning import Simulation, judge, simulate
 from .publishing import push
 from .record import Record, opened
 from .results import allocation_table, layer_rows, make_card, perplexity_rows, results_table, write_layers
-from .scores import score_layers, spectral_alphas
+from .scores import allocate, score_layers, spectral_alphas
 from .search import search
 from .sparsity_plots import plot_run
 from .writing import lay_out, write_pruned, written_blocks
@@ -114,10 +114,8 @@ def _evaluate(job: Job, checkpoint: Checkpoint, title: str) -> Perplexity:
 
 def _simulate_baseline(job: Job, allocation: Allocation) -> Simulation:
     """Prune by another allocation, with its default epsilon, and evaluate; nothing is kept."""
-    other = dataclasses.replace(job, config=dataclasses.replace(job.config, allocation=allocation, epsilon=None))
-    shapes, epsilon = job.network.layer_shapes(), other.config.half_range()
-    assert epsilon is not None  # only `auto` has none yet
-    plan = plan_of(other.config, sparsities(other.config, score_layers(other), shapes, epsilon), shapes)
+    other = dataclasses.replace(job, config=dataclasses.replace(job.config, allocation=allocation))
+    plan = plan_of(other.config, allocate(other), job.network.layer_shapes())
     return simulate(other, plan, job.evaluation.ids, f"prune by {allocation}")
 
 

@@ -1,5 +1,6 @@
 """The score of every layer, by the rule of the allocation: how dispensable its weights are."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -12,8 +13,9 @@ import farms_jax
 from farms_jax._sparsity import impute_alphas
 from farms_jax.programs.cache import Cache, weights_key
 
+from .allocation import sparsities
 from .checkpoints import Checkpoint
-from .config import SPECTRAL
+from .config import EPSILON, SPECTRAL
 from .forward import Read, Statistics, Tensors, embed, read_part, run_blocks, weights_of
 from .job import Job
 from .methods import lowest, wanda_scores
@@ -53,6 +55,14 @@ def measure_alphas(
             store.put(key, measures)
         alphas |= {layer: measures[layer]["alpha"] for layer in weights if layer in measures}
     return alphas
+
+
+def allocate(job: Job, scores: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Return the sparsity of each layer, with the default epsilon; `scores` are found if not known yet."""
+    config, shapes = job.config, job.network.layer_shapes()
+    return sparsities(
+        config, score_layers(job) if scores is None else scores, shapes, EPSILON.get(config.allocation, 0.0)
+    )
 
 
 def score_layers(job: Job, alphas: dict[str, float] | None = None) -> dict[str, float]:

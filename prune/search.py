@@ -31,14 +31,14 @@ from tqdm import tqdm
 
 from farms_jax._sparsity import HIGHEST
 
-from .allocation import Shapes, plan_of, sizes_of, sparsities, units_of
-from .config import EPSILON, Allocation, Config
+from .allocation import Shapes, plan_of, sizes_of, units_of
+from .config import Allocation, Config
 from .forward import Activations, NotFiniteError
 from .job import Job
 from .levels import Levels, build_levels, level_config
 from .pruning import judge
 from .record import Record
-from .scores import score_layers
+from .scores import allocate
 from .variants import divergences, run_variants, variant_of
 
 # Allocations that a search begins with, and their settings.
@@ -113,17 +113,12 @@ def judge_starts(job: Job, record: Record) -> dict[str, Any]:
     judged = {}
     for name, (allocation, settings) in STARTS.items():
         config = dataclasses.replace(job.config, allocation=allocation, **settings)
-        judged = _judge(job, record, name, functools.partial(_allocate, dataclasses.replace(job, config=config)))
+        judged = _judge(job, record, name, functools.partial(allocate, dataclasses.replace(job, config=config)))
     ranked = _ranked({name: judged[name] for name in STARTS})
     for names in (ranked[:count] for count in MIXED):
         mixed = functools.partial(_mean, [judged[name]["sparsity"] for name in names])
         judged = _judge(job, record, " + ".join(names), mixed)
     return {name: found for name, found in judged.items() if name != EVOLVED}
-
-
-def _allocate(job: Job) -> dict[str, float]:
-    epsilon = EPSILON.get(job.config.allocation, 0.0)
-    return sparsities(job.config, score_layers(job), job.network.layer_shapes(), epsilon)
 
 
 def _mean(allocations: Sequence[Mapping[str, float]]) -> dict[str, float]:

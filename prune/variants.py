@@ -17,8 +17,7 @@ from .forward import Activations, apply_block, batches, embed, read_part
 from .job import Job
 from .levels import Choice, Levels
 from .models import Network, State
-
-_LOGITS = 2**24  # held in memory at once: 64 MiB
+from .perplexity import tokens_at_once
 
 Variant = Sequence[Choice]  # of every block
 
@@ -70,7 +69,7 @@ def divergences(
     """
     network, head = job.network, job.network.to_state("head", read_part(job.network, "head", job.checkpoint.read))
     count, length = len(variants[0]), dense.shape[1]
-    found, at_once = np.zeros((len(variants), count)), max(1, _LOGITS // network.vocab_size)
+    found, at_once = np.zeros((len(variants), count)), tokens_at_once(network)
     for row, sequence in enumerate(range(count) if sequences is None else sequences):
         for start in range(0, length, at_once):
             tokens = slice(start, start + at_once)

@@ -194,7 +194,8 @@ def _exact(layer: _Layer, values: _Values, settings: Settings) -> _Exact:
         columns["numerical_rank"] = rank
         if 0 < rank < whole.size and not columns["structure"]:
             columns["structure"] = repeated(stack)
-    return _Exact(columns, live, _shuffles(entries, stack), across)
+    shuffles = _shuffles(entries, stack) if settings.whole and settings.randomize else 0
+    return _Exact(columns, live, shuffles, across)
 
 
 def _across(stack: np.ndarray) -> np.ndarray | None:
